@@ -1,0 +1,3 @@
+"""Batch-independent greedy decoding for SGLang."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,162 @@
+"""A small client of `/generate`, for the demo, the benchmarks and the tests."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+Progress = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One request's prompt, as token ids."""
+
+    name: str
+    input_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back for one prompt."""
+
+    name: str
+    tokens: tuple[int, ...]
+    text: str
+    meta: dict[str, Any]
+
+
+def read_prompts(path: Path, count: int | None = None) -> list[tuple[str, str]]:
+    """(id, prompt) pairs from a JSONL file whose lines have a `prompt`.
+
+    Raises:
+        ValueError: naming the line that is not such an object.
+    """
+    pairs: list[tuple[str, str]] = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip() or (count is not None and len(pairs) >= count):
+            continue
+        try:
+            record = json.loads(line)
+            pairs.append((str(record.get("id", f"{path.stem}-{number}")), str(record["prompt"])))
+        except (ValueError, KeyError, AttributeError):
+            raise ValueError(
+                f'{path}, line {number}: not a JSON object with a "prompt": correct the line.'
+            ) from None
+    if not pairs:
+        raise ValueError(f"{path} holds no prompts: give a JSONL file with a prompt a line.")
+    return pairs
+
+
+def chat_prompts(pairs: Sequence[tuple[str, str]], model_path: Path | str) -> list[Prompt]:
+    """Apply the model's chat template to (id, text) pairs."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    prompts = []
+    for name, text in pairs:
+        messages = [{"role": "user", "content": text}]
+        templated = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
+        ids = tokenizer(templated, add_special_tokens=False)["input_ids"]
+        prompts.append(Prompt(name, tuple(ids)))
+    return prompts
+
+
+_Work = Callable[[aiohttp.ClientSession], Awaitable[list[Answer]]]
+
+
+class Client:
+    """Sends prompts to one server; every call opens and closes its own connections."""
+
+    def __init__(self, base_url: str, max_new_tokens: int, timeout_s: float = 3600) -> None:
+        self.base_url = base_url.rstrip("/")
+        self.params = {"temperature": 0, "max_new_tokens": max_new_tokens}
+        self.timeout = aiohttp.ClientTimeout(total=timeout_s)
+
+    async def _post(self, session: aiohttp.ClientSession, prompt: Prompt, **extra: Any) -> Answer:
+        params = {**self.params, **extra.pop("sampling_params", {})}
+        body = {"input_ids": prompt.input_ids, "sampling_params": params, **extra}
+        async with session.post(f"{self.base_url}/generate", json=body) as response:
+            reply = await response.json()
+            if response.status != 200:
+                raise RuntimeError(f"{self.base_url} answered {response.status}: {reply}")
+        return Answer(prompt.name, tuple(reply["output_ids"]), reply["text"], reply["meta_info"])
+
+    def _run(
+        self, work: Callable[[aiohttp.ClientSession], Awaitable[list[Answer]]]
+    ) -> list[Answer]:
+        async def session_scope() -> list[Answer]:
+            connector = aiohttp.TCPConnector(limit=0)
+            async with aiohttp.ClientSession(timeout=self.timeout, connector=connector) as session:
+                return await work(session)
+
+        return asyncio.run(session_scope())
+
+    def alone(
+        self, prompts: Sequence[Prompt], progress: Progress | None = None, **extra: Any
+    ) -> list[Answer]:
+        """One request at a time, in order."""
+
+        async def work(session: aiohttp.ClientSession) -> list[Answer]:
+            answers = []
+            for prompt in prompts:
+                answers.append(await self._post(session, prompt, **dict(extra)))
+                if progress:
+                    progress()
+            return answers
+
+        return self._run(work)
+
+    def together(
+        self,
+        prompts: Sequence[Prompt],
+        progress: Progress | None = None,
+        delays_s: Sequence[float] | None = None,
+        **extra: Any,
+    ) -> list[Answer]:
+        """All at once, or each after its own delay; answers in the order of `prompts`."""
+
+        async def one(session: aiohttp.ClientSession, prompt: Prompt, delay: float) -> Answer:
+            await asyncio.sleep(delay)
+            answer = await self._post(session, prompt, **dict(extra))
+            if progress:
+                progress()
+            return answer
+
+        async def work(session: aiohttp.ClientSession) -> list[Answer]:
+            waits = delays_s or [0.0] * len(prompts)
+            pairs = zip(prompts, waits, strict=True)
+            return list(await asyncio.gather(*(one(session, p, d) for p, d in pairs)))
+
+        return self._run(work)
+
+    def get(self, path: str) -> Any:
+        """GET a JSON document."""
+        import requests
+
+        return requests.get(self.base_url + path, timeout=60).json()
+
+    def flush(self) -> None:
+        """Empty the radix tree; raises requests.HTTPError when the server is busy."""
+        import requests
+
+        requests.post(self.base_url + "/flush_cache", timeout=60).raise_for_status()
+
+    def gate_state(self) -> dict[str, Any]:
+        """The gate's counters; KeyError on a server without the gate."""
+        state: dict[str, Any] = self.get("/server_info")["internal_states"][0]["margingate"]
+        return state
+
+
+def identical(reference: Sequence[Answer], answers: Sequence[Answer]) -> int:
+    """How many prompts have the same tokens in both, matched by name."""
+    tokens = {answer.name: answer.tokens for answer in reference}
+    return sum(tokens[answer.name] == answer.tokens for answer in answers)

@@ -1,0 +1,198 @@
+"""The gate's options: one frozen record, validated once, from which the command line is made."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+POLICIES = ("margin", "always", "observe")
+GUARANTEES = ("sparse", "exact")
+REPAIRS = ("span", "column")
+MAX_ROWS = 1024
+
+
+class GateError(ValueError):
+    """A setting the gate cannot serve; the text is one sentence with the way out."""
+
+
+def _option(default: Any, help_text: str, **extra: Any) -> Any:
+    """A dataclass field that is also the command-line option `--gate-<name>`."""
+    return field(default=default, metadata={"help": help_text, **extra})
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """What the gate does. Builtins only: it travels to the scheduler inside SGLang's arguments.
+
+    Raises:
+        GateError: at construction, for any value that is out of range.
+    """
+
+    policy: str = _option(
+        "margin",
+        "margin: verify rows whose margin is below the threshold; always: verify every row; "
+        "observe: record margins and change nothing.",
+        choices=POLICIES,
+    )
+    threshold: float = _option(
+        0.5,
+        "Flag a row when its top-1 minus top-2 logit is below this; 'auto' takes the value from "
+        "--gate-calibration.",
+        metavar="LOGITS|auto",
+        parse=str,
+    )
+    calibration: str | None = _option(
+        None, "Calibration file for --gate-threshold auto.", metavar="FILE"
+    )
+    guarantee: str = _option(
+        "sparse",
+        "sparse: a row above the threshold is settled at once; exact: a row is settled only when "
+        "it was computed canonically, so streaming waits for its replay.",
+        choices=GUARANTEES,
+    )
+    repair: str = _option(
+        "span",
+        "span: a flagged row is replayed with every earlier row that is not canonical yet; "
+        "column: the flagged row alone (for study: it does not restore determinism).",
+        choices=REPAIRS,
+    )
+    rows: int | None = _option(
+        None,
+        "Rows of a verifier micro-batch; fixed, because it is part of what is canonical. "
+        "Default: 16 on a CPU, 64 on a GPU.",
+        metavar="V",
+        parse=int,
+    )
+    max_delay: int = _option(
+        0,
+        "Flagged rows wait at most this many decode steps to share a micro-batch; 0 verifies at "
+        "once.",
+        metavar="STEPS",
+        parse=int,
+    )
+    prefill_chunk: int | None = _option(
+        None,
+        "Gated prompts are prefilled alone in chunks cut at multiples of this many tokens, and "
+        "prefix hits are cut to the same grid. Default: 64 on a CPU, 512 on a GPU.",
+        metavar="TOKENS",
+        parse=int,
+    )
+    debug: bool = _option(
+        False, "Check slots, ledger and radix tree against each other after every step. Slow."
+    )
+    inject_faults: bool = _option(
+        False,
+        "For tests only: honour custom_params['gate_fault_rows'], which corrupts the tokens that "
+        "the fast path emits at these rows.",
+    )
+
+    def __post_init__(self) -> None:
+        _check_choice("--gate-policy", self.policy, POLICIES)
+        _check_choice("--gate-guarantee", self.guarantee, GUARANTEES)
+        _check_choice("--gate-repair", self.repair, REPAIRS)
+        if not isinstance(self.threshold, int | float) or not self.threshold >= 0:
+            raise GateError(
+                f"--gate-threshold is {self.threshold!r}, but a margin is compared with it: "
+                "give a number of logits >= 0, or 'auto' with --gate-calibration."
+            )
+        if math.isinf(self.threshold):
+            raise GateError(
+                "--gate-threshold is infinite: use --gate-policy always to verify every row."
+            )
+        _check_range("--gate-rows", self.rows, 1, MAX_ROWS)
+        _check_range("--gate-max-delay", self.max_delay, 0, 1 << 20)
+        _check_range("--gate-prefill-chunk", self.prefill_chunk, 1, 1 << 20)
+        if self.guarantee == "exact" and (self.repair == "column" or self.policy == "observe"):
+            raise GateError(
+                "--gate-guarantee exact needs --gate-repair span and a policy that verifies: "
+                "drop --gate-repair column, and use --gate-policy margin or always."
+            )
+
+
+def _check_choice(option: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise GateError(f"{option} is {value!r}: choose one of {', '.join(choices)}.")
+
+
+def _check_range(option: str, value: Any, low: int, high: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise GateError(f"{option} is {value!r}: give a whole number from {low} to {high}.")
+
+
+def make_config(options: dict[str, Any], model: dict[str, str]) -> GateConfig:
+    """Build the record from raw options (command-line text or Python values).
+
+    Args:
+        options: values by field name; absent names keep their defaults.
+        model: identity of the model served, compared with a calibration file's.
+
+    Raises:
+        GateError: an unknown name, or a value that does not parse or is out of range.
+    """
+    known = {f.name for f in fields(GateConfig)}
+    for name in options:
+        if name not in known:
+            listed = ", ".join(sorted(f"gate_{n}" for n in known))
+            raise GateError(f"gate_{name} is not an option of the gate: use one of {listed}.")
+    values = {name: _parse(name, value) for name, value in options.items()}
+    if values.get("threshold") == "auto":
+        values["threshold"] = load_threshold(values.get("calibration"), model)
+    return GateConfig(**values)
+
+
+def _parse(name: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        if name == "threshold":
+            return value if value == "auto" else float(value)
+        if name in ("rows", "max_delay", "prefill_chunk"):
+            return int(value)
+    except ValueError:
+        option = "--gate-" + name.replace("_", "-")
+        raise GateError(f"{option} is {value!r}, which is not a number: give a number.") from None
+    return value
+
+
+def load_threshold(path: str | None, model: dict[str, str]) -> float:
+    """Read the threshold from a calibration file made for exactly this model.
+
+    The file is JSON: `{"schema": 1, "model": {...}, "threshold": float}`; every key of `model`
+    here must have the same value there.
+
+    Raises:
+        GateError: no file, not a calibration file, or one made for another model.
+    """
+    if path is None:
+        raise GateError(
+            "--gate-threshold is 'auto' without --gate-calibration: name a calibration file, or "
+            "give the threshold as a number."
+        )
+    try:
+        record = json.loads(Path(path).read_text())
+        made_for, threshold = dict(record["model"]), float(record["threshold"])
+        schema = record["schema"]
+    except OSError as error:
+        raise GateError(
+            f"--gate-calibration {path} cannot be read ({error.strerror}): check the path."
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise GateError(
+            f"--gate-calibration {path} is not a calibration file: make one for this model."
+        ) from None
+    if schema != 1:
+        raise GateError(
+            f"--gate-calibration {path} has schema {schema!r}, this version reads 1: recalibrate."
+        )
+    for key, value in model.items():
+        if made_for.get(key) != value:
+            raise GateError(
+                f"--gate-calibration {path} was made for {key} {made_for.get(key)!r}, but the "
+                f"server loads {value!r}: calibrate this model, or give the threshold as a number."
+            )
+    return threshold

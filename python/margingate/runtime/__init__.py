@@ -1,0 +1,1 @@
+"""Everything that touches SGLang. A new SGLang version changes this package alone."""

@@ -1,0 +1,151 @@
+"""The flag and its options in SGLang's arguments: command line, config file and `sglang.Engine`."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import sys
+from contextvars import ContextVar
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from margingate.config import GateConfig, GateError, make_config
+from margingate.runtime import hooks, refusals
+
+logger = logging.getLogger(__name__)
+
+ATTRIBUTE = "_margingate"  # where ServerArgs carries the GateConfig; absent: not gated
+RADIX_BACKEND = "margingate"
+_PREFIX = "gate_"
+_pending: ContextVar[dict[str, Any] | None] = ContextVar("margingate_pending", default=None)
+
+DEVICE_DEFAULTS = {"cpu": {"rows": 16, "prefill_chunk": 64}}
+DEFAULTS = {"rows": 64, "prefill_chunk": 512}
+
+
+def gate_config(server_args: Any) -> GateConfig | None:
+    """The gate's settings of these server arguments, or None where the flag is absent."""
+    return getattr(server_args, ATTRIBUTE, None)
+
+
+def add_options(_result: Any, parser: argparse.ArgumentParser) -> None:
+    """AFTER ServerArgs.add_cli_args: a group of our own, made from the dataclass."""
+    group = parser.add_argument_group(
+        "deterministic gate (margingate)",
+        "Answers that do not depend on what else is in the batch.",
+    )
+    group.add_argument(
+        "--deterministic-gate",
+        action="store_true",
+        help="Verify low-margin decode steps canonically and repair what flipped.",
+    )
+    for option in fields(GateConfig):
+        flag = "--gate-" + option.name.replace("_", "-")
+        text = option.metadata["help"]
+        if option.default is False:
+            group.add_argument(flag, action="store_true", default=None, help=text)
+            continue
+        shown = "" if option.default is None else f" Default: {option.default}."
+        # Choices are checked by GateConfig, so that every way in refuses with the same sentence.
+        choices = option.metadata.get("choices", ())
+        metavar = "{" + ",".join(choices) + "}" if choices else option.metadata["metavar"]
+        group.add_argument(flag, metavar=metavar, help=text + shown)
+
+
+def from_command_line(original: Any, cls: type, args: argparse.Namespace) -> Any:
+    """AROUND ServerArgs.from_cli_args: keep our values for the __init__ that runs inside."""
+    token = _pending.set(_pop_options(vars(args)))
+    try:
+        return original(cls, args)
+    except GateError as error:
+        sys.exit(f"margingate: {error}")
+    finally:
+        _pending.reset(token)
+
+
+def _pop_options(values: dict[str, Any]) -> dict[str, Any]:
+    """Take the gate's keys out of `values`; raises GateError for options without the flag."""
+    wanted = bool(values.pop("deterministic_gate", False))
+    names = [name for name in values if name.startswith(_PREFIX)]
+    options = {name.removeprefix(_PREFIX): values.pop(name) for name in names}
+    options = {name: value for name, value in options.items() if value is not None}
+    if options and not wanted:
+        name = "--gate-" + next(iter(options)).replace("_", "-")
+        raise GateError(f"{name} is set without --deterministic-gate: add the flag, or drop it.")
+    return {"enabled": wanted, **options}
+
+
+def init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    """AROUND ServerArgs.__init__: attach the validated config before SGLang resolves anything."""
+    options = dict(_pending.get() or _pop_options(kwargs))
+    if options.pop("enabled"):
+        hooks.check_version()
+        model = model_identity(kwargs.get("model_path") or (args[0] if args else ""), options)
+        object.__setattr__(self, ATTRIBUTE, make_config(options, model))
+    original(self, *args, **kwargs)
+
+
+def post_init(original: Any, self: Any) -> None:
+    """AROUND ServerArgs.__post_init__: set what the gate needs, refuse what it cannot serve."""
+    config = gate_config(self)
+    if config is None:
+        original(self)
+        return
+    refusals.refuse_server(self)  # first as given, before SGLang's own checks speak
+    if not self.disable_overlap_schedule:
+        self.disable_overlap_schedule = True
+        logger.info("margingate sets --disable-overlap-schedule: it verifies between two steps.")
+    if not self.disable_radix_cache:
+        self.radix_cache_backend = RADIX_BACKEND
+    original(self)
+    config = _with_device_defaults(config, self.device)
+    object.__setattr__(self, ATTRIBUTE, config)
+    refusals.refuse_server(self)
+    refusals.refuse_chunks(self, config)
+    if self.model_path.lower() not in ("none", "dummy"):
+        refusals.refuse_model(self.get_model_config())
+
+
+def _with_device_defaults(config: GateConfig, device: str) -> GateConfig:
+    defaults = DEVICE_DEFAULTS.get(device, DEFAULTS)
+    return replace(
+        config,
+        rows=config.rows or defaults["rows"],
+        prefill_chunk=config.prefill_chunk or defaults["prefill_chunk"],
+    )
+
+
+def model_identity(model_path: str, options: dict[str, Any]) -> dict[str, str]:
+    """What a calibration file must match: the hash of the model's config.json.
+
+    Read only where a calibration is asked for; raises GateError when it cannot be.
+    """
+    if options.get("threshold") != "auto":
+        return {}
+    path = Path(model_path) / "config.json"
+    try:
+        return {"config_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    except OSError:
+        raise GateError(
+            f"--gate-threshold auto compares the calibration with {path}, which cannot be read: "
+            "give --model-path a local folder, or the threshold as a number."
+        ) from None
+
+
+def confirm_schedulers(result: Any, *_args: Any, **_kwargs: Any) -> None:
+    """AFTER Engine._launch_subprocesses: every scheduler must have said that its gate is up.
+
+    Raises:
+        GateError: a scheduler came up ungated (its process did not load the plugin).
+    """
+    tokenizer_manager, _, _, init_result, *_rest = result
+    if tokenizer_manager is None or gate_config(tokenizer_manager.server_args) is None:
+        return
+    for rank, info in enumerate(init_result.scheduler_infos):
+        if "margingate" not in info:
+            raise GateError(
+                f"scheduler {rank} came up without the gate although --deterministic-gate is set: "
+                "check that SGLANG_PLUGINS and SGLANG_PLATFORM let the plugin 'margingate' load."
+            )

@@ -1,0 +1,228 @@
+"""Every patch, a row each. docs/hooks.md is printed from this; a test holds the two together."""
+
+from __future__ import annotations
+
+from sglang.srt.plugins.hook_registry import HookType
+
+from margingate.runtime import (
+    arguments,
+    info,
+    margins,
+    prefill,
+    retraction,
+    scheduler,
+    stream,
+)
+from margingate.runtime.hooks import Hook
+
+AFTER, AROUND, BEFORE = HookType.AFTER, HookType.AROUND, HookType.BEFORE
+_SCHEDULER = "managers.scheduler.Scheduler."
+_OPTIONS = "SGLang lets plugins declare arguments"
+_CALLBACK = "SGLang offers plugins a callback here"
+
+# Registered in every process of every server; none of them runs while requests are served.
+STARTUP_HOOKS = (
+    Hook(
+        "server_args.ServerArgs.add_cli_args",
+        AFTER,
+        arguments.add_options,
+        "parser",
+        "--deterministic-gate and --gate-* on the command line and in --help",
+        _OPTIONS,
+    ),
+    Hook(
+        "server_args.ServerArgs.from_cli_args",
+        AROUND,
+        arguments.from_command_line,
+        "cls args",
+        "only declared fields reach ServerArgs; ours are carried past it",
+        _OPTIONS,
+    ),
+    Hook(
+        "server_args.ServerArgs.__init__",
+        AROUND,
+        arguments.init,
+        None,
+        "Engine(deterministic_gate=True); attaches the validated settings",
+        _OPTIONS,
+    ),
+    Hook(
+        "server_args.ServerArgs.__post_init__",
+        AROUND,
+        arguments.post_init,
+        "self",
+        "sets what the gate needs and refuses what it cannot serve",
+        _OPTIONS,
+    ),
+    Hook(
+        "managers.scheduler.Scheduler.__init__",
+        AROUND,
+        scheduler.init,
+        None,
+        "patches a gated scheduler, and only that",
+        _CALLBACK,
+    ),
+    Hook(
+        "entrypoints.engine.Engine._launch_subprocesses",
+        AROUND,
+        scheduler.launch,
+        "cls server_args init_tokenizer_manager_func run_scheduler_process_func "
+        "run_detokenizer_process_func port_args",
+        "a scheduler that came up without its gate ends the server",
+        "a failing plugin ends the server by itself",
+    ),
+)
+
+# Applied in the launching process of a gated server.
+TOKENIZER_HOOKS = (
+    Hook(
+        "managers.tokenizer_manager.TokenizerManager._handle_batch_output",
+        AROUND,
+        stream.handle_batch_output,
+        "self recv_obj",
+        'meta_info["gate"] is a record per request, not a list per token',
+        "customized info can be per request",
+    ),
+)
+
+# Applied in the schedulers of a gated server.
+RUNTIME_HOOKS = (
+    Hook(
+        "managers.schedule_batch.Req.__init__",
+        AFTER,
+        scheduler.request_init,
+        None,
+        "per-request switch, refusals and radix namespace",
+        _CALLBACK,
+    ),
+    Hook(
+        _SCHEDULER + "_add_request_to_queue",
+        BEFORE,
+        scheduler.add_request,
+        "self req is_retracted",
+        "HTTP 400 for what the gate cannot serve, and for ids outside the vocabulary",
+        "SGLang checks input ids itself and lets plugins refuse a request",
+    ),
+    Hook(
+        "managers.schedule_policy.PrefillAdder.add_one_req",
+        AROUND,
+        prefill.add_one_req,
+        "self req has_chunked_req truncation_align_size",
+        "a gated prompt is prefilled alone, on the grid",
+        "prefill is batch-invariant",
+    ),
+    Hook(
+        "managers.schedule_policy.PrefillAdder.add_chunked_req",
+        AROUND,
+        prefill.add_chunked_req,
+        "self req",
+        "a gated chunk is never shrunk",
+        "prefill is batch-invariant",
+    ),
+    Hook(
+        "layers.sampler.Sampler._preprocess_logits",
+        AFTER,
+        margins.after_preprocess,
+        "self logits sampling_info",
+        "the margin of the logits that choose the token",
+        "the sampler returns margins",
+    ),
+    Hook(
+        "model_executor.model_runner.ModelRunner.sample",
+        AROUND,
+        margins.sample,
+        "self logits_output forward_batch",
+        "margins ride with the result; ties go to the lowest id",
+        "the sampler returns margins",
+    ),
+    Hook(
+        _SCHEDULER + "process_batch_result",
+        AROUND,
+        scheduler.process_batch_result,
+        "self batch result",
+        "margins in, verification after the commit, settled tokens out",
+        _CALLBACK,
+    ),
+    Hook(
+        _SCHEDULER + "get_next_batch_to_run",
+        AROUND,
+        scheduler.get_next_batch_to_run,
+        "self running_batch last_batch",
+        "stopped requests leave the batch while their rows are pending",
+        _CALLBACK,
+    ),
+    Hook(
+        "managers.schedule_batch.Req.update_finish_state",
+        AROUND,
+        scheduler.update_finish_state,
+        "self new_accepted_len",
+        "withholds the end of a request with pending rows",
+        _CALLBACK,
+    ),
+    Hook(
+        "managers.scheduler_components.output_streamer._GenerationStreamAccumulator.accept",
+        AROUND,
+        stream.accept,
+        "self req",
+        "nothing past the frontier leaves the scheduler",
+        "requests carry a number of settled tokens",
+    ),
+    Hook(
+        "managers.schedule_batch.release_req",
+        AROUND,
+        retraction.release,
+        "req remaing_req_count server_args req_to_token_pool token_to_kv_pool_allocator "
+        "tree_cache hisparse_coordinator offload_kv",
+        "a retracted request keeps its settled tokens; only its prompt is prefilled again",
+        "retraction can replay decoded columns",
+    ),
+    Hook(
+        _SCHEDULER + "is_fully_idle",
+        AFTER,
+        scheduler.is_fully_idle,
+        "self for_health_check",
+        "held requests own slots",
+        _CALLBACK,
+    ),
+    Hook(
+        _SCHEDULER + "on_idle",
+        AFTER,
+        scheduler.on_idle,
+        "self",
+        "forgets requests that vanished from SGLang's queues",
+        _CALLBACK,
+    ),
+    Hook(
+        _SCHEDULER + "abort_request",
+        AFTER,
+        scheduler.abort_request,
+        "self recv_req",
+        "SGLang does not know held requests",
+        _CALLBACK,
+    ),
+    Hook(
+        _SCHEDULER + "pause_generation",
+        BEFORE,
+        scheduler.pause_generation,
+        "self recv_req",
+        "no row waits across a pause or a weight update",
+        _CALLBACK,
+    ),
+    Hook(
+        _SCHEDULER + "get_internal_state",
+        AFTER,
+        info.internal_state,
+        "self recv_req",
+        "counters in /server_info",
+        "SGLang lets plugins add to it",
+    ),
+    Hook(
+        _SCHEDULER + "get_init_info",
+        AFTER,
+        info.init_info,
+        "self",
+        "tells the launcher that the gate is up",
+        "a failing plugin ends the server by itself",
+    ),
+)
+ALL_HOOKS = (*STARTUP_HOOKS, *TOKENIZER_HOOKS, *RUNTIME_HOOKS)

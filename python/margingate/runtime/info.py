@@ -1,0 +1,39 @@
+"""What a gated server says of itself: counters, and that its gate is up."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import margingate
+from margingate.runtime import integrity, state
+
+INFO_KEY = "margingate"
+
+
+def init_info(result: dict[str, Any], *_args: Any) -> None:
+    """AFTER Scheduler.get_init_info: the launcher refuses schedulers that do not say this."""
+    controller = state.controller()
+    result[INFO_KEY] = {"version": margingate.__version__, **asdict(controller.config)}
+
+
+def internal_state(result: Any, *_args: Any) -> None:
+    """AFTER Scheduler.get_internal_state: the counters in `/server_info`."""
+    controller = state.controller()
+    totals = asdict(controller.totals)
+    for req in controller.requests.values():
+        counts = asdict(req.gate.counts)
+        for name in totals.keys() - {"passes"}:  # a pass is shared; the totals count each once
+            totals[name] += counts[name]
+    steps = totals["steps"]
+    result.internal_state[INFO_KEY] = {
+        **totals,
+        "trigger_rate": totals["flagged"] / steps if steps else 0.0,
+        "reasons": dict(controller.reasons),
+        "passes_by_reason": dict(controller.dues),
+        "open": len(controller.requests),
+        "held": len(controller.held),
+        "guarantee": controller.config.guarantee,
+        "policy": controller.config.policy,
+        "integrity": integrity.report(controller),
+    }

@@ -1,0 +1,44 @@
+"""Canonical prefill: a gated prompt is prefilled alone, in chunks cut on an absolute grid.
+
+Then the forward that computes a column has the same shape and the same rows whatever waits
+beside the request and however much of its prefix was cached (hits are cut to the grid too).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.managers.schedule_policy import AddReqResult
+
+from margingate.runtime import state
+from margingate.runtime.radix import is_gated
+
+
+def add_one_req(
+    original: Any, adder: Any, req: Any, has_chunked_req: bool, truncation_align_size: int | None
+) -> Any:
+    """AROUND PrefillAdder.add_one_req: keep gated requests apart from all others."""
+    if any(is_gated(other) for other in adder.can_run_list):
+        return AddReqResult.OTHER
+    if not is_gated(req):
+        return original(adder, req, has_chunked_req, truncation_align_size)
+    if has_chunked_req:  # a prompt is half done: it goes first, alone or without gated ones
+        return AddReqResult.CONTINUE if adder.can_run_list else AddReqResult.OTHER
+    if adder.can_run_list:
+        return AddReqResult.CONTINUE
+    adder.rem_chunk_tokens = state.controller().prefill_chunk
+    result = original(adder, req, has_chunked_req, truncation_align_size)
+    return AddReqResult.OTHER if adder.can_run_list else result
+
+
+def add_chunked_req(original: Any, adder: Any, req: Any) -> Any:
+    """AROUND PrefillAdder.add_chunked_req: never shrink a gated chunk; park it instead."""
+    if not is_gated(req):
+        return original(adder, req)
+    chunk = state.controller().prefill_chunk
+    need = min(chunk, len(req.full_untruncated_fill_ids) - len(req.prefix_indices))
+    if need > adder.cur_rem_tokens or 0 < adder.rem_total_tokens < need:
+        req.set_extend_range(len(req.prefix_indices), len(req.prefix_indices))
+        return req
+    adder.rem_chunk_tokens = chunk
+    return original(adder, req)

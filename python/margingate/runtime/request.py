@@ -1,0 +1,179 @@
+"""What the gate keeps with each SGLang request: is it gated, its counts, its withheld end."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from array import array
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from margingate.config import GateConfig
+
+OPT_OUT = "deterministic"
+FAULT_ROWS = "gate_fault_rows"
+# A gated prompt's columns are canonical; it must not meet the columns of a batched prefill.
+CACHE_NAMESPACE = "margingate:"
+_serial = itertools.count(1)
+
+
+@dataclass(slots=True)
+class Counts:
+    """Per request and, summed, per scheduler. Rows and tokens; seconds for `drain_s`."""
+
+    steps: int = 0  # rows emitted, prefill's included
+    flagged: int = 0  # rows whose margin asked for verification
+    replayed: int = 0  # rows verified only because a flagged row brought them along
+    verified: int = 0  # rows computed by verify passes
+    flips: int = 0  # mismatches repaired
+    missed: int = 0  # mismatches at rows already sent: the client's token stands
+    rolled_back: int = 0  # tokens dropped by flips, the replaced ones included
+    repaired: int = 0  # K/V columns rewritten in place
+    passes: int = 0  # verify passes; per request: passes it had rows in
+    retractions: int = 0  # times its columns were taken and replayed
+    drain_s: float = 0.0  # stopped, waiting for its last rows
+
+    def add(self, other: Counts) -> None:
+        """Add another record's numbers to this one's."""
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """The end of a stopped request, withheld until its rows are settled."""
+
+    reason: Any  # SGLang's BaseFinishReason
+    length: int | None
+    since: float  # time.monotonic, seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a retracted request keeps; its columns are replayed after the next prefill."""
+
+    tokens: array[int]
+    logprobs: dict[str, list[Any]]
+
+
+@dataclass(slots=True)
+class GateRequest:
+    """The gate's state of one request; SGLang's `Req` carries it as `req.gate`."""
+
+    key: str  # unique in this process, even where clients reuse a request id
+    gated: bool
+    ungated_because: str = ""
+    refusal: str = ""
+    faults: frozenset[int] = frozenset()
+    counts: Counts = field(default_factory=Counts)
+    hold: Hold | None = None
+    kept: Kept | None = None
+    injected_first: int | None = None  # what prefill chose before a fault replaced it
+
+    def summary(self, config: GateConfig) -> dict[str, Any]:
+        """For `meta_info["gate"]`."""
+        if not self.gated:
+            return {"gated": False, "because": self.ungated_because}
+        return {
+            "gated": True,
+            "guarantee": config.guarantee,
+            "policy": config.policy,
+            "threshold": config.threshold,
+            **asdict(self.counts),
+        }
+
+
+LOGPROB_LISTS = (
+    "output_token_logprobs_val",
+    "output_token_logprobs_idx",
+    "output_top_logprobs_val",
+    "output_top_logprobs_idx",
+    "output_token_ids_logprobs_val",
+    "output_token_ids_logprobs_idx",
+)
+
+
+def logprob_lists(req: Any) -> dict[str, list[Any]]:
+    """The request's output log-prob lists that are kept (some stay empty), by name."""
+    if not req.return_logprob:
+        return {}
+    lists = {name: getattr(req.logprob, name) for name in LOGPROB_LISTS}
+    return {name: values for name, values in lists.items() if values}
+
+
+def attach(req: Any, config: GateConfig) -> None:
+    """Set `req.gate` from the request's own parameters, and its radix-tree namespace."""
+    gate = _classify(req, config)
+    req.gate = gate
+    if gate.gated:
+        req.extra_key = CACHE_NAMESPACE + (req.extra_key or "")
+
+
+def _classify(req: Any, config: GateConfig) -> GateRequest:
+    key = f"{next(_serial)}:{req.rid}"
+    custom = req.sampling_params.custom_params or {}
+    wanted, faults = custom.get(OPT_OUT, True), custom.get(FAULT_ROWS, ())
+    refusal = _malformed(wanted, faults, config) or _outside_vocabulary(req)
+    if refusal:
+        return GateRequest(key, False, "refused", refusal)
+    ungated = (
+        (not wanted, f"{OPT_OUT} is false"),
+        (config.policy == "observe", "policy observe"),
+        (req.sampling_params.top_k > 1, "sampling is not greedy"),
+        (req.sampling_params.max_new_tokens == 0, "no token is generated"),
+    )
+    for applies, because in ungated:
+        if applies:
+            return GateRequest(key, False, because)
+    if feature := _not_yet_served(req):
+        refusal = (
+            f"this request uses {feature}, which the deterministic gate cannot roll back yet: drop "
+            f'it, or send custom_params={{"{OPT_OUT}": false}} to be served without the gate.'
+        )
+        return GateRequest(key, False, "refused", refusal)
+    return GateRequest(key, True, faults=frozenset(faults))
+
+
+def _malformed(wanted: Any, faults: Any, config: GateConfig) -> str:
+    if not isinstance(wanted, bool):
+        return f"custom_params.{OPT_OUT} is {wanted!r}: give true or false."
+    if faults and not config.inject_faults:
+        return f"custom_params.{FAULT_ROWS} needs a server started with --gate-inject-faults."
+    rows = isinstance(faults, list | tuple) and all(type(row) is int for row in faults)
+    return "" if rows else f"custom_params.{FAULT_ROWS} is {faults!r}: give a list of row numbers."
+
+
+def _outside_vocabulary(req: Any) -> str:
+    ids, size = req.origin_input_ids, req.vocab_size
+    if not ids or not size or (min(ids) >= 0 and max(ids) < size):
+        return ""
+    bad = next(token for token in ids if not 0 <= token < size)
+    return f"input_ids holds {bad}, but the model's vocabulary is 0 to {size - 1}."
+
+
+def _not_yet_served(req: Any) -> str:
+    params = req.sampling_params
+    features = (
+        (params.frequency_penalty != 0, "frequency_penalty"),
+        (params.presence_penalty != 0, "presence_penalty"),
+        (params.repetition_penalty != 1, "repetition_penalty"),
+        (params.min_new_tokens > 0, "min_new_tokens"),
+        (bool(params.logit_bias), "logit_bias"),
+        (params.json_schema is not None, "json_schema"),
+        (params.regex is not None, "regex"),
+        (params.ebnf is not None, "ebnf"),
+        (params.structural_tag is not None, "structural_tag"),
+        (req.custom_logit_processor is not None, "custom_logit_processor"),
+        (req.input_embeds is not None, "input_embeds"),
+        (req.positional_embed_overrides is not None, "embedding overrides"),
+        (req.lora_id is not None, "a LoRA adapter"),
+        (req.session is not None, "a session"),
+        (bool(req.return_hidden_states), "return_hidden_states"),
+        (req.return_sampling_mask, "return_sampling_mask"),
+    )
+    return next((name for applies, name in features if applies), "")
+
+
+def now() -> float:
+    """Seconds on the clock that holds are timed with."""
+    return time.monotonic()

@@ -1,0 +1,101 @@
+"""Hooks on SGLang's Scheduler: each hands over to the controller."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from sglang.srt.mem_cache.registry import (
+    register_radix_cache_backend,
+    registered_radix_cache_backends,
+)
+
+from margingate.runtime import hook_table, hooks, radix, request, state
+from margingate.runtime.arguments import RADIX_BACKEND, confirm_schedulers, gate_config
+
+logger = logging.getLogger(__name__)
+
+
+def init(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """AROUND Scheduler.__init__: a gated scheduler is patched here, and nowhere else."""
+    config = gate_config(server_args)
+    if config is None:
+        original(self, server_args, *args, **kwargs)
+        return
+    from margingate.runtime.controller import GateController
+
+    hooks.check_version()
+    hooks.install(hook_table.RUNTIME_HOOKS)
+    if RADIX_BACKEND not in registered_radix_cache_backends():
+        register_radix_cache_backend(RADIX_BACKEND, radix.build)
+    original(self, server_args, *args, **kwargs)
+    state.set_controller(GateController(self, config))
+    logger.info("margingate: the deterministic gate is up: %s", config)
+
+
+def launch(original: Any, cls: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND Engine._launch_subprocesses: patch this process, then ask every scheduler."""
+    if gate_config(server_args) is None:
+        return original(cls, server_args, *args, **kwargs)
+    hooks.install(hook_table.TOKENIZER_HOOKS)
+    result = original(cls, server_args, *args, **kwargs)
+    confirm_schedulers(result)
+    return result
+
+
+def request_init(_result: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
+    """AFTER Req.__init__."""
+    controller = state.active()
+    if controller is not None:
+        request.attach(req, controller.config)
+
+
+def add_request(_scheduler: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
+    """BEFORE Scheduler._add_request_to_queue: answer what cannot be served with HTTP 400."""
+    gate = getattr(req, "gate", None)
+    if gate is not None and gate.refusal and req.to_finish is None:
+        req.set_finish_with_abort(gate.refusal)
+
+
+def process_batch_result(original: Any, _scheduler: Any, batch: Any, result: Any) -> None:
+    """AROUND Scheduler.process_batch_result."""
+    state.controller().process(original, batch, result)
+
+
+def get_next_batch_to_run(
+    original: Any, _scheduler: Any, running_batch: Any, last_batch: Any
+) -> Any:
+    """AROUND Scheduler.get_next_batch_to_run."""
+    return state.controller().next_batch(original, running_batch, last_batch)
+
+
+def update_finish_state(original: Any, req: Any, new_accepted_len: int = 1) -> None:
+    """AROUND Req.update_finish_state: withhold the end of a request with pending rows."""
+    original(req, new_accepted_len)
+    if req.finished() and radix.is_gated(req):
+        state.controller().hold_end(req)
+
+
+def is_fully_idle(result: bool, *_args: Any, **_kwargs: Any) -> bool | None:
+    """AFTER Scheduler.is_fully_idle: held requests own slots, so the server is not idle."""
+    controller = state.controller()
+    return False if controller.held or controller.rejoining else None
+
+
+def on_idle(_result: Any, scheduler: Any) -> None:
+    """AFTER Scheduler.on_idle: drop what a vanished request left behind."""
+    controller = state.controller()
+    if controller.requests and scheduler.is_fully_idle():
+        controller.reap()
+
+
+def abort_request(_result: Any, _scheduler: Any, received: Any) -> None:
+    """AFTER Scheduler.abort_request: SGLang looks at its queues and batches only."""
+    state.controller().abort_held(
+        lambda req: received.abort_all or req.rid.startswith(received.rid)
+    )
+
+
+def pause_generation(_scheduler: Any, _received: Any) -> None:
+    """BEFORE Scheduler.pause_generation: let nothing wait across a pause."""
+    state.controller().settle_all()

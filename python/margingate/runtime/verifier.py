@@ -1,0 +1,126 @@
+"""The verifier micro-batch: a decode forward of a fixed number of rows over existing slots.
+
+A row is (the request's row of the page table, position + 1, the token at that position, the slot
+that the position owns already). Each layer writes the K/V of all rows before it attends, so a
+later row of the same request reads the earlier rows' new columns, and the pass itself rewrites
+the columns. With the number of rows fixed, a row's bits do not depend on the other rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sglang.srt.model_executor.forward_batch_info import (
+    CaptureHiddenMode,
+    ForwardBatch,
+    ForwardMode,
+)
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+from margingate_kernels import softmax_top2
+
+
+@dataclass(frozen=True, slots=True)
+class RowInput:
+    """One row of a verify pass."""
+
+    pool_index: int  # row of req_to_token
+    position: int  # of the input token; its column is rewritten
+    token: int  # the input token's id
+    logprobs: tuple[int, tuple[int, ...] | None] | None = None  # top-k and token ids wanted
+
+
+@dataclass(frozen=True, slots=True)
+class RowLogprobs:
+    """Log-probabilities of one verified row (natural log, float32 values)."""
+
+    token: float
+    top: tuple[list[float], list[int]] | None
+    ids: list[float] | None
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """What the verifier says of one row."""
+
+    token: int
+    margin: float
+    logprobs: RowLogprobs | None
+
+
+class Verifier:
+    """Runs verify passes of exactly `rows` rows on the model of `model_runner`."""
+
+    def __init__(self, model_runner: Any, rows: int) -> None:
+        self.runner = model_runner
+        self.rows = rows
+        self.device = model_runner.device
+        self._page_table = model_runner.req_to_token_pool.req_to_token
+
+    def run(self, rows: Sequence[RowInput]) -> list[RowResult]:
+        """Verify 1 to `self.rows` rows; those of one request adjacent, positions ascending.
+
+        Rewrites the K/V columns of the rows' positions in place. Padding rows read and write the
+        reserved slot 0 only.
+        """
+        batch = self._forward_batch(rows)
+        backend = self.runner.attn_backend
+        with torch.inference_mode(), forward_context(ForwardContext(attn_backend=backend)):
+            backend.init_forward_metadata(batch)
+            output = self.runner.model.forward(batch.input_ids, batch.positions, batch)
+            logits = output.next_token_logits
+            best = softmax_top2(logits)
+            tokens, margins = best.ids.tolist(), best.margin.tolist()
+            wanted = _logprobs(logits, rows, tokens)
+        return [RowResult(tokens[i], margins[i], wanted.get(i)) for i, _ in enumerate(rows)]
+
+    def _forward_batch(self, rows: Sequence[RowInput]) -> ForwardBatch:
+        padding = [RowInput(0, 0, 0)] * (self.rows - len(rows))
+        fields = [(r.pool_index, r.position, r.token) for r in (*rows, *padding)]
+        pool, positions, tokens = torch.tensor(fields, dtype=torch.int64).unbind(1)
+        pool, positions, tokens = (
+            column.contiguous().to(self.device) for column in (pool, positions, tokens)
+        )
+        seq_lens = positions + 1
+        seq_lens_cpu = seq_lens.cpu()
+        return ForwardBatch(
+            forward_mode=ForwardMode.DECODE,
+            batch_size=self.rows,
+            input_ids=tokens,
+            req_pool_indices=pool,
+            seq_lens=seq_lens,
+            seq_lens_cpu=seq_lens_cpu,
+            seq_lens_sum=int(seq_lens_cpu.sum()),
+            orig_seq_lens=seq_lens.to(torch.int32),
+            out_cache_loc=self._page_table[pool, positions].to(torch.int64),
+            positions=positions,
+            spec_algorithm=SpeculativeAlgorithm.NONE,
+            capture_hidden_mode=CaptureHiddenMode.NULL,
+            num_token_non_padded_cpu=self.rows,
+        )
+
+
+def _logprobs(
+    logits: torch.Tensor, rows: Sequence[RowInput], tokens: Sequence[int]
+) -> dict[int, RowLogprobs]:
+    """Log-probs by row index, for the rows that want them; computed over all rows at once."""
+    wanted = [(i, row.logprobs) for i, row in enumerate(rows) if row.logprobs is not None]
+    if not wanted:
+        return {}
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    return {i: _row_logprobs(logprobs[i], tokens[i], *want) for i, want in wanted}
+
+
+def _row_logprobs(
+    row: torch.Tensor, token: int, top: int, ids: tuple[int, ...] | None
+) -> RowLogprobs:
+    best = row.topk(top) if top else None
+    return RowLogprobs(
+        row[token].item(),
+        None if best is None else (best.values.tolist(), best.indices.tolist()),
+        None if ids is None else row[list(ids)].tolist(),
+    )

@@ -1,0 +1,19 @@
+"""Small GPU kernels for MarginGate: each is a jit body, a checked wrapper and a torch oracle."""
+
+from margingate_kernels.top2 import (
+    Top2,
+    Top2Workspace,
+    empty_top2,
+    softmax_top2,
+    softmax_top2_reference,
+    top2_workspace,
+)
+
+__all__ = [
+    "Top2",
+    "Top2Workspace",
+    "empty_top2",
+    "softmax_top2",
+    "softmax_top2_reference",
+    "top2_workspace",
+]
