@@ -40,7 +40,7 @@ ATOL, RTOL = 2e-6, 4e-7  # of logprob, as softmax_top2_reference states
 
 def bits(result: Top2) -> list[torch.Tensor]:
     """Comparable with torch.equal also where NaN (of any payload) and signed zeros are."""
-    floats = [torch.nan_to_num(f, nan=-1.0, posinf=None).view(torch.int32) for f in result[2:]]
+    floats = [f.masked_fill(f.isnan(), -1.0).view(torch.int32) for f in result[2:]]
     return [*result[:2], *floats, result.margin.isnan(), result.logprob.isnan()]
 
 
@@ -316,7 +316,7 @@ def naive_top2(row: list[float]) -> tuple[int, int, float, float]:
     runner_up = order[1] if len(row) > 1 else -1
     if any(math.isnan(x) for x in row):
         return order[0], runner_up, NAN, NAN
-    margin = NAN if best == second and math.isinf(best) else best - second
+    margin = NAN if best == second and math.isinf(best) else best - second + 0.0
     if math.isinf(best):
         return order[0], runner_up, margin, NAN
     return order[0], runner_up, margin, -math.log(math.fsum(math.exp(x - best) for x in row))
@@ -377,7 +377,7 @@ WORKSPACE = top2_workspace(2, 8, "cpu")
         (LOGITS.double(), {}, TypeError, "torch.float64; cast to"),
         (LOGITS[0], {}, ValueError, r"shape \[8\]"),
         (LOGITS[:, :0], {}, ValueError, r"shape \[2, 0\]"),
-        (LOGITS.t(), {}, ValueError, "contiguous"),
+        (LOGITS.t(), {}, ValueError, r"stride 8 along .* logits.contiguous\(\)"),
         (LOGITS.to("meta"), {}, ValueError, "on meta; move it"),
         (LOGITS, {"valid_vocab": 0}, ValueError, "valid_vocab is 0; pass 1 to 8"),
         (LOGITS, {"valid_vocab": 9}, ValueError, "valid_vocab is 9"),

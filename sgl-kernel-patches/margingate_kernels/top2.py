@@ -121,36 +121,32 @@ def softmax_top2_reference(logits: torch.Tensor, *, valid_vocab: int | None = No
     Ids and margin equal the kernel's bit for bit; logprob to 2e-6 + 4e-7 * |logprob|.
     """
     valid = _check_logits(logits, valid_vocab)
-    values = logits[:, :valid].float()
+    result = empty_top2(len(logits), logits.device)
+    for row, values in enumerate(logits[:, :valid]):
+        for field, entry in zip(result, _reference_row(values.float()), strict=True):
+            field[row] = entry
+    return result
+
+
+def _reference_row(values: torch.Tensor) -> tuple[int, int, torch.Tensor, torch.Tensor]:
+    """One row of the oracle, float32 [V]: a sum over [R, V] might split its work by R."""
     invalid = values.isnan()
     ranked = values.masked_fill(invalid, -torch.inf)
-    columns = torch.arange(valid, dtype=torch.int32, device=logits.device)
-
-    # The lowest id is spelled out: torch leaves the index that max and argmax return for equal
-    # values open.
-    best = ranked.amax(1, keepdim=True)
-    ids = columns.where(ranked == best, valid).amin(1, keepdim=True)
-    taken = columns == ids
-    rest = ranked.masked_fill(taken, -torch.inf)
-    second = rest.amax(1, keepdim=True)
-    runner_up = columns.where((rest == second) & ~taken, valid).amin(1)
-    runner_up = runner_up.masked_fill(runner_up == valid, -1)
-
-    margin = (best - second).squeeze(1)
-    margin = margin.masked_fill(invalid.any(1), torch.nan)
-    logprob = torch.empty_like(margin)
-    for row in range(len(values)):
-        logprob[row] = _best_logprob(values[row], best[row])
-    # `+ 0.0` turns the -0.0 of 0.0 - -0.0 into 0.0
-    return Top2(ids.squeeze(1).long(), runner_up.long(), margin + 0.0, logprob)
+    best = ranked.max()
+    first = _lowest_id(ranked == best)
+    ranked[first] = -torch.inf
+    second = ranked.max()
+    at_second = ranked == second
+    at_second[first] = False
+    # `+ 0.0` turns the -0.0 of -0.0 - 0.0 into 0.0.
+    margin = (best - second + 0.0).masked_fill(invalid.any(), torch.nan)
+    return first, _lowest_id(at_second), margin, 0.0 - (values - best).exp().sum().log()
 
 
-def _best_logprob(row: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
-    """Log softmax at the maximum `best` [1] of a float32 `row` [V]; NaN unless it is finite.
-
-    One row at a time, because a torch sum over [R, V] may split its work by R.
-    """
-    return 0.0 - (row - best).exp().sum().log()
+def _lowest_id(mask: torch.Tensor) -> int:
+    """The first column set in a bool row, -1 if none: nonzero states its order, argmax does not."""
+    columns = mask.nonzero()
+    return int(columns[0]) if len(columns) else -1
 
 
 def _copy_into(out: Top2, result: Top2) -> Top2:

@@ -9,6 +9,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.mem_cache.common import release_kv_cache
 
 from margingate.config import GateConfig
+from margingate.core.histogram import MarginHistogram
 from margingate.core.ledger import Ledger, Outcome, Row
 from margingate.core.policy import INJECTED, GatePolicy
 from margingate.core.queue import MicroBatchQueue
@@ -36,6 +37,7 @@ class GateController:
         self.queue = MicroBatchQueue(config.rows, config.max_delay)
         self.verifier = Verifier(scheduler.tp_worker.model_runner, config.rows)
         self.totals = Counts()
+        self.histogram = MarginHistogram()
         self.reasons: dict[str, int] = {}
         self.dues: dict[str, int] = {}
         self.requests: dict[str, Any] = {}  # open gated requests by key
@@ -84,6 +86,8 @@ class GateController:
         best = getattr(getattr(result, "logits_output", None), "gate", None)
         prefill = batch.forward_mode.is_extend()
         margins = best.margin.tolist() if best is not None else None
+        if margins is not None and not prefill:
+            self.histogram.add_steps(margins)
         for i, req in enumerate(batch.reqs):
             gate: GateRequest | None = getattr(req, "gate", None)
             if gate is None or req.is_retracted or req.finished():
@@ -109,6 +113,7 @@ class GateController:
         decision = INJECTED if fault else self.policy.decide(margin, canonical=canonical)
         self.reasons[decision.reason] = self.reasons.get(decision.reason, 0) + 1
         self.ledger.emit(gate.key, flagged=decision.flagged, canonical=canonical and not fault)
+        gate.margins.append(margin)
         gate.counts.steps += 1
         if decision.flagged:
             gate.counts.flagged += 1
@@ -190,6 +195,8 @@ class GateController:
         counts.repaired += row.index > 1
         if outcome is Outcome.FLIP:
             counts.flips += 1
+            self.histogram.add_flip(req.gate.margins[row.index - 1])
+            del req.gate.margins[row.index :]
             counts.rolled_back += emitted - row.index + 1
             self._roll_back(req, row.index, result)
         elif outcome is Outcome.MATCH:

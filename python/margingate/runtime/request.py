@@ -68,6 +68,7 @@ class GateRequest:
     counts: Counts = field(default_factory=Counts)
     hold: Hold | None = None
     kept: Kept | None = None
+    margins: array[float] = field(default_factory=lambda: array("f"))  # by row, logits
     injected_first: int | None = None  # what prefill chose before a fault replaced it
 
     def summary(self, config: GateConfig) -> dict[str, Any]:

@@ -60,6 +60,11 @@ class Verifier:
         self.rows = rows
         self.device = model_runner.device
         self._page_table = model_runner.req_to_token_pool.req_to_token
+        # SGLang's torch-native attention loops over the rows it is told of; padding rows are
+        # there for the GEMMs, whose bits depend on the number of rows, and need no attention.
+        self._attends_row_by_row = type(model_runner.attn_backend).__name__ == (
+            "TorchNativeAttnBackend"
+        )
 
     def run(self, rows: Sequence[RowInput]) -> list[RowResult]:
         """Verify 1 to `self.rows` rows; those of one request adjacent, positions ascending.
@@ -80,6 +85,7 @@ class Verifier:
 
     def _forward_batch(self, rows: Sequence[RowInput]) -> ForwardBatch:
         padding = [RowInput(0, 0, 0)] * (self.rows - len(rows))
+        attended = len(rows) if self._attends_row_by_row else self.rows
         fields = [(r.pool_index, r.position, r.token) for r in (*rows, *padding)]
         pool, positions, tokens = torch.tensor(fields, dtype=torch.int64).unbind(1)
         pool, positions, tokens = (
@@ -91,9 +97,9 @@ class Verifier:
             forward_mode=ForwardMode.DECODE,
             batch_size=self.rows,
             input_ids=tokens,
-            req_pool_indices=pool,
-            seq_lens=seq_lens,
-            seq_lens_cpu=seq_lens_cpu,
+            req_pool_indices=pool[:attended],
+            seq_lens=seq_lens[:attended],
+            seq_lens_cpu=seq_lens_cpu[:attended],
             seq_lens_sum=int(seq_lens_cpu.sum()),
             orig_seq_lens=seq_lens.to(torch.int32),
             out_cache_loc=self._page_table[pool, positions].to(torch.int64),

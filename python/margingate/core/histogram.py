@@ -1,0 +1,43 @@
+"""Margins of all steps, and of those that flipped, in fixed bins."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+
+
+def _edges() -> tuple[float, ...]:
+    # BF16 logits between 8 and 32 are multiples of 1/16 and 1/8, and so are most margins.
+    fine = [step / 16 for step in range(33)]
+    coarse = [2.5, 3, 3.5, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32]
+    return (*fine, *map(float, coarse))
+
+
+EDGES = _edges()  # logits; a bin holds its lower edge, the last also all above
+
+
+class MarginHistogram:
+    """Counts of margins (logits) of steps and of flips. NaN margins are not counted."""
+
+    def __init__(self) -> None:
+        self.steps = [0] * (len(EDGES) - 1)
+        self.flips = [0] * (len(EDGES) - 1)
+
+    def add_steps(self, margins: Iterable[float]) -> None:
+        """Count one step for each margin."""
+        for margin in margins:
+            if margin == margin:  # NaN is not
+                self.steps[_bin(margin)] += 1
+
+    def add_flip(self, margin: float) -> None:
+        """Count a flip of a row that the fast path emitted with this margin."""
+        if margin == margin:
+            self.flips[_bin(margin)] += 1
+
+    def record(self) -> dict[str, list[float]]:
+        """Edges and counts, ready for JSON."""
+        return {"edges": list(EDGES), "steps": list(self.steps), "flips": list(self.flips)}
+
+
+def _bin(margin: float) -> int:
+    return min(max(bisect_right(EDGES, margin) - 1, 0), len(EDGES) - 2)
