@@ -13,7 +13,7 @@ setup(
         "margingate_kernels": "sgl-kernel-patches/margingate_kernels",
     },
     packages=find_packages("python") + find_packages("sgl-kernel-patches"),
-    package_data={"margingate": ["py.typed"], "margingate_kernels": ["py.typed"]},
+    package_data={"margingate": ["py.typed", "data/*.jsonl"], "margingate_kernels": ["py.typed"]},
     install_requires=["sglang==0.5.17", "gguf>=0.10", "rich", "matplotlib"],
     extras_require={
         "test": ["pytest", "hypothesis", "ruff==0.17.6", "mypy==2.4.1", "openai"],

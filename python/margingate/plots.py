@@ -1,0 +1,123 @@
+"""Pictures of measurements: pure functions from records to PNG files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+STEPS, FLIPS, LINE = "#9db4cc", "#c8321e", "#222222"
+_STYLE = {"font.size": 11.0, "axes.spines.top": False, "axes.spines.right": False}
+
+
+@dataclass(frozen=True)
+class Margins:
+    """Histogram of margins, as a gated server reports it in `/server_info`.
+
+    Raises:
+        ValueError: at construction, when the lists do not fit together.
+    """
+
+    edges: tuple[float, ...]  # logits, ascending; a bin holds its lower edge, the last all above
+    steps: tuple[int, ...]  # decode steps per bin
+    flips: tuple[int, ...]  # steps whose emitted token was replaced, by the margin it had
+
+    def __post_init__(self) -> None:
+        bins = len(self.edges) - 1
+        if bins < 1 or (len(self.steps), len(self.flips)) != (bins, bins):
+            raise ValueError(
+                f"{len(self.edges)} edges do not bound {len(self.steps)} and {len(self.flips)} "
+                "bins: give one edge more than bins."
+            )
+        if any(b <= a for a, b in zip(self.edges, self.edges[1:], strict=False)):
+            raise ValueError(f"the edges {self.edges} do not ascend: sort them.")
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Sequence[Any]]) -> Self:
+        """From {"edges": [...], "steps": [...], "flips": [...]}."""
+        return cls(tuple(record["edges"]), tuple(record["steps"]), tuple(record["flips"]))
+
+    def since(self, earlier: Margins) -> Margins:
+        """What was counted after `earlier`, which has the same edges."""
+        if earlier.edges != self.edges:
+            raise ValueError("two histograms with different edges cannot be subtracted.")
+        steps = (now - then for now, then in zip(self.steps, earlier.steps, strict=True))
+        flips = (now - then for now, then in zip(self.flips, earlier.flips, strict=True))
+        return Margins(self.edges, tuple(steps), tuple(flips))
+
+
+def plot_margins(margins: Margins, threshold: float, path: Path, title: str) -> None:
+    """Write the histogram of all margins, with the flips and the threshold, as a PNG.
+
+    Heights are counts divided by the bin's width in units of the first bin's, so that wide and
+    narrow bins compare; the margin axis is linear up to the last bin of that width, then
+    logarithmic.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        edges = np.array(margins.edges)
+        widths = np.diff(edges) / (edges[1] - edges[0])
+        steps, flips = np.array(margins.steps) / widths, np.array(margins.flips) / widths
+        low = _floor(steps, flips)
+        _bars(axes, steps, edges, low, color=STEPS, label=f"decode steps ({sum(margins.steps):,})")
+        _bars(axes, flips, edges, low, color=FLIPS, label=f"of them flips ({sum(margins.flips):,})")
+        _line(axes, threshold, margins)
+        _scales(axes, edges, low, steps.max(initial=1))
+        axes.set_title(title, loc="left", fontweight="bold")
+        axes.set_xlabel("margin: top-1 minus top-2 logit of the emitted token [logits]")
+        axes.set_ylabel(f"decode steps per {edges[1] - edges[0]:g} logits")
+        axes.legend(loc="upper right", frameon=False)
+        figure.savefig(path)
+
+
+def _floor(*heights: np.ndarray) -> float:
+    """A power of ten below every bar, at most 0.1, so that a single step shows."""
+    least = min((float(h[h > 0].min()) for h in heights if (h > 0).any()), default=1.0)
+    return min(0.1, float(10.0 ** math.floor(math.log10(least / 1.5))))
+
+
+def _bars(
+    axes: Axes, heights: np.ndarray, edges: np.ndarray, low: float, color: str, label: str
+) -> None:
+    """Filled steps that stand on `low`, since a logarithmic axis has no zero."""
+    tops = np.maximum(heights, low)
+    axes.stairs(tops, edges, baseline=low, fill=True, color=color, label=label)
+
+
+def _line(axes: Axes, threshold: float, margins: Margins) -> None:
+    """The threshold, and the share of the decode steps in the bins that lie below it."""
+    whole = sum(margins.steps)
+    uppers = margins.edges[1:]
+    below = sum(n for n, edge in zip(margins.steps, uppers, strict=True) if edge <= threshold)
+    label = f"threshold {threshold:g}"
+    if whole and threshold in margins.edges:  # else a bin lies on both sides
+        label += f": {below / whole:.1%} of the steps are below"
+    axes.axvline(threshold, color=LINE, linestyle="--", linewidth=1.5, label=label)
+
+
+def _scales(axes: Axes, edges: np.ndarray, low: float, top: float) -> None:
+    """Both axes' scales, limits and ticks."""
+    axes.set_yscale("log")
+    axes.set_ylim(low, top * 3)
+    widths = np.diff(edges)
+    wider = np.flatnonzero(widths > widths[0] * 1.001)
+    if not len(wider):
+        axes.set_xlim(edges[0], edges[-1])
+        return
+    linear = edges[wider[0]]
+    axes.set_xscale("symlog", linthresh=linear, linscale=2.0, base=2)
+    axes.set_xlim(edges[0], edges[-1])
+    doubled = [linear * 2**k for k in range(1, 20) if linear * 2**k <= edges[-1]]
+    ticks = [*np.linspace(edges[0], linear, 5), *doubled]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
