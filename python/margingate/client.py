@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,11 +145,17 @@ class Client:
 
         return requests.get(self.base_url + path, timeout=60).json()
 
-    def flush(self) -> None:
-        """Empty the radix tree; raises requests.HTTPError when the server is busy."""
+    def flush(self, wait_s: float = 20) -> None:
+        """Empty the radix tree; raises requests.HTTPError when the server stays busy."""
         import requests
 
-        requests.post(self.base_url + "/flush_cache", timeout=60).raise_for_status()
+        deadline = time.monotonic() + wait_s
+        while True:
+            reply = requests.post(self.base_url + "/flush_cache", timeout=60)
+            if reply.ok or time.monotonic() > deadline:
+                reply.raise_for_status()
+                return
+            time.sleep(0.1)  # the last request's batch may not have been filtered yet
 
     def gate_state(self) -> dict[str, Any]:
         """The gate's counters; KeyError on a server without the gate."""

@@ -93,7 +93,8 @@ class GateConfig:
         _check_choice("--gate-policy", self.policy, POLICIES)
         _check_choice("--gate-guarantee", self.guarantee, GUARANTEES)
         _check_choice("--gate-repair", self.repair, REPAIRS)
-        if not isinstance(self.threshold, int | float) or not self.threshold >= 0:
+        number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
+        if not number or not self.threshold >= 0:
             raise GateError(
                 f"--gate-threshold is {self.threshold!r}, but a margin is compared with it: "
                 "give a number of logits >= 0, or 'auto' with --gate-calibration."
@@ -102,9 +103,13 @@ class GateConfig:
             raise GateError(
                 "--gate-threshold is infinite: use --gate-policy always to verify every row."
             )
-        _check_range("--gate-rows", self.rows, 1, MAX_ROWS)
+        if self.rows is not None:
+            _check_range("--gate-rows", self.rows, 1, MAX_ROWS)
         _check_range("--gate-max-delay", self.max_delay, 0, 1 << 20)
-        _check_range("--gate-prefill-chunk", self.prefill_chunk, 1, 1 << 20)
+        if self.prefill_chunk is not None:
+            _check_range("--gate-prefill-chunk", self.prefill_chunk, 1, 1 << 20)
+        _check_switch("--gate-debug", self.debug)
+        _check_switch("--gate-inject-faults", self.inject_faults)
         if self.guarantee == "exact" and (self.repair == "column" or self.policy == "observe"):
             raise GateError(
                 "--gate-guarantee exact needs --gate-repair span and a policy that verifies: "
@@ -118,10 +123,13 @@ def _check_choice(option: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def _check_range(option: str, value: Any, low: int, high: int) -> None:
-    if value is None:
-        return
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise GateError(f"{option} is {value!r}: give a whole number from {low} to {high}.")
+
+
+def _check_switch(option: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise GateError(f"{option} is {value!r}: give True or False.")
 
 
 def make_config(options: dict[str, Any], model: dict[str, str]) -> GateConfig:
@@ -155,7 +163,8 @@ def _parse(name: str, value: Any) -> Any:
             return int(value)
     except ValueError:
         option = "--gate-" + name.replace("_", "-")
-        raise GateError(f"{option} is {value!r}, which is not a number: give a number.") from None
+        kind = "number" if name == "threshold" else "whole number"
+        raise GateError(f"{option} is {value!r}, which is not a {kind}: give a {kind}.") from None
     return value
 
 

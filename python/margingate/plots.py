@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 STEPS, FLIPS, LINE = "#9db4cc", "#c8321e", "#222222"
-_STYLE = {"font.size": 11.0, "axes.spines.top": False, "axes.spines.right": False}
+_STYLE: dict[Any, Any] = {"font.size": 11.0, "axes.spines.top": False, "axes.spines.right": False}
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,18 @@ def plot_margins(margins: Margins, threshold: float, path: Path, title: str) -> 
         steps, flips = np.array(margins.steps) / widths, np.array(margins.flips) / widths
         low = _floor(steps, flips)
         _bars(axes, steps, edges, low, color=STEPS, label=f"decode steps ({sum(margins.steps):,})")
-        _bars(axes, flips, edges, low, color=FLIPS, label=f"of them flips ({sum(margins.flips):,})")
+        _bars(
+            axes, flips, edges, low, color=FLIPS, label=f"flips, repaired ({sum(margins.flips):,})"
+        )
         _line(axes, threshold, margins)
         _scales(axes, edges, low, steps.max(initial=1))
-        axes.set_title(title, loc="left", fontweight="bold")
+        used = np.flatnonzero(steps)
+        last = edges[used[-1] + 1] if len(used) else edges[-1]
+        axes.set_xlim(edges[0], max(last, min(2 * threshold, edges[-1])))
+        figure.suptitle(title, x=0.01, horizontalalignment="left", fontweight="bold")
         axes.set_xlabel("margin: top-1 minus top-2 logit of the emitted token [logits]")
         axes.set_ylabel(f"decode steps per {edges[1] - edges[0]:g} logits")
-        axes.legend(loc="upper right", frameon=False)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, fontsize=10)
         figure.savefig(path)
 
 
@@ -87,7 +92,7 @@ def _floor(*heights: np.ndarray) -> float:
 
 
 def _bars(
-    axes: Axes, heights: np.ndarray, edges: np.ndarray, low: float, color: str, label: str
+    axes: Axes, heights: np.ndarray, edges: np.ndarray, low: float, *, color: str, label: str
 ) -> None:
     """Filled steps that stand on `low`, since a logarithmic axis has no zero."""
     tops = np.maximum(heights, low)
@@ -108,15 +113,13 @@ def _line(axes: Axes, threshold: float, margins: Margins) -> None:
 def _scales(axes: Axes, edges: np.ndarray, low: float, top: float) -> None:
     """Both axes' scales, limits and ticks."""
     axes.set_yscale("log")
-    axes.set_ylim(low, top * 3)
+    axes.set_ylim(low, top * 2)
     widths = np.diff(edges)
     wider = np.flatnonzero(widths > widths[0] * 1.001)
     if not len(wider):
-        axes.set_xlim(edges[0], edges[-1])
         return
     linear = edges[wider[0]]
     axes.set_xscale("symlog", linthresh=linear, linscale=2.0, base=2)
-    axes.set_xlim(edges[0], edges[-1])
     doubled = [linear * 2**k for k in range(1, 20) if linear * 2**k <= edges[-1]]
     ticks = [*np.linspace(edges[0], linear, 5), *doubled]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import random
@@ -16,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 PORTS = range(31000, 32768)  # below Linux's ephemeral ports, which any client may hold
 SGLANG = (sys.executable, "-m", "sglang.launch_server")
@@ -24,7 +25,7 @@ CPU_ARGS = ("--device", "cpu", "--mem-fraction-static", "0.3", "--max-total-toke
 GATE = "--deterministic-gate"
 
 # Reads its stdin, which ends with the process that holds the other side, however that ends.
-_WATCH = 'read _; kill -TERM -- "-$0"; sleep "$1"; kill -KILL -- "-$0"'
+_WATCH = 'read _; kill -s TERM -- "-$0"; sleep "$1"; kill -s KILL -- "-$0"'
 _TELLING = re.compile(r"margingate: |\w*(Error|Exception)\b|\berror: ")
 
 
@@ -58,7 +59,7 @@ class Server:
         command: Sequence[str] = SGLANG,
         env: Mapping[str, str] | None = None,
         start_s: float = 300,
-        stop_s: float = 15,
+        stop_s: float = 3,
     ) -> None:
         self.args = tuple(args)
         self.log = Path(log)
@@ -236,10 +237,8 @@ def _end_group(group: int, grace_s: float) -> None:
 
 
 def _signal(group: int, number: signal.Signals) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(group, number)
-    except ProcessLookupError:
-        pass
 
 
 def _wait_gone(group: int, seconds: float) -> None:

@@ -144,8 +144,9 @@ def _reference_row(values: torch.Tensor) -> tuple[int, int, torch.Tensor, torch.
     margin = best - second + 0.0  # turns the -0.0 of -0.0 - 0.0 into 0.0
     if any(piece.isnan().any() for piece in pieces):
         margin = torch.full_like(margin, torch.nan)
-    total = torch.stack([(piece - best).exp().sum() for piece in pieces]).sum()
-    return first, runner_up, margin, 0.0 - total.log()
+    # In float64, so that the kernel is held to the true value; softmax takes a row on one thread.
+    probability = torch.softmax(torch.cat([piece.double() for piece in pieces]), 0)[first]
+    return first, runner_up, margin, probability.log().float()
 
 
 def _best_and_id(pieces: list[torch.Tensor], taken: int) -> tuple[torch.Tensor, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable
+from math import isnan
 
 
 def _edges() -> tuple[float, ...]:
@@ -26,12 +27,12 @@ class MarginHistogram:
     def add_steps(self, margins: Iterable[float]) -> None:
         """Count one step for each margin."""
         for margin in margins:
-            if margin == margin:  # NaN is not
+            if not isnan(margin):
                 self.steps[_bin(margin)] += 1
 
     def add_flip(self, margin: float) -> None:
         """Count a flip of a row that the fast path emitted with this margin."""
-        if margin == margin:
+        if not isnan(margin):
             self.flips[_bin(margin)] += 1
 
     def record(self) -> dict[str, list[float]]:

@@ -56,13 +56,14 @@ def add_options(_result: Any, parser: argparse.ArgumentParser) -> None:
 
 def from_command_line(original: Any, cls: type, args: argparse.Namespace) -> Any:
     """AROUND ServerArgs.from_cli_args: keep our values for the __init__ that runs inside."""
-    token = _pending.set(_pop_options(vars(args)))
     try:
-        return original(cls, args)
+        token = _pending.set(_pop_options(dict(vars(args))))
+        try:
+            return original(cls, args)
+        finally:
+            _pending.reset(token)
     except GateError as error:
         sys.exit(f"margingate: {error}")
-    finally:
-        _pending.reset(token)
 
 
 def _pop_options(values: dict[str, Any]) -> dict[str, Any]:

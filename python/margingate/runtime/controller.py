@@ -47,6 +47,7 @@ class GateController:
         self.ended: list[Any] = []  # to be told, with the next `stream`
         self.batch: Any = None  # the one being processed
         self.step = 0  # batches processed
+        self.largest_batch = 0  # requests in one decode step
         self.observes_only = config.policy == "observe"
         self.processing = False  # inside SGLang's own result processing
 
@@ -56,6 +57,8 @@ class GateController:
         """AROUND Scheduler.process_batch_result: commit, verify, settle, send."""
         gated = [req for req in batch.reqs if is_gated(req)]
         self.batch = batch
+        if batch.forward_mode.is_decode():
+            self.largest_batch = max(self.largest_batch, len(batch.reqs))
         self._record(batch, result)
         self.processing = True
         try:

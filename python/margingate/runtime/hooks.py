@@ -79,8 +79,10 @@ def check_target(hook: Hook) -> None:
 
 def register(hooks: Iterable[Hook]) -> None:
     """Check each hook's target and hand it to SGLang's registry (applied by `apply_hooks`)."""
+    hooks = tuple(hooks)
     for hook in hooks:
         check_target(hook)
+    for hook in hooks:
         HookRegistry.register(hook.path, hook.function, hook.kind)
 
 

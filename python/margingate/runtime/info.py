@@ -30,6 +30,7 @@ def internal_state(result: Any, *_args: Any) -> None:
         **totals,
         "trigger_rate": totals["flagged"] / steps if steps else 0.0,
         "reasons": dict(controller.reasons),
+        "largest_batch": controller.largest_batch,
         "margins": controller.histogram.record(),
         "passes_by_reason": dict(controller.dues),
         "open": len(controller.requests),

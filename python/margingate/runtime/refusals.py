@@ -170,7 +170,7 @@ def refuse_server(args: Any) -> None:
                 f"{refusal.because}: {refusal.instead}."
             )
     for name in _ENVIRONMENT:
-        if os.environ.get(name, "").lower() in ("1", "true", "yes"):
+        if os.environ.get(name, "").lower() in ("1", "true", "yes", "y"):
             raise GateError(
                 f"--deterministic-gate does not work with {name}={os.environ[name]}, which "
                 "replaces parts that it patches: unset it."
@@ -192,10 +192,9 @@ def refuse_model(model: Any) -> None:
     from sglang.srt.configs.hybrid_arch import mambaish_config
 
     text = model.hf_text_config
-    experts = max(
-        (getattr(text, name, 0) or 0)
-        for name in ("num_experts", "num_local_experts", "n_routed_experts")
-    )
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    found = [getattr(text, name, None) or 0 for name in names]
+    experts = max(max(n) if isinstance(n, list | tuple) else n for n in found)
     kinds = (
         (not model.is_generation, "does not generate text"),
         (model.attention_arch.name != "MHA", "uses latent attention (MLA)"),

@@ -108,6 +108,8 @@ def attach(req: Any, config: GateConfig) -> None:
     req.gate = gate
     if gate.gated:
         req.extra_key = CACHE_NAMESPACE + (req.extra_key or "")
+    elif (req.extra_key or "").startswith(CACHE_NAMESPACE):
+        req.extra_key = "not-" + req.extra_key
 
 
 def _classify(req: Any, config: GateConfig) -> GateRequest:

@@ -1,0 +1,176 @@
+"""Determinism on a real server: the same prompts alone, batched, shuffled, cached, retracted.
+
+    python benchmark/determinism.py --prompts ../shared/data/*.jsonl --cases stock margin \
+        --out benchmark/results/determinism.json
+
+Every case starts its own server, takes the answers of one request at a time as its reference and
+counts the sequences that are identical, token id by token id, in each other arrangement. Works
+with any SGLang server arguments (after `--`), on a GPU or on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from margingate.client import Answer, Client, Prompt, chat_prompts, identical, read_prompts
+from margingate.servers import launch
+
+GATE = "--deterministic-gate"
+THRESHOLDS = (0.13, 0.26, 0.51, 1.01, 2.01)
+CASES: dict[str, tuple[str, ...]] = {
+    "stock": (),
+    "sglang-deterministic": ("--enable-deterministic-inference",),
+    "margin": (GATE,),
+    "stock-path": (GATE, "--gate-fast-path", "stock"),
+    "exact": (GATE, "--gate-guarantee", "exact"),
+    "always": (GATE, "--gate-policy", "always"),
+    "delay8": (GATE, "--gate-max-delay", "8"),
+    **{f"span-{t}": (GATE, "--gate-threshold", str(t)) for t in THRESHOLDS},
+    **{
+        f"column-{t}": (GATE, "--gate-repair", "column", "--gate-threshold", str(t))
+        for t in THRESHOLDS
+    },
+}
+ARRANGEMENTS = ("batched", "shuffled1", "shuffled2", "shuffled3", "arriving", "cached")
+COUNTERS = ("steps", "flagged", "verified", "flips", "missed", "rolled_back", "passes")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="model folder; default: the embedded SmolLM2")
+    parser.add_argument("--prompts", nargs="+", type=Path, required=True)
+    parser.add_argument("--per-file", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=["stock", "margin"])
+    parser.add_argument("--arrangements", nargs="+", choices=ARRANGEMENTS, default=ARRANGEMENTS)
+    parser.add_argument("--at-once", type=int, default=0, help="requests in flight; 0: all")
+    parser.add_argument(
+        "--retract-tokens",
+        type=int,
+        default=0,
+        help="also batch on a server whose K/V pool holds this many tokens; 0: do not",
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("server_args", nargs="*", help="for every server, after --")
+    return parser.parse_args()
+
+
+def arrange(client: Client, prompts: Sequence[Prompt], name: str, at_once: int) -> list[Answer]:
+    """Send the prompts in one arrangement; all but `cached` start from an empty radix tree."""
+    if name != "cached":
+        client.flush()
+    if name.startswith("shuffled"):
+        prompts = random.Random(int(name[-1])).sample(prompts, len(prompts))
+    if name == "arriving":
+        rng = random.Random(17)
+        return client.together(prompts, delays_s=[rng.uniform(0, 20) for _ in prompts])
+    step = at_once or len(prompts)
+    groups = [prompts[i : i + step] for i in range(0, len(prompts), step)]
+    return [answer for group in groups for answer in client.together(group)]
+
+
+def counters(client: Client) -> dict[str, Any]:
+    try:
+        state = client.gate_state()
+    except KeyError:
+        return {}
+    return {name: state[name] for name in COUNTERS} | {"integrity": state["integrity"]}
+
+
+def run_case(args: argparse.Namespace, case: str, model: str, prompts: list[Prompt]) -> dict:
+    extra = (*CASES[case], *args.server_args)
+    record: dict[str, Any] = {"case": case, "server_args": extra, "prompts": len(prompts)}
+    identical_in: dict[str, int] = {}
+    seconds: dict[str, float] = {}
+    logs = Path(tempfile.mkdtemp(prefix="margingate-"))
+    with launch(model, logs / f"{case}.log", *extra) as server:
+        client = Client(server.base_url, args.tokens)
+        client.together(prompts[:2])  # warm
+        client.flush()
+        start = time.monotonic()
+        alone = client.alone(prompts)
+        seconds["alone"] = time.monotonic() - start
+        for name in args.arrangements:
+            start = time.monotonic()
+            answers = arrange(client, prompts, name, args.at_once)
+            seconds[name] = time.monotonic() - start
+            identical_in[name] = identical(alone, answers)
+            print(f"{case:22} {name:10} {identical_in[name]:4} of {len(prompts)}", flush=True)
+            if name == "cached":
+                record["cached_tokens"] = sum(a.meta["cached_tokens"] for a in answers)
+        record["gate"] = counters(client)
+    if args.retract_tokens:
+        small = (*extra, "--max-total-tokens", str(args.retract_tokens))
+        with launch(model, logs / f"{case}-small.log", *small) as server:
+            client = Client(server.base_url, args.tokens)
+            answers = client.together(prompts)
+            identical_in["retracted"] = identical(alone, answers)
+            record["retractions"] = sum(a.meta["num_retractions"] for a in answers)
+            record["gate_retracted"] = counters(client)
+            print(f"{case:22} retracted  {identical_in['retracted']:4}", flush=True)
+    tokens = sum(len(answer.tokens) for answer in alone)
+    return record | {"identical": identical_in, "seconds": seconds, "tokens_alone": tokens}
+
+
+def environment() -> dict[str, Any]:
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "command": sys.argv,
+        **{name: metadata.version(name) for name in ("torch", "sglang")},
+    }
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    names = [*records[0]["identical"]]
+    rows = [["case", *names, "flagged", "flips", "missed"]]
+    for record in records:
+        gate = record["gate"]
+        rate = f"{gate['flagged'] / gate['steps']:.1%}" if gate else "-"
+        counts = [str(gate[name]) if gate else "-" for name in ("flips", "missed")]
+        same = [str(record["identical"].get(name, "-")) for name in names]
+        rows.append([record["case"], *same, rate, *counts])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths)) for row in rows)
+
+
+def main() -> None:
+    args = arguments()
+    if args.model is None:
+        from margingate.cli.model import ensure_model
+
+        args.model = str(ensure_model("smollm2"))
+    pairs = [pair for path in args.prompts for pair in read_prompts(path, args.per_file)]
+    prompts = chat_prompts(pairs, args.model)
+    records = []
+    for case in args.cases:
+        records.append(run_case(args, case, args.model, prompts))
+        result = {"environment": environment(), "tokens": args.tokens, "cases": records}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1))
+    print(table(records))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""`margingate hooks`: the ledger of every patch to SGLang, as Markdown.
+
+docs/hooks.md is this command's output; a test holds the two together. The ledger names SGLang's
+functions, so it is imported when the command runs: `margingate --help` does not wait for SGLang.
+"""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from margingate.cli.errors import CliError
+
+if TYPE_CHECKING:
+    from margingate.runtime.hooks import Hook
+
+COLUMNS = ("Target", "Kind", "Process", "Why", "Remove when")
+ABOUT = """\
+# What margingate patches in SGLang
+
+Made by `margingate hooks > docs/hooks.md`. Targets are below `sglang.srt`. Process: `startup` is
+every process of every server, gated or not; `launcher` and `scheduler` are the processes of a
+server started with `--deterministic-gate`, and of no other.
+"""
+
+
+def ledger() -> str:
+    """The Markdown document, a row per hook. Imports SGLang; raises CliError without it."""
+    try:
+        from margingate.runtime import hook_table
+    except ImportError as err:
+        raise CliError(
+            f"the ledger names functions of SGLang, which cannot be imported ({err}); pip install"
+            " sglang==0.5.17."
+        ) from err
+    processes = {
+        "startup": hook_table.STARTUP_HOOKS,
+        "launcher": hook_table.TOKENIZER_HOOKS,
+        "scheduler": hook_table.RUNTIME_HOOKS,
+    }
+    rows = [_cells(hook, process) for process, hooks in processes.items() for hook in hooks]
+    return "\n".join([ABOUT, _line(COLUMNS), _line("---" for _ in COLUMNS), *map(_line, rows), ""])
+
+
+def _cells(hook: "Hook", process: str) -> tuple[str, ...]:
+    return (f"`{hook.target}`", hook.kind.value, process, hook.why, hook.remove_when)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register `margingate hooks`."""
+    parser = subparsers.add_parser("hooks", help="print every patch to SGLang, as Markdown")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the document, and nothing else, on stdout."""
+    with contextlib.redirect_stdout(sys.stderr):
+        text = ledger()
+    print(text, end="")
+    return 0

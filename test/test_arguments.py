@@ -1,0 +1,501 @@
+"""The flag in SGLang's arguments: every way in, every refusal, and no trace without it."""
+
+import argparse
+import copy
+import hashlib
+import json
+import logging
+import os
+import pickle
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from margingate.cli.model import ensure_model
+from margingate.config import GateConfig, GateError
+from margingate.runtime import refusals
+from margingate.runtime.refusals import SERVER_REFUSALS, Refusal
+
+GATE = "--deterministic-gate"
+OPTIONS = {"--gate-" + option.name.replace("_", "-") for option in fields(GateConfig)}
+
+
+@pytest.fixture(scope="module")
+def folder() -> str:
+    return str(ensure_model("smollm2"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server_args_class() -> Any:
+    """ServerArgs with the plugin loaded into this process, as SGLang's entry points load it."""
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs
+
+    load_plugins()
+    return ServerArgs
+
+
+@pytest.fixture(autouse=True)
+def put_back() -> Iterator[None]:
+    """SGLang's argument handling sets variables and replaces the root logger's handlers."""
+    environment, handlers = dict(os.environ), list(logging.root.handlers)
+    level = logging.root.level
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+
+
+@pytest.fixture
+def prepare(folder):
+    """Resolve a command line as SGLang's launcher does."""
+    from sglang.srt.server_args import prepare_server_args
+
+    def prepared(*argv: str, model: str = folder) -> Any:
+        return prepare_server_args(["--model-path", model, "--device", "cpu", *argv])
+
+    return prepared
+
+
+@pytest.fixture
+def parser(server_args_class) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    server_args_class.add_cli_args(parser)
+    return parser
+
+
+def exits(prepare: Any, *argv: str, **keywords: str) -> str:
+    """The line that ends the process: Python prints it to stderr and exits with 1.
+
+    test_hooks.py sees a whole process do so.
+    """
+    with pytest.raises(SystemExit) as caught:
+        prepare(*argv, **keywords)
+    text = caught.value.code
+    assert isinstance(text, str)
+    assert text.startswith("margingate: ")
+    assert sentence(text)
+    return text.removeprefix("margingate: ")
+
+
+def sentence(error: object) -> str:
+    text = str(error)
+    assert "\n" not in text
+    assert text.endswith(".")
+    return text
+
+
+# The options
+
+
+def test_the_help_shows_a_group_with_the_flag_and_an_option_per_field(parser):
+    (group,) = [g for g in parser._action_groups if "margingate" in (g.title or "")]
+    shown = [string for action in group._group_actions for string in action.option_strings]
+    assert sorted(shown) == sorted({GATE} | OPTIONS)
+    text = parser.format_help()
+    assert "deterministic gate (margingate):" in text
+    for option in fields(GateConfig):
+        assert option.metadata["help"].split()[0] in text
+
+
+def test_nothing_else_in_the_parser_begins_like_the_gate(parser):
+    strings = {string for action in parser._actions for string in action.option_strings}
+    assert {s for s in strings if s.startswith("--gate-")} == OPTIONS
+
+
+# The command line
+
+
+def test_the_flag_attaches_the_settings_and_sets_what_the_gate_needs(prepare):
+    server_args = prepare(GATE)
+    assert server_args._margingate == GateConfig(rows=16, prefill_chunk=64)
+    assert server_args.disable_overlap_schedule is True
+    assert server_args.radix_cache_backend == "margingate"
+
+
+def test_without_a_radix_cache_there_is_no_backend(prepare):
+    server_args = prepare(GATE, "--disable-radix-cache")
+    assert (server_args.disable_radix_cache, server_args.radix_cache_backend) == (True, None)
+    assert server_args._margingate.rows == 16
+
+
+def test_every_option_reaches_the_settings(prepare):
+    argv = "--gate-policy always --gate-threshold 0.25 --gate-guarantee exact --gate-repair span"
+    argv += " --gate-rows 8 --gate-max-delay 3 --gate-prefill-chunk 32 --gate-debug"
+    server_args = prepare(GATE, *argv.split(), "--gate-inject-faults")
+    assert server_args._margingate == GateConfig(
+        policy="always",
+        threshold=0.25,
+        guarantee="exact",
+        repair="span",
+        rows=8,
+        max_delay=3,
+        prefill_chunk=32,
+        debug=True,
+        inject_faults=True,
+    )
+
+
+@pytest.mark.parametrize(("device", "sizes"), [("cpu", (16, 64)), ("cuda", (64, 512))])
+def test_sizes_default_by_device_and_given_ones_stand(device, sizes):
+    from margingate.runtime.arguments import _with_device_defaults
+
+    config = _with_device_defaults(GateConfig(), device)
+    assert (config.rows, config.prefill_chunk) == sizes
+    given = GateConfig(rows=3, prefill_chunk=7)
+    assert _with_device_defaults(given, device) == given
+
+
+@pytest.mark.parametrize("option", sorted(OPTIONS))
+def test_an_option_without_the_flag_is_refused(prepare, option):
+    switches = ("--gate-debug", "--gate-inject-faults")
+    argv = [option] if option in switches else [option, "1"]
+    text = exits(prepare, *argv)
+    assert text == f"{option} is set without --deterministic-gate: add the flag, or drop it."
+
+
+def test_one_parsed_command_line_can_be_used_twice(server_args_class, parser, folder):
+    """Benchmarks read the same namespace again; a flag that was eaten would be a silent no."""
+    args = parser.parse_args(["--model-path", folder, "--device", "cpu", GATE])
+    given = dict(vars(args))
+    for _ in range(2):
+        assert server_args_class.from_cli_args(args)._margingate.rows == 16
+    assert vars(args) == given
+
+
+def test_a_command_line_leaves_nothing_for_the_next_server(server_args_class, prepare, folder):
+    prepare(GATE)
+    assert not hasattr(server_args_class(model_path=folder, device="cpu"), "_margingate")
+    exits(prepare, GATE, "--gate-rows", "0")
+    assert not hasattr(server_args_class(model_path=folder, device="cpu"), "_margingate")
+
+
+def test_a_config_file_turns_the_gate_on(prepare, tmp_path):
+    path = tmp_path / "server.yaml"
+    path.write_text(
+        "deterministic-gate: true\ngate-threshold: 0.25\ngate-debug: true\n"
+        "gate-inject-faults: false\ngate-rows: 8\n"
+    )
+    config = prepare("--config", str(path))._margingate
+    assert (config.threshold, config.debug, config.inject_faults) == (0.25, True, False)
+    assert config.rows == 8
+
+
+def test_a_config_file_that_says_false_leaves_it_off(prepare, tmp_path):
+    path = tmp_path / "server.yaml"
+    path.write_text("deterministic-gate: false\n")
+    assert not hasattr(prepare("--config", str(path)), "_margingate")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--gate-policy sometimes", "--gate-policy is 'sometimes': choose one of margin"),
+        ("--gate-threshold=-1", "--gate-threshold is -1.0, "),
+        ("--gate-threshold auto", "'auto' without --gate-calibration: "),
+        ("--gate-rows 0", "--gate-rows is 0: give a whole number from 1"),
+        ("--gate-max-delay x", "--gate-max-delay is 'x'"),
+        ("--gate-guarantee exact --gate-repair column", "exact needs --gate-repair span"),
+        (
+            "--gate-prefill-chunk 8192 --chunked-prefill-size 4096",
+            "--gate-prefill-chunk is 8192, but --chunked-prefill-size lets a forward hold only "
+            "4096 tokens: lower the first or raise the second.",
+        ),
+    ],
+)
+def test_a_refused_value_is_one_line(prepare, argv, words):
+    assert words in exits(prepare, GATE, *argv.split())
+
+
+# Without the flag
+
+
+def test_without_the_flag_there_is_no_attribute(prepare, server_args_class, folder):
+    from margingate.runtime.arguments import gate_config
+
+    for server_args in (
+        prepare(),
+        server_args_class(model_path=folder, device="cpu"),
+        server_args_class(model_path=folder, device="cpu", deterministic_gate=False),
+    ):
+        assert "_margingate" not in vars(server_args)
+        assert gate_config(server_args) is None
+        assert (server_args.radix_cache_backend, server_args.disable_overlap_schedule) == (
+            None,
+            False,
+        )
+
+
+# Python
+
+
+def test_keywords_turn_the_gate_on(server_args_class, folder):
+    server_args = server_args_class(
+        model_path=folder, device="cpu", deterministic_gate=True, gate_threshold=0.25, gate_rows=8
+    )
+    assert server_args._margingate == GateConfig(threshold=0.25, rows=8, prefill_chunk=64)
+    assert server_args.radix_cache_backend == "margingate"
+
+
+def test_the_model_path_may_come_by_position(server_args_class, folder):
+    assert server_args_class(folder, device="cpu", deterministic_gate=True)._margingate.rows == 16
+
+
+def test_a_server_without_a_model_is_gated_too(server_args_class):
+    assert server_args_class(model_path="dummy", deterministic_gate=True)._margingate.rows == 64
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"gate_threshold": 0.25}, "--gate-threshold is set without --deterministic-gate: "),
+        ({"deterministic_gate": True, "gate_treshold": 1}, "gate_treshold is not an option"),
+        ({"deterministic_gate": True, "gate_threshold": -1}, "--gate-threshold is -1, "),
+        ({"deterministic_gate": True, "gate_rows": True}, "--gate-rows is True: "),
+        ({"deterministic_gate": True, "page_size": 16}, "does not work with --page-size, "),
+    ],
+)
+def test_refused_keywords_raise(server_args_class, folder, keywords, words):
+    with pytest.raises(GateError) as caught:
+        server_args_class(model_path=folder, device="cpu", **keywords)
+    assert words in sentence(caught.value)
+
+
+def test_another_version_of_sglang_does_not_start(server_args_class, folder, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.5.18")
+    with pytest.raises(GateError, match=r"but SGLang is 0\.5\.18: pip install"):
+        server_args_class(model_path=folder, device="cpu", deterministic_gate=True)
+    assert server_args_class(model_path="dummy")
+
+
+def test_the_settings_travel_with_a_copy(prepare):
+    server_args = prepare(GATE, "--gate-threshold", "0.25")
+    for other in (pickle.loads(pickle.dumps(server_args)), copy.deepcopy(server_args)):
+        assert other._margingate == server_args._margingate
+        assert other.radix_cache_backend == "margingate"
+
+
+# Calibration
+
+
+def calibrated(tmp_path: Path, sha256: str) -> str:
+    path = tmp_path / "calibration.json"
+    model = {"config_sha256": sha256}
+    path.write_text(json.dumps({"schema": 1, "model": model, "threshold": 0.375}))
+    return str(path)
+
+
+def test_a_calibration_of_this_model_sets_the_threshold(prepare, folder, tmp_path):
+    sha256 = hashlib.sha256((Path(folder) / "config.json").read_bytes()).hexdigest()
+    argv = ["--gate-threshold", "auto", "--gate-calibration", calibrated(tmp_path, sha256)]
+    assert prepare(GATE, *argv)._margingate.threshold == 0.375
+
+
+def test_a_calibration_of_another_model_is_refused(prepare, tmp_path):
+    path = calibrated(tmp_path, "00")
+    text = exits(prepare, GATE, "--gate-threshold", "auto", "--gate-calibration", path)
+    assert f"--gate-calibration {path} was made for config_sha256 '00', but" in text
+
+
+def test_a_calibration_needs_a_model_in_a_folder(prepare, tmp_path):
+    path = calibrated(tmp_path, "00")
+    argv = ["--gate-threshold", "auto", "--gate-calibration", path]
+    text = exits(prepare, GATE, *argv, model="owner/name")
+    assert "owner/name/config.json, which cannot be read: give --model-path a local folder" in text
+
+
+# What the gate does not work with
+
+VALUES: dict[str, Any] = {
+    "--speculative-algorithm": "NGRAM",
+    "--pp-size": 2,
+    "--disaggregation-mode": "prefill",
+    "--dcp-size": 2,
+    "--attn-cp-size": 2,
+    "--dllm-algorithm": "LowConfidence",
+    "--kv-canary": "log",
+    "--elastic-ep-backend": "mooncake",
+    "--rl-on-policy-target": "fsdp",
+    "--page-size": 16,
+    "--tokenizer-worker-num": 2,
+    "--radix-cache-backend": "another",
+}
+each_refusal = pytest.mark.parametrize("refusal", SERVER_REFUSALS, ids=lambda r: r.option)
+
+
+def stand_in(server_args_class: Any, **changes: Any) -> SimpleNamespace:
+    """A namespace with the defaults of ServerArgs."""
+    values = {
+        option.name: option.default
+        for option in fields(server_args_class)
+        if option.default is not MISSING
+    }
+    assert changes.keys() <= values.keys()
+    return SimpleNamespace(**{**values, **changes})
+
+
+def check_refused(text: str, refusal: Refusal) -> None:
+    assert text == (
+        f"--deterministic-gate does not work with {refusal.option}, because {refusal.because}: "
+        f"{refusal.instead}."
+    )
+
+
+def test_defaults_are_not_refused(server_args_class):
+    refusals.refuse_server(stand_in(server_args_class))
+
+
+def test_the_backend_of_the_gate_itself_is_not_refused(server_args_class):
+    refusals.refuse_server(stand_in(server_args_class, radix_cache_backend="margingate"))
+    refusals.refuse_server(stand_in(server_args_class, page_size=1, pp_size=1, kv_canary="none"))
+
+
+@each_refusal
+def test_each_setting_is_refused_by_name(server_args_class, refusal):
+    attribute = refusal.option.removeprefix("--").replace("-", "_")
+    changes = {attribute: VALUES.get(refusal.option, True)}
+    with pytest.raises(GateError) as caught:
+        refusals.refuse_server(stand_in(server_args_class, **changes))
+    check_refused(sentence(caught.value), refusal)
+
+
+@each_refusal
+def test_each_setting_is_refused_on_the_command_line(prepare, refusal):
+    """Before SGLang's own checks of the option, so that the sentence is the gate's."""
+    value = [str(VALUES[refusal.option])] if refusal.option in VALUES else []
+    check_refused(exits(prepare, GATE, refusal.option, *value), refusal)
+
+
+def test_hidden_states_are_refused_by_their_other_name_too(prepare):
+    text = exits(prepare, GATE, "--return-hidden-states-mode", "last")
+    assert "does not work with --enable-return-hidden-states" in text
+
+
+@pytest.mark.parametrize("name", refusals._ENVIRONMENT)
+def test_each_variable_that_replaces_patched_parts_is_refused(server_args_class, monkeypatch, name):
+    from sglang.srt.environ import envs
+
+    for value in ("1", "true", "True", "YES", "y"):
+        monkeypatch.setenv(name, value)
+        assert getattr(envs, name).get() is True  # as SGLang reads it
+        with pytest.raises(GateError) as caught:
+            refusals.refuse_server(stand_in(server_args_class))
+        assert f"does not work with {name}={value}, which " in sentence(caught.value)
+        assert "unset it" in str(caught.value)
+    for value in ("0", "false", "no"):
+        monkeypatch.setenv(name, value)
+        refusals.refuse_server(stand_in(server_args_class))
+
+
+@pytest.mark.parametrize(
+    ("size", "chunk", "refused"),
+    [(64, 64, False), (63, 64, True), (-1, 64, False), (None, 64, False), (8, None, False)],
+)
+def test_the_grid_must_fit_into_a_forward(size, chunk, refused):
+    config, server_args = (
+        GateConfig(prefill_chunk=chunk),
+        SimpleNamespace(chunked_prefill_size=size),
+    )
+    if not refused:
+        refusals.refuse_chunks(server_args, config)
+        return
+    with pytest.raises(GateError, match=f"--gate-prefill-chunk is {chunk}, but") as caught:
+        refusals.refuse_chunks(server_args, config)
+    assert f"--chunked-prefill-size lets a forward hold only {size} tokens" in str(caught.value)
+
+
+# Models
+
+
+def model_config(text: dict[str, Any] | None = None, **changes: Any) -> SimpleNamespace:
+    """A stand-in for SGLang's ModelConfig of a dense decoder."""
+    values = {
+        "hf_text_config": SimpleNamespace(**(text or {})),
+        "hf_config": SimpleNamespace(get_text_config=lambda: None),
+        "is_generation": True,
+        "attention_arch": SimpleNamespace(name="MHA"),
+        "is_hybrid_swa": False,
+        "is_encoder_decoder": False,
+        "is_multimodal": False,
+        "is_draft_model": False,
+        "linear_attn_registry_result": None,
+        "quantization": None,
+    }
+    assert changes.keys() <= values.keys()
+    return SimpleNamespace(**{**values, **changes})
+
+
+@pytest.mark.parametrize("text", [{}, {"num_experts": 1}, {"num_local_experts": None}])
+def test_a_dense_decoder_is_served(text):
+    refusals.refuse_model(model_config(text))
+
+
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [
+        (model_config(is_generation=False), "does not generate text"),
+        (model_config(attention_arch=SimpleNamespace(name="MLA")), "uses latent attention (MLA)"),
+        (model_config(is_hybrid_swa=True), "mixes full and sliding-window attention"),
+        (model_config(is_encoder_decoder=True), "is an encoder-decoder"),
+        (model_config(is_multimodal=True), "is multimodal"),
+        (
+            model_config(linear_attn_registry_result=(object(), object())),
+            "keeps recurrent state (Mamba or linear attention)",
+        ),
+        (model_config({"num_experts": 8}), "is a mixture of 8 experts"),
+        (model_config({"num_local_experts": 8}), "is a mixture of 8 experts"),
+        (model_config({"n_routed_experts": 64}), "is a mixture of 64 experts"),
+        (model_config({"moe_num_experts": 64}), "is a mixture of 64 experts"),  # Ernie 4.5, Step 3
+        (model_config({"moe_num_experts": [64, 64]}), "is a mixture of 64 experts"),  # per modality
+        (model_config(quantization="awq"), "is quantized (awq)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_each_kind_of_model_is_refused_in_words(model, what):
+    with pytest.raises(GateError) as caught:
+        refusals.refuse_model(model)
+    text = sentence(caught.value)
+    assert text.startswith(f"--deterministic-gate does not serve this model yet, because it {what}")
+    assert text.endswith(": serve it without the flag.")
+
+
+def test_the_names_of_sglangs_attention_kinds_are_the_expected_ones():
+    from sglang.srt.configs.model_config import AttentionArch
+
+    assert {kind.name for kind in AttentionArch} == {"MHA", "MLA"}
+
+
+def test_a_quantized_model_is_refused_when_it_is_loaded(prepare):
+    assert "because it is quantized (fp8)" in exits(prepare, GATE, "--quantization", "fp8")
+
+
+# The launcher asks its schedulers
+
+
+def launched(gated: bool, *infos: dict[str, Any]) -> tuple[Any, ...]:
+    server_args = SimpleNamespace(**({"_margingate": GateConfig()} if gated else {}))
+    manager = SimpleNamespace(server_args=server_args)
+    return (manager, None, None, SimpleNamespace(scheduler_infos=list(infos)), None, [])
+
+
+def test_a_scheduler_that_came_up_without_the_gate_ends_the_server():
+    from margingate.runtime.arguments import confirm_schedulers
+
+    with pytest.raises(GateError) as caught:
+        confirm_schedulers(launched(True, {"margingate": {}}, {"max_req_input_len": 1}))
+    text = sentence(caught.value)
+    assert text.startswith("scheduler 1 came up without the gate although --deterministic-gate")
+    assert "SGLANG_PLUGINS" in text
+
+
+def test_schedulers_with_the_gate_and_servers_without_it_pass():
+    from margingate.runtime.arguments import confirm_schedulers
+
+    confirm_schedulers(launched(True, {"margingate": {}}, {"margingate": {}}))
+    confirm_schedulers(launched(False, {}))
+    confirm_schedulers((None, *launched(True)[1:]))

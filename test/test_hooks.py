@@ -1,0 +1,443 @@
+"""The ledger of patches: it fits the installed SGLang, fails closed, and is documented."""
+
+import importlib.metadata
+import inspect
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from margingate.cli.main import main
+from margingate.cli.model import ensure_model
+from margingate.config import GateError
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "hooks.md"
+TOY = "sglang.srt.margingate_toy"
+
+# Resolves the arguments of a server without the flag, in a process that loads plugins as every
+# process of SGLang does. Where ours are among them, it looks at the hooks, installs the others
+# twice, as gated schedulers and launchers do, and starts a server whose threshold is refused.
+PROBE = """
+import json, runpy, sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang.srt.server_args import prepare_server_args
+
+arguments = vars(prepare_server_args(sys.argv[1:]))
+answer = {"arguments": {name: repr(value) for name, value in arguments.items()}}
+answer["registered"] = sorted(HookRegistry._hooks)
+if not HookRegistry._hooks:
+    print(json.dumps(answer))
+    sys.exit()
+
+from margingate.runtime import hooks
+from margingate.runtime.hook_table import ALL_HOOKS, RUNTIME_HOOKS, STARTUP_HOOKS, TOKENIZER_HOOKS
+
+def layers(hook):
+    function = hooks.resolve(hook)
+    function, count = getattr(function, "__func__", function), 0
+    while hasattr(function, "__wrapped__"):
+        function, count = function.__wrapped__, count + 1
+    return count
+
+def state():
+    return {
+        "patched": sorted(HookRegistry._patched),
+        "applied": sorted(hook.path for hook in ALL_HOOKS if hooks.is_applied(hook)),
+        "layers": {hook.path: layers(hook) for hook in ALL_HOOKS},
+    }
+
+answer |= {"startup": sorted(h.path for h in STARTUP_HOOKS), "ungated": state()}
+hooks.install(RUNTIME_HOOKS + TOKENIZER_HOOKS)
+answer["once"] = state()
+hooks.install(RUNTIME_HOOKS + TOKENIZER_HOOKS)
+answer["twice"] = state()
+print(json.dumps(answer), flush=True)
+sys.argv += ["--deterministic-gate", "--gate-threshold", "-1"]
+runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+"""
+# What SGLANG_PLUGINS lets in. The platform plugin stays where there is no accelerator: it decides
+# which CPU operators SGLang takes, flag or not.
+PLUGINS = {"with": "margingate,margingate_host", "without": "margingate_host"}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A finished process."""
+
+    code: int
+    answer: dict[str, Any]
+    stderr: str
+
+
+@pytest.fixture(scope="module")
+def probes(tmp_path_factory) -> dict[str, Probe]:
+    """PROBE in two processes at once, with the gate's plugin and without."""
+    folder = tmp_path_factory.mktemp("probes")
+    command = [sys.executable, "-c", PROBE, "--model-path", str(ensure_model("smollm2"))]
+    command += ["--device", "cpu", "--random-seed", "1"]
+    with ExitStack() as stack:
+        started = {}
+        for name, allowed in PLUGINS.items():
+            stderr = stack.enter_context((folder / name).open("w"))
+            process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env={**os.environ, "SGLANG_PLUGINS": allowed},
+            )
+            stack.callback(process.kill)
+            started[name] = process
+        answers = {name: process.communicate(timeout=120)[0] for name, process in started.items()}
+    errors = {name: (folder / name).read_text() for name in started}
+    for name, answer in answers.items():
+        assert answer, errors[name][-2000:]
+    return {
+        name: Probe(process.returncode, json.loads(answers[name]), errors[name])
+        for name, process in started.items()
+    }
+
+
+@pytest.fixture
+def probe(probes) -> dict[str, Any]:
+    """What the process with the plugin printed."""
+    return probes["with"].answer
+
+
+@pytest.fixture(scope="module")
+def hooks() -> types.ModuleType:
+    """margingate.runtime.hooks; the first test that asks waits for SGLang's import."""
+    from margingate.runtime import hooks
+
+    return hooks
+
+
+@pytest.fixture(scope="module")
+def table() -> types.ModuleType:
+    from margingate.runtime import hook_table
+
+    return hook_table
+
+
+@pytest.fixture
+def registry(hooks) -> Iterator[Any]:
+    """SGLang's registry, emptied for this test and put back after it."""
+    registry = hooks.HookRegistry
+    saved = dict(registry._hooks), set(registry._patched)
+    registry.reset()
+    yield registry
+    registry.reset()
+    registry._hooks.update(saved[0])
+    registry._patched.update(saved[1])
+
+
+@pytest.fixture
+def toy(monkeypatch) -> types.ModuleType:
+    """A module below sglang.srt with one function, one class and one thing that is no function."""
+    import sglang.srt
+
+    module = types.ModuleType(TOY)
+    exec(
+        "def double(value, times=2):\n    return value * times\n"
+        "class Box:\n"
+        "    def put(self, value):\n        return ['put', value]\n"
+        "    @classmethod\n    def make(cls, value):\n        return [cls.__name__, value]\n"
+        "    @staticmethod\n    def plain(value):\n        return value\n",
+        module.__dict__,
+    )
+    monkeypatch.setitem(sys.modules, TOY, module)
+    monkeypatch.setattr(sglang.srt, "margingate_toy", module, raising=False)
+    return module
+
+
+def around(original: Any, *args: Any, **kwargs: Any) -> Any:
+    return ("around", original(*args, **kwargs))
+
+
+def after(result: Any, *_args: Any, **_kwargs: Any) -> Any:
+    return ("after", result)
+
+
+def other(original: Any, *args: Any, **kwargs: Any) -> Any:
+    return ("other", original(*args, **kwargs))
+
+
+def make(hooks: Any, target: str, parameters: str | None, function: Any = around) -> Any:
+    kind = hooks.HookType.AFTER if function is after else hooks.HookType.AROUND
+    return hooks.Hook(f"margingate_toy.{target}", kind, function, parameters, "why", "when")
+
+
+def sentence(caught: pytest.ExceptionInfo[GateError]) -> str:
+    text = str(caught.value)
+    assert "\n" not in text
+    assert text.startswith("--deterministic-gate ")
+    assert text.endswith(".")
+    return text
+
+
+# The ledger and the installed SGLang
+
+
+def test_every_target_exists_with_the_parameters_of_the_ledger(hooks, table):
+    for hook in table.ALL_HOOKS:
+        hooks.check_target(hook)
+
+
+def test_the_ledger_names_every_target_once_and_gives_reasons(table):
+    targets = [hook.target for hook in table.ALL_HOOKS]
+    assert len(targets) == len(set(targets))
+    for hook in table.ALL_HOOKS:
+        assert hook.why, hook.target
+        assert hook.remove_when, hook.target
+        assert hook.function.__module__.startswith("margingate.runtime."), hook.target
+
+
+def test_the_hooks_can_be_called_the_way_their_targets_are(hooks, table):
+    """By position where SGLang's parameters allow it, by name where they ask for it."""
+    for hook in table.ALL_HOOKS:
+        if hook.parameters is None:
+            continue
+        target = inspect.unwrap(hooks.resolve(hook))
+        target = getattr(target, "__func__", target)
+        taken = inspect.signature(target).parameters.values()
+        by_name = [p.name for p in taken if p.kind is p.KEYWORD_ONLY]
+        first = [] if hook.kind is hooks.HookType.BEFORE else [object()]
+        given = [*first, *(p for p in taken if p.kind is not p.KEYWORD_ONLY)]
+        inspect.signature(hook.function).bind(*given, **dict.fromkeys(by_name))
+
+
+def test_async_targets_have_async_hooks(hooks, table):
+    for hook in table.ALL_HOOKS:
+        target = inspect.unwrap(hooks.resolve(hook))
+        both = (inspect.iscoroutinefunction(target), inspect.iscoroutinefunction(hook.function))
+        assert both[0] == both[1], hook.target
+
+
+def test_the_version_of_the_hooks_is_the_one_that_is_installed(hooks):
+    assert importlib.metadata.version("sglang") == hooks.SGLANG_VERSION
+    hooks.check_version()
+
+
+@pytest.mark.parametrize("installed", ["0.5.18", "0.5.17.post1", "0.5.16"])
+def test_another_version_of_sglang_is_refused(hooks, monkeypatch, installed):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: installed)
+    with pytest.raises(GateError) as caught:
+        hooks.check_version()
+    text = sentence(caught)
+    assert f"patches SGLang {hooks.SGLANG_VERSION}, but SGLang is {installed}: " in text
+    assert f"pip install sglang=={hooks.SGLANG_VERSION}" in text
+
+
+def test_an_sglang_that_is_no_package_is_refused(hooks, monkeypatch):
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    with pytest.raises(GateError) as caught:
+        hooks.check_version()
+    assert "SGLang is not installed as a package: pip install" in sentence(caught)
+
+
+# Checks before registering
+
+
+@pytest.mark.parametrize("target", ["absent", "Box.absent", "Absent.put", "absent.module.double"])
+def test_a_missing_target_is_refused_and_named(hooks, toy, registry, target):
+    with pytest.raises(GateError) as caught:
+        hooks.register([make(hooks, target, None)])
+    text = sentence(caught)
+    assert f"needs {TOY}.{target}, which SGLang {hooks.SGLANG_VERSION} has" in text
+    assert f"reinstall sglang=={hooks.SGLANG_VERSION}" in text
+    assert not registry._hooks
+
+
+@pytest.mark.parametrize("parameters", ["value", "times value", "value times extra", ""])
+def test_other_parameters_are_refused_and_both_lists_shown(hooks, toy, registry, parameters):
+    with pytest.raises(GateError) as caught:
+        hooks.register([make(hooks, "double", parameters)])
+    text = sentence(caught)
+    assert f"cannot patch {TOY}.double: " in text
+    assert f"its parameters are (value times) instead of ({parameters})" in text
+    assert not registry._hooks
+
+
+def test_a_refused_hook_leaves_no_other_hook_of_its_list_behind(hooks, toy, registry):
+    """SGLang applies what was registered before a plugin's exception; half a gate is none."""
+    with pytest.raises(GateError):
+        hooks.register([make(hooks, "Box.put", "self value"), make(hooks, "double", "wrong")])
+    assert not any(registry._hooks.values())
+
+
+def test_parameters_that_are_not_compared_still_need_a_target(hooks, toy):
+    hooks.check_target(make(hooks, "double", None))
+    with pytest.raises(GateError):
+        hooks.check_target(make(hooks, "absent", None))
+
+
+def test_a_classmethod_is_checked_with_and_without_its_class(hooks, toy, registry):
+    hook = make(hooks, "Box.make", "cls value")
+    hooks.check_target(hook)
+    hooks.install([hook])
+    hooks.check_target(hook)  # wrapped by now
+
+
+def test_a_plugin_that_replaced_a_target_with_another_one_is_refused(hooks, toy, monkeypatch):
+    monkeypatch.setattr(toy, "double", lambda *args, **kwargs: None)
+    with pytest.raises(GateError, match=r"its parameters are \(args kwargs\) instead of"):
+        hooks.check_target(make(hooks, "double", "value times"))
+
+
+# Applying
+
+
+def test_install_patches_functions_methods_and_classmethods(hooks, toy, registry):
+    ledger = [
+        make(hooks, "double", "value times"),
+        make(hooks, "Box.put", "self value", after),
+        make(hooks, "Box.make", "cls value"),
+        make(hooks, "Box.plain", "value"),
+    ]
+    assert not any(hooks.is_applied(hook) for hook in ledger)
+    hooks.install(ledger)
+    assert all(hooks.is_applied(hook) for hook in ledger)
+    assert toy.double(3) == ("around", 6)
+    assert toy.Box().put(1) == ("after", ["put", 1])
+    assert toy.Box.make(1) == ("around", ["Box", 1])
+    assert toy.Box.plain(1) == ("around", 1)
+
+
+def test_installing_twice_wraps_once(hooks, toy, registry):
+    hook = make(hooks, "double", "value times")
+    for _ in range(2):
+        hooks.install([hook])
+        assert toy.double(3) == ("around", 6)
+    assert len(registry._hooks[hook.path]) == 1
+
+
+def test_a_function_with_hidden_state_of_its_own_is_not_taken_for_a_hook(hooks, toy, monkeypatch):
+    def closing(value):
+        def inner(value, times=2):
+            return value * times * factor
+
+        factor = value
+        return inner
+
+    monkeypatch.setattr(toy, "double", closing(1))
+    assert not hooks.is_applied(make(hooks, "double", None))
+
+
+def test_two_plugins_on_one_target_get_along_before_it_is_patched(hooks, toy, registry):
+    hook = make(hooks, "double", "value times")
+    registry.register(hook.path, other, hooks.HookType.AROUND)
+    hooks.install([hook])
+    assert hooks.is_applied(hook)
+    assert toy.double(3) == ("around", ("other", 6))
+
+
+def test_a_target_that_another_plugin_patched_first_is_refused(hooks, toy, registry):
+    """SGLang patches a target once, and says nothing when it leaves a later hook out."""
+    hook = make(hooks, "double", "value times")
+    registry.register(hook.path, other, hooks.HookType.AROUND)
+    registry.apply_hooks()
+    assert hook.path in registry._patched
+    with pytest.raises(GateError) as caught:
+        hooks.install([hook])
+    text = sentence(caught)
+    assert f"could not patch {hook.path}, probably because another SGLang plugin" in text
+    assert "SGLANG_PLUGINS" in text
+    assert toy.double(3) == ("other", 6)
+
+
+def test_a_hook_that_sglang_cannot_apply_is_refused(hooks, toy, registry, caplog):
+    """It logs the exception and goes on: a class can only be replaced, for example."""
+    hook = make(hooks, "Box", None)
+    with caplog.at_level(logging.CRITICAL), pytest.raises(GateError) as caught:
+        hooks.install([hook])
+    assert f"could not patch {TOY}.Box" in sentence(caught)
+
+
+# Whole processes
+
+
+def test_without_the_flag_only_the_startup_hooks_are_there(probe):
+    ungated = probe["ungated"]
+    assert probe["registered"] == ungated["patched"] == ungated["applied"] == probe["startup"]
+
+
+def test_without_the_flag_no_other_target_is_wrapped(probe):
+    before, after = probe["ungated"]["layers"], probe["once"]["layers"]
+    for path, count in before.items():
+        assert after[path] == (count if path in probe["startup"] else count + 1), path
+
+
+def test_a_gated_process_has_every_hook_once(probe):
+    assert probe["once"]["applied"] == sorted(probe["once"]["layers"])
+    assert probe["twice"] == probe["once"]
+
+
+def test_without_the_flag_the_arguments_are_those_of_sglang_alone(probes):
+    assert (probes["without"].code, probes["without"].answer["registered"]) == (0, [])
+    with_plugin, without = (
+        {
+            name: re.sub(" at 0x[0-9a-f]+", "", value)
+            for name, value in probes[key].answer["arguments"].items()
+        }
+        for key in ("with", "without")
+    )
+    assert len(without) > 400
+    assert with_plugin == without
+    assert "_margingate" not in with_plugin
+
+
+def test_a_refused_launch_exits_with_one_and_one_line(probes):
+    """`python -m sglang.launch_server ... --deterministic-gate --gate-threshold -1`."""
+    launched = probes["with"]
+    lines = [line for line in launched.stderr.splitlines() if line.startswith("margingate: ")]
+    assert launched.code == 1
+    assert len(lines) == 1
+    assert lines[0].startswith("margingate: --gate-threshold is -1.0, but a margin is compared")
+    assert launched.stderr.rstrip().endswith(lines[0])
+    assert "Traceback" not in launched.stderr
+
+
+# The document
+
+
+def test_the_document_is_what_the_command_prints(capsys, table):
+    assert main(["hooks"]) == 0
+    printed = capsys.readouterr().out
+    assert printed == DOCUMENT.read_text(), "run: margingate hooks > docs/hooks.md"
+
+
+def test_the_document_has_a_row_with_five_cells_for_each_hook(table):
+    rows = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("| `")]
+    processes = [row.split(" | ")[2] for row in rows]
+    assert len(rows) == len(table.ALL_HOOKS)
+    assert all(row.count(" | ") == 4 for row in rows)
+    assert processes.count("startup") == len(table.STARTUP_HOOKS)
+    assert processes.count("launcher") == len(table.TOKENIZER_HOOKS)
+    assert processes.count("scheduler") == len(table.RUNTIME_HOOKS)
+
+
+def test_the_command_without_sglang_is_one_line(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "margingate.runtime.hook_table", None)
+    package = sys.modules.get("margingate.runtime")
+    if package is not None:
+        monkeypatch.delattr(package, "hook_table", raising=False)
+    assert main(["hooks"]) == 1
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert said.err.startswith("margingate: the ledger names functions of SGLang, which cannot be")
+    assert "pip install sglang==0.5.17." in said.err

@@ -1,0 +1,158 @@
+"""Who may import what, read from the source; and that the light parts are light."""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE_ROOTS = (ROOT / "python", ROOT / "sgl-kernel-patches")
+FILES = [path for root in SOURCE_ROOTS for path in sorted(root.rglob("*.py"))]
+MAX_LINES = 350
+
+
+def name(path: Path) -> str:
+    """The dotted name of a source file's module; a package's is without `__init__`."""
+    root = next(root for root in SOURCE_ROOTS if path.is_relative_to(root))
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name(path): path for path in FILES}
+
+
+def below(module: str, *packages: str) -> bool:
+    """Whether `module` is one of the packages or inside one."""
+    return any(module == package or module.startswith(package + ".") for package in packages)
+
+
+def imported(module: str, *, at_load: bool = False) -> set[str]:
+    """Modules that `module` names in an import or `import_module("...")`, in dotted form.
+
+    at_load: only what importing it imports, not what its functions or type checkers do.
+    """
+    tree = ast.parse(MODULES[module].read_text())
+    nodes = list(_run_at_load(tree) if at_load else ast.walk(tree))
+    package = module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+    return {found for node in nodes for found in _named(node, package)}
+
+
+def _run_at_load(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those in function bodies and under `if TYPE_CHECKING:`."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        checking = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+        if not checking and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _run_at_load(child)
+
+
+def _named(node: ast.AST, package: str) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        base = node.module or ""
+        if node.level:
+            kept = package.split(".")[: len(package.split(".")) - node.level + 1]
+            base = ".".join([*kept, *filter(None, [base])])
+        yield base
+        yield from (f"{base}.{alias.name}" for alias in node.names)
+    elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+        function = ast.unparse(node.func).rpartition(".")[2]
+        if function in ("import_module", "__import__", "resolve_name"):
+            yield str(node.args[0].value)
+
+
+def fresh(code: str) -> dict[str, object]:
+    """What `code` prints as JSON in a Python of its own."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded: dict[str, object] = json.loads(done.stdout)
+    return loaded
+
+
+def test_the_walk_sees_the_tree():
+    assert {"margingate.core.ledger", "margingate.plugin", "margingate_kernels.top2"} <= set(
+        MODULES
+    )
+    assert below("sglang.srt", "sglang")
+    assert not below("sglang_router", "sglang")
+
+
+def test_the_walk_sees_every_way_to_import(tmp_path, monkeypatch):
+    source = tmp_path / "margingate" / "core" / "sample.py"
+    source.parent.mkdir(parents=True)
+    source.write_text(
+        "import a.b as c\nfrom d import e\nfrom . import f\nfrom ..runtime import g\n"
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import h\n"
+        "def late():\n    import i\n    importlib.import_module('j')\n"
+    )
+    monkeypatch.setitem(MODULES, "margingate.core.sample", source)
+    eager = {"a.b", "d", "d.e", "margingate.core", "margingate.core.f"}
+    eager |= {"margingate.runtime", "margingate.runtime.g", "typing", "typing.TYPE_CHECKING"}
+    assert imported("margingate.core.sample", at_load=True) == eager
+    assert imported("margingate.core.sample") == eager | {"h", "i", "j"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_the_runtime_and_the_plugin_import_sglang(module):
+    if not below(module, "margingate.runtime", "margingate.plugin"):
+        assert not [found for found in imported(module) if below(found, "sglang")]
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if below(m, "margingate.core")])
+def test_the_core_needs_python_and_itself(module):
+    for found in imported(module):
+        assert found.split(".")[0] in sys.stdlib_module_names or below(found, "margingate.core")
+
+
+def test_the_options_need_python_alone():
+    for found in imported("margingate.config"):
+        assert found.split(".")[0] in sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if below(m, "margingate_kernels")])
+def test_the_kernels_stand_alone(module):
+    for found in imported(module):
+        top = found.split(".")[0]
+        assert top in {*sys.stdlib_module_names, "torch", "triton", "margingate_kernels"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_runtime_is_loaded_by_the_plugin_and_late(module):
+    """The command line and the tools may ask for it in a function, never when imported."""
+    if not below(module, "margingate.runtime"):
+        early = imported(module, at_load=True)
+        assert not [found for found in early if below(found, "margingate.runtime")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_no_source_file_is_long(path):
+    lines = path.read_text().count("\n")
+    assert lines <= MAX_LINES
+
+
+def test_the_core_loads_in_milliseconds_and_without_torch():
+    modules = [module for module in MODULES if below(module, "margingate.core")]
+    loaded = fresh(
+        "import json, sys, time\n"
+        "began = time.process_time()\n"
+        f"import {', '.join(modules)}\n"
+        "taken = time.process_time() - began\n"
+        "print(json.dumps({'seconds': taken, 'modules': sorted(sys.modules)}))"
+    )
+    assert loaded["seconds"] < 0.5
+    assert not {"torch", "sglang", "numpy"} & set(loaded["modules"])
+
+
+def test_the_entry_points_and_the_command_line_load_neither_torch_nor_sglang():
+    loaded = fresh(
+        "import json, sys\n"
+        "import margingate.plugin, margingate.config\n"
+        "from margingate.cli.main import build_parser\n"
+        "build_parser()\n"
+        "print(json.dumps({'modules': sorted(sys.modules)}))"
+    )
+    assert not {"torch", "sglang", "transformers"} & set(loaded["modules"])

@@ -1,0 +1,274 @@
+"""One request: gated, left alone or refused, and for which reason."""
+
+from array import array
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from margingate.config import GateConfig
+from margingate.runtime.request import (
+    CACHE_NAMESPACE,
+    LOGPROB_LISTS,
+    Counts,
+    GateRequest,
+    attach,
+    logprob_lists,
+)
+
+CONFIG = GateConfig()
+FAULTY = GateConfig(inject_faults=True)
+OPT_OUT = {"deterministic": False}
+VOCABULARY = 100
+
+
+def request(custom: Any = None, *, top_k: int = 1, **changes: Any) -> SimpleNamespace:
+    """A stand-in for SGLang's Req that the gate serves; `changes` go to whoever has the name."""
+    params = {
+        "custom_params": custom,
+        "top_k": top_k,
+        "max_new_tokens": 8,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "min_new_tokens": 0,
+        **dict.fromkeys(("logit_bias", "json_schema", "regex", "ebnf", "structural_tag")),
+    }
+    req = {
+        "rid": "r",
+        "origin_input_ids": array("q", [0, 5, VOCABULARY - 1]),
+        "vocab_size": VOCABULARY,
+        "extra_key": None,
+        "return_hidden_states": False,
+        "return_sampling_mask": False,
+        **dict.fromkeys(("custom_logit_processor", "input_embeds", "positional_embed_overrides")),
+        **dict.fromkeys(("lora_id", "session")),
+    }
+    assert changes.keys() <= params.keys() | req.keys()
+    params.update({key: value for key, value in changes.items() if key in params})
+    req.update({key: value for key, value in changes.items() if key in req})
+    return SimpleNamespace(**req, sampling_params=SimpleNamespace(**params))
+
+
+def classify(req: Any, config: GateConfig = CONFIG) -> GateRequest:
+    attach(req, config)
+    gate: GateRequest = req.gate
+    return gate
+
+
+def refused(req: SimpleNamespace, config: GateConfig = CONFIG) -> str:
+    """The sentence for HTTP 400."""
+    gate = classify(req, config)
+    assert (gate.gated, gate.ungated_because) == (False, "refused")
+    assert gate.refusal.endswith(".")
+    assert "\n" not in gate.refusal
+    return gate.refusal
+
+
+@pytest.mark.parametrize("custom", [None, {}, {"deterministic": True}, {"thinking_budget": 3}])
+def test_a_greedy_request_is_gated_unless_it_says_otherwise(custom):
+    gate = classify(request(custom))
+    assert (gate.gated, gate.ungated_because, gate.refusal) == (True, "", "")
+    assert gate.faults == frozenset()
+
+
+def test_the_object_that_sglang_puts_into_custom_params_does_no_harm():
+    req = request({"deterministic": True})
+    req.sampling_params.custom_params["__req__"] = req
+    assert classify(req).gated
+
+
+@pytest.mark.parametrize(
+    ("req", "because"),
+    [
+        (request(OPT_OUT), "deterministic is false"),
+        (request(top_k=2), "sampling is not greedy"),
+        (request(top_k=1 << 30), "sampling is not greedy"),
+        (request(max_new_tokens=0), "no token is generated"),
+    ],
+)
+def test_a_request_that_is_not_gated_says_why(req, because):
+    gate = classify(req)
+    assert (gate.gated, gate.ungated_because, gate.refusal) == (False, because, "")
+    assert gate.summary(CONFIG) == {"gated": False, "because": because}
+
+
+def test_observing_gates_nothing():
+    gate = classify(request(), GateConfig(policy="observe"))
+    assert (gate.gated, gate.ungated_because) == (False, "policy observe")
+
+
+def test_a_request_without_an_end_is_gated():
+    assert classify(request(max_new_tokens=None)).gated
+
+
+@pytest.mark.parametrize("value", [0, 1, "false", "", None, [False], {}])
+def test_a_malformed_switch_is_answered(value):
+    text = refused(request({"deterministic": value}))
+    assert text == f"custom_params.deterministic is {value!r}: give true or false."
+
+
+UNSERVED = [
+    ("frequency_penalty", 0.1),
+    ("presence_penalty", -0.1),
+    ("repetition_penalty", 1.1),
+    ("min_new_tokens", 1),
+    ("logit_bias", {"5": 1.0}),
+    ("json_schema", "{}"),
+    ("regex", "a+"),
+    ("ebnf", "root ::= 'a'"),
+    ("structural_tag", "{}"),
+    ("custom_logit_processor", "code"),
+    ("input_embeds", [[0.0]]),
+    ("return_hidden_states", True),
+    ("return_hidden_states", "last"),
+    ("return_sampling_mask", True),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), UNSERVED)
+def test_what_cannot_be_rolled_back_is_answered_with_both_ways_out(name, value):
+    text = refused(request(**{name: value}))
+    assert text.startswith(f"this request uses {name}, which the deterministic gate cannot roll")
+    assert "drop it" in text
+    assert 'custom_params={"deterministic": false}' in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("positional_embed_overrides", [0], "embedding overrides"),
+        ("lora_id", "adapter", "a LoRA adapter"),
+        ("session", object(), "a session"),
+    ],
+)
+def test_the_rest_is_answered_in_words(name, value, words):
+    assert refused(request(**{name: value})).startswith(f"this request uses {words}, ")
+
+
+@pytest.mark.parametrize(("name", "value"), UNSERVED)
+def test_opting_out_serves_them(name, value):
+    gate = classify(request(OPT_OUT, **{name: value}))
+    assert (gate.ungated_because, gate.refusal) == ("deterministic is false", "")
+
+
+def test_an_empty_logit_bias_is_none():
+    assert classify(request(logit_bias={})).gated
+
+
+@pytest.mark.parametrize(
+    ("ids", "bad"),
+    [([-1], -1), ([VOCABULARY], VOCABULARY), ([1, -7, 200], -7), ([1, 200, -7], 200)],
+)
+@pytest.mark.parametrize("custom", [None, OPT_OUT])
+def test_an_id_outside_the_vocabulary_is_answered_opted_out_or_not(ids, bad, custom):
+    text = refused(request(custom, origin_input_ids=array("q", ids)))
+    assert text == f"input_ids holds {bad}, but the model's vocabulary is 0 to {VOCABULARY - 1}."
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"origin_input_ids": array("q", [0, VOCABULARY - 1])},
+        {"origin_input_ids": array("q")},
+        {"origin_input_ids": None},
+        {"origin_input_ids": array("q", [5000]), "vocab_size": None},
+    ],
+)
+def test_ids_that_fit_or_cannot_be_judged_pass(changes):
+    assert classify(request(**changes)).gated
+
+
+def test_faults_need_a_server_started_for_them():
+    text = refused(request({"gate_fault_rows": [1]}))
+    assert text.startswith("custom_params.gate_fault_rows needs a server started with ")
+    assert "--gate-inject-faults" in text
+
+
+def test_faults_are_kept_where_they_are_honoured():
+    gate = classify(request({"gate_fault_rows": [3, 1, 3]}), FAULTY)
+    assert (gate.gated, gate.faults) == (True, frozenset({1, 3}))
+
+
+@pytest.mark.parametrize("config", [CONFIG, FAULTY])
+def test_no_faults_are_no_faults(config):
+    assert classify(request({"gate_fault_rows": []}), config).gated
+
+
+@pytest.mark.parametrize("rows", [3, "12", {"1": 2}, [1.0], [True], ["1"], [[1]], None])
+def test_malformed_faults_are_answered(rows):
+    text = refused(request({"gate_fault_rows": rows}), FAULTY)
+    assert text == f"custom_params.gate_fault_rows is {rows!r}: give a list of row numbers."
+
+
+def test_gated_requests_have_radix_namespaces_of_their_own():
+    keys = []
+    for custom in (None, OPT_OUT):
+        for extra in (None, "salt"):
+            req = request(custom, extra_key=extra)
+            attach(req, CONFIG)
+            keys.append(req.extra_key)
+    assert keys == [CACHE_NAMESPACE, CACHE_NAMESPACE + "salt", None, "salt"]
+
+
+@pytest.mark.parametrize("extra", [CACHE_NAMESPACE, CACHE_NAMESPACE + "salt"])
+def test_a_request_that_is_not_gated_cannot_ask_for_a_gated_namespace(extra):
+    """Its columns come from batched prefills: a gated prompt that met them would drift."""
+    req = request(OPT_OUT, extra_key=extra)
+    attach(req, CONFIG)
+    assert not (req.extra_key or "").startswith(CACHE_NAMESPACE)
+
+
+@pytest.mark.parametrize(
+    ("params", "gated", "refusal"),
+    [
+        ({"temperature": 0}, True, ""),
+        ({"top_k": 1}, True, ""),
+        ({"temperature": 0, "custom_params": {"deterministic": True}}, True, ""),
+        ({"temperature": 0, "custom_params": OPT_OUT}, False, ""),
+        ({"temperature": 0.7}, False, ""),
+        ({"temperature": 0, "regex": "a+"}, False, "this request uses regex, "),
+    ],
+)
+def test_a_request_of_sglang_has_what_the_stand_in_has(params, gated, refusal):
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    ids = array("q", [0, VOCABULARY - 1])
+    req = Req("r", "", ids, SamplingParams(**params), vocab_size=VOCABULARY)
+    gate = classify(req)
+    assert (gate.gated, gate.refusal[:24]) == (gated, refusal[:24])
+    assert req.extra_key == (CACHE_NAMESPACE if gated else None)
+
+
+def test_keys_differ_where_clients_reuse_an_id():
+    one, two = classify(request(rid="same")), classify(request(rid="same"))
+    assert one.key != two.key
+    assert one.key.endswith(":same")
+
+
+def test_the_summary_of_a_gated_request_has_the_settings_and_every_count():
+    gate = classify(request())
+    gate.counts.add(Counts(steps=7, flips=1, drain_s=0.5))
+    summary = gate.summary(GateConfig(threshold=0.25, guarantee="exact"))
+    assert summary["gated"] is True
+    assert (summary["guarantee"], summary["policy"]) == ("exact", "margin")
+    assert summary["threshold"] == 0.25
+    assert (summary["steps"], summary["flips"], summary["drain_s"]) == (7, 1, 0.5)
+    assert set(Counts.__slots__) <= summary.keys()
+
+
+def test_counts_add_up_field_by_field():
+    total = Counts()
+    for number in (1, 2):
+        total.add(Counts(**dict.fromkeys(Counts.__slots__, number)))
+    assert all(getattr(total, name) == 3 for name in Counts.__slots__)
+
+
+def test_log_prob_lists_are_those_that_are_kept():
+    kept = SimpleNamespace(**{name: [] for name in LOGPROB_LISTS})
+    kept.output_token_logprobs_val = [0.0]
+    req = SimpleNamespace(return_logprob=True, logprob=kept)
+    assert logprob_lists(req) == {"output_token_logprobs_val": [0.0]}
+    req.return_logprob = False
+    assert logprob_lists(req) == {}

@@ -1,0 +1,281 @@
+"""The gated server, all defaults: the same tokens whatever else is in the batch."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import openai
+import pytest
+import requests
+from checks import assert_clean, assert_gate_worked, assert_same
+
+from margingate.client import Answer, Client, Prompt, chat_prompts
+
+TOKENS = 40
+
+
+@pytest.fixture(scope="module")
+def client(start) -> Client:
+    server = start("--gate-debug", "--gate-inject-faults")
+    return Client(server.base_url, TOKENS)
+
+
+@pytest.fixture(scope="module")
+def alone(client, prompts) -> list[Answer]:
+    client.flush()
+    return client.alone(prompts)
+
+
+def test_batched_and_shuffled(client, prompts, alone):
+    for seed in range(3):
+        client.flush()
+        before = client.gate_state()
+        order = random.Random(seed).sample(prompts, len(prompts))
+        assert_same(alone, client.together(order))
+        assert_gate_worked(before, client.gate_state(), batch=12)
+    assert_clean(client)
+
+
+def test_random_arrival_with_prefixes_of_others_cached(client, prompts, alone):
+    delays = [random.Random(7).uniform(0, 4) for _ in prompts]
+    assert_same(alone, client.together(prompts, delays_s=delays))  # cold
+    answers = client.together(prompts, delays_s=delays[::-1])  # every full chunk is cached
+    assert_same(alone, answers)
+    long = [a for a in answers if a.meta["prompt_tokens"] > 64]
+    assert long and all(answer.meta["cached_tokens"] % 64 == 0 for answer in answers)
+    assert all(answer.meta["cached_tokens"] > 0 for answer in long)
+
+
+def test_what_meta_info_says(client, prompts, alone):
+    gates = [answer.meta["gate"] for answer in alone]
+    assert all(gate["gated"] and gate["steps"] >= len(a.tokens) for gate, a in zip(gates, alone))
+    assert sum(gate["flagged"] for gate in gates) > 0
+    assert sum(gate["verified"] for gate in gates) > sum(gate["flagged"] for gate in gates)
+    opted_out = client.alone(
+        prompts[:1], sampling_params={"custom_params": {"deterministic": False}}
+    )
+    assert opted_out[0].meta["gate"] == {"gated": False, "because": "deterministic is false"}
+
+
+def stream(client: Client, prompt: Prompt, **params) -> tuple[list[str], dict]:
+    """The texts of a stream's chunks, and its last chunk."""
+    body = {
+        "input_ids": prompt.input_ids,
+        "stream": True,
+        "sampling_params": {"temperature": 0, "max_new_tokens": TOKENS, **params},
+    }
+    chunks = []
+    with requests.post(f"{client.base_url}/generate", json=body, stream=True) as response:
+        for line in response.iter_lines():
+            if line.startswith(b"data: ") and line != b"data: [DONE]":
+                chunks.append(json.loads(line[6:]))
+    return [chunk["text"] for chunk in chunks], chunks[-1]
+
+
+def assert_streams_to(client: Client, prompt: Prompt, answer: Answer, **params) -> dict:
+    """A stream only ever grows, and ends with the answer."""
+    texts, last = stream(client, prompt, **params)
+    assert all(later.startswith(text) for text, later in zip(texts, texts[1:]))
+    assert texts[-1] == answer.text
+    assert tuple(last["output_ids"]) == answer.tokens
+    assert len(texts) > 2
+    return last["meta_info"]["gate"]
+
+
+def forced(rows: list[int]) -> dict:
+    return {"custom_params": {"gate_fault_rows": rows}}
+
+
+@pytest.mark.parametrize("place", ["first", "second", "several", "last", "end"])
+def test_forced_flip(client, model, prompts, alone, place):
+    [prompt], [clean] = prompts[:1], alone[:1]
+    if place == "end":
+        [prompt] = chat_prompts([("short", "What is the capital of France?")], model)
+        [clean] = client.alone([prompt])
+    assert clean.meta["finish_reason"]["type"] == ("stop" if place == "end" else "length")
+    length = len(clean.tokens)
+    rows = {"first": [1], "second": [2], "several": [3, 4, 9, 20]}.get(place, [length])
+    answer = client.alone([prompt], sampling_params=forced(rows))[0]
+    assert_same([clean], [answer])
+    assert answer.meta["finish_reason"] == clean.meta["finish_reason"]
+    assert answer.meta["gate"]["flips"] >= len(rows)
+    gate = assert_streams_to(client, prompt, clean, **forced(rows))
+    assert gate["flips"] >= len(rows)
+
+
+def test_forced_flip_inside_a_multi_byte_character(client, model):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    text = "Repeat this line exactly: 日本語 😀 日本語 😀 日本語"
+    [prompt] = chat_prompts([("emoji", text)], model)
+    [answer] = client.alone([prompt])
+    inside = [
+        row
+        for row in range(1, len(answer.tokens))
+        if tokenizer.decode(answer.tokens[:row]).endswith("\ufffd")
+    ]
+    assert len(inside) >= 2, f"no multi-byte character in {answer.text!r}"
+    rows = [inside[0], inside[-1] + 1]
+    gate = assert_streams_to(client, prompt, answer, **forced(rows))
+    assert gate["flips"] >= 2
+
+
+def test_forced_flips_in_a_batch_with_shared_prefixes(client, prompts, alone):
+    twice = [p for p in prompts[:6] for _ in range(2)]
+    answers = client.together(twice, sampling_params=forced([2, 5, 6, 17]))
+    assert_same(alone, answers)
+    assert sum(answer.meta["gate"]["flips"] for answer in answers) >= 2 * len(twice)
+    assert_clean(client)
+
+
+def test_stop_string_and_n(client, prompts, alone):
+    word = alone[0].text.split()[3]
+    stopped = client.alone(prompts[:1], sampling_params={"stop": [word]})[0]
+    assert stopped.meta["finish_reason"]["matched"] == word
+    row = len(stopped.tokens)
+    again = client.alone(prompts[:1], sampling_params={"stop": [word], **forced([row])})[0]
+    assert (again.text, again.tokens) == (stopped.text, stopped.tokens)
+    assert_streams_to(client, prompts[0], stopped, stop=[word], **forced([row]))
+    body = {
+        "input_ids": prompts[1].input_ids,
+        "sampling_params": {"temperature": 0, "max_new_tokens": TOKENS, "n": 3},
+    }
+    replies = requests.post(f"{client.base_url}/generate", json=body).json()
+    assert [tuple(r["output_ids"]) for r in replies] == [alone[1].tokens] * 3
+
+
+def test_logprobs_hot_and_cold(client):
+    """SGLang's radix-cache check, with ids that are in this model's vocabulary."""
+    ids = [int(i) for i in np.random.default_rng(3).integers(300, 49000, 64 + 9)]
+    [first] = client.alone([Prompt("ids", tuple(ids))])
+    longer = Prompt("longer", (*ids, *first.tokens))
+    ask = {"return_logprob": True, "top_logprobs_num": 3}
+    hot, cold = [], []
+    for readings, flush in ((hot, False), (cold, True)):
+        if flush:
+            client.flush()
+        answer = client.alone([longer], sampling_params={"max_new_tokens": 8}, **ask)[0]
+        readings += [answer.tokens, answer.meta["output_token_logprobs"]]
+        readings += [answer.meta["output_top_logprobs"]]
+        assert (answer.meta["cached_tokens"] > 0) is not flush
+    assert hot == cold
+
+
+def test_logprobs_after_forced_flips(client, prompts, alone):
+    [clean] = client.alone(prompts[2:3], return_logprob=True)
+    [mended] = client.alone(prompts[2:3], return_logprob=True, sampling_params=forced([1, 4, 9]))
+    assert_same(alone, [clean, mended])
+    clean_ids = [entry[1] for entry in clean.meta["output_token_logprobs"]]
+    mended_ids = [entry[1] for entry in mended.meta["output_token_logprobs"]]
+    assert clean_ids == mended_ids == list(clean.tokens)
+    assert all(entry[0] <= 0 for entry in mended.meta["output_token_logprobs"])
+
+
+@pytest.mark.parametrize("mode", ["single", "prefix"])
+def test_sglangs_own_determinism_test(client, mode):
+    port = client.base_url.rsplit(":", 1)[1]
+    command = [sys.executable, "-m", "sglang.test.test_deterministic", "--port", port]
+    command += ["--test-mode", mode, "--n-trials", "10", "--max-new-tokens", "24"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+    unique = re.findall(r"Unique samples: (\d+)", done.stdout)
+    assert unique and set(unique) == {"1"}, done.stdout[-2000:]
+
+
+def conversation(client: Client, tokenizer, opening: str, flush: bool) -> list[dict]:
+    """Three turns; returns what came back for each."""
+    messages, replies = [], []
+    for text in (opening, "Say that again in one sentence.", "Now give an example."):
+        messages.append({"role": "user", "content": text})
+        if flush:
+            client.flush()
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        prompt = Prompt(text, tuple(tokenizer(ids, add_special_tokens=False)["input_ids"]))
+        [answer] = client.alone([prompt], sampling_params={"max_new_tokens": 24})
+        messages.append({"role": "assistant", "content": answer.text})
+        replies.append({"tokens": answer.tokens, "cached": answer.meta["cached_tokens"]})
+    return replies
+
+
+def test_three_turns_hot_cold_alone_and_batched(client, model):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    topics = ("rivers", "prime numbers", "the moon", "bread", "music", "ants", "glass", "maps")
+    openings = [f"Explain in a few words what you know about {topic}." for topic in topics]
+    cold = [conversation(client, tokenizer, text, flush=True) for text in openings]
+    hot = [conversation(client, tokenizer, text, flush=False) for text in openings]
+    with ThreadPoolExecutor(len(openings)) as pool:
+        batched = list(pool.map(lambda t: conversation(client, tokenizer, t, False), openings))
+    for other in (hot, batched):
+        for wanted, found in zip(cold, other):
+            assert [turn["tokens"] for turn in wanted] == [turn["tokens"] for turn in found]
+    assert all(turn["cached"] == 0 for turns in cold for turn in turns)
+    assert all(turns[2]["cached"] > 0 for turns in hot)
+
+
+def test_openai_client(client, prompts):
+    api = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none")
+    ask = {
+        "model": "default",
+        "messages": [{"role": "user", "content": "Name three rivers."}],
+        "temperature": 0,
+        "max_tokens": 24,
+    }
+    whole = api.chat.completions.create(**ask).choices[0].message.content
+    streamed = api.chat.completions.create(**ask, stream=True)
+    pieces = [chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices]
+    ungated = api.chat.completions.create(
+        **ask, extra_body={"custom_params": {"deterministic": False}}
+    )
+    assert "".join(pieces) == whole and len(pieces) > 3
+    assert ungated.choices[0].message.content
+
+
+BAD_REQUESTS = [
+    ({"input_ids": [1, 2, 49152]}, "49152"),
+    ({"input_ids": [1, -5]}, "-5"),
+    ({"sampling_params": {"custom_params": {"deterministic": "yes"}}}, "deterministic"),
+    ({"sampling_params": {"custom_params": {"gate_fault_rows": ["a"]}}}, "gate_fault_rows"),
+    ({"sampling_params": {"frequency_penalty": 0.5}}, "frequency_penalty"),
+    ({"sampling_params": {"regex": "a+"}}, "regex"),
+    ({"sampling_params": {"logit_bias": {"5": 1.0}}}, "logit_bias"),
+]
+
+
+@pytest.mark.parametrize(("change", "named"), BAD_REQUESTS)
+def test_bad_request_is_a_400_and_the_server_goes_on(client, prompts, alone, change, named):
+    body = {"input_ids": [1, 2, 3], **change}
+    body["sampling_params"] = {"temperature": 0, **change.get("sampling_params", {})}
+    reply = requests.post(f"{client.base_url}/generate", json=body)
+    assert reply.status_code == 400 and named in reply.text
+    assert_same(alone, client.alone(prompts[4:5]))
+    assert_clean(client)
+
+
+def test_abort_and_disconnect_leak_nothing(client, prompts, alone):
+    body = {"stream": True, "sampling_params": {"temperature": 0, "max_new_tokens": 400}}
+    open_streams: list[Iterator[bytes]] = []
+    for i, prompt in enumerate(prompts[:6]):
+        ask = {**body, "input_ids": prompt.input_ids, "rid": f"gone-{i}"}
+        response = requests.post(f"{client.base_url}/generate", json=ask, stream=True)
+        next(response.iter_lines())
+        if i % 2:
+            response.close()  # the client vanishes
+        else:
+            open_streams.append(response.iter_lines())
+    for i in (0, 2, 4):
+        requests.post(f"{client.base_url}/abort_request", json={"rid": f"gone-{i}"})
+    for lines in open_streams:
+        text = b"".join(lines)
+        assert b'"abort"' in text
+    assert_same(alone, client.together(prompts[8:12]))
+    assert_clean(client)

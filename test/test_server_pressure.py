@@ -1,0 +1,99 @@
+"""Little memory, late verification, vanishing clients: same answers, and nothing leaks."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import requests
+from checks import assert_clean, assert_gate_worked, assert_same
+
+from margingate.client import Client, Prompt
+
+TOKENS = 40
+
+
+def forced(rows: list[int]) -> dict:
+    return {"custom_params": {"gate_fault_rows": rows}}
+
+
+@pytest.mark.parametrize("guarantee", ["sparse", "exact"])
+def test_retracted_requests_answer_as_if_they_had_never_been(start, prompts, guarantee):
+    """SGLang's own switch retracts requests every few steps; alone there is nothing to retract."""
+    server = start(
+        "--gate-debug",
+        "--gate-inject-faults",
+        "--gate-guarantee",
+        guarantee,
+        env={"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"},
+    )
+    client = Client(server.base_url, TOKENS)
+    alone = client.alone(prompts[:12])
+    before = client.gate_state()
+    answers = client.together(prompts[:12], sampling_params=forced([4, 11, 12, 23]))
+    assert_same(alone, answers)
+    assert sum(answer.meta["num_retractions"] for answer in answers) > 3
+    assert client.gate_state()["retractions"] > before["retractions"]
+    assert_gate_worked(before, client.gate_state(), batch=8)
+    assert_clean(client)
+
+
+@pytest.fixture(scope="module")
+def late(start) -> Client:
+    """Verification waits up to 8 steps, and memory holds about a dozen requests."""
+    args = ("--gate-debug", "--gate-inject-faults", "--gate-max-delay", "8")
+    return Client(start(*args, "--max-total-tokens", "2048").base_url, TOKENS)
+
+
+def test_deferred_verification_rolls_back_what_went_on(late, prompts):
+    alone = late.alone(prompts)
+    for seed in range(2):
+        before = late.gate_state()
+        order = random.Random(seed).sample(prompts, len(prompts))
+        answers = late.together(order, sampling_params=forced([2, 3, 10, 18, 27]))
+        assert_same(alone, answers)
+        after = late.gate_state()
+        assert_gate_worked(before, after, batch=4)
+        flips = after["flips"] - before["flips"]
+        assert after["rolled_back"] - before["rolled_back"] > flips, "no decoded token was dropped"
+    assert_clean(late)
+
+
+def test_deferred_ends_are_held_and_streams_never_retract(late, prompts):
+    [answer] = late.alone(prompts[3:4])
+    rows = [1, len(answer.tokens) - 2, len(answer.tokens)]
+    again = late.together([prompts[3]] * 3, sampling_params=forced(rows))
+    assert_same([answer], again)
+    assert all(a.meta["finish_reason"] == answer.meta["finish_reason"] for a in again)
+    assert all(a.meta["gate"]["drain_s"] > 0 for a in again)
+
+
+def test_aborts_while_rows_are_pending(late, prompts):
+    body = {"stream": True, "sampling_params": {"temperature": 0, "max_new_tokens": 300}}
+    responses = []
+    for i, prompt in enumerate(prompts[:6]):
+        params = {**body["sampling_params"], **forced(list(range(5, 300, 7)))}
+        ask = {**body, "sampling_params": params, "input_ids": prompt.input_ids, "rid": f"late-{i}"}
+        responses.append(requests.post(f"{late.base_url}/generate", json=ask, stream=True))
+    for response in responses:
+        next(response.iter_lines())
+    for response in responses[::2]:
+        response.close()
+    requests.post(f"{late.base_url}/abort_request", json={"rid": "late-"})
+    for response in responses[1::2]:
+        assert b'"abort"' in b"".join(response.iter_lines())
+    assert_clean(late)
+
+
+def test_a_timeout_while_rows_are_pending(start, prompts):
+    server = start(
+        "--gate-debug", "--gate-max-delay", "64", env={"SGLANG_REQ_RUNNING_TIMEOUT": "2"}
+    )
+    client = Client(server.base_url, 2000)
+    body = {"input_ids": prompts[0].input_ids, "sampling_params": {**client.params}}
+    body["sampling_params"]["ignore_eos"] = True
+    reply = requests.post(f"{client.base_url}/generate", json=body)
+    assert reply.status_code == 503 and "timeout" in reply.text
+    short = Client(server.base_url, 8)
+    assert len(short.alone([Prompt("again", prompts[0].input_ids)])[0].tokens) == 8
+    assert_clean(short)

@@ -1,0 +1,66 @@
+"""Controls: without the flag nothing changes, and the stock server fails what the gate passes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from checks import assert_clean, assert_gate_worked, assert_same
+
+from margingate.client import Client, identical
+
+TOKENS = 40
+
+
+@pytest.fixture(scope="module")
+def stock(start, prompts, tmp_path_factory):
+    """The stock server's answers (flag absent), alone and batched, from one server."""
+    server = start(gate=False)
+    client = Client(server.base_url, TOKENS)
+    alone = client.alone(prompts)
+    client.flush()
+    batched = client.together(prompts)
+    info = client.get("/server_info")
+    return alone, batched, info, server.log.read_text(errors="replace")
+
+
+def test_the_stock_server_depends_on_the_batch(stock, prompts):
+    alone, batched, _, _ = stock
+    assert identical(alone, batched) < len(prompts), "the control found no flip on this machine"
+
+
+def test_without_the_flag_there_is_no_gate(stock):
+    _, _, info, log = stock
+    assert "margingate" not in info["internal_states"][0]
+    assert "_margingate" not in json.dumps(info)
+    applied = [line for line in log.splitlines() if "hook(s) to" in line and "margingate" in line]
+    startup = ("ServerArgs", "Scheduler.__init__", "Engine._launch_subprocesses")
+    assert all(any(name in line for name in startup) for line in applied)
+
+
+def test_without_the_plugin_the_answers_are_the_same(start, stock, prompts):
+    """SGLANG_PLUGINS keeps the gate out; the host platform is needed to start at all."""
+    server = start(gate=False, env={"SGLANG_PLUGINS": "margingate_host"})
+    bare = Client(server.base_url, TOKENS).alone(prompts)
+    assert_same(stock[0], bare)
+
+
+def test_observe_counts_and_changes_nothing(start, stock, prompts):
+    client = Client(start("--gate-policy", "observe").base_url, TOKENS)
+    assert_same(stock[0], client.alone(prompts))
+    state = client.gate_state()
+    assert state["steps"] > 0 and state["flagged"] > 0 and state["verified"] == 0
+    assert sum(state["margins"]["steps"]) > 0
+
+
+def test_always_gives_the_text_of_margin_and_of_exact(start, prompts):
+    margin = Client(start().base_url, TOKENS).alone(prompts)
+    always = Client(start("--gate-policy", "always").base_url, TOKENS)
+    assert_same(margin, always.together(prompts))
+    assert always.gate_state()["trigger_rate"] > 0.9
+    exact = Client(start("--gate-guarantee", "exact", "--gate-debug").base_url, TOKENS)
+    before = exact.gate_state()
+    assert_same(margin, exact.together(prompts))
+    assert_gate_worked(before, exact.gate_state(), batch=12)
+    assert_same(margin, exact.together(prompts, stream=False))
+    assert_clean(exact)
