@@ -152,7 +152,9 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         same = [str(record["identical"].get(name, "-")) for name in names]
         rows.append([record["case"], *same, rate, *counts])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths)) for row in rows)
+    return "\n".join(
+        "  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows
+    )
 
 
 def main() -> None:

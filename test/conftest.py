@@ -15,6 +15,8 @@ from margingate.servers import Server, launch
 
 PROMPTS = Path(margingate.__file__).parent / "data/demo_prompts.jsonl"
 Start = Callable[..., Server]
+# On this path every decode step has to be verified or flagged: the gate is what is tested.
+STOCK_PATH = ("--gate-fast-path", "stock")
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +36,13 @@ def start(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sta
     """Starts servers; all of them end with the module. Two cores: one lives at a time."""
     servers: list[Server] = []
 
-    def start_server(*args: str, gate: bool = True, env: dict[str, str] | None = None) -> Server:
+    def start_server(
+        *args: str,
+        gate: bool = True,
+        stock_path: bool = True,
+        env: dict[str, str] | None = None,
+    ) -> Server:
+        args += STOCK_PATH if gate and stock_path else ()
         for server in servers:
             server.stop()
         log = tmp_path_factory.mktemp("server") / "log"

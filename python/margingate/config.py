@@ -11,6 +11,7 @@ from typing import Any
 POLICIES = ("margin", "always", "observe")
 GUARANTEES = ("sparse", "exact")
 REPAIRS = ("span", "column")
+FAST_PATHS = ("invariant", "stock")
 MAX_ROWS = 1024
 
 
@@ -53,6 +54,13 @@ class GateConfig:
         "it was computed canonically, so streaming waits for its replay.",
         choices=GUARANTEES,
     )
+    fast_path: str = _option(
+        "invariant",
+        "invariant: run the decode step itself so that it is canonical, by attention with a fixed "
+        "split and linear layers kept within one class of row counts; stock: leave SGLang's "
+        "kernels alone.",
+        choices=FAST_PATHS,
+    )
     repair: str = _option(
         "span",
         "span: a flagged row is replayed with every earlier row that is not canonical yet; "
@@ -92,6 +100,7 @@ class GateConfig:
     def __post_init__(self) -> None:
         _check_choice("--gate-policy", self.policy, POLICIES)
         _check_choice("--gate-guarantee", self.guarantee, GUARANTEES)
+        _check_choice("--gate-fast-path", self.fast_path, FAST_PATHS)
         _check_choice("--gate-repair", self.repair, REPAIRS)
         number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
         if not number or not self.threshold >= 0:

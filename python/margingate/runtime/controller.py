@@ -14,6 +14,8 @@ from margingate.core.ledger import Ledger, Outcome, Row
 from margingate.core.policy import INJECTED, GatePolicy
 from margingate.core.queue import MicroBatchQueue
 from margingate.runtime import integrity, retraction, rollback
+from margingate.runtime.canonical import CanonicalSteps, measure
+from margingate.runtime.invariance import largest_rows
 from margingate.runtime.radix import is_gated
 from margingate.runtime.request import Counts, GateRequest, Hold, now
 from margingate.runtime.verifier import RowInput, RowResult, Verifier
@@ -35,7 +37,12 @@ class GateController:
         self.policy = GatePolicy(config.policy, config.threshold)
         self.ledger = Ledger(config.guarantee, config.repair)
         self.queue = MicroBatchQueue(config.rows, config.max_delay)
-        self.verifier = Verifier(scheduler.tp_worker.model_runner, config.rows)
+        invariant = config.fast_path == "invariant" and config.policy != "observe"
+        runner = scheduler.tp_worker.model_runner
+        self.verifier = Verifier(runner, config.rows, use_graphs=invariant)
+        self.canonical: CanonicalSteps | None = None  # None: no decode step is taken to be
+        if invariant:
+            self.canonical = measure(self.verifier, scheduler, largest_rows(runner.device))
         self.totals = Counts()
         self.histogram = MarginHistogram()
         self.reasons: dict[str, int] = {}
@@ -47,6 +54,7 @@ class GateController:
         self.ended: list[Any] = []  # to be told, with the next `stream`
         self.batch: Any = None  # the one being processed
         self.step = 0  # batches processed
+        self.canonical_steps = 0  # decode steps that needed no verification
         self.largest_batch = 0  # requests in one decode step
         self.observes_only = config.policy == "observe"
         self.processing = False  # inside SGLang's own result processing
@@ -88,6 +96,7 @@ class GateController:
         """Enter this forward's rows into the ledger, before SGLang sees whether they end."""
         best = getattr(getattr(result, "logits_output", None), "gate", None)
         prefill = batch.forward_mode.is_extend()
+        canonical = prefill or self._is_canonical(batch, result)
         margins = best.margin.tolist() if best is not None else None
         if margins is not None and not prefill:
             self.histogram.add_steps(margins)
@@ -103,9 +112,17 @@ class GateController:
             margin = margins[i] if margins is not None else float("inf")
             if gate.gated:
                 fault = self._inject(req, gate, batch, result, i) if gate.faults else False
-                self._emit(req, gate, margin, prefill, fault)
+                self._emit(req, gate, margin, canonical, fault)
             elif self.observes_only:
                 self._observe(gate, margin)
+
+    def _is_canonical(self, batch: Any, result: Any) -> bool:
+        """Whether this decode step gave its rows the bits that a verify pass would."""
+        if self.canonical is None:
+            return False
+        held = self.canonical.holds(len(batch.reqs), bool(result.can_run_cuda_graph))
+        self.canonical_steps += held
+        return held
 
     def _emit(
         self, req: Any, gate: GateRequest, margin: float, canonical: bool, fault: bool
@@ -113,10 +130,13 @@ class GateController:
         if gate.key not in self.requests:
             self.ledger.open(gate.key)
             self.requests[gate.key] = req
+        # A canonical computation on columns that are not is no better than any other.
+        canonical &= self.ledger.canonical(gate.key) == self.ledger.emitted(gate.key)
         decision = INJECTED if fault else self.policy.decide(margin, canonical=canonical)
         self.reasons[decision.reason] = self.reasons.get(decision.reason, 0) + 1
         self.ledger.emit(gate.key, flagged=decision.flagged, canonical=canonical and not fault)
         gate.margins.append(margin)
+        gate.flags.append(decision.flagged)
         gate.counts.steps += 1
         if decision.flagged:
             gate.counts.flagged += 1
@@ -196,10 +216,11 @@ class GateController:
         counts = req.gate.counts
         counts.verified += 1
         counts.repaired += row.index > 1
+        counts.replayed += not req.gate.flags[row.index - 1]
         if outcome is Outcome.FLIP:
             counts.flips += 1
             self.histogram.add_flip(req.gate.margins[row.index - 1])
-            del req.gate.margins[row.index :]
+            req.gate.forget_rows(row.index)
             counts.rolled_back += emitted - row.index + 1
             self._roll_back(req, row.index, result)
         elif outcome is Outcome.MATCH:
@@ -277,7 +298,6 @@ class GateController:
         self.ledger.close(gate.key)
         self.queue.forget(gate.key)
         counts = gate.counts
-        counts.replayed = max(counts.verified - counts.flagged, 0)
         passes, counts.passes = counts.passes, 0  # passes are shared: the total counts its own
         self.totals.add(counts)
         counts.passes = passes

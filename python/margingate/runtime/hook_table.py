@@ -7,6 +7,7 @@ from sglang.srt.plugins.hook_registry import HookType
 from margingate.runtime import (
     arguments,
     info,
+    invariance,
     margins,
     prefill,
     retraction,
@@ -225,4 +226,32 @@ RUNTIME_HOOKS = (
         "a failing plugin ends the server by itself",
     ),
 )
-ALL_HOOKS = (*STARTUP_HOOKS, *TOKENIZER_HOOKS, *RUNTIME_HOOKS)
+
+# Applied, besides, where --gate-fast-path is invariant.
+INVARIANT_HOOKS = (
+    Hook(
+        "model_executor.model_runner.ModelRunner.init_cuda_graphs",
+        BEFORE,
+        invariance.before_graphs,
+        "self capture_decode_cuda_graph",
+        "probes the linear layers and fixes attention's split before graphs are captured",
+        _CALLBACK,
+    ),
+    Hook(
+        "layers.quantization.unquant.UnquantizedLinearMethod.apply",
+        AROUND,
+        invariance.apply_linear,
+        "self layer x bias",
+        "keeps a linear layer within one class of row counts",
+        "SGLang's linear layers are batch-invariant at this cost",
+    ),
+    Hook(
+        "layers.logits_processor.LogitsProcessor._compute_lm_head",
+        AROUND,
+        invariance.compute_lm_head,
+        "self hidden_states lm_head embedding_bias",
+        "keeps lm_head within one class of row counts",
+        "SGLang's linear layers are batch-invariant at this cost",
+    ),
+)
+ALL_HOOKS = (*STARTUP_HOOKS, *TOKENIZER_HOOKS, *RUNTIME_HOOKS, *INVARIANT_HOOKS)

@@ -65,9 +65,7 @@ def _check_slots(controller: GateController) -> None:
     for req in _live_requests(controller):
         own = table[req.req_pool_idx, req.cache_protected_len : req.kv.kv_allocated_len]
         parts.append((f"of request {req.rid}", own.to(torch.int64).cpu()))
-    counts = torch.bincount(
-        torch.cat([slots for _, slots in parts]), minlength=allocator.size + 1
-    )
+    counts = torch.bincount(torch.cat([slots for _, slots in parts]), minlength=allocator.size + 1)
     twice, lost = counts > 1, counts[1:] == 0
     if twice.any():
         slot = int(twice.nonzero()[0])

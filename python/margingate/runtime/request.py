@@ -69,7 +69,13 @@ class GateRequest:
     hold: Hold | None = None
     kept: Kept | None = None
     margins: array[float] = field(default_factory=lambda: array("f"))  # by row, logits
+    flags: bytearray = field(default_factory=bytearray)  # by row: was it flagged
     injected_first: int | None = None  # what prefill chose before a fault replaced it
+
+    def forget_rows(self, kept: int) -> None:
+        """Drop what is known of the rows after the first `kept`."""
+        del self.margins[kept:]
+        del self.flags[kept:]
 
     def summary(self, config: GateConfig) -> dict[str, Any]:
         """For `meta_info["gate"]`."""
@@ -78,6 +84,7 @@ class GateRequest:
         return {
             "gated": True,
             "guarantee": config.guarantee,
+            "fast_path": config.fast_path,
             "policy": config.policy,
             "threshold": config.threshold,
             **asdict(self.counts),

@@ -38,7 +38,7 @@ def release(original: Any, *, req: Any, **kwargs: Any) -> None:
         _set_aside(req, kept)
     req.output_ids = array("q")
     req.full_untruncated_fill_ids = array("q")
-    del req.gate.margins[kept:]
+    req.gate.forget_rows(kept)
 
 
 def _set_aside(req: Any, kept: int) -> None:

@@ -55,8 +55,10 @@ class RowResult:
 class Verifier:
     """Runs verify passes of exactly `rows` rows on the model of `model_runner`."""
 
-    def __init__(self, model_runner: Any, rows: int) -> None:
+    def __init__(self, model_runner: Any, rows: int, *, use_graphs: bool) -> None:
+        """`use_graphs`: replay the decode graphs, which then must be canonical themselves."""
         self.runner = model_runner
+        self._use_graphs = use_graphs
         self.rows = rows
         self.device = model_runner.device
         self._page_table = model_runner.req_to_token_pool.req_to_token
@@ -72,41 +74,60 @@ class Verifier:
         Rewrites the K/V columns of the rows' positions in place. Padding rows read and write the
         reserved slot 0 only.
         """
-        batch = self._forward_batch(rows)
-        backend = self.runner.attn_backend
-        with torch.inference_mode(), forward_context(ForwardContext(attn_backend=backend)):
-            backend.init_forward_metadata(batch)
-            output = self.runner.model.forward(batch.input_ids, batch.positions, batch)
-            logits = output.next_token_logits
-            best = softmax_top2(logits)
-            tokens, margins = best.ids.tolist(), best.margin.tolist()
-            wanted = _logprobs(logits, rows, tokens)
+        logits = self.forward(rows, self.rows)
+        best = softmax_top2(logits)
+        tokens, margins = best.ids.tolist(), best.margin.tolist()
+        wanted = _logprobs(logits, rows, tokens)
         return [RowResult(tokens[i], margins[i], wanted.get(i)) for i, _ in enumerate(rows)]
 
-    def _forward_batch(self, rows: Sequence[RowInput]) -> ForwardBatch:
-        padding = [RowInput(0, 0, 0)] * (self.rows - len(rows))
-        attended = len(rows) if self._attends_row_by_row else self.rows
+    @torch.inference_mode()
+    def forward(self, rows: Sequence[RowInput], count: int) -> torch.Tensor:
+        """One decode forward of `rows`, padded to `count`. Returns logits [>= len(rows), vocab].
+
+        They may be a view of a buffer that the next forward overwrites.
+        """
+        batch = self._forward_batch(rows, count)
+        graphs = self.runner.decode_cuda_graph_runner if self._use_graphs else None
+        if graphs is not None and graphs.can_run_graph(batch):
+            logits = graphs.execute(batch).next_token_logits
+            # The event fences the scheduler's writes behind the main forward's reads, not ours.
+            self.runner.war_fastpath_read_done_event = None
+            return logits
+        backend = self.runner.attn_backend
+        with forward_context(ForwardContext(attn_backend=backend)):
+            backend.init_forward_metadata(batch)
+            output = self.runner.model.forward(batch.input_ids, batch.positions, batch)
+        return output.next_token_logits
+
+    def graph_sizes(self, largest: int) -> list[int]:
+        """Row counts that have a decode graph, up to `largest`; empty without graphs."""
+        graphs = self.runner.decode_cuda_graph_runner if self._use_graphs else None
+        return [] if graphs is None else [n for n in sorted(graphs.capture_bs) if n <= largest]
+
+    def _forward_batch(self, rows: Sequence[RowInput], count: int) -> ForwardBatch:
+        padding = [RowInput(0, 0, 0)] * (count - len(rows))
+        attended = len(rows) if self._attends_row_by_row else count
         fields = [(r.pool_index, r.position, r.token) for r in (*rows, *padding)]
-        pool, positions, tokens = torch.tensor(fields, dtype=torch.int64).unbind(1)
         pool, positions, tokens = (
-            column.contiguous().to(self.device) for column in (pool, positions, tokens)
+            column.contiguous().to(self.device)
+            for column in torch.tensor(fields, dtype=torch.int64).unbind(1)
         )
         seq_lens = positions + 1
         seq_lens_cpu = seq_lens.cpu()
         return ForwardBatch(
             forward_mode=ForwardMode.DECODE,
-            batch_size=self.rows,
+            batch_size=count,
             input_ids=tokens,
             req_pool_indices=pool[:attended],
             seq_lens=seq_lens[:attended],
             seq_lens_cpu=seq_lens_cpu[:attended],
-            seq_lens_sum=int(seq_lens_cpu.sum()),
+            seq_lens_sum=int(seq_lens_cpu[:attended].sum()),
             orig_seq_lens=seq_lens.to(torch.int32),
             out_cache_loc=self._page_table[pool, positions].to(torch.int64),
             positions=positions,
             spec_algorithm=SpeculativeAlgorithm.NONE,
             capture_hidden_mode=CaptureHiddenMode.NULL,
-            num_token_non_padded_cpu=self.rows,
+            num_token_non_padded_cpu=count,
         )
 
 

@@ -1,0 +1,114 @@
+"""Which decode steps are canonical: measured on the whole model, against the verifier.
+
+The same rows are decoded in steps of every row count, over the same slots; a count is canonical
+when each row's logits have the bits that a verify pass gives it. Runs once, before the first
+request, on free slots.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from margingate.config import GateError
+from margingate.runtime.verifier import RowInput, Verifier
+
+logger = logging.getLogger(__name__)
+
+SEED = 20260530
+EAGER_COUNTS = (1, 2, 3, 5, 8, 9, 12, 16, 17, 24, 32, 33, 48, 64)
+LEAST_ROWS = 16  # compared at every row count
+
+
+class CanonicalSteps:
+    """The row counts whose decode steps leave canonical columns and settled rows."""
+
+    def __init__(self, measured: dict[int, bool], graphs: bool) -> None:
+        """`measured`: by row count; `graphs`: a step counts only if a graph ran it."""
+        self._counts = sorted(measured)
+        self._measured = measured
+        self._graphs = graphs
+
+    def holds(self, rows: int, by_graph: bool) -> bool:
+        """Whether a decode step of `rows` requests is canonical.
+
+        A count that was not measured is, when the measured ones around it both are.
+        """
+        if self._graphs and not by_graph:
+            return False
+        at = bisect_left(self._counts, rows)
+        if at == len(self._counts):
+            return False
+        low = self._counts[at] if self._counts[at] == rows else self._counts[max(at - 1, 0)]
+        return self._measured[low] and self._measured[self._counts[at]]
+
+    def __str__(self) -> str:
+        good = [str(count) for count in self._counts if self._measured[count]]
+        return f"{len(good)} of {len(self._counts)} measured row counts ({', '.join(good)})"
+
+
+def measure(verifier: Verifier, scheduler: Any, largest: int) -> CanonicalSteps:
+    """Compare decode steps of every row count up to `largest` with verify passes.
+
+    Raises:
+        GateError: the verifier's own rows depend on the padding beside them.
+    """
+    graphs = verifier.graph_sizes(largest)
+    counts = graphs or [
+        n for n in (1, 2, 3, 5, 8, 9, 12, 16, 17, 24, 32, 33, 48, 64) if n <= largest
+    ]
+    with _Scratch(scheduler, max([verifier.rows, LEAST_ROWS, *counts])) as scratch:
+        reference = _logits(verifier, scratch.rows, verifier.rows)
+        padded = _logits(verifier, scratch.rows, max(verifier.rows // 2, 1), verifier.rows)
+        if not _agree(reference, padded):
+            raise GateError(
+                f"--deterministic-gate found that a verify pass of {verifier.rows} rows depends on "
+                "its padding with this model: choose other --gate-rows, or serve without the flag."
+            )
+        measured = {n: _agree(reference, _logits(verifier, scratch.rows, n)) for n in counts}
+    steps = CanonicalSteps(measured, bool(graphs))
+    logger.info("margingate: decode steps are canonical at %s", steps)
+    return steps
+
+
+class _Scratch:
+    """Rows of one made-up request on free slots; nothing is allocated, nothing else is running."""
+
+    def __init__(self, scheduler: Any, count: int) -> None:
+        self._table = scheduler.req_to_token_pool.req_to_token
+        tokens = torch.randint(
+            3,
+            scheduler.model_config.vocab_size,
+            (count,),
+            generator=torch.Generator().manual_seed(SEED),
+        ).tolist()
+        self._count = count
+        self.rows = [RowInput(1, position, token) for position, token in enumerate(tokens)]
+
+    def __enter__(self) -> _Scratch:
+        slots = torch.arange(1, self._count + 1, dtype=self._table.dtype)
+        self._before = self._table[1, : self._count].clone()
+        self._table[1, : self._count] = slots.to(self._table.device)
+        return self
+
+    def __exit__(self, *_exception: Any) -> None:
+        self._table[1, : self._count] = self._before
+
+
+def _logits(
+    verifier: Verifier, rows: list[RowInput], count: int, padded: int | None = None
+) -> torch.Tensor:
+    """Logits of the first rows, decoded `count` at a time in order; on the CPU."""
+    used = max(count, LEAST_ROWS // count * count)
+    steps: Iterable[list[RowInput]] = (rows[i : i + count] for i in range(0, used, count))
+    found = [verifier.forward(step, padded or len(step))[: len(step)].cpu() for step in steps]
+    return torch.cat(found)
+
+
+def _agree(one: torch.Tensor, other: torch.Tensor) -> bool:
+    shared = min(len(one), len(other))
+    return torch.equal(one[:shared], other[:shared])

@@ -1,0 +1,108 @@
+"""`--gate-fast-path invariant`: the decode step itself becomes canonical, at almost no cost.
+
+Linear layers whose bits depend on the number of rows are padded up to, or run in pieces of, one
+class of row counts; decode attention gets a split of the K/V that depends on the length alone.
+Whether that is enough is then measured on the whole model: only row counts whose rows have the
+verifier's bits count as canonical.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from margingate.config import GateError
+from margingate.core.rowclass import RowPlan
+from margingate.runtime import probe
+
+logger = logging.getLogger(__name__)
+
+LARGEST = {"cpu": 64}  # rows up to which linear layers are probed and planned, by device
+LARGEST_ON_GPU = 256
+SPLIT_TILE = 256  # tokens of K/V a Triton decode split covers
+
+_plans: dict[int, RowPlan] = {}
+findings: list[probe.Finding] = []
+
+
+def largest_rows(device: str) -> int:
+    """Row counts above this are left alone, and their steps are not canonical."""
+    return LARGEST.get(device, LARGEST_ON_GPU)
+
+
+def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
+    """BEFORE ModelRunner.init_cuda_graphs: plan the operators that the graphs will hold."""
+    if runner.is_draft_worker:
+        return
+    _fix_attention(runner)
+    found, plans = probe.probe_model(runner.model, largest_rows(runner.device))
+    findings[:] = found
+    _plans.update(plans)
+    for finding in found:
+        plan = finding.plan
+        kept = "any" if plan is None else f"{plan.low} to {plan.high}"
+        logger.info(
+            "margingate: %s %s x%d: rows %s (%.1f s)",
+            finding.name,
+            list(finding.shape),
+            finding.modules,
+            kept,
+            finding.seconds,
+        )
+
+
+def _fix_attention(runner: Any) -> None:
+    """Make decode attention's K/V split a function of the sequence length alone."""
+    backend = runner.attn_backend
+    name = type(backend).__name__
+    if name == "TorchNativeAttnBackend":
+        return  # a loop over the rows, each with its own length
+    if name == "TritonAttnBackend":
+        backend.enable_deterministic = True
+        backend.split_tile_size = SPLIT_TILE
+        backend.max_kv_splits = -(-backend.max_context_len // SPLIT_TILE)
+        backend.static_kv_splits = False
+        return
+    if name == "FlashInferAttnBackend":
+        # Decode graphs made from here on use tensor cores and no split (FlashInfer's graphs
+        # know no fixed split size). Steps without a graph are never counted as canonical.
+        backend.decode_use_tensor_cores = True
+        backend.disable_cuda_graph_kv_split = True
+        return
+    raise GateError(
+        f"--gate-fast-path invariant does not know the attention backend {name}: use "
+        "--attention-backend triton or flashinfer, or --gate-fast-path stock."
+    )
+
+
+def apply_linear(original: Any, method: Any, layer: Any, x: torch.Tensor, bias: Any = None) -> Any:
+    """AROUND UnquantizedLinearMethod.apply: stay within the operator's class of row counts."""
+    plan = _plans.get(id(layer))
+    if plan is None or x.dim() != 2 or plan.holds(x.shape[0]):
+        return original(method, layer, x, bias)
+    return _in_class(plan, x, lambda piece: original(method, layer, piece, bias))
+
+
+def compute_lm_head(
+    original: Any, processor: Any, hidden: torch.Tensor, lm_head: Any, bias: Any = None
+) -> Any:
+    """AROUND LogitsProcessor._compute_lm_head."""
+    plan = _plans.get(id(lm_head))
+    if plan is None or plan.holds(hidden.shape[0]):
+        return original(processor, hidden, lm_head, bias)
+    return _in_class(plan, hidden, lambda piece: original(processor, piece, lm_head, bias))
+
+
+def _in_class(plan: RowPlan, x: torch.Tensor, operator: probe.Operator) -> torch.Tensor:
+    rows = x.shape[0]
+    if rows > LARGEST_ON_GPU:  # a prefill: isolated, and canonical by its shape
+        return operator(x)
+    outputs = []
+    for start, stop in plan.pieces(rows):
+        piece, missing = x[start:stop], plan.low - (stop - start)
+        if missing > 0:
+            piece = torch.nn.functional.pad(piece, (0, 0, 0, missing))
+        outputs.append(operator(piece)[: stop - start])
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -1,0 +1,55 @@
+"""The default fast path: decode steps are canonical themselves, so nothing has to be verified."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from checks import assert_clean, assert_same
+
+from margingate.client import Answer, Client
+
+TOKENS = 40
+
+
+@pytest.fixture(scope="module")
+def client(start) -> Client:
+    server = start("--gate-debug", "--gate-inject-faults", stock_path=False)
+    return Client(server.base_url, TOKENS)
+
+
+@pytest.fixture(scope="module")
+def alone(client, prompts) -> list[Answer]:
+    return client.alone(prompts)
+
+
+def test_every_step_is_canonical_and_every_answer_the_same(client, prompts, alone):
+    before = client.gate_state()
+    for seed in range(2):
+        client.flush()
+        order = random.Random(seed).sample(prompts, len(prompts))
+        assert_same(alone, client.together(order))
+    after = client.gate_state()
+    assert after["largest_batch"] >= 12
+    assert after["canonical_steps"] > before["canonical_steps"]
+    assert after["flagged"] == after["verified"] == after["flips"] == 0
+    assert set(after["reasons"]) == {"canonical"}
+    assert_clean(client)
+
+
+def test_a_fault_in_a_canonical_step_is_still_repaired(client, prompts, alone):
+    faults = {"custom_params": {"gate_fault_rows": [1, 5, 6, 22]}}
+    answers = client.together(prompts, sampling_params=faults)
+    assert_same(alone, answers)
+    assert all(answer.meta["gate"]["flips"] >= 3 for answer in answers)
+    assert_clean(client)
+
+
+def test_streams_and_logprobs(client, prompts, alone):
+    ask = {"return_logprob": True, "top_logprobs_num": 2}
+    one = client.alone(prompts[:4], **ask)
+    many = client.together(prompts[:4], **ask)
+    assert_same(alone, many)
+    for left, right in zip(one, many):
+        for name in ("output_token_logprobs", "output_top_logprobs"):
+            assert left.meta[name] == right.meta[name]
