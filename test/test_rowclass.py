@@ -42,9 +42,8 @@ def split_by_count(x: torch.Tensor) -> torch.Tensor:
 
 
 def leaky(x: torch.Tensor) -> torch.Tensor:
-    """A row's result depends on its neighbours, through the scale of the whole call."""
-    scale = x.float().abs().max()
-    return ((x.float() / scale) @ WEIGHT.float().T * scale).bfloat16()
+    """A row's result depends on its neighbours, through the largest value of the whole call."""
+    return x @ WEIGHT.T + x.abs().max() / 8
 
 
 def test_the_probe_separates_the_classes():
