@@ -27,18 +27,20 @@ from margingate.client import Answer, Client, Prompt, chat_prompts, identical, r
 from margingate.servers import launch
 
 GATE = "--deterministic-gate"
+STOCK_PATH = (GATE, "--gate-fast-path", "stock")
 THRESHOLDS = (0.13, 0.26, 0.51, 1.01, 2.01)
 CASES: dict[str, tuple[str, ...]] = {
     "stock": (),
     "sglang-deterministic": ("--enable-deterministic-inference",),
     "margin": (GATE,),
-    "stock-path": (GATE, "--gate-fast-path", "stock"),
     "exact": (GATE, "--gate-guarantee", "exact"),
-    "always": (GATE, "--gate-policy", "always"),
-    "delay8": (GATE, "--gate-max-delay", "8"),
-    **{f"span-{t}": (GATE, "--gate-threshold", str(t)) for t in THRESHOLDS},
+    "stock-path": STOCK_PATH,
+    "exact-stock": (*STOCK_PATH, "--gate-guarantee", "exact"),
+    "always-stock": (*STOCK_PATH, "--gate-policy", "always"),
+    "delay8-stock": (*STOCK_PATH, "--gate-max-delay", "8"),
+    **{f"span-{t}": (*STOCK_PATH, "--gate-threshold", str(t)) for t in THRESHOLDS},
     **{
-        f"column-{t}": (GATE, "--gate-repair", "column", "--gate-threshold", str(t))
+        f"column-{t}": (*STOCK_PATH, "--gate-repair", "column", "--gate-threshold", str(t))
         for t in THRESHOLDS
     },
 }

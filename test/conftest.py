@@ -25,10 +25,15 @@ def model() -> Path:
 
 
 @pytest.fixture(scope="session")
-def prompts(model: Path) -> list[Prompt]:
-    """16 prompts, four of each data set, with the chat template applied."""
-    pairs = read_prompts(PROMPTS)
-    return chat_prompts([pair for i, pair in enumerate(pairs) if i % 6 < 4], model)
+def all_prompts(model: Path) -> list[Prompt]:
+    """24 prompts, six of each data set, with the chat template applied."""
+    return chat_prompts(read_prompts(PROMPTS), model)
+
+
+@pytest.fixture(scope="session")
+def prompts(all_prompts: list[Prompt]) -> list[Prompt]:
+    """12 of them, three of each data set."""
+    return [prompt for i, prompt in enumerate(all_prompts) if i % 6 < 3]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from checks import assert_clean, assert_gate_worked, assert_same
 
 from margingate.client import Answer, Client, Prompt, chat_prompts
 
-TOKENS = 40
+TOKENS = 32
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_batched_and_shuffled(client, prompts, alone):
         before = client.gate_state()
         order = random.Random(seed).sample(prompts, len(prompts))
         assert_same(alone, client.together(order))
-        assert_gate_worked(before, client.gate_state(), batch=12)
+        assert_gate_worked(before, client.gate_state(), batch=8)
     assert_clean(client)
 
 
@@ -113,8 +113,8 @@ def test_forced_flip_inside_a_multi_byte_character(client, model):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    text = "Repeat this line exactly: 日本語 😀 日本語 😀 日本語"
-    [prompt] = chat_prompts([("emoji", text)], model)
+    smileys = tokenizer("😀" * 12)["input_ids"]  # the model goes on with them
+    prompt = Prompt("smileys", tuple(smileys))
     [answer] = client.alone([prompt])
     inside = [
         row
@@ -277,5 +277,5 @@ def test_abort_and_disconnect_leak_nothing(client, prompts, alone):
     for lines in open_streams:
         text = b"".join(lines)
         assert b'"abort"' in text
-    assert_same(alone, client.together(prompts[8:12]))
+    assert_same(alone, client.together(prompts[6:10]))
     assert_clean(client)

@@ -10,7 +10,7 @@ from checks import assert_clean, assert_gate_worked, assert_same
 
 from margingate.client import Client, Prompt
 
-TOKENS = 40
+TOKENS = 32
 
 
 def forced(rows: list[int]) -> dict:

@@ -285,5 +285,5 @@ def test_a_server_that_fails_is_the_demos_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("margingate.client.chat_prompts", lambda pairs, model: [])
     monkeypatch.setattr("margingate.servers.launch", lambda *a, **k: fake(tmp_path, code))
     with pytest.raises(CliError, match=r"stock: the server on port .* --gate-rows is 0"):
-        demo.measure(tmp_path, [("a", "b")], 1, tmp_path)
+        demo.measure(tmp_path, [("a", "b")], 1, tmp_path, {"stock": (), "gated": ()})
     assert os.path.exists(tmp_path / "logs" / "fake.log")

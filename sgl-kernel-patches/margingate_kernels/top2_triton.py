@@ -21,7 +21,6 @@ _ALIGN = 16  # bytes of the widest load
 _NO_ID = tl.constexpr(2**31 - 1)  # id of a column that does not exist; loses every tie
 _NEG_INF = tl.constexpr(float("-inf"))
 _INF = tl.constexpr(float("inf"))
-_NAN = tl.constexpr(float("nan"))
 
 
 class SplitPlan(NamedTuple):
@@ -159,8 +158,8 @@ def merge_splits(  # noqa: PLR0917
 
     margin = m1 - m2
     margin = tl.where(margin == 0.0, 0.0, margin)  # 0.0 - -0.0 may be -0.0
-    margin = tl.where(_is_nan(total), _NAN, margin)
-    logprob = tl.where(tl.abs(m1) == _INF, _NAN, 0.0 - tl.log(total))
+    margin = tl.where(_is_nan(total), float("nan"), margin)
+    logprob = tl.where(tl.abs(m1) == _INF, float("nan"), 0.0 - tl.log(total))
     tl.store(out_ids + row, i1.to(tl.int64))
     tl.store(out_runner_up + row, tl.where(i2 == _NO_ID, -1, i2).to(tl.int64))
     tl.store(out_margin + row, margin)

@@ -13,7 +13,7 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from itertools import zip_longest
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import margingate
 from margingate.cli.errors import CliError
+from margingate.config import FAST_PATHS, GateConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 PROMPTS = Path(margingate.__file__).parent / "data" / "demo_prompts.jsonl"
 MODEL = "smollm2"
-TOKENS = 48
+TOKENS = 32
 SIDES = ("stock", "gated")
 TOGETHER = {
     "batched": "all at once",
@@ -40,7 +41,7 @@ TOGETHER = {
     "cached": "all at once, prefixes cached",
 }
 RUNS = ("alone", *TOGETHER)
-COUNTERS = ("steps", "flagged", "replayed", "flips", "missed", "rolled_back", "passes")
+COUNTERS = ("steps", "canonical", "flagged", "replayed", "flips", "missed", "rolled_back", "passes")
 SEED = 20260530
 
 
@@ -94,6 +95,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="DIR",
         help="the report's folder; default ./demo-report",
     )
+    parser.add_argument(
+        "--fast-path",
+        choices=FAST_PATHS,
+        default=GateConfig.fast_path,
+        help="of the gated server (its --gate-fast-path): stock shows flips and their repair; "
+        f"default {GateConfig.fast_path}",
+    )
     parser.add_argument("--keep-log", action="store_true", help="keep the servers' logs there")
     parser.set_defaults(func=run)
 
@@ -106,9 +114,10 @@ def run(args: argparse.Namespace) -> int:
     pairs = _read(args.prompts, args.tokens)
     _make_folder(args.out)
     model = ensure_model(MODEL)
-    sides = measure(model, pairs, args.tokens, args.out)
-    options = {"model": model.name, "tokens": args.tokens, "seed": SEED}
-    report = make_report(sides, {**options, "demo_s": time.perf_counter() - start})
+    extra = {"stock": (), "gated": ("--gate-fast-path", args.fast_path)}
+    sides = measure(model, pairs, args.tokens, args.out, extra)
+    options = {"model": model.name, "fast_path": args.fast_path, "tokens": args.tokens}
+    report = make_report(sides, {**options, "seed": SEED, "demo_s": time.perf_counter() - start})
     _write(report, sides["gated"], args.out)
     _show(report, args.out)
     if not args.keep_log:
@@ -154,9 +163,16 @@ def _log(out: Path, side: str) -> Path:
 
 
 def measure(
-    model: Path, pairs: Sequence[tuple[str, str]], tokens: int, out: Path
+    model: Path,
+    pairs: Sequence[tuple[str, str]],
+    tokens: int,
+    out: Path,
+    extra: Mapping[str, Sequence[str]],
 ) -> dict[str, Side]:
-    """Start one server after the other and send everything; raises CliError if one fails."""
+    """Start one server after the other and send everything; raises CliError if one fails.
+
+    `extra`: more arguments for SGLang, by side.
+    """
     from margingate.client import Client, chat_prompts
     from margingate.servers import ServerError, launch
 
@@ -166,7 +182,8 @@ def measure(
         for side in SIDES:
             bar.say(f"{side}: starting the server")
             try:
-                with launch(model, _log(out, side), gate=side == "gated") as server:
+                gate = side == "gated"
+                with launch(model, _log(out, side), *extra[side], gate=gate) as server:
                     client = Client(server.base_url, tokens)
                     sides[side] = _one_side(client, server, prompts, side, bar)
             except ServerError as err:
@@ -249,7 +266,10 @@ def _gate_state(client: Client, side: str) -> dict[str, Any]:
 
 
 def _counters(state: dict[str, Any]) -> dict[str, int]:
-    return {name: state[name] for name in COUNTERS if name in state}
+    if not state:
+        return {}
+    counted = {**state, "canonical": state["reasons"].get("canonical", 0)}
+    return {name: counted[name] for name in COUNTERS}
 
 
 def _side(runs: dict[str, Run], before: dict[str, Any], after: dict[str, Any]) -> Side:
@@ -409,6 +429,7 @@ def make_table(report: dict[str, Any]) -> Table:
 def _gate_rows(gate: dict[str, Any]) -> list[tuple[str, str]]:
     share = f"{gate['trigger_rate']:.1%} ({gate['flagged']} of {gate['steps']})"
     return [
+        ("rows canonical as decoded, no check", f"{gate['canonical']} of {gate['steps']}"),
         ("flips found and repaired", str(gate["flips"])),
         ("rows flagged (trigger rate)", share),
         ("rows replayed", str(gate["replayed"])),
