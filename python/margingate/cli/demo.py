@@ -10,68 +10,39 @@ import argparse
 import contextlib
 import json
 import platform
-import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import metadata
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import margingate
+from margingate.cli.demo_measure import (
+    COUNTERS,
+    RUNS,
+    SEED,
+    SIDES,
+    TOGETHER,
+    Run,
+    Side,
+    log_path,
+    measure,
+)
 from margingate.cli.errors import CliError
-from margingate.config import FAST_PATHS, GateConfig
+from margingate.config import FAST_PATHS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from margingate.client import Answer, Client, Prompt
-    from margingate.plots import Margins
-    from margingate.servers import Server
+    from margingate.client import Answer
 
 PROMPTS = Path(margingate.__file__).parent / "data" / "demo_prompts.jsonl"
 MODEL = "smollm2"
 TOKENS = 32
-SIDES = ("stock", "gated")
-TOGETHER = {
-    "batched": "all at once",
-    "shuffled": "all at once, shuffled",
-    "cached": "all at once, prefixes cached",
-}
-RUNS = ("alone", *TOGETHER)
-COUNTERS = ("steps", "canonical", "flagged", "replayed", "flips", "missed", "rolled_back", "passes")
-SEED = 20260530
-
-
-class Bar(NamedTuple):
-    """What the measuring tells the progress bar."""
-
-    say: Callable[[str], None]  # what is being done
-    tick: Callable[[], None]  # one more request is answered
-
-
-@dataclass(frozen=True)
-class Run:
-    """All prompts, once, against one server."""
-
-    answers: list[Answer]
-    wall_s: float
-    gate: dict[str, int]  # the gate's counters, this run's alone; empty on the stock server
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(answer.tokens) for answer in self.answers)
-
-
-@dataclass(frozen=True)
-class Side:
-    """One server's runs by name."""
-
-    runs: dict[str, Run]
-    margins: Margins | None  # of the decode steps of all its runs; None on the stock server
-    threshold: float | None  # logits; None on the stock server
+FAST_PATH = "stock"
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -98,9 +69,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--fast-path",
         choices=FAST_PATHS,
-        default=GateConfig.fast_path,
-        help="of the gated server (its --gate-fast-path): stock shows flips and their repair; "
-        f"default {GateConfig.fast_path}",
+        default=FAST_PATH,
+        help="of the gated server (its --gate-fast-path): stock shows flips and their repair, "
+        f"invariant a server that has none; default {FAST_PATH}",
     )
     parser.add_argument("--keep-log", action="store_true", help="keep the servers' logs there")
     parser.set_defaults(func=run)
@@ -122,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     _show(report, args.out)
     if not args.keep_log:
         for side in SIDES:
-            _log(args.out, side).unlink(missing_ok=True)
+            log_path(args.out, side).unlink(missing_ok=True)
     return int(any(report["sides"]["gated"]["identical"][r] < len(pairs) for r in TOGETHER))
 
 
@@ -153,132 +124,6 @@ def _make_folder(out: Path) -> None:
         raise CliError(
             f"--out {out} cannot be written ({err.strerror}): name another folder."
         ) from err
-
-
-def _log(out: Path, side: str) -> Path:
-    return out / f"{side}.log"
-
-
-# -- measuring
-
-
-def measure(
-    model: Path,
-    pairs: Sequence[tuple[str, str]],
-    tokens: int,
-    out: Path,
-    extra: Mapping[str, Sequence[str]],
-) -> dict[str, Side]:
-    """Start one server after the other and send everything; raises CliError if one fails.
-
-    `extra`: more arguments for SGLang, by side.
-    """
-    from margingate.client import Client, chat_prompts
-    from margingate.servers import ServerError, launch
-
-    prompts = chat_prompts(pairs, model)
-    sides = {}
-    with _progress(len(SIDES) * len(RUNS) * len(prompts)) as bar:
-        for side in SIDES:
-            bar.say(f"{side}: starting the server")
-            try:
-                gate = side == "gated"
-                with launch(model, _log(out, side), *extra[side], gate=gate) as server:
-                    client = Client(server.base_url, tokens)
-                    sides[side] = _one_side(client, server, prompts, side, bar)
-            except ServerError as err:
-                raise CliError(f"{side}: {err}") from err
-    return sides
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Bar]:
-    """A bar on stderr over `total` requests."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("requests"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total)
-        yield Bar(
-            lambda text: bar.update(task, description=text),
-            lambda: bar.advance(task),
-        )
-
-
-def _one_side(
-    client: Client, server: Server, prompts: Sequence[Prompt], side: str, bar: Bar
-) -> Side:
-    """All runs against one healthy server; raises ServerError if it stops answering."""
-    import aiohttp
-    import requests
-
-    try:
-        client.together(prompts[:4], sampling_params={"max_new_tokens": 4})  # not measured: warm-up
-        before = _gate_state(client, side)
-        runs = {}
-        for name in RUNS:
-            bar.say(f"{side}: {TOGETHER.get(name, 'one by one')}")
-            runs[name] = _one_run(client, prompts, name, side, bar)
-        return _side(runs, before, _gate_state(client, side))
-    except (aiohttp.ClientError, requests.RequestException, TimeoutError, RuntimeError) as err:
-        raise server.error(f"failed a request with {str(err) or type(err).__name__!r}") from err
-
-
-def _one_run(client: Client, prompts: Sequence[Prompt], name: str, side: str, bar: Bar) -> Run:
-    """One run of RUNS: `cached` keeps the prefixes of the run before, the others start empty."""
-    if name != "cached":
-        _flush(client)
-    order = list(prompts)
-    if name == "shuffled":
-        random.Random(SEED).shuffle(order)
-    send = client.alone if name == "alone" else client.together
-    before = _counters(_gate_state(client, side))
-    start = time.perf_counter()
-    answers = send(order, bar.tick)
-    wall_s = time.perf_counter() - start
-    after = _counters(_gate_state(client, side))
-    return Run(answers, wall_s, {key: after[key] - before[key] for key in after})
-
-
-def _flush(client: Client, tries: int = 40) -> None:
-    """Empty the prefix cache; the server may still be letting go of its last request."""
-    import requests
-
-    for left in range(tries - 1, -1, -1):
-        try:
-            client.flush()
-            return
-        except requests.HTTPError:
-            if not left:
-                raise
-            time.sleep(0.25)
-
-
-def _gate_state(client: Client, side: str) -> dict[str, Any]:
-    return client.gate_state() if side == "gated" else {}
-
-
-def _counters(state: dict[str, Any]) -> dict[str, int]:
-    if not state:
-        return {}
-    counted = {**state, "canonical": state["reasons"].get("canonical", 0)}
-    return {name: counted[name] for name in COUNTERS}
-
-
-def _side(runs: dict[str, Run], before: dict[str, Any], after: dict[str, Any]) -> Side:
-    from margingate.plots import Margins
-
-    if not after:
-        return Side(runs, None, None)
-    margins = Margins.from_record(after["margins"]).since(Margins.from_record(before["margins"]))
-    return Side(runs, margins, runs["alone"].answers[0].meta["gate"]["threshold"])
 
 
 # -- the report

@@ -18,7 +18,8 @@ from margingate.runtime.canonical import CanonicalSteps, measure
 from margingate.runtime.invariance import largest_rows
 from margingate.runtime.radix import is_gated
 from margingate.runtime.request import Counts, GateRequest, Hold, now
-from margingate.runtime.verifier import RowInput, RowResult, Verifier
+from margingate.runtime.rows import first_token, inject_fault, row_input
+from margingate.runtime.verifier import RowResult, Verifier
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ class GateController:
                 continue
             margin = margins[i] if margins is not None else float("inf")
             if gate.gated:
-                fault = self._inject(req, gate, batch, result, i) if gate.faults else False
+                fault = bool(gate.faults) and inject_fault(self.scheduler, req, result, i)
                 self._emit(req, gate, margin, canonical, fault)
             elif self.observes_only:
                 self._observe(gate, margin)
@@ -151,19 +152,6 @@ class GateController:
         gate.counts.steps += 1
         gate.counts.flagged += flagged
 
-    def _inject(self, req: Any, gate: GateRequest, batch: Any, result: Any, i: int) -> bool:
-        """Test hook: make the fast path emit its runner-up, as a flip would."""
-        row = len(req.output_ids) + 1
-        if row not in gate.faults:
-            return False
-        gate.faults -= {row}
-        wrong = int(result.logits_output.gate.runner_up[i])
-        if row == 1:
-            gate.injected_first = int(result.next_token_ids[i])
-        result.next_token_ids[i] = wrong
-        self.scheduler.future_map.output_tokens_buf[req.req_pool_idx] = wrong
-        return True
-
     def _want_streaming_tails(self, reqs: list[Any]) -> None:
         """Exact: a stream's rows settle by replay; ask for one whenever a micro-batch is full."""
         if self.config.guarantee != "exact":
@@ -179,33 +167,17 @@ class GateController:
     # -- verify passes
 
     def _verify(self, rows: tuple[Row, ...]) -> None:
-        inputs = [self._row_input(row) for row in rows if row.index > 1]
+        inputs = [row_input(self.requests[row.rid], row) for row in rows if row.index > 1]
         found = self.verifier.run(inputs) if inputs else []
         results = iter(found)
         self.totals.passes += 1
         for key in dict.fromkeys(row.rid for row in rows):
             self.requests[key].gate.counts.passes += 1
         for row in rows:
-            self._judge(row, next(results) if row.index > 1 else self._first_token(row))
+            first = first_token(self.requests[row.rid]) if row.index == 1 else None
+            self._judge(row, first or next(results))
         for key in dict.fromkeys(row.rid for row in rows):
             self.queue.settle(self.ledger, key, self.step)
-
-    def _row_input(self, row: Row) -> RowInput:
-        """Row j predicts token j from token j-1, which stands at position prompt + j - 2."""
-        req = self.requests[row.rid]
-        position = len(req.origin_input_ids) + row.index - 2
-        assert position >= req.cache_protected_len, "a shared column must not be rewritten"
-        wanted = None
-        if req.return_logprob:
-            ids = req.logprob.token_ids_logprob
-            wanted = (req.logprob.top_logprobs_num, None if ids is None else tuple(ids))
-        return RowInput(req.req_pool_idx, position, req.output_ids[row.index - 2], wanted)
-
-    def _first_token(self, row: Row) -> RowResult:
-        """Prefill is canonical, so its own choice is the verdict on row 1."""
-        req = self.requests[row.rid]
-        chosen = req.gate.injected_first
-        return RowResult(req.output_ids[0] if chosen is None else chosen, 0.0, None)
 
     def _judge(self, row: Row, result: RowResult) -> None:
         req = self.requests[row.rid]

@@ -1,0 +1,44 @@
+"""From a ledger's row to the verifier's input, and the rows that tests corrupt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from margingate.core.ledger import Row
+from margingate.runtime.request import GateRequest
+from margingate.runtime.verifier import RowInput, RowResult
+
+
+def row_input(req: Any, row: Row) -> RowInput:
+    """Row j >= 2 predicts token j from token j-1, which stands at position prompt + j - 2."""
+    position = len(req.origin_input_ids) + row.index - 2
+    assert position >= req.cache_protected_len, "a shared column must not be rewritten"
+    wanted = None
+    if req.return_logprob:
+        ids = req.logprob.token_ids_logprob
+        wanted = (req.logprob.top_logprobs_num, None if ids is None else tuple(ids))
+    return RowInput(req.req_pool_idx, position, req.output_ids[row.index - 2], wanted)
+
+
+def first_token(req: Any) -> RowResult:
+    """Prefill is canonical, so its own choice is the verdict on row 1."""
+    chosen = req.gate.injected_first
+    return RowResult(req.output_ids[0] if chosen is None else chosen, 0.0, None)
+
+
+def inject_fault(scheduler: Any, req: Any, result: Any, i: int) -> bool:
+    """Test hook: make the fast path emit its runner-up in row `i` of a result, as a flip would.
+
+    Mutates the result, the token relay and the request's list of faults. Returns whether it did.
+    """
+    gate: GateRequest = req.gate
+    row = len(req.output_ids) + 1
+    if row not in gate.faults:
+        return False
+    gate.faults -= {row}
+    wrong = int(result.logits_output.gate.runner_up[i])
+    if row == 1:
+        gate.injected_first = int(result.next_token_ids[i])
+    result.next_token_ids[i] = wrong
+    scheduler.future_map.output_tokens_buf[req.req_pool_idx] = wrong
+    return True
