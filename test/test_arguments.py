@@ -499,3 +499,21 @@ def test_schedulers_with_the_gate_and_servers_without_it_pass():
     confirm_schedulers(launched(True, {"margingate": {}}, {"margingate": {}}))
     confirm_schedulers(launched(False, {}))
     confirm_schedulers((None, *launched(True)[1:]))
+
+
+def backends(device: str, decode: str) -> SimpleNamespace:
+    return SimpleNamespace(device=device, get_attention_backends=lambda: ("triton", decode))
+
+
+@pytest.mark.parametrize("decode", refusals.INVARIANT_ATTENTION)
+def test_attention_that_can_be_made_invariant_is_served(decode):
+    refusals.refuse_fast_path(backends("cuda", decode), GateConfig())
+
+
+def test_other_attention_and_the_stock_path_on_a_gpu_are_refused():
+    with pytest.raises(GateError, match="--attention-backend fa3"):
+        refusals.refuse_fast_path(backends("cuda", "fa3"), GateConfig())
+    with pytest.raises(GateError, match="--gate-fast-path stock is not built for device cuda"):
+        refusals.refuse_fast_path(backends("cuda", "triton"), GateConfig(fast_path="stock"))
+    refusals.refuse_fast_path(backends("cpu", "torch_native"), GateConfig(fast_path="stock"))
+    refusals.refuse_fast_path(backends("cuda", "fa3"), GateConfig(policy="observe"))

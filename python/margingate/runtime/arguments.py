@@ -98,6 +98,7 @@ def post_init(original: Any, self: Any) -> None:
     if not self.disable_overlap_schedule:
         self.disable_overlap_schedule = True
         logger.info("margingate sets --disable-overlap-schedule: it verifies between two steps.")
+    _choose_attention(self, config)
     if not self.disable_radix_cache:
         self.radix_cache_backend = RADIX_BACKEND
     original(self)
@@ -105,8 +106,20 @@ def post_init(original: Any, self: Any) -> None:
     object.__setattr__(self, ATTRIBUTE, config)
     refusals.refuse_server(self)
     refusals.refuse_chunks(self, config)
+    refusals.refuse_fast_path(self, config)
     if self.model_path.lower() not in ("none", "dummy"):
         refusals.refuse_model(self.get_model_config())
+
+
+def _choose_attention(args: Any, config: GateConfig) -> None:
+    """On CUDA, where nothing is chosen: a backend whose decode split can be fixed."""
+    import torch
+
+    names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+    chosen = any(getattr(args, name) is not None for name in names)
+    if config.policy != "observe" and not chosen and torch.cuda.is_available():
+        args.attention_backend = "triton"
+        logger.info("margingate sets --attention-backend triton, whose decode it makes invariant.")
 
 
 def _with_device_defaults(config: GateConfig, device: str) -> GateConfig:

@@ -187,6 +187,26 @@ def refuse_chunks(args: Any, config: GateConfig) -> None:
         )
 
 
+INVARIANT_ATTENTION = ("torch_native", "triton", "flashinfer")
+
+
+def refuse_fast_path(args: Any, config: GateConfig) -> None:
+    """What a fast path needs of device and attention backend. Raises GateError."""
+    if config.policy == "observe":
+        return
+    if config.fast_path == "stock" and args.device != "cpu":
+        raise GateError(
+            f"--gate-fast-path stock is not built for device {args.device} yet, because the "
+            "verifier would need an attention backend of its own: use --gate-fast-path invariant."
+        )
+    for backend in args.get_attention_backends():
+        if backend not in INVARIANT_ATTENTION:
+            raise GateError(
+                f"--deterministic-gate does not work with --attention-backend {backend}, whose "
+                "decode depends on the batch: use triton or flashinfer."
+            )
+
+
 def refuse_model(model: Any) -> None:
     """Check SGLang's ModelConfig. Raises GateError naming what the model has."""
     from sglang.srt.configs.hybrid_arch import mambaish_config
