@@ -182,7 +182,7 @@ def test_logprobs_after_forced_flips(client, prompts, alone):
 def test_sglangs_own_determinism_test(client, mode):
     port = client.base_url.rsplit(":", 1)[1]
     command = [sys.executable, "-m", "sglang.test.test_deterministic", "--port", port]
-    command += ["--test-mode", mode, "--n-trials", "10", "--max-new-tokens", "24"]
+    command += ["--test-mode", mode, "--n-trials", "7", "--max-new-tokens", "16"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     unique = re.findall(r"Unique samples: (\d+)", done.stdout)
     assert unique and set(unique) == {"1"}, done.stdout[-2000:]
@@ -209,7 +209,7 @@ def test_three_turns_hot_cold_alone_and_batched(client, model):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    topics = ("rivers", "prime numbers", "the moon", "bread", "music", "ants", "glass", "maps")
+    topics = ("rivers", "prime numbers", "the moon", "bread", "music", "ants")
     openings = [f"Explain in a few words what you know about {topic}." for topic in topics]
     cold = [conversation(client, tokenizer, text, flush=True) for text in openings]
     hot = [conversation(client, tokenizer, text, flush=False) for text in openings]

@@ -286,7 +286,9 @@ class GateController:
         ended, self.ended = self.ended, []
         known = {id(req) for req in reqs}
         reqs = reqs + [req for req in ended if id(req) not in known]
-        reqs = [req for req in reqs if not req.finished_output and (req.finished() or req.stream)]
+        # A prompt that is prefilled in chunks has no row yet, and nothing to send.
+        opened = [req for req in reqs if req.finished() or req.gate.key in self.requests]
+        reqs = [req for req in opened if not req.finished_output and (req.finished() or req.stream)]
         if reqs:
             logprobs = any(req.return_logprob for req in reqs)
             self.scheduler.output_streamer.stream_output(reqs, logprobs)
