@@ -186,6 +186,9 @@ class GateController:
         matches = epoch_is_current and req.output_ids[row.index - 1] == result.token
         outcome = self.ledger.verdict(row, matches)
         counts = req.gate.counts
+        if outcome is Outcome.STALE:  # an earlier row of this pass flipped
+            counts.verified += 1
+            return
         counts.verified += 1
         counts.repaired += row.index > 1
         counts.replayed += not req.gate.flags[row.index - 1]
