@@ -267,11 +267,12 @@ def test_abort_and_disconnect_leak_nothing(client, prompts, alone):
     for i, prompt in enumerate(prompts[:6]):
         ask = {**body, "input_ids": prompt.input_ids, "rid": f"gone-{i}"}
         response = requests.post(f"{client.base_url}/generate", json=ask, stream=True)
-        next(response.iter_lines())
+        lines = response.iter_lines()
+        next(lines)
         if i % 2:
             response.close()  # the client vanishes
         else:
-            open_streams.append(response.iter_lines())
+            open_streams.append(lines)
     for i in (0, 2, 4):
         requests.post(f"{client.base_url}/abort_request", json={"rid": f"gone-{i}"})
     for lines in open_streams:

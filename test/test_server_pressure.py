@@ -75,13 +75,14 @@ def test_aborts_while_rows_are_pending(late, prompts):
         params = {**body["sampling_params"], **forced(list(range(5, 300, 7)))}
         ask = {**body, "sampling_params": params, "input_ids": prompt.input_ids, "rid": f"late-{i}"}
         responses.append(requests.post(f"{late.base_url}/generate", json=ask, stream=True))
-    for response in responses:
-        next(response.iter_lines())
+    streams = [response.iter_lines() for response in responses]
+    for lines in streams:
+        next(lines)
     for response in responses[::2]:
         response.close()
     requests.post(f"{late.base_url}/abort_request", json={"rid": "late-"})
-    for response in responses[1::2]:
-        assert b'"abort"' in b"".join(response.iter_lines())
+    for lines in streams[1::2]:
+        assert b'"abort"' in b"".join(lines)
     assert_clean(late)
 
 
