@@ -125,6 +125,11 @@ class GateConfig:
                 "drop --gate-repair column, and use --gate-policy margin or always."
             )
 
+    @property
+    def invariant(self) -> bool:
+        """Whether the decode step itself is made canonical; "observe" changes nothing."""
+        return self.fast_path == "invariant" and self.policy != "observe"
+
 
 def _check_choice(option: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:

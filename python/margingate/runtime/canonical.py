@@ -58,9 +58,7 @@ def measure(verifier: Verifier, scheduler: Any, largest: int) -> CanonicalSteps:
         GateError: the verifier's own rows depend on the padding beside them.
     """
     graphs = verifier.graph_sizes(largest)
-    counts = graphs or [
-        n for n in (1, 2, 3, 5, 8, 9, 12, 16, 17, 24, 32, 33, 48, 64) if n <= largest
-    ]
+    counts = graphs or [count for count in EAGER_COUNTS if count <= largest]
     with _Scratch(scheduler, max([verifier.rows, LEAST_ROWS, *counts])) as scratch:
         reference = _logits(verifier, scratch.rows, verifier.rows)
         padded = _logits(verifier, scratch.rows, max(verifier.rows // 2, 1), verifier.rows)

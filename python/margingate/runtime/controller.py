@@ -38,11 +38,10 @@ class GateController:
         self.policy = GatePolicy(config.policy, config.threshold)
         self.ledger = Ledger(config.guarantee, config.repair)
         self.queue = MicroBatchQueue(config.rows, config.max_delay)
-        invariant = config.fast_path == "invariant" and config.policy != "observe"
         runner = scheduler.tp_worker.model_runner
-        self.verifier = Verifier(runner, config.rows, use_graphs=invariant)
+        self.verifier = Verifier(runner, config.rows, use_graphs=config.invariant)
         self.canonical: CanonicalSteps | None = None  # None: no decode step is taken to be
-        if invariant:
+        if config.invariant:
             self.canonical = measure(self.verifier, scheduler, largest_rows(runner.device))
         self.totals = Counts()
         self.histogram = MarginHistogram()

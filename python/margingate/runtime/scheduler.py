@@ -26,7 +26,7 @@ def init(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) 
 
     hooks.check_version()
     hooks.install(hook_table.RUNTIME_HOOKS)
-    if config.fast_path == "invariant" and config.policy != "observe":
+    if config.invariant:
         hooks.install(hook_table.INVARIANT_HOOKS)
     if RADIX_BACKEND not in registered_radix_cache_backends():
         register_radix_cache_backend(RADIX_BACKEND, radix.build)
