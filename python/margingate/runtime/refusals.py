@@ -191,7 +191,10 @@ INVARIANT_ATTENTION = ("torch_native", "triton", "flashinfer")
 
 
 def refuse_fast_path(args: Any, config: GateConfig) -> None:
-    """What a fast path needs of device and attention backend. Raises GateError."""
+    """What a fast path needs of device and attention backend. Raises GateError.
+
+    Only for arguments that SGLang has resolved: before that no backend has a name.
+    """
     if config.policy == "observe":
         return
     if config.fast_path == "stock" and args.device != "cpu":
