@@ -4,8 +4,10 @@
         --out benchmark/results/determinism.json
 
 Every case starts its own server, takes the answers of one request at a time as its reference and
-counts the sequences that are identical, token id by token id, in each other arrangement. Works
-with any SGLang server arguments (after `--`), on a GPU or on a CPU.
+counts the sequences that are identical, token id by token id, in each other arrangement. With
+`--reference first`, gated cases after the first are held to the first one's answers instead, and
+sequences that agree in all their own arrangements are counted as `agree`. Works with any SGLang
+server arguments (after `--`), on a GPU or on a CPU.
 """
 
 from __future__ import annotations
@@ -56,6 +58,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["stock", "margin"])
     parser.add_argument("--arrangements", nargs="+", choices=ARRANGEMENTS, default=ARRANGEMENTS)
+    parser.add_argument(
+        "--reference",
+        choices=("own", "first"),
+        default="own",
+        help="what a gated case is held to: its own requests alone, or those of the first gated case",
+    )
     parser.add_argument("--at-once", type=int, default=0, help="requests in flight; 0: all")
     parser.add_argument(
         "--retract-tokens",
@@ -90,28 +98,46 @@ def counters(client: Client) -> dict[str, Any]:
     return {name: state[name] for name in COUNTERS} | {"integrity": state["integrity"]}
 
 
-def run_case(args: argparse.Namespace, case: str, model: str, prompts: list[Prompt]) -> dict:
+def agreeing(runs: Sequence[Sequence[Answer]]) -> int:
+    """Prompts whose tokens are the same in every run, whatever they were alone."""
+    seen: dict[str, set[tuple[int, ...]]] = {}
+    for answer in (answer for run in runs for answer in run):
+        seen.setdefault(answer.name, set()).add(answer.tokens)
+    return sum(len(tokens) == 1 for tokens in seen.values())
+
+
+def run_case(
+    args: argparse.Namespace,
+    case: str,
+    prompts: list[Prompt],
+    reference: list[Answer] | None,
+) -> tuple[dict[str, Any], list[Answer]]:
+    """The record of a case, and its reference: `reference`, or else its own requests alone."""
+    model = args.model
     extra = (*CASES[case], *args.server_args)
     record: dict[str, Any] = {"case": case, "server_args": extra, "prompts": len(prompts)}
     identical_in: dict[str, int] = {}
     seconds: dict[str, float] = {}
+    runs: list[list[Answer]] = []
     logs = Path(tempfile.mkdtemp(prefix="margingate-"))
     with launch(model, logs / f"{case}.log", *extra) as server:
         client = Client(server.base_url, args.tokens)
         client.together(prompts[:2])  # warm
         client.flush()
         start = time.monotonic()
-        alone = client.alone(prompts)
+        alone = reference or client.alone(prompts)
         seconds["alone"] = time.monotonic() - start
         for name in args.arrangements:
             start = time.monotonic()
             answers = arrange(client, prompts, name, args.at_once)
             seconds[name] = time.monotonic() - start
+            runs.append(answers)
             identical_in[name] = identical(alone, answers)
             print(f"{case:22} {name:10} {identical_in[name]:4} of {len(prompts)}", flush=True)
             if name == "cached":
                 record["cached_tokens"] = sum(a.meta["cached_tokens"] for a in answers)
         record["gate"] = counters(client)
+    record |= {"reference": "first" if reference else "own", "agree": agreeing(runs)}
     if args.retract_tokens:
         small = (*extra, "--max-total-tokens", str(args.retract_tokens))
         with launch(model, logs / f"{case}-small.log", *small) as server:
@@ -122,7 +148,8 @@ def run_case(args: argparse.Namespace, case: str, model: str, prompts: list[Prom
             record["gate_retracted"] = counters(client)
             print(f"{case:22} retracted  {identical_in['retracted']:4}", flush=True)
     tokens = sum(len(answer.tokens) for answer in alone)
-    return record | {"identical": identical_in, "seconds": seconds, "tokens_alone": tokens}
+    record |= {"identical": identical_in, "seconds": seconds, "tokens_alone": tokens}
+    return record, alone
 
 
 def environment() -> dict[str, Any]:
@@ -146,13 +173,13 @@ def processor() -> str:
 
 def table(records: Sequence[dict[str, Any]]) -> str:
     names = [*records[0]["identical"]]
-    rows = [["case", *names, "flagged", "flips", "missed"]]
+    rows = [["case", *names, "agree", "flagged", "flips", "missed"]]
     for record in records:
         gate = record["gate"]
         rate = f"{gate['flagged'] / gate['steps']:.1%}" if gate else "-"
         counts = [str(gate[name]) if gate else "-" for name in ("flips", "missed")]
         same = [str(record["identical"].get(name, "-")) for name in names]
-        rows.append([record["case"], *same, rate, *counts])
+        rows.append([record["case"], *same, str(record["agree"]), rate, *counts])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows
@@ -167,9 +194,13 @@ def main() -> None:
         args.model = str(ensure_model("smollm2"))
     pairs = [pair for path in args.prompts for pair in read_prompts(path, args.per_file)]
     prompts = chat_prompts(pairs, args.model)
-    records = []
+    records, first = [], None
     for case in args.cases:
-        records.append(run_case(args, case, args.model, prompts))
+        gated = GATE in CASES[case]
+        record, alone = run_case(args, case, prompts, first if gated else None)
+        if gated and args.reference == "first":
+            first = alone
+        records.append(record)
         result = {"environment": environment(), "tokens": args.tokens, "cases": records}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1))
