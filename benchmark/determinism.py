@@ -5,9 +5,9 @@
 
 Every case starts its own server, takes the answers of one request at a time as its reference and
 counts the sequences that are identical, token id by token id, in each other arrangement. With
-`--reference first`, gated cases after the first are held to the first one's answers instead, and
-sequences that agree in all their own arrangements are counted as `agree`. Works with any SGLang
-server arguments (after `--`), on a GPU or on a CPU.
+`--answers`, gated cases are held to one set of answers instead, across cases and runs. Sequences
+that agree in all arrangements of a case, whatever they were alone, are counted as `agree`. Works
+with any SGLang server arguments (after `--`), on a GPU or on a CPU.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["stock", "margin"])
     parser.add_argument("--arrangements", nargs="+", choices=ARRANGEMENTS, default=ARRANGEMENTS)
     parser.add_argument(
-        "--reference",
-        choices=("own", "first"),
-        default="own",
-        help="what a gated case is held to: its own requests alone, or those of the first gated case",
+        "--answers",
+        type=Path,
+        help="what gated requests answered alone: read where it is there, written where it is not;"
+        " without it each case is held to its own",
     )
     parser.add_argument("--at-once", type=int, default=0, help="requests in flight; 0: all")
     parser.add_argument(
@@ -106,13 +106,21 @@ def agreeing(runs: Sequence[Sequence[Answer]]) -> int:
     return sum(len(tokens) == 1 for tokens in seen.values())
 
 
-def run_case(
-    args: argparse.Namespace,
-    case: str,
-    prompts: list[Prompt],
-    reference: list[Answer] | None,
-) -> tuple[dict[str, Any], list[Answer]]:
-    """The record of a case, and its reference: `reference`, or else its own requests alone."""
+def answers_alone(
+    args: argparse.Namespace, client: Client, prompts: list[Prompt], gated: bool
+) -> tuple[list[Answer], bool]:
+    """What the requests of a case are held to, and whether it comes from --answers."""
+    if not gated or args.answers is None:
+        return client.alone(prompts), False
+    if args.answers.exists():
+        known = json.loads(args.answers.read_text())
+        return [Answer(p.name, tuple(known[p.name]), "", {}) for p in prompts], True
+    alone = client.alone(prompts)
+    args.answers.write_text(json.dumps({answer.name: answer.tokens for answer in alone}))
+    return alone, False
+
+
+def run_case(args: argparse.Namespace, case: str, prompts: list[Prompt]) -> dict[str, Any]:
     model = args.model
     extra = (*CASES[case], *args.server_args)
     record: dict[str, Any] = {"case": case, "server_args": extra, "prompts": len(prompts)}
@@ -125,7 +133,7 @@ def run_case(
         client.together(prompts[:2])  # warm
         client.flush()
         start = time.monotonic()
-        alone = reference or client.alone(prompts)
+        alone, given = answers_alone(args, client, prompts, GATE in CASES[case])
         seconds["alone"] = time.monotonic() - start
         for name in args.arrangements:
             start = time.monotonic()
@@ -137,7 +145,7 @@ def run_case(
             if name == "cached":
                 record["cached_tokens"] = sum(a.meta["cached_tokens"] for a in answers)
         record["gate"] = counters(client)
-    record |= {"reference": "first" if reference else "own", "agree": agreeing(runs)}
+    record |= {"answers_given": given, "agree": agreeing(runs)}
     if args.retract_tokens:
         small = (*extra, "--max-total-tokens", str(args.retract_tokens))
         with launch(model, logs / f"{case}-small.log", *small) as server:
@@ -148,8 +156,7 @@ def run_case(
             record["gate_retracted"] = counters(client)
             print(f"{case:22} retracted  {identical_in['retracted']:4}", flush=True)
     tokens = sum(len(answer.tokens) for answer in alone)
-    record |= {"identical": identical_in, "seconds": seconds, "tokens_alone": tokens}
-    return record, alone
+    return record | {"identical": identical_in, "seconds": seconds, "tokens_alone": tokens}
 
 
 def environment() -> dict[str, Any]:
@@ -194,13 +201,9 @@ def main() -> None:
         args.model = str(ensure_model("smollm2"))
     pairs = [pair for path in args.prompts for pair in read_prompts(path, args.per_file)]
     prompts = chat_prompts(pairs, args.model)
-    records, first = [], None
+    records = []
     for case in args.cases:
-        gated = GATE in CASES[case]
-        record, alone = run_case(args, case, prompts, first if gated else None)
-        if gated and args.reference == "first":
-            first = alone
-        records.append(record)
+        records.append(run_case(args, case, prompts))
         result = {"environment": environment(), "tokens": args.tokens, "cases": records}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1))

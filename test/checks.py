@@ -9,6 +9,11 @@ from typing import Any
 from margingate.client import Answer, Client
 
 
+def forced(rows: list[int]) -> dict[str, Any]:
+    """Sampling parameters that corrupt what the fast path emits at these rows."""
+    return {"custom_params": {"gate_fault_rows": rows}}
+
+
 def assert_same(reference: Sequence[Answer], answers: Sequence[Answer]) -> None:
     """Token id by token id, and the text with them; names the first that differs."""
     wanted = {answer.name: answer for answer in reference}

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import margingate
 from margingate.cli.model import ensure_model
-from margingate.client import Prompt, chat_prompts, read_prompts
+from margingate.client import Answer, Client, Prompt, chat_prompts, read_prompts
 from margingate.servers import Server, launch
 
 PROMPTS = Path(margingate.__file__).parent / "data/demo_prompts.jsonl"
 Start = Callable[..., Server]
-# On this path every decode step has to be verified or flagged: the gate is what is tested.
+Canonical = Callable[[Client, Sequence[Prompt]], list[Answer]]
+# On this path a decode step is what SGLang makes of it, and the gate has flips to find and repair.
+TOKENS = 24  # of an answer, where a test does not need another number
 STOCK_PATH = ("--gate-fast-path", "stock")
 
 
@@ -36,6 +39,24 @@ def prompts(all_prompts: list[Prompt]) -> list[Prompt]:
     return [prompt for i, prompt in enumerate(all_prompts) if i % 6 < 3]
 
 
+@pytest.fixture(scope="session")
+def canonical() -> Canonical:
+    """Each prompt's answer alone, from the first gated server that was asked for it.
+
+    Every other gated server is held to it: fast path, guarantee, delay, retraction and entry
+    point may change what the gate has to do, but not the answer.
+    """
+    known: dict[tuple[int, str], Answer] = {}
+
+    def alone(client: Client, prompts: Sequence[Prompt]) -> list[Answer]:
+        tokens = client.params["max_new_tokens"]
+        new = [prompt for prompt in prompts if (tokens, prompt.name) not in known]
+        known.update({(tokens, answer.name): answer for answer in client.alone(new)})
+        return [known[tokens, prompt.name] for prompt in prompts]
+
+    return alone
+
+
 @pytest.fixture(scope="module")
 def start(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """Starts servers; all of them end with the module. Two cores: one lives at a time."""
@@ -45,13 +66,13 @@ def start(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sta
         *args: str,
         gate: bool = True,
         stock_path: bool = True,
-        env: dict[str, str] | None = None,
+        **options: Any,
     ) -> Server:
         args += STOCK_PATH if gate and stock_path else ()
         for server in servers:
             server.stop()
         log = tmp_path_factory.mktemp("server") / "log"
-        server = launch(model, log, *args, gate=gate, env=env)
+        server = launch(model, log, *args, gate=gate, **options)
         servers.append(server)
         server.start()
         return server

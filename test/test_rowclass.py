@@ -76,7 +76,7 @@ class Broken(torch.nn.Module):
 
 def test_a_model_with_such_a_layer_is_refused_by_name():
     with pytest.raises(GateError, match=r"cannot use down_proj: with \d+ rows"):
-        probe.probe_model(Broken(), 16)
+        probe.probe_groups(probe.groups(Broken()), 16)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 16, 40])

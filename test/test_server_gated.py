@@ -8,16 +8,16 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import openai
 import pytest
 import requests
-from checks import assert_clean, assert_gate_worked, assert_same
+from checks import assert_clean, assert_gate_worked, assert_same, forced
+from conftest import TOKENS
 
 from margingate.client import Answer, Client, Prompt, chat_prompts
-
-TOKENS = 32
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +27,9 @@ def client(start) -> Client:
 
 
 @pytest.fixture(scope="module")
-def alone(client, prompts) -> list[Answer]:
+def alone(client, prompts, canonical) -> list[Answer]:
     client.flush()
-    return client.alone(prompts)
+    return canonical(client, prompts)
 
 
 def test_batched_and_shuffled(client, prompts, alone):
@@ -86,10 +86,6 @@ def assert_streams_to(client: Client, prompt: Prompt, answer: Answer, **params) 
     assert tuple(last["output_ids"]) == answer.tokens
     assert len(texts) > 2
     return last["meta_info"]["gate"]
-
-
-def forced(rows: list[int]) -> dict:
-    return {"custom_params": {"gate_fault_rows": rows}}
 
 
 @pytest.mark.parametrize("place", ["first", "second", "several", "last", "end"])
@@ -197,24 +193,29 @@ def conversation(client: Client, tokenizer, opening: str, flush: bool) -> list[d
             client.flush()
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         prompt = Prompt(text, tuple(tokenizer(ids, add_special_tokens=False)["input_ids"]))
-        [answer] = client.alone([prompt], sampling_params={"max_new_tokens": 24})
+        [answer] = client.alone([prompt], sampling_params={"max_new_tokens": 12})
         messages.append({"role": "assistant", "content": answer.text})
         replies.append({"tokens": answer.tokens, "cached": answer.meta["cached_tokens"]})
     return replies
 
 
-def test_three_turns_hot_cold_alone_and_batched(client, model):
-    from concurrent.futures import ThreadPoolExecutor
+TOPICS = (
+    *("rivers", "prime numbers", "the moon", "bread", "music", "ants", "the Roman army", "glass"),
+    *("tides", "chess", "volcanoes", "the alphabet", "bicycles", "salt", "kites", "the kidneys"),
+)
 
+
+def test_sixteen_chats_of_three_turns_hot_cold_alone_and_batched(client, model):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    topics = ("rivers", "prime numbers", "the moon", "bread", "music", "ants")
-    openings = [f"Explain in a few words what you know about {topic}." for topic in topics]
+    openings = [f"Explain in a few words what you know about {topic}." for topic in TOPICS]
     cold = [conversation(client, tokenizer, text, flush=True) for text in openings]
     hot = [conversation(client, tokenizer, text, flush=False) for text in openings]
+    before = client.gate_state()
     with ThreadPoolExecutor(len(openings)) as pool:
         batched = list(pool.map(lambda t: conversation(client, tokenizer, t, False), openings))
+    assert_gate_worked(before, client.gate_state(), batch=8)
     for other in (hot, batched):
         for wanted, found in zip(cold, other):
             assert [turn["tokens"] for turn in wanted] == [turn["tokens"] for turn in found]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
-from checks import assert_clean, assert_same
+from checks import assert_clean, assert_same, forced
+from conftest import TOKENS
 
+from margingate.cli.main import main
 from margingate.client import Answer, Client
-
-TOKENS = 32
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +20,9 @@ def client(start) -> Client:
 
 
 @pytest.fixture(scope="module")
-def alone(client, prompts) -> list[Answer]:
-    return client.alone(prompts)
+def alone(client, prompts, canonical) -> list[Answer]:
+    """Those of the stock fast path with verification, where that was tested before."""
+    return canonical(client, prompts)
 
 
 def test_every_step_is_canonical_and_every_answer_the_same(client, prompts, alone):
@@ -38,8 +40,7 @@ def test_every_step_is_canonical_and_every_answer_the_same(client, prompts, alon
 
 
 def test_a_fault_in_a_canonical_step_is_still_repaired(client, prompts, alone):
-    faults = {"custom_params": {"gate_fault_rows": [1, 5, 6, 22]}}
-    answers = client.together(prompts, sampling_params=faults)
+    answers = client.together(prompts, sampling_params=forced([1, 5, 6, 22]))
     assert_same(alone, answers)
     assert all(answer.meta["gate"]["flips"] >= 3 for answer in answers)
     assert_clean(client)
@@ -53,3 +54,14 @@ def test_streams_and_logprobs(client, prompts, alone):
     for left, right in zip(one, many):
         for name in ("output_token_logprobs", "output_top_logprobs"):
             assert left.meta[name] == right.meta[name]
+
+
+def test_the_probe_names_every_operator(client, tmp_path, capsys):
+    assert main(["probe", "--url", client.base_url, "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    report = json.loads((tmp_path / "probe.json").read_text())
+    names = {row["name"].rsplit(".", 1)[-1] for row in report["operators"]}
+    assert names >= {"qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head", "norm"}
+    assert names >= {"attention decode", "attention extend"}
+    assert all(same for _, same in report["steps"]["measured"])
+    assert all(name in said for name in names) and (tmp_path / "probe.png").exists()

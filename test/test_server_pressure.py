@@ -6,19 +6,14 @@ import random
 
 import pytest
 import requests
-from checks import assert_clean, assert_gate_worked, assert_same
+from checks import assert_clean, assert_gate_worked, assert_same, forced
+from conftest import TOKENS
 
 from margingate.client import Client, Prompt
 
-TOKENS = 32
-
-
-def forced(rows: list[int]) -> dict:
-    return {"custom_params": {"gate_fault_rows": rows}}
-
 
 @pytest.mark.parametrize("guarantee", ["sparse", "exact"])
-def test_retracted_requests_answer_as_if_they_had_never_been(start, prompts, guarantee):
+def test_retracted_requests_answer_as_if_they_had_never_been(start, prompts, canonical, guarantee):
     """SGLang's own switch retracts requests every few steps; alone there is nothing to retract."""
     server = start(
         "--gate-debug",
@@ -28,9 +23,9 @@ def test_retracted_requests_answer_as_if_they_had_never_been(start, prompts, gua
         env={"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"},
     )
     client = Client(server.base_url, TOKENS)
-    alone = client.alone(prompts[:12])
+    alone = canonical(client, prompts)
     before = client.gate_state()
-    answers = client.together(prompts[:12], sampling_params=forced([4, 11, 12, 23]))
+    answers = client.together(prompts, sampling_params=forced([4, 11, 12, 23]))
     assert_same(alone, answers)
     assert sum(answer.meta["num_retractions"] for answer in answers) > 3
     assert client.gate_state()["retractions"] > before["retractions"]
@@ -45,12 +40,12 @@ def late(start) -> Client:
     return Client(start(*args, "--max-total-tokens", "2048").base_url, TOKENS)
 
 
-def test_deferred_verification_rolls_back_what_went_on(late, prompts):
-    alone = late.alone(prompts)
+def test_deferred_verification_rolls_back_what_went_on(late, prompts, canonical):
+    alone = canonical(late, prompts)
     for seed in range(2):
         before = late.gate_state()
         order = random.Random(seed).sample(prompts, len(prompts))
-        answers = late.together(order, sampling_params=forced([2, 3, 10, 18, 27]))
+        answers = late.together(order, sampling_params=forced([2, 3, 10, 18, 22]))
         assert_same(alone, answers)
         after = late.gate_state()
         assert_gate_worked(before, after, batch=4)

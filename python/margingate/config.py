@@ -12,6 +12,7 @@ POLICIES = ("margin", "always", "observe")
 GUARANTEES = ("sparse", "exact")
 REPAIRS = ("span", "column")
 FAST_PATHS = ("invariant", "stock")
+PROBES = ("cached", "fresh")
 MAX_ROWS = 1024
 
 
@@ -88,6 +89,12 @@ class GateConfig:
         metavar="TOKENS",
         parse=int,
     )
+    probe: str = _option(
+        "cached",
+        "Which row counts give a row the same bits: cached uses what an earlier start on this "
+        "device with these versions found, if there was one; fresh measures again.",
+        choices=PROBES,
+    )
     debug: bool = _option(
         False, "Check slots, ledger and radix tree against each other after every step. Slow."
     )
@@ -102,6 +109,7 @@ class GateConfig:
         _check_choice("--gate-guarantee", self.guarantee, GUARANTEES)
         _check_choice("--gate-fast-path", self.fast_path, FAST_PATHS)
         _check_choice("--gate-repair", self.repair, REPAIRS)
+        _check_choice("--gate-probe", self.probe, PROBES)
         number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
         if not number or not self.threshold >= 0:
             raise GateError(

@@ -12,8 +12,10 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
+CLASSES = ("#9db4cc", "#c8321e", "#e0a458", "#5b8e7d", "#7a5c8e", "#4d4d4d")
 STEPS, FLIPS, LINE = "#9db4cc", "#c8321e", "#222222"
 _STYLE: dict[Any, Any] = {"font.size": 11.0, "axes.spines.top": False, "axes.spines.right": False}
 
@@ -82,6 +84,35 @@ def plot_margins(margins: Margins, threshold: float, path: Path, title: str) -> 
         axes.set_xlabel("margin: top-1 minus top-2 logit of the emitted token [logits]")
         axes.set_ylabel(f"decode steps per {edges[1] - edges[0]:g} logits")
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, fontsize=10)
+        figure.savefig(path)
+
+
+def plot_classes(classes: Mapping[str, Mapping[int, int]], path: Path, title: str) -> None:
+    """Write a grid of operators by row counts as a PNG; one colour a class of equal bits.
+
+    Args:
+        classes: by operator, the class of each measured row count. A count that an operator was
+            not measured at stays white.
+    """
+    counts = sorted({count for measured in classes.values() for count in measured})
+    grid = np.full((len(classes), len(counts)), np.nan)
+    for i, measured in enumerate(classes.values()):
+        for count, key in measured.items():
+            grid[i, counts.index(count)] = key % len(CLASSES)
+    with matplotlib.rc_context(_STYLE):
+        size = (max(7.0, 2.8 + 0.26 * len(counts)), 1.6 + 0.42 * len(classes))
+        figure = Figure(figsize=size, dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        colours = ListedColormap(CLASSES)
+        axes.pcolormesh(grid, cmap=colours, vmin=0, vmax=len(CLASSES), edgecolor="w", linewidth=1)
+        axes.set_xticks(np.arange(len(counts)) + 0.5, [str(n) for n in counts], fontsize=8)
+        axes.set_yticks(np.arange(len(classes)) + 0.5, list(classes))
+        axes.tick_params(length=0)
+        axes.invert_yaxis()
+        axes.spines[:].set_visible(False)
+        axes.set_xlabel("rows in one forward; one colour: a row has the same bits")
+        figure.suptitle(title, x=0.01, horizontalalignment="left", fontweight="bold")
         figure.savefig(path)
 
 

@@ -9,7 +9,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from margingate.cli.errors import CliError
+from margingate.paths import cache_root
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -83,10 +83,8 @@ def ensure_model(name: str, *, wheel: Path | None = None, verify: bool = False) 
 
 
 def cache_folder() -> Path:
-    """`margingate/models` in the user's cache; XDG says to ignore a relative XDG_CACHE_HOME."""
-    xdg = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache"
-    return root / "margingate" / "models"
+    """Where model folders are made."""
+    return cache_root() / "models"
 
 
 def damage(folder: Path, source: ModelSource, *, verify: bool = False) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from margingate.config import GateError
-from margingate.runtime.verifier import RowInput, Verifier
+from margingate.runtime.verifier import RowInput, Verifier, scratch_rows
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,11 @@ class CanonicalSteps:
         low = self._counts[at] if self._counts[at] == rows else self._counts[max(at - 1, 0)]
         return self._measured[low] and self._measured[self._counts[at]]
 
+    def record(self) -> dict[str, Any]:
+        """For `/server_info`: the counts that were measured, and what was found."""
+        found = [[count, self._measured[count]] for count in self._counts]
+        return {"measured": found, "graphs": self._graphs}
+
     def __str__(self) -> str:
         good = [str(count) for count in self._counts if self._measured[count]]
         return f"{len(good)} of {len(self._counts)} measured row counts ({', '.join(good)})"
@@ -59,42 +64,26 @@ def measure(verifier: Verifier, scheduler: Any, largest: int) -> CanonicalSteps:
     """
     graphs = verifier.graph_sizes(largest)
     counts = graphs or [count for count in EAGER_COUNTS if count <= largest]
-    with _Scratch(scheduler, max([verifier.rows, LEAST_ROWS, *counts])) as scratch:
-        reference = _logits(verifier, scratch.rows, verifier.rows)
-        padded = _logits(verifier, scratch.rows, max(verifier.rows // 2, 1), verifier.rows)
+    rows = _made_up_rows(scheduler, max([verifier.rows, LEAST_ROWS, *counts]))
+    with scratch_rows(verifier.runner, len(rows)):
+        reference = _logits(verifier, rows, verifier.rows)
+        padded = _logits(verifier, rows, max(verifier.rows // 2, 1), verifier.rows)
         if not _agree(reference, padded):
             raise GateError(
                 f"--deterministic-gate found that a verify pass of {verifier.rows} rows depends on "
                 "its padding with this model: choose other --gate-rows, or serve without the flag."
             )
-        measured = {n: _agree(reference, _logits(verifier, scratch.rows, n)) for n in counts}
+        measured = {n: _agree(reference, _logits(verifier, rows, n)) for n in counts}
     steps = CanonicalSteps(measured, bool(graphs))
     logger.info("margingate: decode steps are canonical at %s", steps)
     return steps
 
 
-class _Scratch:
-    """Rows of one made-up request on free slots; nothing is allocated, nothing else is running."""
-
-    def __init__(self, scheduler: Any, count: int) -> None:
-        self._table = scheduler.req_to_token_pool.req_to_token
-        tokens = torch.randint(
-            3,
-            scheduler.model_config.vocab_size,
-            (count,),
-            generator=torch.Generator().manual_seed(SEED),
-        ).tolist()
-        self._count = count
-        self.rows = [RowInput(1, position, token) for position, token in enumerate(tokens)]
-
-    def __enter__(self) -> _Scratch:
-        slots = torch.arange(1, self._count + 1, dtype=self._table.dtype)
-        self._before = self._table[1, : self._count].clone()
-        self._table[1, : self._count] = slots.to(self._table.device)
-        return self
-
-    def __exit__(self, *_exception: Any) -> None:
-        self._table[1, : self._count] = self._before
+def _made_up_rows(scheduler: Any, count: int) -> list[RowInput]:
+    """Rows of one request of random tokens."""
+    generator = torch.Generator().manual_seed(SEED)
+    tokens = torch.randint(3, scheduler.model_config.vocab_size, (count,), generator=generator)
+    return [RowInput(1, position, token) for position, token in enumerate(tokens.tolist())]
 
 
 def _logits(

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 import margingate
-from margingate.runtime import integrity, state
+from margingate.runtime import integrity, invariance, state
 
 INFO_KEY = "margingate"
 
@@ -33,6 +33,10 @@ def internal_state(result: Any, *_args: Any) -> None:
         "fast_path": controller.config.fast_path,
         "canonical_steps": controller.canonical_steps,
         "canonical_rows": str(controller.canonical),
+        "probe": {
+            "operators": invariance.records(),
+            "steps": controller.canonical.record() if controller.canonical else None,
+        },
         "largest_batch": controller.largest_batch,
         "margins": controller.histogram.record(),
         "passes_by_reason": dict(controller.dues),

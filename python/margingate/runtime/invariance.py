@@ -15,7 +15,9 @@ import torch
 
 from margingate.config import GateError
 from margingate.core.rowclass import RowPlan
-from margingate.runtime import probe
+from margingate.runtime import probe, probe_cache
+from margingate.runtime.arguments import gate_config
+from margingate.runtime.probe_attention import probe_attention
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +26,8 @@ LARGEST_ON_GPU = 256
 SPLIT_TILE = 256  # tokens of K/V a Triton decode split covers
 
 _plans: dict[int, RowPlan] = {}
-findings: list[probe.Finding] = []
+_limit = LARGEST_ON_GPU  # of this process's device
+_findings: list[probe.Finding] = []
 
 
 def largest_rows(device: str) -> int:
@@ -32,25 +35,40 @@ def largest_rows(device: str) -> int:
     return LARGEST.get(device, LARGEST_ON_GPU)
 
 
+def records() -> list[dict[str, Any]]:
+    """What the probe of this process found, for JSON; empty on the stock fast path."""
+    return [finding.record() for finding in _findings]
+
+
 def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     """BEFORE ModelRunner.init_cuda_graphs: plan the operators that the graphs will hold."""
     if runner.is_draft_worker:
         return
+    global _limit  # noqa: PLW0603
+    _limit = largest_rows(runner.device)
     _fix_attention(runner)
-    found, plans = probe.probe_model(runner.model, largest_rows(runner.device))
-    findings[:] = found
-    _plans.update(plans)
+    config = gate_config(runner.server_args)
+    operators = probe.groups(runner.model)
+    _findings[:] = _find(runner, operators, fresh=config is not None and config.probe == "fresh")
+    _plans.update(probe.plans(operators, _findings))
+
+
+def _find(
+    runner: Any, operators: dict[str, list[probe.Member]], *, fresh: bool
+) -> list[probe.Finding]:
+    """Findings of an earlier start on the same machine with the same versions, or new ones."""
+    key = probe_cache.identity(runner, operators, _limit)
+    found = None if fresh else probe_cache.load(key)
+    source = f"from {probe_cache.path(key)}"
+    if found is None:
+        source = "measured now"
+        found = probe.probe_groups(operators, _limit)
+        found += probe_attention(runner, probe.row_counts(_limit))
+        probe_cache.save(key, found)
+    logger.info("margingate: rows that give one row the same bits, %s:", source)
     for finding in found:
-        plan = finding.plan
-        kept = "any" if plan is None else f"{plan.low} to {plan.high}"
-        logger.info(
-            "margingate: %s %s x%d: rows %s (%.1f s)",
-            finding.name,
-            list(finding.shape),
-            finding.modules,
-            kept,
-            finding.seconds,
-        )
+        logger.info("margingate: %s", finding)
+    return found
 
 
 def _fix_attention(runner: Any) -> None:
@@ -97,7 +115,7 @@ def compute_lm_head(
 
 def _in_class(plan: RowPlan, x: torch.Tensor, operator: probe.Operator) -> torch.Tensor:
     rows = x.shape[0]
-    if rows > LARGEST_ON_GPU:  # a prefill: isolated, and canonical by its shape
+    if rows > _limit:  # a prefill: isolated, and canonical by its shape
         return operator(x)
     outputs = []
     for start, stop in plan.pieces(rows):

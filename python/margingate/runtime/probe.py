@@ -3,36 +3,78 @@
 Every row of one random input is computed at each row count, in windows of that many rows, and
 once more in another order: equal bits put two row counts into one class; a row whose bits change
 with its place or its neighbours at a fixed row count is an operator the gate cannot use.
+
+Operators are the model's linear layers, its lm_head and its norms, one of each kind and shape, and
+attention where `probe_attention` knows the backend.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from margingate.config import GateError
-from margingate.core.rowclass import RowPlan, choose
+from margingate.core.rowclass import RowPlan, choose, runs
 
 SAMPLE_ROWS = 64  # rows computed at every count; twice that from counts above it
 SEED = 20260530
 Operator = Callable[[torch.Tensor], torch.Tensor]
+Rows = Callable[[torch.Tensor], torch.Tensor]  # row indices [n] -> their results, of one call
 
 
 @dataclass(frozen=True)
 class Finding:
     """What the probe found of one operator."""
 
+    kind: str  # linear, norm or attention
     name: str  # of one module that runs it
-    shape: tuple[int, ...]  # of its weight: [outputs, inputs]
+    shape: tuple[int, ...]  # of its weight, [outputs, inputs]; attention: [heads, K/V heads, size]
     modules: int  # how many modules of the model share it
     classes: dict[int, int]  # row count -> class, numbered from 0 in order of appearance
-    plan: RowPlan | None  # None: every measured row count is in one class
+    plan: RowPlan | None  # linear layers; None: every measured row count is in one class
     seconds: float
+
+    def __str__(self) -> str:
+        groups = [f"{run[0]} to {run[-1]}" for run, _ in runs(self.classes)]
+        kept = "" if self.plan is None else f", kept to {self.plan.low} to {self.plan.high}"
+        same = " | ".join(groups) + kept
+        return f"{self.name} {list(self.shape)} x{self.modules}: {same} ({self.seconds:.1f} s)"
+
+    def record(self) -> dict[str, Any]:
+        """For JSON; `from_record` reads it."""
+        plan = None if self.plan is None else [self.plan.low, self.plan.high]
+        classes = [list(item) for item in self.classes.items()]
+        return {**vars(self), "shape": list(self.shape), "classes": classes, "plan": plan}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Self:
+        """Raises KeyError, TypeError or ValueError for anything but a record."""
+        plan = None if record["plan"] is None else RowPlan(*record["plan"])
+        classes = {int(count): int(key) for count, key in record["classes"]}
+        shape = tuple(int(size) for size in record["shape"])
+        return cls(**{**record, "shape": shape, "classes": classes, "plan": plan})
+
+
+@dataclass(frozen=True)
+class Member:
+    """One module that runs an operator."""
+
+    kind: str
+    name: str
+    module: Any
+    operator: Operator
+
+    @property
+    def group(self) -> str:
+        """The same for modules whose operators are one: layers of a model repeat."""
+        weight = self.module.weight
+        return f"{self.kind} {self.name.rsplit('.', 1)[-1]} {list(weight.shape)} {weight.dtype}"
 
 
 def row_counts(largest: int) -> list[int]:
@@ -50,20 +92,39 @@ def probe_operator(
         like: dtype and device of the input.
 
     Raises:
-        RowDependence: at a fixed row count a row's bits depend on its place or neighbours.
+        RowDependenceError: at a fixed row count a row's bits depend on its place or neighbours.
     """
-    total = max(SAMPLE_ROWS, *counts)
     generator = torch.Generator().manual_seed(SEED)
-    rows = torch.randn(total, width, generator=generator).to(like)
-    order = torch.randperm(total, generator=generator).to(like.device)
+    sample = torch.randn(sample_rows(counts), width, generator=generator).to(like)
+    return classify(lambda rows: operator(sample[rows]), counts, like.device)
+
+
+def sample_rows(counts: Sequence[int]) -> int:
+    """How many rows `classify` asks for."""
+    return max(SAMPLE_ROWS, *counts)
+
+
+def classify(
+    rows: Rows, counts: Sequence[int], device: torch.device, *, in_any_order: bool = True
+) -> dict[int, int]:
+    """Classes of `counts` for results of the rows 0 to sample_rows(counts) - 1.
+
+    Args:
+        in_any_order: also compute the rows in another order; False where order has a meaning.
+
+    Raises:
+        RowDependenceError: at a fixed row count a row's bits depend on its place or neighbours.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    order = torch.randperm(sample_rows(counts), generator=generator).to(device)
+    ascending = torch.arange(len(order), device=device)
     seen: list[torch.Tensor] = []
     classes: dict[int, int] = {}
     for count in counts:
         used = max(count, SAMPLE_ROWS // count * count)
-        outputs = _in_windows(operator, rows[:used], count)
+        outputs = _in_windows(rows, ascending[:used], count)
         shuffled = order[order < used]
-        again = _in_windows(operator, rows[shuffled], count)
-        if not torch.equal(again, outputs[shuffled]):
+        if in_any_order and not torch.equal(_in_windows(rows, shuffled, count), outputs[shuffled]):
             raise RowDependenceError(count)
         classes[count] = _class_of(outputs, seen)
     return classes
@@ -77,9 +138,8 @@ class RowDependenceError(Exception):
         self.rows = rows
 
 
-def _in_windows(operator: Operator, rows: torch.Tensor, count: int) -> torch.Tensor:
-    windows = [operator(rows[i : i + count]) for i in range(0, len(rows), count)]
-    return torch.cat(windows)
+def _in_windows(rows: Rows, indices: torch.Tensor, count: int) -> torch.Tensor:
+    return torch.cat([rows(indices[i : i + count]) for i in range(0, len(indices), count)])
 
 
 def _class_of(outputs: torch.Tensor, seen: list[torch.Tensor]) -> int:
@@ -94,57 +154,79 @@ def _class_of(outputs: torch.Tensor, seen: list[torch.Tensor]) -> int:
     return len(seen) - 1
 
 
-def operators(model: Any) -> Iterator[tuple[str, Any, Operator]]:
-    """(name, module, operator) of every linear layer of an SGLang model, lm_head included."""
+def members(model: Any) -> Iterator[Member]:
+    """Every linear layer and norm of an SGLang model, lm_head included."""
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
     for name, module in model.named_modules():
         method = getattr(module, "quant_method", None)
         if isinstance(method, UnquantizedLinearMethod):
-            yield name, module, partial(_apply, method, module)
+            yield Member("linear", name, module, partial(_apply, method, module))
+        elif type(module).__name__.endswith("Norm") and _is_vector(module):
+            yield Member("norm", name, module, partial(_normalize, module))
     head = getattr(model, "lm_head", None)
     if head is not None and hasattr(head, "weight"):
-        yield "lm_head", head, lambda x: torch.matmul(x, head.weight.T)
+        yield Member("linear", "lm_head", head, lambda x: torch.matmul(x, head.weight.T))
+
+
+def _is_vector(module: Any) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.dim() == 1
 
 
 def _apply(method: Any, module: Any, x: torch.Tensor) -> torch.Tensor:
     return method.apply(module, x, None)
 
 
-def probe_model(model: Any, largest: int) -> tuple[list[Finding], dict[int, RowPlan]]:
-    """Probe each distinct linear operator of a model once.
+def _normalize(module: Any, x: torch.Tensor) -> torch.Tensor:
+    return module(x.clone())
 
-    Returns the findings, and the plans by id of the module they are for.
+
+def groups(model: Any) -> dict[str, list[Member]]:
+    """The members of a model by what they run."""
+    found: dict[str, list[Member]] = {}
+    for member in members(model):
+        found.setdefault(member.group, []).append(member)
+    return found
+
+
+def probe_groups(found: dict[str, list[Member]], largest: int) -> list[Finding]:
+    """Probe each distinct operator once.
 
     Raises:
         GateError: an operator whose rows depend on each other at a fixed row count.
     """
-    groups: dict[tuple[Any, ...], list[tuple[str, Any, Operator]]] = {}
-    for entry in operators(model):
-        weight = entry[1].weight
-        key = (entry[0].rsplit(".", 1)[-1], tuple(weight.shape), weight.dtype)
-        groups.setdefault(key, []).append(entry)
-    findings, plans = [], {}
-    for members in groups.values():
-        finding = _probe_group(members, row_counts(largest))
-        findings.append(finding)
-        if finding.plan is not None:
-            plans.update({id(module): finding.plan for _, module, _ in members})
-    return findings, plans
+    return [_probe_group(same, row_counts(largest)) for same in found.values()]
 
 
-def _probe_group(members: list[tuple[str, Any, Operator]], counts: Sequence[int]) -> Finding:
-    name, module, operator = members[0]
-    start = time.monotonic()
+def plans(found: dict[str, list[Member]], findings: Sequence[Finding]) -> dict[int, RowPlan]:
+    """The plans of `probe_groups`, by id of the module that each is for."""
+    named = {finding.name: finding.plan for finding in findings if finding.plan is not None}
+    return {
+        id(member.module): named[same[0].name]
+        for same in found.values()
+        for member in same
+        if same[0].name in named
+    }
+
+
+def _probe_group(same: list[Member], counts: Sequence[int]) -> Finding:
+    first, start = same[0], time.monotonic()
+    weight = first.module.weight
+    with torch.inference_mode(), refusing(first.name):
+        classes = probe_operator(first.operator, weight.shape[-1], counts, weight)
+    plan = choose(classes) if first.kind == "linear" else None
+    seconds = time.monotonic() - start
+    return Finding(first.kind, first.name, tuple(weight.shape), len(same), classes, plan, seconds)
+
+
+@contextmanager
+def refusing(name: str) -> Iterator[None]:
     try:
-        with torch.inference_mode():
-            classes = probe_operator(operator, module.weight.shape[1], counts, module.weight)
+        yield
     except RowDependenceError as error:
         raise GateError(
             f"--deterministic-gate cannot use {name}: with {error.rows} rows, a row's result "
             "depends on the other rows; serve this model without the flag, or use "
             "--gate-fast-path stock with --gate-policy observe to study it."
         ) from None
-    shape = tuple(module.weight.shape)
-    seconds = time.monotonic() - start
-    return Finding(name, shape, len(members), classes, choose(classes), seconds)

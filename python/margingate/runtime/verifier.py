@@ -8,7 +8,8 @@ the columns. With the number of rows fixed, a row's bits do not depend on the ot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +87,7 @@ class Verifier:
 
         They may be a view of a buffer that the next forward overwrites.
         """
-        batch = self._forward_batch(rows, count)
+        batch = self.batch(rows, count)
         graphs = self.runner.decode_cuda_graph_runner if self._use_graphs else None
         if graphs is not None and graphs.can_run_graph(batch):
             logits = graphs.execute(batch).next_token_logits
@@ -104,7 +105,8 @@ class Verifier:
         graphs = self.runner.decode_cuda_graph_runner if self._use_graphs else None
         return [] if graphs is None else [n for n in sorted(graphs.capture_bs) if n <= largest]
 
-    def _forward_batch(self, rows: Sequence[RowInput], count: int) -> ForwardBatch:
+    def batch(self, rows: Sequence[RowInput], count: int) -> ForwardBatch:
+        """A decode batch of `rows`, padded to `count`."""
         padding = [RowInput(0, 0, 0)] * (count - len(rows))
         attended = len(rows) if self._attends_row_by_row else count
         fields = [(r.pool_index, r.position, r.token) for r in (*rows, *padding)]
@@ -129,6 +131,18 @@ class Verifier:
             capture_hidden_mode=CaptureHiddenMode.NULL,
             num_token_non_padded_cpu=count,
         )
+
+
+@contextmanager
+def scratch_rows(runner: Any, count: int) -> Iterator[None]:
+    """Page-table row 1 holds slots 1 to `count` meanwhile. Only before the first request."""
+    table = runner.req_to_token_pool.req_to_token
+    before = table[1, :count].clone()
+    table[1, :count] = torch.arange(1, count + 1, dtype=table.dtype, device=table.device)
+    try:
+        yield
+    finally:
+        table[1, :count] = before
 
 
 def _logprobs(

@@ -1,0 +1,164 @@
+"""`margingate probe`: which operators of a model depend on the batch, on this machine.
+
+A gated server measures that when it starts. The command starts one, or asks one that runs, and
+shows what it found: a table, probe.json and probe.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from margingate.cli.errors import CliError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MODEL = "smollm2"
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register `margingate probe`."""
+    parser = subparsers.add_parser(
+        "probe",
+        help="show which operators of a model depend on the batch, on this machine",
+        description="Start a gated server, whose first act is to measure which row counts give "
+        "a row the same bits, and show what it found.",
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--model-path", metavar="M", help=f"default: the embedded {MODEL}")
+    source.add_argument("--url", help="ask this gated server instead of starting one")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("probe-report"),
+        metavar="DIR",
+        help="folder for probe.json and probe.png; default ./probe-report",
+    )
+    parser.add_argument(
+        "server_args", nargs="*", metavar="-- ARGS", help="for the server, after --"
+    )
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure or ask, print the table, write the report."""
+    from rich.console import Console
+
+    from margingate.plots import plot_classes
+
+    _make_folder(args.out)
+    report = _ask(args.url) if args.url else _measure(args)
+    (args.out / "probe.json").write_text(json.dumps(report, indent=1) + "\n")
+    grid = {row["name"]: dict(row["classes"]) for row in rows(report)}
+    title = f"Row counts that give a row the same bits: {Path(report['model']).name}"
+    plot_classes(grid, args.out / "probe.png", title)
+    console = Console(file=sys.stdout)
+    console.print(make_table(report))
+    console.print(meaning(report), highlight=False)
+    console.print(f"Report: {args.out / 'probe.json'}, {args.out / 'probe.png'}", highlight=False)
+    return 0
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise CliError(
+            f"--out {out} cannot be made ({err.strerror}): name another folder."
+        ) from err
+
+
+def _measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Start a gated server that probes anew, and ask it."""
+    from margingate.cli.model import ensure_model
+    from margingate.servers import ServerError, launch
+
+    model = args.model_path or str(ensure_model(MODEL))
+    log = args.out / "server.log"
+    server = launch(model, log, "--gate-probe", "fresh", *args.server_args, gate=True)
+    print("margingate: starting a server of", model, file=sys.stderr, flush=True)
+    try:
+        with server:
+            return _ask(server.base_url)
+    except ServerError as err:
+        raise CliError(str(err)) from err
+
+
+def _ask(url: str) -> dict[str, Any]:
+    """What the gated server at `url` found; raises CliError for any other server."""
+    import requests
+
+    try:
+        info = requests.get(url.rstrip("/") + "/server_info", timeout=60).json()
+        state = info["internal_states"][0]["margingate"]
+    except (requests.RequestException, ValueError) as err:
+        raise CliError(f"--url {url} does not answer as an SGLang server ({err}).") from err
+    except (KeyError, IndexError, TypeError):
+        raise CliError(
+            f"the server at {url} has no gate: start it with --deterministic-gate."
+        ) from None
+    if not state["probe"]["operators"]:
+        raise CliError(
+            f"the server at {url} did not probe: start it with --gate-fast-path invariant."
+        )
+    return {"schema": 1, "model": info["model_path"], "version": info["version"], **state["probe"]}
+
+
+def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The operators, and the whole decode step, whose class 0 is that of a verify pass."""
+    steps = report["steps"]["measured"]
+    whole = {
+        "kind": "model",
+        "name": "decode step, as served",
+        "shape": [],
+        "modules": 1,
+        "classes": [[count, 0 if same else 1] for count, same in steps],
+        "plan": None,
+    }
+    return [*report["operators"], whole]
+
+
+def make_table(report: dict[str, Any]) -> Table:
+    """A row per operator; `|` separates row counts that give a row different bits."""
+    from rich.table import Table
+
+    table = Table(title=f"{Path(report['model']).name}", title_justify="left")
+    for name, side in (("operator", "left"), ("shape", "left"), ("modules", "right")):
+        table.add_column(name, justify=side)  # type: ignore[arg-type]
+    table.add_column("row counts with the same bits")
+    table.add_column("is run with")
+    for row in rows(report):
+        plan = "any" if row["plan"] is None else f"{row['plan'][0]} to {row['plan'][1]} rows"
+        shape = " x ".join(map(str, row["shape"]))
+        table.add_row(row["name"], shape, str(row["modules"]), _spans(row["classes"]), plan)
+    return table
+
+
+def _spans(classes: list[list[int]]) -> str:
+    from margingate.core.rowclass import runs
+
+    found = [(counts[0], counts[-1]) for counts, _ in runs(dict(map(tuple, classes)))]  # type: ignore[arg-type]
+    return " | ".join(f"{low}" if low == high else f"{low} to {high}" for low, high in found)
+
+
+def meaning(report: dict[str, Any]) -> str:
+    """The result in plain sentences."""
+    guilty = [row for row in report["operators"] if len({key for _, key in row["classes"]}) > 1]
+    measured = report["steps"]["measured"]
+    good = sum(same for _, same in measured)
+    if guilty:
+        names = ", ".join(f"{row['name'].rsplit('.', 1)[-1]}" for row in guilty)
+        first = (
+            f"Other bits for other row counts: {names}. This is why greedy answers depend on the "
+            "batch here."
+        )
+    else:
+        first = "No operator depends on the number of rows here."
+    return (
+        f"{first} With the gate, decode steps are canonical at {good} of {len(measured)} measured "
+        "row counts; the others are verified by margin."
+    )

@@ -1,0 +1,100 @@
+"""What the probe found, kept between starts; redone for any other machine, model or version."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import margingate
+from margingate.paths import cache_root
+from margingate.runtime.probe import Finding
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = 1
+LIBRARIES = ("torch", "sglang", "triton", "flashinfer-python", "nvidia-cublas")
+
+
+def identity(runner: Any, groups: Iterable[str], largest: int) -> dict[str, Any]:
+    """Everything that the findings depend on; builtins only."""
+    return {
+        "schema": SCHEMA,
+        "operators": sorted(groups),
+        "rows": largest,
+        "model": runner.model_config.model_path,
+        "attention": type(runner.attn_backend).__name__,
+        "device": device_name(runner.device),
+        "threads": torch.get_num_threads(),
+        "tensor_parallel": [runner.tp_rank, runner.tp_size],
+        "versions": {"margingate": margingate.__version__, "cuda": torch.version.cuda}
+        | {name: _version(name) for name in LIBRARIES},
+        "arithmetic": [
+            torch.get_float32_matmul_precision(),
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+            os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        ],
+    }
+
+
+def device_name(device: str) -> str:
+    """The GPU's name and driver-visible capability, or the CPU's name and instruction set."""
+    if device != "cpu":
+        return f"{torch.cuda.get_device_name()} {torch.cuda.get_device_capability()}"
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else 'CPU'} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def path(key: dict[str, Any]) -> Path:
+    """One file a model, attention backend and rank: other versions and devices replace it."""
+    chosen = [key[name] for name in ("model", "operators", "attention", "tensor_parallel")]
+    digest = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:16]
+    return cache_root() / "probe" / f"{digest}.json"
+
+
+def load(key: dict[str, Any]) -> list[Finding] | None:
+    """Findings made for exactly this identity; None, with a log line, for anything else."""
+    file = path(key)
+    try:
+        record = json.loads(file.read_text())
+        found = [Finding.from_record(entry) for entry in record["findings"]]
+        made_for = dict(record["identity"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("margingate: the probe is redone: %s is not readable (%s).", file, error)
+        return None
+    other = [name for name in key if made_for.get(name) != json.loads(json.dumps(key[name]))]
+    if other:
+        logger.info("margingate: the probe is redone: %s differ from %s.", ", ".join(other), file)
+        return None
+    return found
+
+
+def save(key: dict[str, Any], findings: Sequence[Finding]) -> None:
+    """Replace the file at once; a cache that cannot be written costs a log line, no more."""
+    file = path(key)
+    record = {"identity": key, "findings": [finding.record() for finding in findings]}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as out:
+            json.dump(record, out, indent=1)
+        Path(out.name).replace(file)
+    except OSError as error:
+        logger.warning("margingate: the probe is not kept: %s cannot be written (%s).", file, error)

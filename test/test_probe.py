@@ -1,0 +1,135 @@
+"""What the probe keeps between starts, and how it is shown."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from margingate.cli import main as cli
+from margingate.cli import probe as command
+from margingate.core.rowclass import RowPlan
+from margingate.plots import plot_classes
+from margingate.runtime import probe, probe_cache
+
+FINDINGS = [
+    probe.Finding("linear", "layers.0.qkv_proj", (96, 64), 30, {1: 0, 2: 0, 8: 0}, None, 0.1),
+    probe.Finding("linear", "0.down_proj", (64, 96), 30, {1: 0, 2: 1, 8: 1}, RowPlan(2, 8), 2),
+    probe.Finding("attention", "attention decode", (9, 3, 64), 30, {1: 0, 2: 0, 8: 0}, None, 0.5),
+]
+
+
+class TorchNativeAttnBackend:
+    pass
+
+
+@pytest.fixture
+def runner(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return SimpleNamespace(
+        model_config=SimpleNamespace(model_path="/m"),
+        attn_backend=TorchNativeAttnBackend(),
+        device="cpu",
+        tp_rank=0,
+        tp_size=1,
+    )
+
+
+def test_findings_are_kept_for_the_same_identity(runner):
+    key = probe_cache.identity(runner, ["b", "a"], 64)
+    assert probe_cache.load(key) is None
+    probe_cache.save(key, FINDINGS)
+    assert probe_cache.load(probe_cache.identity(runner, ["a", "b"], 64)) == FINDINGS
+
+
+@pytest.mark.parametrize("name", ["rows", "device", "threads", "versions", "arithmetic", "schema"])
+def test_findings_of_another_machine_or_version_are_redone(runner, name, caplog):
+    key = probe_cache.identity(runner, ["a"], 64)
+    probe_cache.save({**key, name: "another"}, FINDINGS)
+    assert probe_cache.path({**key, name: "another"}) == probe_cache.path(key)
+    with caplog.at_level("INFO"):
+        assert probe_cache.load(key) is None
+    assert f"redone: {name} differ" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["model", "operators", "attention", "tensor_parallel"])
+def test_other_models_have_other_files(runner, name):
+    key = probe_cache.identity(runner, ["a"], 64)
+    assert probe_cache.path({**key, name: "another"}) != probe_cache.path(key)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"findings": [{}], "identity": {}}'])
+def test_a_damaged_file_is_redone(runner, text, caplog):
+    key = probe_cache.identity(runner, ["a"], 64)
+    probe_cache.save(key, FINDINGS)
+    probe_cache.path(key).write_text(text)
+    assert probe_cache.load(key) is None
+    assert "is not readable" in caplog.text
+    probe_cache.save(key, FINDINGS)
+    assert probe_cache.load(key) == FINDINGS
+
+
+def test_a_cache_that_cannot_be_written_costs_a_line(runner, tmp_path, caplog):
+    (tmp_path / "margingate").write_text("in the way")
+    probe_cache.save(probe_cache.identity(runner, ["a"], 64), FINDINGS)
+    assert "cannot be written" in caplog.text
+
+
+def test_norms_are_probed_beside_linear_layers():
+    from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+
+    model = torch.nn.Module()
+    model.norm = torch.nn.RMSNorm(48, dtype=torch.bfloat16)
+    for name in ("o_proj", "extra_proj"):
+        layer = torch.nn.Module()
+        layer.weight = torch.nn.Parameter(torch.ones(48, 48).bfloat16(), requires_grad=False)
+        layer.quant_method = UnquantizedLinearMethod()
+        setattr(model, name, layer)
+    found = probe.groups(model)
+    kinds = {same[0].name: same[0].kind for same in found.values()}
+    assert kinds == {"norm": "norm", "o_proj": "linear", "extra_proj": "linear"}
+    findings = probe.probe_groups({"n": found["norm norm [48] torch.bfloat16"]}, 8)
+    assert findings[0].classes == dict.fromkeys(range(1, 9), 0) and findings[0].plan is None
+
+
+def test_plans_reach_every_module_of_their_group():
+    model = torch.nn.ModuleList(torch.nn.Module() for _ in range(3))
+    same = [probe.Member("linear", f"{i}.down_proj", m, None) for i, m in enumerate(model)]
+    finding = probe.Finding("linear", "0.down_proj", (4, 4), 3, {1: 0, 2: 1}, RowPlan(2, 2), 0.0)
+    assert probe.plans({"g": same}, [finding]) == {id(m): RowPlan(2, 2) for m in model}
+
+
+REPORT = {
+    "model": "/models/tiny",
+    "operators": [finding.record() for finding in FINDINGS],
+    "steps": {"measured": [[1, True], [2, True], [8, False]], "graphs": False},
+}
+
+
+def test_the_table_and_its_meaning(capsys):
+    from rich.console import Console
+
+    Console(width=140).print(command.make_table(REPORT))
+    said = capsys.readouterr().out
+    assert "1 | 2 to 8" in said and "2 to 8 rows" in said and "1 to 2 | 8" in said
+    assert "row counts: down_proj. This is why" in command.meaning(REPORT)
+    assert "canonical at 2 of 3" in command.meaning(REPORT)
+    assert "No operator depends" in command.meaning({**REPORT, "operators": []})
+
+
+def test_the_picture(tmp_path):
+    plot_classes({f.name: f.classes for f in FINDINGS}, tmp_path / "p.png", "title")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_records_survive_json():
+    for finding in FINDINGS:
+        assert probe.Finding.from_record(json.loads(json.dumps(finding.record()))) == finding
+
+
+def test_a_url_that_does_not_answer_is_one_sentence(tmp_path, capsys):
+    status = cli.main(["probe", "--url", "http://127.0.0.1:9", "--out", str(tmp_path)])
+    assert status == 1
+    assert capsys.readouterr().err.startswith("margingate: --url http://127.0.0.1:9 does not")
