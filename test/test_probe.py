@@ -32,8 +32,7 @@ def runner(tmp_path, monkeypatch):
         model_config=SimpleNamespace(model_path="/m"),
         attn_backend=TorchNativeAttnBackend(),
         device="cpu",
-        tp_rank=0,
-        tp_size=1,
+        ps=SimpleNamespace(tp_rank=0, tp_size=1),
     )
 
 

@@ -34,7 +34,7 @@ def identity(runner: Any, groups: Iterable[str], largest: int) -> dict[str, Any]
         "attention": type(runner.attn_backend).__name__,
         "device": device_name(runner.device),
         "threads": torch.get_num_threads(),
-        "tensor_parallel": [runner.tp_rank, runner.tp_size],
+        "tensor_parallel": [runner.ps.tp_rank, runner.ps.tp_size],
         "versions": {"margingate": margingate.__version__, "cuda": torch.version.cuda}
         | {name: _version(name) for name in LIBRARIES},
         "arithmetic": [
