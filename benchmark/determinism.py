@@ -114,7 +114,7 @@ def answers_alone(
         return client.alone(prompts), False
     if args.answers.exists():
         known = json.loads(args.answers.read_text())
-        return [Answer(p.name, tuple(known[p.name]), "", {}) for p in prompts], True
+        return [Answer(p.name, tuple(known[p.name][: args.tokens]), "", {}) for p in prompts], True
     alone = client.alone(prompts)
     args.answers.write_text(json.dumps({answer.name: answer.tokens for answer in alone}))
     return alone, False

@@ -107,15 +107,25 @@ REPORT = {
 }
 
 
+ODD = [[count, count % 2] for count in range(1, 10)]
+said_of = command.meaning
+
+
 def test_the_table_and_its_meaning(capsys):
     from rich.console import Console
 
     Console(width=140).print(command.make_table(REPORT))
     said = capsys.readouterr().out
     assert "1 | 2 to 8" in said and "2 to 8 rows" in said and "1 to 2 | 8" in said
-    assert "row counts: down_proj. This is why" in command.meaning(REPORT)
-    assert "canonical at 2 of 3" in command.meaning(REPORT)
-    assert "No operator depends" in command.meaning({**REPORT, "operators": []})
+    assert "number of rows, down_proj gives a row other bits: this is why" in said_of(REPORT)
+    assert "canonical at 2 of 3 measured row counts; rows of the others" in said_of(REPORT)
+    assert "No operator of a decode step depends" in said_of({**REPORT, "operators": []})
+    extend = {**FINDINGS[2].record(), "name": "attention extend", "classes": ODD}
+    report = {**REPORT, "operators": [extend]}
+    assert "No operator of a decode step depends" in said_of(report)
+    assert "Prefill depends on where a prompt is cut" in said_of(report)
+    Console(width=140).print(command.make_table(report))
+    assert "2 classes" in capsys.readouterr().out
 
 
 def test_the_picture(tmp_path):

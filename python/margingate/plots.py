@@ -15,7 +15,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-CLASSES = ("#9db4cc", "#c8321e", "#e0a458", "#5b8e7d", "#7a5c8e", "#4d4d4d")
+CLASSES = (
+    *("#9db4cc", "#c8321e", "#e0a458", "#5b8e7d", "#7a5c8e", "#4d4d4d", "#f2cc8f", "#81b29a"),
+    *("#3d405b", "#d4a5a5", "#2a6f97", "#bc6c25", "#606c38", "#9d4edd", "#ff8fa3", "#014f86"),
+    *("#b5838d", "#6d6875", "#90be6d", "#577590"),
+)
 STEPS, FLIPS, LINE = "#9db4cc", "#c8321e", "#222222"
 _STYLE: dict[Any, Any] = {"font.size": 11.0, "axes.spines.top": False, "axes.spines.right": False}
 

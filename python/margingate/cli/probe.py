@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MODEL = "smollm2"
+EXTEND = "attention extend"  # row counts are lengths of chunks here
+MOST_SPANS = 6  # more of them do not fit into a cell
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     _make_folder(args.out)
     report = _ask(args.url) if args.url else _measure(args)
     (args.out / "probe.json").write_text(json.dumps(report, indent=1) + "\n")
-    grid = {row["name"]: dict(row["classes"]) for row in rows(report)}
+    grid = {row["name"].rsplit(".", 1)[-1]: dict(row["classes"]) for row in rows(report)}
     title = f"Row counts that give a row the same bits: {Path(report['model']).name}"
     plot_classes(grid, args.out / "probe.png", title)
     console = Console(file=sys.stdout)
@@ -132,33 +134,45 @@ def make_table(report: dict[str, Any]) -> Table:
     table.add_column("row counts with the same bits")
     table.add_column("is run with")
     for row in rows(report):
-        plan = "any" if row["plan"] is None else f"{row['plan'][0]} to {row['plan'][1]} rows"
         shape = " x ".join(map(str, row["shape"]))
-        table.add_row(row["name"], shape, str(row["modules"]), _spans(row["classes"]), plan)
+        name, modules = row["name"].rsplit(".", 1)[-1], str(row["modules"])
+        table.add_row(name, shape, modules, _spans(row["classes"]), _runs_with(row))
     return table
+
+
+def _runs_with(row: dict[str, Any]) -> str:
+    if row["plan"] is not None:
+        return f"{row['plan'][0]} to {row['plan'][1]} rows"
+    return "any" if len({key for _, key in row["classes"]}) == 1 else "as it comes"
 
 
 def _spans(classes: list[list[int]]) -> str:
     from margingate.core.rowclass import runs
 
     found = [(counts[0], counts[-1]) for counts, _ in runs(dict(map(tuple, classes)))]  # type: ignore[arg-type]
+    if len(found) > MOST_SPANS:
+        return f"{len({key for _, key in classes})} classes"
     return " | ".join(f"{low}" if low == high else f"{low} to {high}" for low, high in found)
 
 
 def meaning(report: dict[str, Any]) -> str:
     """The result in plain sentences."""
-    guilty = [row for row in report["operators"] if len({key for _, key in row["classes"]}) > 1]
+    several = [
+        row["name"] for row in report["operators"] if len({c for _, c in row["classes"]}) > 1
+    ]
+    guilty = [name.rsplit(".", 1)[-1] for name in several if name != EXTEND]
     measured = report["steps"]["measured"]
     good = sum(same for _, same in measured)
+    said = ["No operator of a decode step depends on the number of rows here."]
     if guilty:
-        names = ", ".join(f"{row['name'].rsplit('.', 1)[-1]}" for row in guilty)
-        first = (
-            f"Other bits for other row counts: {names}. This is why greedy answers depend on the "
-            "batch here."
-        )
-    else:
-        first = "No operator depends on the number of rows here."
-    return (
-        f"{first} With the gate, decode steps are canonical at {good} of {len(measured)} measured "
-        "row counts; the others are verified by margin."
+        said = [
+            f"With another number of rows, {' and '.join(guilty)} gives a row other bits: this is "
+            "why greedy answers depend on the batch here."
+        ]
+    if EXTEND in several:
+        said.append("Prefill depends on where a prompt is cut; gated prompts are cut on a grid.")
+    said.append(
+        f"With the gate, decode steps are canonical at {good} of {len(measured)} measured row "
+        f"counts{'' if good == len(measured) else '; rows of the others are verified by margin'}."
     )
+    return " ".join(said)
