@@ -156,22 +156,19 @@ def _class_of(outputs: torch.Tensor, seen: list[torch.Tensor]) -> int:
 
 def members(model: Any) -> Iterator[Member]:
     """Every linear layer and norm of an SGLang model, lm_head included."""
+    from sglang.srt.layers import layernorm
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
+    norms = (layernorm.RMSNorm, layernorm.GemmaRMSNorm, torch.nn.RMSNorm, torch.nn.LayerNorm)
     for name, module in model.named_modules():
         method = getattr(module, "quant_method", None)
         if isinstance(method, UnquantizedLinearMethod):
             yield Member("linear", name, module, partial(_apply, method, module))
-        elif type(module).__name__.endswith("Norm") and _is_vector(module):
+        elif isinstance(module, norms) and isinstance(module.weight, torch.Tensor):
             yield Member("norm", name, module, partial(_normalize, module))
     head = getattr(model, "lm_head", None)
     if head is not None and hasattr(head, "weight"):
         yield Member("linear", "lm_head", head, lambda x: torch.matmul(x, head.weight.T))
-
-
-def _is_vector(module: Any) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, torch.Tensor) and weight.dim() == 1
 
 
 def _apply(method: Any, module: Any, x: torch.Tensor) -> torch.Tensor:
