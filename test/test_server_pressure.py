@@ -12,14 +12,15 @@ from conftest import TOKENS
 from margingate.client import Client, Prompt
 
 
-@pytest.mark.parametrize("guarantee", ["sparse", "exact"])
-def test_retracted_requests_answer_as_if_they_had_never_been(start, prompts, canonical, guarantee):
+@pytest.mark.parametrize(("guarantee", "overlap"), [("sparse", "off"), ("exact", "on")])
+def test_retracted_requests_answer_as_if_they_had_never_been(
+    start, prompts, canonical, guarantee, overlap
+):
     """SGLang's own switch retracts requests every few steps; alone there is nothing to retract."""
     server = start(
         "--gate-debug",
         "--gate-inject-faults",
-        "--gate-guarantee",
-        guarantee,
+        *("--gate-guarantee", guarantee, "--gate-overlap", overlap),
         env={"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"},
     )
     client = Client(server.base_url, TOKENS)
@@ -30,13 +31,14 @@ def test_retracted_requests_answer_as_if_they_had_never_been(start, prompts, can
     assert sum(answer.meta["num_retractions"] for answer in answers) > 3
     assert client.gate_state()["retractions"] > before["retractions"]
     assert_gate_worked(before, client.gate_state(), batch=8)
+    assert client.gate_state()["overlap"] is (overlap == "on")
     assert_clean(client)
 
 
 @pytest.fixture(scope="module")
 def late(start) -> Client:
-    """Verification waits up to 8 steps, and memory holds about a dozen requests."""
-    args = ("--gate-debug", "--gate-inject-faults", "--gate-max-delay", "8")
+    """Verification waits up to 8 steps, beside overlap, and memory holds about a dozen requests."""
+    args = ("--gate-debug", "--gate-inject-faults", "--gate-max-delay", "8", "--gate-overlap", "on")
     return Client(start(*args, "--max-total-tokens", "2048").base_url, TOKENS)
 
 

@@ -12,6 +12,7 @@ POLICIES = ("margin", "always", "observe")
 GUARANTEES = ("sparse", "exact")
 REPAIRS = ("span", "column")
 FAST_PATHS = ("invariant", "stock")
+OVERLAPS = ("off", "on")
 PROBES = ("cached", "fresh")
 MAX_ROWS = 1024
 
@@ -82,6 +83,12 @@ class GateConfig:
         metavar="STEPS",
         parse=int,
     )
+    overlap: str = _option(
+        "off",
+        "off: switch SGLang's overlap scheduling off; on: leave it on, and wait for the step in "
+        "flight only when something is to be verified (new: tested on the CPU platform only).",
+        choices=OVERLAPS,
+    )
     prefill_chunk: int | None = _option(
         None,
         "Gated prompts are prefilled alone in chunks cut at multiples of this many tokens, and "
@@ -110,6 +117,7 @@ class GateConfig:
         _check_choice("--gate-fast-path", self.fast_path, FAST_PATHS)
         _check_choice("--gate-repair", self.repair, REPAIRS)
         _check_choice("--gate-probe", self.probe, PROBES)
+        _check_choice("--gate-overlap", self.overlap, OVERLAPS)
         number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
         if not number or not self.threshold >= 0:
             raise GateError(

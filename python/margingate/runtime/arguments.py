@@ -95,7 +95,7 @@ def post_init(original: Any, self: Any) -> None:
         original(self)
         return
     refusals.refuse_server(self)  # first as given, before SGLang's own checks speak
-    if not self.disable_overlap_schedule:
+    if config.overlap == "off" and not self.disable_overlap_schedule:
         self.disable_overlap_schedule = True
         logger.info("margingate sets --disable-overlap-schedule: it verifies between two steps.")
     _choose_attention(self, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
@@ -16,6 +17,7 @@ from margingate.core.queue import MicroBatchQueue
 from margingate.runtime import integrity, retraction, rollback
 from margingate.runtime.canonical import CanonicalSteps, measure
 from margingate.runtime.invariance import largest_rows
+from margingate.runtime.overlap import InFlight, passed_over
 from margingate.runtime.radix import is_gated
 from margingate.runtime.request import Counts, GateRequest, Hold, now
 from margingate.runtime.rows import first_token, inject_fault, row_input
@@ -56,31 +58,62 @@ class GateController:
         self.step = 0  # batches processed
         self.canonical_steps = 0  # decode steps that needed no verification
         self.largest_batch = 0  # requests in one decode step
+        self.in_flight = InFlight(scheduler)
         self.observes_only = config.policy == "observe"
         self.processing = False  # inside SGLang's own result processing
 
     # -- around one batch result
 
     def process(self, original: Any, batch: Any, result: Any) -> None:
-        """AROUND Scheduler.process_batch_result: commit, verify, settle, send."""
+        """AROUND Scheduler.process_batch_result; with overlap, `settle` waits for next_batch."""
+        if self.in_flight.is_processed(result):
+            return
+        gated = self._commit(original, batch, result)
+        if self.in_flight.overlaps:
+            self.stream(gated)
+        elif gated:
+            self.settle(batch, gated)
+        if self.config.debug:
+            integrity.check(self)
+
+    def _commit(self, original: Any, batch: Any, result: Any) -> list[Any]:
+        """Enter a result into the ledger, let SGLang process it; the gated requests in it."""
         gated = [req for req in batch.reqs if is_gated(req)]
-        self.batch = batch
+        if not self.in_flight.overlaps:
+            self.batch = batch
+        elif result.copy_done is not None:
+            result.copy_done.synchronize()  # as SGLang is about to: margins came with the tokens
         if batch.forward_mode.is_decode():
             self.largest_batch = max(self.largest_batch, len(batch.reqs))
         self._record(batch, result)
+        behind = [req for req in gated if self.is_held(req)]  # rows behind their end
         self.processing = True
         try:
-            original(self.scheduler, batch, result)
+            with passed_over(behind):
+                original(self.scheduler, batch, result)
         finally:
             self.processing = False
+        for req in behind:
+            rollback.drop_last_column(self.scheduler, req)
         self.step += 1
-        if gated:
-            retraction.restore(self, batch)
-            self._want_streaming_tails(gated)
-            self.verify_due(idle=False)
-            self.stream(gated)
-        if self.config.debug:
-            integrity.check(self)
+        return gated
+
+    def settle(self, batch: Any, reqs: list[Any]) -> None:
+        """With nothing in flight: replay what `batch` prefilled again, verify, repair, send."""
+        retraction.restore(self, batch)
+        self._want_streaming_tails(reqs)
+        self.verify_due(idle=False)
+        self.stream(reqs)
+
+    def waits(self) -> bool:
+        """Whether anything is to be done that needs nothing in flight."""
+        return bool(
+            self.held
+            or self.rejoining
+            or self.prefilled_again
+            or self.queue.due(self.ledger, self.step, idle=False)
+            or any(self._full_tails(self.requests.values()))
+        )
 
     def verify_due(self, idle: bool) -> None:
         """Run every verify pass that is due, then end the requests that waited for them."""
@@ -102,8 +135,8 @@ class GateController:
             self.histogram.add_steps(margins)
         for i, req in enumerate(batch.reqs):
             gate: GateRequest | None = getattr(req, "gate", None)
-            if gate is None or req.is_retracted or req.finished():
-                continue
+            if gate is None or req.is_retracted or req.finished() or gate.hold is not None:
+                continue  # with overlap, a row behind the end
             if prefill and req.inflight_middle_chunks > 0:
                 continue
             if gate.kept is not None:
@@ -111,7 +144,8 @@ class GateController:
                 continue
             margin = margins[i] if margins is not None else float("inf")
             if gate.gated:
-                fault = bool(gate.faults) and inject_fault(self.scheduler, req, result, i)
+                relay = None if self.in_flight.overlaps else self.scheduler.future_map
+                fault = bool(gate.faults) and inject_fault(relay, req, result, i)
                 self._emit(req, gate, margin, canonical, fault)
             elif self.observes_only:
                 self._observe(gate, margin)
@@ -153,6 +187,11 @@ class GateController:
 
     def _want_streaming_tails(self, reqs: list[Any]) -> None:
         """Exact: a stream's rows settle by replay; ask for one whenever a micro-batch is full."""
+        for req in self._full_tails(reqs):
+            self.ledger.request_tail(req.gate.key)
+            self.queue.note(req.gate.key, self.step)
+
+    def _full_tails(self, reqs: Iterable[Any]) -> Iterator[Any]:
         if self.config.guarantee != "exact":
             return
         for req in reqs:
@@ -160,8 +199,7 @@ class GateController:
             if req.stream and key in self.requests and not self.ledger.stopped(key):
                 waiting = self.ledger.emitted(key) - self.ledger.canonical(key)
                 if waiting >= self.verifier.rows:
-                    self.ledger.request_tail(key)
-                    self.queue.note(key, self.step)
+                    yield req
 
     # -- verify passes
 
@@ -295,26 +333,9 @@ class GateController:
             logprobs = any(req.return_logprob for req in reqs)
             self.scheduler.output_streamer.stream_output(reqs, logprobs)
 
-    # -- batches
-
-    def next_batch(self, original: Any, running: Any, last: Any) -> Any:
-        """AROUND Scheduler.get_next_batch_to_run: batches hold only what may decode on."""
-        if self.held:
-            for batch in (running, last):
-                if batch is not None and batch.reqs:
-                    self._eject(batch)
-            if self._memory_is_short(running):
-                self.settle_all()
-        if self.rejoining:
-            reqs, self.rejoining = self.rejoining, []
-            running = rollback.rejoin(self.scheduler, running, reqs)
-        plan = original(self.scheduler, running_batch=running, last_batch=last)
-        if plan.batch_to_run is None and (self.held or self.queue_waits()):
-            self.settle_all()  # nobody will join them: verify now, decode on in the next turn
-        return plan
-
     def settle_all(self) -> None:
         """Verify whatever waits, full micro-batch or not."""
+        self.in_flight.bring_in()
         self.verify_due(idle=True)
         self.stream([req for req in self.requests.values() if req.stream])
 
@@ -322,17 +343,6 @@ class GateController:
         """Whether any row waits for a verify pass."""
         return any(self.ledger.pending(key) for key in self.requests)
 
-    def _eject(self, batch: Any) -> None:
-        stay = [i for i, req in enumerate(batch.reqs) if not self._is_held(req)]
-        if len(stay) < len(batch.reqs):
-            batch.filter_batch(keep_indices=stay)
-            batch.batch_is_full = False
-
-    def _is_held(self, req: Any) -> bool:
+    def is_held(self, req: Any) -> bool:
+        """Whether the end of the request is withheld."""
         return is_gated(req) and req.gate.key in self.held
-
-    def _memory_is_short(self, running: Any) -> bool:
-        """Whether SGLang would soon retract requests for columns that held ones could free."""
-        tree = self.scheduler.tree_cache
-        free = self.scheduler.token_to_kv_pool_allocator.available_size()
-        return free + tree.evictable_size() < 2 * len(running.reqs)

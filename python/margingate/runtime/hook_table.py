@@ -9,6 +9,7 @@ from margingate.runtime import (
     info,
     invariance,
     margins,
+    overlap,
     prefill,
     retraction,
     scheduler,
@@ -134,6 +135,14 @@ RUNTIME_HOOKS = (
         margins.sample,
         "self logits_output forward_batch",
         "margins ride with the result; ties go to the lowest id",
+        "the sampler returns margins",
+    ),
+    Hook(
+        "managers.utils.GenerationBatchResult.copy_to_cpu",
+        BEFORE,
+        overlap.before_copy,
+        "self return_logprob return_hidden_states",
+        "with overlap, margins come to the CPU with the token ids, behind the same event",
         "the sampler returns margins",
     ),
     Hook(

@@ -31,6 +31,7 @@ def internal_state(result: Any, *_args: Any) -> None:
         "trigger_rate": totals["flagged"] / steps if steps else 0.0,
         "reasons": dict(controller.reasons),
         "fast_path": controller.config.fast_path,
+        "overlap": controller.in_flight.overlaps,
         "canonical_steps": controller.canonical_steps,
         "canonical_rows": str(controller.canonical),
         "probe": {

@@ -38,16 +38,23 @@ def _check_request(controller: GateController, key: str, req: Any) -> None:
     if req.gate.kept is not None:
         return
     columns, allocated = req.kv_committed_len, req.kv.kv_allocated_len
-    wanted = len(req.origin_input_ids) + tokens - 1
+    wanted = len(req.origin_input_ids) + tokens - 1 + _rows_in_flight(controller, req)
     assert columns == allocated == wanted, (
         f"request {req.rid} holds {columns} columns of {allocated} allocated, not {wanted}"
     )
 
 
+def _rows_in_flight(controller: GateController, req: Any) -> int:
+    """Decode rows of the request whose results are not processed yet (overlap scheduling)."""
+    batches = [b for b in controller.in_flight.batches() if b.forward_mode.is_decode()]
+    return sum(other is req for batch in batches for other in batch.reqs)
+
+
 def _live_requests(controller: GateController) -> list[Any]:
     """Every request that holds slots, gated or not."""
     scheduler = controller.scheduler
-    batches = (controller.batch, scheduler.running_batch, scheduler.last_batch)
+    batches = [controller.batch, scheduler.running_batch, scheduler.last_batch]
+    batches += controller.in_flight.batches()
     reqs = [req for batch in batches if batch is not None for req in batch.reqs]
     reqs += [*controller.held.values(), *controller.rejoining]
     if scheduler.chunked_req is not None:

@@ -40,6 +40,12 @@ def _free_columns(scheduler: Any, req: Any, columns: int) -> None:
     req.kv_committed_len = req.kv.kv_allocated_len = columns
 
 
+def drop_last_column(scheduler: Any, req: Any) -> None:
+    """Free the column of a row whose token is not wanted, of a request that leaves its batch."""
+    _free_columns(scheduler, req, req.kv.kv_allocated_len - 1)
+    req.decode_batch_idx -= 1
+
+
 def _set_length(batches: Iterable[Any], req: Any, columns: int) -> bool:
     """Set the sequence length of the request's row; new tensors, never written in place."""
     found = False

@@ -26,10 +26,11 @@ def first_token(req: Any) -> RowResult:
     return RowResult(req.output_ids[0] if chosen is None else chosen, 0.0, None)
 
 
-def inject_fault(scheduler: Any, req: Any, result: Any, i: int) -> bool:
+def inject_fault(relay: Any, req: Any, result: Any, i: int) -> bool:
     """Test hook: make the fast path emit its runner-up in row `i` of a result, as a flip would.
 
-    Mutates the result, the token relay and the request's list of faults. Returns whether it did.
+    Mutates the result, the request's list of faults and the token relay, which is None where the
+    next step has read it already. Returns whether it did.
     """
     gate: GateRequest = req.gate
     row = len(req.output_ids) + 1
@@ -40,5 +41,6 @@ def inject_fault(scheduler: Any, req: Any, result: Any, i: int) -> bool:
     if row == 1:
         gate.injected_first = int(result.next_token_ids[i])
     result.next_token_ids[i] = wrong
-    scheduler.future_map.output_tokens_buf[req.req_pool_idx] = wrong
+    if relay is not None:
+        relay.output_tokens_buf[req.req_pool_idx] = wrong
     return True

@@ -10,7 +10,7 @@ from sglang.srt.mem_cache.registry import (
     registered_radix_cache_backends,
 )
 
-from margingate.runtime import hook_table, hooks, radix, request, state
+from margingate.runtime import batches, hook_table, hooks, radix, request, state
 from margingate.runtime.arguments import RADIX_BACKEND, confirm_schedulers, gate_config
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def get_next_batch_to_run(
     original: Any, _scheduler: Any, running_batch: Any, last_batch: Any
 ) -> Any:
     """AROUND Scheduler.get_next_batch_to_run."""
-    return state.controller().next_batch(original, running_batch, last_batch)
+    return batches.next_batch(state.controller(), original, running_batch, last_batch)
 
 
 def update_finish_state(original: Any, req: Any, new_accepted_len: int = 1) -> None:

@@ -1,0 +1,73 @@
+"""Overlap scheduling: a step's results are processed while the next step already runs.
+
+So a flagged row is known one step late, and nothing of a request may be changed while a forward
+holds it. The controller therefore commits results as they come, and whenever there is something to
+verify, replay or release, it first brings the one result in flight in: nothing runs then, and all
+is as without overlap. With canonical steps that is rare; most steps never wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_PROCESSED = object()  # stands in SGLang's queue for a result that was brought in early
+
+
+class InFlight:
+    """The steps of one scheduler whose results are still to be processed."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        self.overlaps = bool(scheduler.enable_overlap)
+
+    def batches(self) -> list[Any]:
+        """Their batches: at most the last one before a step is launched, two after."""
+        queue = getattr(self._scheduler, "result_queue", ()) if self.overlaps else ()
+        return [batch for batch, result in queue if result is not _PROCESSED]
+
+    def bring_in(self) -> None:
+        """Process the result in flight, if there is one. Only between two steps.
+
+        SGLang's loop takes it from the queue later; `is_processed` tells it apart then.
+        """
+        if not self.batches():
+            return
+        queue = self._scheduler.result_queue
+        batch, result = queue.popleft()
+        self._scheduler.process_batch_result(batch, result)
+        queue.appendleft((batch, _PROCESSED))
+
+    @staticmethod
+    def is_processed(result: Any) -> bool:
+        """Whether this is no result, but the place of one that was brought in."""
+        return result is _PROCESSED
+
+
+@contextmanager
+def passed_over(reqs: list[Any]) -> Iterator[None]:
+    """SGLang's result processing skips `reqs`, as it does with requests that were retracted."""
+    for req in reqs:
+        req.is_retracted = True
+    try:
+        yield
+    finally:
+        for req in reqs:
+            req.is_retracted = False
+
+
+def before_copy(result: Any, *_args: Any, **_kwargs: Any) -> None:
+    """BEFORE GenerationBatchResult.copy_to_cpu: margins go to the CPU with the token ids.
+
+    Nothing waits here; the result's own `copy_done` event covers the copies. What they are copied
+    from is kept until then.
+    """
+    output = result.logits_output
+    best = getattr(output, "gate", None)
+    if best is not None and best.margin.is_cuda:
+        output.gate_on_device = best
+        output.gate = best._replace(
+            margin=best.margin.to("cpu", non_blocking=True),
+            runner_up=best.runner_up.to("cpu", non_blocking=True),
+        )
