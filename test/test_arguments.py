@@ -17,7 +17,7 @@ import pytest
 
 from margingate.cli.model import ensure_model
 from margingate.config import GateConfig, GateError
-from margingate.runtime import refusals
+from margingate.runtime import machine, refusals
 from margingate.runtime.refusals import SERVER_REFUSALS, Refusal
 
 GATE = "--deterministic-gate"
@@ -153,7 +153,7 @@ def test_sizes_default_by_device_and_given_ones_stand(device, sizes):
 
 @pytest.mark.parametrize("option", sorted(OPTIONS))
 def test_an_option_without_the_flag_is_refused(prepare, option):
-    switches = ("--gate-debug", "--gate-inject-faults")
+    switches = ("--gate-debug", "--gate-inject-faults", "--gate-study")
     argv = [option] if option in switches else [option, "1"]
     text = exits(prepare, *argv)
     assert text == f"{option} is set without --deterministic-gate: add the flag, or drop it."
@@ -283,17 +283,24 @@ def test_the_settings_travel_with_a_copy(prepare):
 # Calibration
 
 
-def calibrated(tmp_path: Path, sha256: str) -> str:
+def calibrated(tmp_path: Path, sha256: str, made_on: dict[str, str] | None = None) -> str:
     path = tmp_path / "calibration.json"
     model = {"config_sha256": sha256}
-    path.write_text(json.dumps({"schema": 1, "model": model, "threshold": 0.375}))
+    record = {"schema": 1, "model": model, "machine": made_on or {}, "threshold": 0.375}
+    path.write_text(json.dumps(record))
     return str(path)
 
 
-def test_a_calibration_of_this_model_sets_the_threshold(prepare, folder, tmp_path):
+def test_a_calibration_of_this_model_on_this_machine_sets_the_threshold(prepare, folder, tmp_path):
     sha256 = hashlib.sha256((Path(folder) / "config.json").read_bytes()).hexdigest()
-    argv = ["--gate-threshold", "auto", "--gate-calibration", calibrated(tmp_path, sha256)]
+    here = machine.describe(prepare(GATE))
+    path = calibrated(tmp_path, sha256, here)
+    argv = ["--gate-threshold", "auto", "--gate-calibration", path]
     assert prepare(GATE, *argv)._margingate.threshold == 0.375
+    for name in here:
+        calibrated(tmp_path, sha256, {**here, name: "another"})
+        text = exits(prepare, GATE, *argv)
+        assert f"--gate-calibration {path} was made for {name} 'another', but" in text
 
 
 def test_a_calibration_of_another_model_is_refused(prepare, tmp_path):

@@ -256,7 +256,7 @@ def test_a_calibration_made_for_another_model_is_refused(tmp_path, made_for):
     text = refused({"threshold": "auto", "calibration": path}, MODEL)
     assert text.startswith(f"--gate-calibration {path} was made for config_sha256 ")
     assert "'aa'" in text
-    assert "calibrate this model, or give the threshold as a number" in text
+    assert "calibrate this one, or give the threshold as a number" in text
 
 
 @pytest.mark.parametrize("value", [-1, math.nan, math.inf])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,13 +121,21 @@ class Client:
         prompts: Sequence[Prompt],
         progress: Progress | None = None,
         delays_s: Sequence[float] | None = None,
+        params: Mapping[str, dict[str, Any]] | None = None,
         **extra: Any,
     ) -> list[Answer]:
-        """All at once, or each after its own delay; answers in the order of `prompts`."""
+        """All at once, or each after its own delay; answers in the order of `prompts`.
+
+        Args:
+            params: sampling parameters of single prompts, by name, over those of all.
+        """
 
         async def one(session: aiohttp.ClientSession, prompt: Prompt, delay: float) -> Answer:
             await asyncio.sleep(delay)
-            answer = await self._post(session, prompt, **dict(extra))
+            own = dict(extra)
+            if params is not None:
+                own["sampling_params"] = {**own.get("sampling_params", {}), **params[prompt.name]}
+            answer = await self._post(session, prompt, **own)
             if progress:
                 progress()
             return answer

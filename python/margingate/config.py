@@ -105,6 +105,11 @@ class GateConfig:
     debug: bool = _option(
         False, "Check slots, ledger and radix tree against each other after every step. Slow."
     )
+    study: bool = _option(
+        False,
+        "For margingate calibrate: honour custom_params['gate_forced_ids'], which are emitted "
+        "whatever the model chooses, and report each step's choice. Needs --gate-policy observe.",
+    )
     inject_faults: bool = _option(
         False,
         "For tests only: honour custom_params['gate_fault_rows'], which corrupts the tokens that "
@@ -135,6 +140,12 @@ class GateConfig:
             _check_range("--gate-prefill-chunk", self.prefill_chunk, 1, 1 << 20)
         _check_switch("--gate-debug", self.debug)
         _check_switch("--gate-inject-faults", self.inject_faults)
+        _check_switch("--gate-study", self.study)
+        if self.study and (self.policy != "observe" or self.overlap != "off"):
+            raise GateError(
+                "--gate-study forces tokens on requests: use it with --gate-policy observe and "
+                "--gate-overlap off, or drop it."
+            )
         if self.guarantee == "exact" and (self.repair == "column" or self.policy == "observe"):
             raise GateError(
                 "--gate-guarantee exact needs --gate-repair span and a policy that verifies: "
@@ -198,11 +209,11 @@ def _parse(name: str, value: Any) -> Any:
     return value
 
 
-def load_threshold(path: str | None, model: dict[str, str]) -> float:
+def load_threshold(path: str | None, made_for: dict[str, str], part: str = "model") -> float:
     """Read the threshold from a calibration file made for exactly this model.
 
-    The file is JSON: `{"schema": 1, "model": {...}, "threshold": float}`; every key of `model`
-    here must have the same value there.
+    The file is JSON: `{"schema": 1, "model": {...}, "machine": {...}, "threshold": float}`; every
+    key of `made_for` here must have the same value in the file's `part`.
 
     Raises:
         GateError: no file, not a calibration file, or one made for another model.
@@ -214,7 +225,7 @@ def load_threshold(path: str | None, model: dict[str, str]) -> float:
         )
     try:
         record = json.loads(Path(path).read_text())
-        made_for, threshold = dict(record["model"]), float(record["threshold"])
+        found, threshold = dict(record[part]), float(record["threshold"])
         schema = record["schema"]
     except OSError as error:
         raise GateError(
@@ -228,10 +239,10 @@ def load_threshold(path: str | None, model: dict[str, str]) -> float:
         raise GateError(
             f"--gate-calibration {path} has schema {schema!r}, this version reads 1: recalibrate."
         )
-    for key, value in model.items():
-        if made_for.get(key) != value:
+    for key, value in made_for.items():
+        if found.get(key) != value:
             raise GateError(
-                f"--gate-calibration {path} was made for {key} {made_for.get(key)!r}, but the "
-                f"server loads {value!r}: calibrate this model, or give the threshold as a number."
+                f"--gate-calibration {path} was made for {key} {found.get(key)!r}, but the "
+                f"server has {value!r}: calibrate this one, or give the threshold as a number."
             )
     return threshold

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from margingate.cli.bar import Bar, progress
 from margingate.cli.errors import CliError
 
 if TYPE_CHECKING:
@@ -26,13 +26,6 @@ TOGETHER = {
 RUNS = ("alone", *TOGETHER)
 COUNTERS = ("steps", "canonical", "flagged", "replayed", "flips", "missed", "rolled_back", "passes")
 SEED = 20260530
-
-
-class Bar(NamedTuple):
-    """What the measuring tells the progress bar."""
-
-    say: Callable[[str], None]  # what is being done
-    tick: Callable[[], None]  # one more request is answered
 
 
 @dataclass(frozen=True)
@@ -73,7 +66,7 @@ def measure(
 
     prompts = chat_prompts(pairs, model)
     sides = {}
-    with _progress(len(SIDES) * len(RUNS) * len(prompts)) as bar:
+    with progress(len(SIDES) * len(RUNS) * len(prompts)) as bar:
         for side in SIDES:
             bar.say(f"{side}: starting the server")
             try:
@@ -84,27 +77,6 @@ def measure(
             except ServerError as err:
                 raise CliError(f"{side}: {err}") from err
     return sides
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Bar]:
-    """A bar on stderr over `total` requests."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("requests"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total)
-        yield Bar(
-            lambda text: bar.update(task, description=text),
-            lambda: bar.advance(task),
-        )
 
 
 def _one_side(

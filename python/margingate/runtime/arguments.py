@@ -11,8 +11,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from margingate.config import GateConfig, GateError, make_config
-from margingate.runtime import hooks, refusals
+from margingate.config import GateConfig, GateError, load_threshold, make_config
+from margingate.runtime import hooks, machine, refusals
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +109,8 @@ def post_init(original: Any, self: Any) -> None:
     if self.model_path.lower() not in ("none", "dummy"):  # SGLang resolves nothing for these
         refusals.refuse_fast_path(self, config)
         refusals.refuse_model(self.get_model_config())
+        if config.calibration is not None:
+            load_threshold(config.calibration, machine.describe(self), part="machine")
 
 
 def _choose_attention(args: Any, config: GateConfig) -> None:

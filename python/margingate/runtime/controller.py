@@ -20,7 +20,7 @@ from margingate.runtime.invariance import largest_rows
 from margingate.runtime.overlap import InFlight, passed_over
 from margingate.runtime.radix import is_gated
 from margingate.runtime.request import Counts, GateRequest, Hold, now
-from margingate.runtime.rows import first_token, inject_fault, row_input
+from margingate.runtime.rows import first_token, force, inject_fault, row_input
 from margingate.runtime.verifier import RowResult, Verifier
 
 logger = logging.getLogger(__name__)
@@ -149,6 +149,8 @@ class GateController:
                 self._emit(req, gate, margin, canonical, fault)
             elif self.observes_only:
                 self._observe(gate, margin)
+                if self.config.study:
+                    force(self.scheduler.future_map, req, result, i, margin)
 
     def _is_canonical(self, batch: Any, result: Any) -> bool:
         """Whether this decode step gave its rows the bits that a verify pass would."""
@@ -340,7 +342,6 @@ class GateController:
         self.stream([req for req in self.requests.values() if req.stream])
 
     def queue_waits(self) -> bool:
-        """Whether any row waits for a verify pass."""
         return any(self.ledger.pending(key) for key in self.requests)
 
     def is_held(self, req: Any) -> bool:

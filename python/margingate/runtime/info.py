@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 import margingate
-from margingate.runtime import integrity, invariance, state
+from margingate.runtime import integrity, invariance, machine, state
 
 INFO_KEY = "margingate"
 
@@ -34,6 +34,7 @@ def internal_state(result: Any, *_args: Any) -> None:
         "overlap": controller.in_flight.overlaps,
         "canonical_steps": controller.canonical_steps,
         "canonical_rows": str(controller.canonical),
+        "machine": machine.describe(controller.scheduler.server_args),
         "probe": {
             "operators": invariance.records(),
             "steps": controller.canonical.record() if controller.canonical else None,

@@ -8,7 +8,6 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 
 import margingate
 from margingate.paths import cache_root
+from margingate.runtime import machine
 from margingate.runtime.probe import Finding
 
 logger = logging.getLogger(__name__)
@@ -32,33 +32,17 @@ def identity(runner: Any, groups: Iterable[str], largest: int) -> dict[str, Any]
         "rows": largest,
         "model": runner.model_config.model_path,
         "attention": type(runner.attn_backend).__name__,
-        "device": device_name(runner.device),
+        "device": machine.device_name(runner.device),
         "threads": torch.get_num_threads(),
         "tensor_parallel": [runner.ps.tp_rank, runner.ps.tp_size],
         "versions": {"margingate": margingate.__version__, "cuda": torch.version.cuda}
-        | {name: _version(name) for name in LIBRARIES},
+        | {name: machine.version(name) for name in LIBRARIES},
         "arithmetic": [
             torch.get_float32_matmul_precision(),
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
             os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
         ],
     }
-
-
-def device_name(device: str) -> str:
-    """The GPU's name and driver-visible capability, or the CPU's name and instruction set."""
-    if device != "cpu":
-        return f"{torch.cuda.get_device_name()} {torch.cuda.get_device_capability()}"
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else 'CPU'} {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def path(key: dict[str, Any]) -> Path:

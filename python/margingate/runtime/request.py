@@ -12,6 +12,7 @@ from margingate.config import GateConfig
 
 OPT_OUT = "deterministic"
 FAULT_ROWS = "gate_fault_rows"
+FORCED_IDS = "gate_forced_ids"
 # A gated prompt's columns are canonical; it must not meet the columns of a batched prefill.
 CACHE_NAMESPACE = "margingate:"
 _serial = itertools.count(1)
@@ -70,6 +71,8 @@ class GateRequest:
     kept: Kept | None = None
     margins: array[float] = field(default_factory=lambda: array("f"))  # by row, logits
     flags: bytearray = field(default_factory=bytearray)  # by row: was it flagged
+    forced: tuple[int, ...] = ()  # --gate-study: what is emitted, by row
+    choices: list[tuple[int, float]] = field(default_factory=list)  # --gate-study: id and margin
     injected_first: int | None = None  # what prefill chose before a fault replaced it
 
     def forget_rows(self, kept: int) -> None:
@@ -80,7 +83,8 @@ class GateRequest:
     def summary(self, config: GateConfig) -> dict[str, Any]:
         """For `meta_info["gate"]`."""
         if not self.gated:
-            return {"gated": False, "because": self.ungated_because}
+            choices = {"choices": self.choices} if config.study else {}
+            return {"gated": False, "because": self.ungated_because, **choices}
         return {
             "gated": True,
             "guarantee": config.guarantee,
@@ -123,7 +127,12 @@ def _classify(req: Any, config: GateConfig) -> GateRequest:
     key = f"{next(_serial)}:{req.rid}"
     custom = req.sampling_params.custom_params or {}
     wanted, faults = custom.get(OPT_OUT, True), custom.get(FAULT_ROWS, ())
-    refusal = _malformed(wanted, faults, config) or _outside_vocabulary(req)
+    forced = custom.get(FORCED_IDS, ())
+    refusal = (
+        _malformed(wanted, faults, config)
+        or _not_forcible(forced, req, config)
+        or _outside_vocabulary(req.origin_input_ids, req.vocab_size)
+    )
     if refusal:
         return GateRequest(key, False, "refused", refusal)
     ungated = (
@@ -134,7 +143,7 @@ def _classify(req: Any, config: GateConfig) -> GateRequest:
     )
     for applies, because in ungated:
         if applies:
-            return GateRequest(key, False, because)
+            return GateRequest(key, False, because, forced=tuple(forced))
     if feature := _not_yet_served(req):
         refusal = (
             f"this request uses {feature}, which the deterministic gate cannot roll back yet: drop "
@@ -153,12 +162,19 @@ def _malformed(wanted: Any, faults: Any, config: GateConfig) -> str:
     return "" if rows else f"custom_params.{FAULT_ROWS} is {faults!r}: give a list of row numbers."
 
 
-def _outside_vocabulary(req: Any) -> str:
-    ids, size = req.origin_input_ids, req.vocab_size
+def _not_forcible(forced: Any, req: Any, config: GateConfig) -> str:
+    if forced and not config.study:
+        return f"custom_params.{FORCED_IDS} needs a server started with --gate-study."
+    if not isinstance(forced, list | tuple) or any(type(token) is not int for token in forced):
+        return f"custom_params.{FORCED_IDS} is {forced!r}: give a list of token ids."
+    return _outside_vocabulary(forced, req.vocab_size, f"custom_params.{FORCED_IDS}")
+
+
+def _outside_vocabulary(ids: Any, size: int, name: str = "input_ids") -> str:
     if not ids or not size or (min(ids) >= 0 and max(ids) < size):
         return ""
     bad = next(token for token in ids if not 0 <= token < size)
-    return f"input_ids holds {bad}, but the model's vocabulary is 0 to {size - 1}."
+    return f"{name} holds {bad}, but the model's vocabulary is 0 to {size - 1}."
 
 
 def _not_yet_served(req: Any) -> str:

@@ -1,0 +1,83 @@
+"""From steps with and without flips to a threshold: pure arithmetic.
+
+A step is one row of a batched run that was forced along the answer its request gives alone. It
+flips if the batched run would have chosen another token. A threshold misses the flips whose margin
+it does not reach.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+GRID = 64  # thresholds are multiples of 1/64 logit
+
+
+class TooFewStepsError(ValueError):
+    """The steps cannot support the target, whatever the threshold."""
+
+    def __init__(self, steps: int, needed: int) -> None:
+        super().__init__(steps, needed)
+        self.steps, self.needed = steps, needed
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A threshold and what is known about it."""
+
+    threshold: float  # logits
+    missed: int  # flips seen with a margin at or above it
+    miss_bound: float  # upper confidence bound on missed flips per step
+    trigger_rate: float  # share of the steps it flags
+
+
+def miss_bound(missed: int, steps: int, confidence: float) -> float:
+    """Upper end of the one-sided Clopper-Pearson interval for `missed` of `steps`.
+
+    Clopper and Pearson, Biometrika 26 (1934), for independent trials. Steps of one answer are not
+    quite that, so take it as an order of magnitude.
+    """
+    from scipy.stats import beta
+
+    if missed >= steps:
+        return 1.0
+    return float(beta.ppf(confidence, missed + 1, steps - missed))
+
+
+def steps_needed(target: float, confidence: float) -> int:
+    """Steps without a miss from which on `miss_bound` is at most `target`."""
+    return math.ceil(math.log1p(-confidence) / math.log1p(-target))
+
+
+def choose_threshold(
+    margins: Sequence[float], flips: Sequence[float], target: float, confidence: float
+) -> Choice:
+    """The smallest threshold whose missed flips are bounded by `target` per step.
+
+    Args:
+        margins: of all steps, logits; NaN counts as flagged by any threshold.
+        flips: of those steps that flipped.
+        target: missed flips per step.
+        confidence: of the bound, below 1.
+
+    Raises:
+        TooFewStepsError: even without a missed flip the bound is above `target`.
+    """
+    if miss_bound(0, max(len(margins), 1), confidence) > target:
+        raise TooFewStepsError(len(margins), steps_needed(target, confidence))
+    ascending = sorted(margin for margin in flips if not math.isnan(margin))
+    known = sorted(margin for margin in margins if not math.isnan(margin))
+    for threshold in (0.0, *sorted({_above(margin) for margin in ascending})):
+        missed = len(ascending) - bisect_left(ascending, threshold)
+        bound = miss_bound(missed, len(margins), confidence)
+        if bound <= target:
+            flagged = len(margins) - len(known) + bisect_left(known, threshold)
+            return Choice(threshold, missed, bound, flagged / len(margins))
+    raise AssertionError("the last threshold misses nothing")
+
+
+def _above(margin: float) -> float:
+    """The first multiple of 1/GRID that flags `margin`."""
+    return (math.floor(margin * GRID) + 1) / GRID
