@@ -60,11 +60,11 @@ def test_the_frontend_language(client):
     import sglang
 
     @sglang.function
-    def two_turns(state, topic):
-        state += sglang.user(f"Name a fact about {topic}.")
-        state += sglang.assistant(sglang.gen("first", max_tokens=12, temperature=0))
-        state += sglang.user("And another one?")
-        state += sglang.assistant(sglang.gen("second", max_tokens=12, temperature=0))
+    def two_turns(s, topic):
+        s += sglang.user(f"Name a fact about {topic}.")
+        s += sglang.assistant(sglang.gen("first", max_tokens=12, temperature=0))
+        s += sglang.user("And another one?")
+        s += sglang.assistant(sglang.gen("second", max_tokens=12, temperature=0))
 
     backend = sglang.RuntimeEndpoint(client.base_url)
     topics = [{"topic": topic} for topic in ("rivers", "bread", "ants", "glass")]
