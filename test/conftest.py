@@ -35,8 +35,8 @@ def all_prompts(model: Path) -> list[Prompt]:
 
 @pytest.fixture(scope="session")
 def prompts(all_prompts: list[Prompt]) -> list[Prompt]:
-    """12 of them, three of each data set."""
-    return [prompt for i, prompt in enumerate(all_prompts) if i % 6 < 3]
+    """8 of them, two of each data set."""
+    return [prompt for i, prompt in enumerate(all_prompts) if i % 6 < 2]
 
 
 @pytest.fixture(scope="session")

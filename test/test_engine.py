@@ -33,7 +33,7 @@ def test_the_engine_alone_and_in_a_batch(model, prompts, tmp_path):
     ask = {
         "engine": keywords,
         "params": {"temperature": 0, "max_new_tokens": TOKENS},
-        "ids": [prompt.input_ids for prompt in prompts[::2]],
+        "ids": [prompt.input_ids for prompt in prompts[:5]],
     }
     script = tmp_path / "engine.py"
     script.write_text(ENGINE)
@@ -49,8 +49,7 @@ def test_the_engine_alone_and_in_a_batch(model, prompts, tmp_path):
     lines = [line for line in done.stdout.splitlines() if line.startswith("REPLIES ")]
     assert lines, done.stderr[-3000:]
     tokens, gates = zip(*json.loads(lines[0].removeprefix("REPLIES ")))
-    assert len(tokens) == 12 and tokens[:6] == tokens[6:]
+    assert len(tokens) == 10 and tokens[:5] == tokens[5:]
     assert all(gate["gated"] for gate in gates)
-    assert (
-        sum(gate["flagged"] for gate in gates) > 0 and sum(gate["verified"] for gate in gates) > 0
-    )
+    for count in ("flagged", "verified"):
+        assert sum(gate[count] for gate in gates) > 0

@@ -32,7 +32,7 @@ def test_every_step_is_canonical_and_every_answer_the_same(client, prompts, alon
         order = random.Random(seed).sample(prompts, len(prompts))
         assert_same(alone, client.together(order))
     after = client.gate_state()
-    assert after["largest_batch"] >= 8
+    assert after["largest_batch"] >= 6
     assert after["canonical_steps"] > before["canonical_steps"]
     assert after["flagged"] == after["verified"] == after["flips"] == 0
     assert set(after["reasons"]) == {"canonical"}
@@ -65,3 +65,12 @@ def test_the_probe_names_every_operator(client, tmp_path, capsys):
     assert names >= {"attention decode", "attention extend"}
     assert all(same for _, same in report["steps"]["measured"])
     assert all(name in said for name in names) and (tmp_path / "probe.png").exists()
+
+
+def test_margingate_check_passes(client, capsys, tmp_path):
+    texts = ("Name three rivers.", "What is 17 times 3?", "Write a short poem.", "Who was Ada?")
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    url = f"{client.base_url}/v1"
+    assert main(["check", "--base-url", url, "--tokens", "16", "--prompts", str(file)]) == 0
+    assert "Every answer was the same alone and in company." in capsys.readouterr().out

@@ -30,7 +30,7 @@ def test_retracted_requests_answer_as_if_they_had_never_been(
     assert_same(alone, answers)
     assert sum(answer.meta["num_retractions"] for answer in answers) > 3
     assert client.gate_state()["retractions"] > before["retractions"]
-    assert_gate_worked(before, client.gate_state(), batch=8)
+    assert_gate_worked(before, client.gate_state(), batch=6)
     assert client.gate_state()["overlap"] is (overlap == "on")
     assert_clean(client)
 

@@ -5,33 +5,36 @@ from __future__ import annotations
 import json
 
 import pytest
-from checks import assert_clean, assert_gate_worked, assert_same
-from conftest import TOKENS as GATED_TOKENS
+from checks import assert_same
 
-from margingate.client import Client, identical
+from margingate.cli.main import main
+from margingate.client import Client
 
-TOKENS = 32
+TOKENS = 32  # enough for flips on every machine seen so far
 
 
 @pytest.fixture(scope="module")
-def stock(start, all_prompts):
-    """The stock server's answers (flag absent), alone and batched, from one server."""
+def stock(start, prompts, tmp_path_factory):
+    """What one stock server (flag absent) answers alone, and what `margingate check` says of it."""
     server = start(gate=False)
     client = Client(server.base_url, TOKENS)
-    alone = client.alone(all_prompts)
-    client.flush()
-    batched = client.together(all_prompts)
+    alone = client.alone(prompts)
     info = client.get("/server_info")
-    return alone, batched, info, server.log.read_text(errors="replace")
+    out = tmp_path_factory.mktemp("check") / "check.json"
+    asked = ["check", "--base-url", server.base_url, "--tokens", str(TOKENS), "--out", str(out)]
+    checked = main(asked), json.loads(out.read_text())
+    return alone, info, server.log.read_text(errors="replace"), checked
 
 
 def test_the_stock_server_depends_on_the_batch(stock):
-    alone, batched, _, _ = stock
-    assert identical(alone, batched) < len(alone), "the control found no flip on this machine"
+    """The control for every test of sameness, by `margingate check`: 24 prompts."""
+    status, result = stock[-1]
+    assert status == 1, "the control found no flip on this machine"
+    assert result["prompts"] == 24 and result["changed"]["batched"]
 
 
 def test_without_the_flag_there_is_no_gate(stock):
-    _, _, info, log = stock
+    _, info, log, _ = stock
     assert "margingate" not in info["internal_states"][0]
     assert "_margingate" not in json.dumps(info)
     applied = [line for line in log.splitlines() if "hook(s) to" in line and "margingate" in line]
@@ -52,13 +55,3 @@ def test_observe_counts_and_changes_nothing(start, stock, prompts):
     state = client.gate_state()
     assert state["steps"] > 0 and state["flagged"] > 0 and state["verified"] == 0
     assert sum(state["margins"]["steps"]) > 0
-
-
-def test_always_gives_the_text_of_margin(start, prompts, canonical):
-    """`exact` is held to the same answers in test_server_pressure.py."""
-    client = Client(start("--gate-policy", "always").base_url, GATED_TOKENS)
-    before = client.gate_state()
-    assert_same(canonical(client, prompts), client.together(prompts))
-    assert client.gate_state()["trigger_rate"] > 0.9
-    assert_gate_worked(before, client.gate_state(), batch=8)
-    assert_clean(client)

@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,7 +186,6 @@ def make_record(
         "batch_sizes": sizes,
         "prompts": len({name for _, name in walks}),
         "flipped_steps": found,
-        "date": time.strftime("%Y-%m-%d"),
     }
 
 

@@ -1,0 +1,217 @@
+"""`margingate check`: does a server's answer depend on what else it serves?
+
+A client for any server with OpenAI's chat completions, gated or not, ours or another's. Each prompt
+is asked alone, then in company; an answer that changed is named. Status 1 if one did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import margingate
+from margingate.cli.errors import CliError
+
+if TYPE_CHECKING:
+    from aiohttp import ClientSession
+    from rich.table import Table
+
+PROMPTS = Path(margingate.__file__).parent / "data" / "demo_prompts.jsonl"
+SEED = 20260530
+RUNS = {
+    "batched": "all at once",
+    "shuffled": "all at once, shuffled",
+    "again": "all at once, seen before",
+    "arriving": "arriving at random",
+}
+Pair = tuple[str, str]  # a prompt's name and text
+Answers = dict[str, str]  # by name
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register `margingate check`."""
+    parser = subparsers.add_parser(
+        "check",
+        help="test whether a running server's answers depend on the batch",
+        description="Ask a server with an OpenAI chat API the same prompts alone and in company, "
+        "greedily. Status 1 if an answer changed. Let nothing else use the server meanwhile, or "
+        "that is tested too.",
+    )
+    parser.add_argument(
+        "--base-url", required=True, metavar="URL", help="with or without /v1 at its end"
+    )
+    parser.add_argument("--prompts", type=Path, default=PROMPTS, metavar="FILE", help="JSONL")
+    parser.add_argument("--tokens", type=int, default=64, metavar="N", help="per answer; 64")
+    parser.add_argument("--model", help="as the server calls it; default: its first one")
+    parser.add_argument("--api-key", default="none", metavar="KEY", help="if the server wants one")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ask, compare, print; 1 if an answer changed."""
+    from rich.console import Console
+
+    pairs = _read(args)
+    result = asyncio.run(_ask_all(args, pairs))
+    if args.out:
+        try:
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
+        except OSError as err:
+            raise CliError(f"--out {args.out} cannot be written ({err.strerror}).") from err
+    console = Console(file=sys.stdout)
+    console.print(make_table(result))
+    console.print(meaning(result), highlight=False)
+    return int(bool(changed_names(result)))
+
+
+def _read(args: argparse.Namespace) -> list[Pair]:
+    from margingate.client import read_prompts
+
+    if args.tokens < 1:
+        raise CliError(f"--tokens is {args.tokens}: give 1 or more.")
+    try:
+        return list(dict(read_prompts(args.prompts)).items())
+    except OSError as err:
+        raise CliError(f"--prompts {args.prompts} cannot be read ({err.strerror}).") from err
+    except ValueError as err:
+        raise CliError(f"--prompts: {err}") from err
+
+
+async def _ask_all(args: argparse.Namespace, pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Every run against the server; raises CliError where it does not answer as expected."""
+    import aiohttp
+
+    from margingate.cli.bar import progress
+
+    root = args.base_url.rstrip("/").removesuffix("/v1")
+    headers = {"Authorization": f"Bearer {args.api_key}"}
+    options = {
+        "connector": aiohttp.TCPConnector(limit=0),
+        "timeout": aiohttp.ClientTimeout(total=3600),
+        "headers": headers,
+    }
+    try:
+        async with aiohttp.ClientSession(**options) as session:  # type: ignore[arg-type]
+            model = args.model or await _first_model(session, root)
+            asker = Asker(session, root, model, args.tokens)
+            with progress((1 + len(RUNS)) * len(pairs)) as bar:
+                bar.say("alone")
+                alone = await asker.one_by_one(pairs, bar.tick)
+                runs = {}
+                for name, words in RUNS.items():
+                    bar.say(words)
+                    runs[name] = await asker.together(_order(pairs, name), name, bar.tick)
+    except (aiohttp.ClientError, TimeoutError, OSError) as err:
+        raise CliError(f"{args.base_url} failed a request ({err or type(err).__name__}).") from err
+    changed = {
+        name: {
+            key: _first_difference(alone[key], said[key]) for key in said if alone[key] != said[key]
+        }
+        for name, said in runs.items()
+    }
+    return {
+        "schema": 1,
+        "base_url": args.base_url,
+        "model": model,
+        "tokens": args.tokens,
+        "prompts": len(pairs),
+        "changed": changed,
+    }
+
+
+async def _first_model(session: ClientSession, root: str) -> str:
+    async with session.get(f"{root}/v1/models") as response:
+        try:
+            return str((await response.json())["data"][0]["id"])
+        except (ValueError, KeyError, IndexError, TypeError):
+            raise CliError(f"{root}/v1/models lists no model: name one with --model.") from None
+
+
+class Asker:
+    """Sends chat completions of one model, greedily."""
+
+    def __init__(self, session: ClientSession, root: str, model: str, tokens: int) -> None:
+        self._session, self._url = session, f"{root}/v1/chat/completions"
+        self._body = {"model": model, "temperature": 0, "max_tokens": tokens}
+
+    async def one_by_one(self, pairs: Sequence[Pair], tick: Callable[[], None]) -> Answers:
+        """Each prompt when the one before is answered."""
+        answers = {}
+        for name, text in pairs:
+            answers[name] = await self._ask(text, tick)
+        return answers
+
+    async def together(self, pairs: Sequence[Pair], run: str, tick: Callable[[], None]) -> Answers:
+        """All prompts at once, or spread over some seconds where the run is `arriving`."""
+        rng = random.Random(SEED)
+        spread_s = 0.2 * len(pairs) if run == "arriving" else 0.0
+
+        async def ask(text: str, delay_s: float) -> str:
+            await asyncio.sleep(delay_s)
+            return await self._ask(text, tick)
+
+        asked = [ask(text, rng.uniform(0, spread_s)) for _, text in pairs]
+        said = await asyncio.gather(*asked)
+        return dict(zip((name for name, _ in pairs), said, strict=True))
+
+    async def _ask(self, text: str, tick: Callable[[], None]) -> str:
+        body = {**self._body, "messages": [{"role": "user", "content": text}]}
+        async with self._session.post(self._url, json=body) as response:
+            if response.status != 200:
+                said = (await response.text())[:200]
+                raise CliError(f"{self._url} answered {response.status}: {said}")
+            choice = (await response.json())["choices"][0]
+        tick()
+        return f"{choice['message']['content']}\n[{choice['finish_reason']}]"
+
+
+def _order(pairs: Sequence[Pair], run: str) -> list[Pair]:
+    return random.Random(SEED).sample(list(pairs), len(pairs)) if run == "shuffled" else list(pairs)
+
+
+def _differences(alone: Answers, said: Answers) -> dict[str, int]:
+    """By name of the answers that differ, the first character that does."""
+    changed = (name for name in said if alone[name] != said[name])
+    return {name: _first_difference(alone[name], said[name]) for name in changed}
+
+
+def _first_difference(one: str, other: str) -> int:
+    """Index of the first character that differs."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def changed_names(result: dict[str, Any]) -> set[str]:
+    """Prompts whose answer changed in any run."""
+    return set().union(*result["changed"].values())
+
+
+def make_table(result: dict[str, Any]) -> Table:
+    """A row per run: how many answers were the same as alone."""
+    from rich.table import Table
+
+    count = result["prompts"]
+    table = Table(title=f"{result['model']}: {count} prompts, {result['tokens']} tokens each")
+    table.add_column("requests")
+    table.add_column("same as alone", justify="right")
+    for name, words in RUNS.items():
+        table.add_row(words, f"{count - len(result['changed'][name])} of {count}")
+    return table
+
+
+def meaning(result: dict[str, Any]) -> str:
+    """The result in plain sentences."""
+    names = sorted(changed_names(result))
+    if not names:
+        return "Every answer was the same alone and in company."
+    shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+    return (
+        f"{len(names)} of {result['prompts']} answers depend on what else the server does: {shown}."
+    )
