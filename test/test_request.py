@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from margingate.config import GateConfig
+from margingate.config import GateConfig, GateError
 from margingate.runtime.request import (
     CACHE_NAMESPACE,
     LOGPROB_LISTS,
@@ -91,6 +91,37 @@ def test_a_request_that_is_not_gated_says_why(req, because):
     gate = classify(req)
     assert (gate.gated, gate.ungated_because, gate.refusal) == (False, because, "")
     assert gate.summary(CONFIG) == {"gated": False, "because": because}
+
+
+OPT_IN = GateConfig(default="off")
+STUDY = GateConfig(policy="observe", study=True)
+
+
+@pytest.mark.parametrize("custom", [None, {}, OPT_OUT, {"thinking_budget": 3}])
+def test_where_the_gate_is_asked_for_nobody_else_has_it(custom):
+    gate = classify(request(custom), OPT_IN)
+    word = "false" if custom is OPT_OUT else "not set"
+    assert (gate.gated, gate.ungated_because) == (False, f"deterministic is {word}")
+    assert classify(request({"deterministic": True}), OPT_IN).gated
+
+
+def test_forced_ids_are_for_studies():
+    forced = {"gate_forced_ids": [3, VOCABULARY - 1]}
+    assert classify(request(forced), STUDY).forced == (3, VOCABULARY - 1)
+    assert "needs a server started with --gate-study" in refused(request(forced))
+    for bad in (5, ["a"], [True], "12"):
+        assert "give a list of token ids" in refused(request({"gate_forced_ids": bad}), STUDY)
+    text = refused(request({"gate_forced_ids": [3, VOCABULARY]}), STUDY)
+    assert text.startswith(f"custom_params.gate_forced_ids holds {VOCABULARY}, but the model's")
+
+
+def test_studies_report_choices_and_need_a_gate_that_only_observes():
+    gate = classify(request(), STUDY)
+    gate.choices.append((3, 0.5))
+    assert gate.summary(STUDY)["choices"] == [(3, 0.5)]
+    for other in ({}, {"policy": "always"}, {"policy": "observe", "overlap": "on"}):
+        with pytest.raises(GateError, match="--gate-study forces tokens"):
+            GateConfig(study=True, **other)
 
 
 def test_observing_gates_nothing():

@@ -12,6 +12,7 @@ POLICIES = ("margin", "always", "observe")
 GUARANTEES = ("sparse", "exact")
 REPAIRS = ("span", "column")
 FAST_PATHS = ("invariant", "stock")
+DEFAULTS = ("on", "off")
 OVERLAPS = ("off", "on")
 PROBES = ("cached", "fresh")
 MAX_ROWS = 1024
@@ -49,6 +50,12 @@ class GateConfig:
     )
     calibration: str | None = _option(
         None, "Calibration file for --gate-threshold auto.", metavar="FILE"
+    )
+    default: str = _option(
+        "on",
+        "on: greedy requests are gated unless they set custom_params['deterministic'] to false; "
+        "off: only those that set it to true.",
+        choices=DEFAULTS,
     )
     guarantee: str = _option(
         "sparse",
@@ -118,6 +125,7 @@ class GateConfig:
 
     def __post_init__(self) -> None:
         _check_choice("--gate-policy", self.policy, POLICIES)
+        _check_choice("--gate-default", self.default, DEFAULTS)
         _check_choice("--gate-guarantee", self.guarantee, GUARANTEES)
         _check_choice("--gate-fast-path", self.fast_path, FAST_PATHS)
         _check_choice("--gate-repair", self.repair, REPAIRS)

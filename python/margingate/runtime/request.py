@@ -10,7 +10,7 @@ from typing import Any
 
 from margingate.config import GateConfig
 
-OPT_OUT = "deterministic"
+SWITCH = "deterministic"
 FAULT_ROWS = "gate_fault_rows"
 FORCED_IDS = "gate_forced_ids"
 # A gated prompt's columns are canonical; it must not meet the columns of a batched prefill.
@@ -126,7 +126,8 @@ def attach(req: Any, config: GateConfig) -> None:
 def _classify(req: Any, config: GateConfig) -> GateRequest:
     key = f"{next(_serial)}:{req.rid}"
     custom = req.sampling_params.custom_params or {}
-    wanted, faults = custom.get(OPT_OUT, True), custom.get(FAULT_ROWS, ())
+    wanted = custom.get(SWITCH, config.default == "on")
+    faults = custom.get(FAULT_ROWS, ())
     forced = custom.get(FORCED_IDS, ())
     refusal = (
         _malformed(wanted, faults, config)
@@ -136,7 +137,7 @@ def _classify(req: Any, config: GateConfig) -> GateRequest:
     if refusal:
         return GateRequest(key, False, "refused", refusal)
     ungated = (
-        (not wanted, f"{OPT_OUT} is false"),
+        (not wanted, f"{SWITCH} is false" if SWITCH in custom else f"{SWITCH} is not set"),
         (config.policy == "observe", "policy observe"),
         (req.sampling_params.top_k > 1, "sampling is not greedy"),
         (req.sampling_params.max_new_tokens == 0, "no token is generated"),
@@ -147,7 +148,7 @@ def _classify(req: Any, config: GateConfig) -> GateRequest:
     if feature := _not_yet_served(req):
         refusal = (
             f"this request uses {feature}, which the deterministic gate cannot roll back yet: drop "
-            f'it, or send custom_params={{"{OPT_OUT}": false}} to be served without the gate.'
+            f'it, or send custom_params={{"{SWITCH}": false}} to be served without the gate.'
         )
         return GateRequest(key, False, "refused", refusal)
     return GateRequest(key, True, faults=frozenset(faults))
@@ -155,7 +156,7 @@ def _classify(req: Any, config: GateConfig) -> GateRequest:
 
 def _malformed(wanted: Any, faults: Any, config: GateConfig) -> str:
     if not isinstance(wanted, bool):
-        return f"custom_params.{OPT_OUT} is {wanted!r}: give true or false."
+        return f"custom_params.{SWITCH} is {wanted!r}: give true or false."
     if faults and not config.inject_faults:
         return f"custom_params.{FAULT_ROWS} needs a server started with --gate-inject-faults."
     rows = isinstance(faults, list | tuple) and all(type(row) is int for row in faults)
