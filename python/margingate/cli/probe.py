@@ -129,8 +129,9 @@ def make_table(report: dict[str, Any]) -> Table:
     from rich.table import Table
 
     table = Table(title=f"{Path(report['model']).name}", title_justify="left")
-    for name, side in (("operator", "left"), ("shape", "left"), ("modules", "right")):
-        table.add_column(name, justify=side)  # type: ignore[arg-type]
+    table.add_column("operator", no_wrap=True)
+    table.add_column("shape")
+    table.add_column("modules", justify="right")
     table.add_column("row counts with the same bits")
     table.add_column("is run with")
     for row in rows(report):
