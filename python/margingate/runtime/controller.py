@@ -6,20 +6,18 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from sglang.srt.managers.schedule_batch import FINISH_ABORT
-from sglang.srt.mem_cache.common import release_kv_cache
-
 from margingate.config import GateConfig
 from margingate.core.histogram import MarginHistogram
 from margingate.core.ledger import Ledger, Outcome, Row
 from margingate.core.policy import INJECTED, GatePolicy
 from margingate.core.queue import MicroBatchQueue
-from margingate.runtime import integrity, retraction, rollback
+from margingate.runtime import ends, integrity, retraction, rollback
 from margingate.runtime.canonical import CanonicalSteps, measure
 from margingate.runtime.invariance import largest_rows
+from margingate.runtime.observer import Observer
 from margingate.runtime.overlap import InFlight, passed_over
 from margingate.runtime.radix import is_gated
-from margingate.runtime.request import Counts, GateRequest, Hold, now
+from margingate.runtime.request import Counts, GateRequest, now
 from margingate.runtime.rows import first_token, force, inject_fault, row_input
 from margingate.runtime.verifier import RowResult, Verifier
 
@@ -61,6 +59,7 @@ class GateController:
         self.in_flight = InFlight(scheduler)
         self.observes_only = config.policy == "observe"
         self.processing = False  # inside SGLang's own result processing
+        self.observers: tuple[Observer, ...] = ()
 
     # -- around one batch result
 
@@ -85,7 +84,7 @@ class GateController:
             result.copy_done.synchronize()  # as SGLang is about to: margins came with the tokens
         if batch.forward_mode.is_decode():
             self.largest_batch = max(self.largest_batch, len(batch.reqs))
-        self._record(batch, result)
+        canonical = self._record(batch, result)
         behind = [req for req in gated if self.is_held(req)]  # rows behind their end
         self.processing = True
         try:
@@ -96,6 +95,8 @@ class GateController:
         for req in behind:
             rollback.drop_last_column(self.scheduler, req)
         self.step += 1
+        for observer in self.observers:
+            observer.stepped(batch, len(gated), canonical)
         return gated
 
     def settle(self, batch: Any, reqs: list[Any]) -> None:
@@ -119,14 +120,17 @@ class GateController:
         """Run every verify pass that is due, then end the requests that waited for them."""
         while due := self.queue.due(self.ledger, self.step, idle):
             self.dues[due] = self.dues.get(due, 0) + 1
-            self._verify(self.queue.next_batch(self.ledger))
+            self._verify(self.queue.next_batch(self.ledger), due)
         for key in [key for key in self.held if not self.ledger.pending(key)]:
-            self._release(self.held.pop(key))
+            ends.release(self, self.held[key])
 
     # -- margins in
 
-    def _record(self, batch: Any, result: Any) -> None:
-        """Enter this forward's rows into the ledger, before SGLang sees whether they end."""
+    def _record(self, batch: Any, result: Any) -> bool:
+        """Enter this forward's rows into the ledger, before SGLang sees whether they end.
+
+        Returns whether the forward was canonical.
+        """
         best = getattr(getattr(result, "logits_output", None), "gate", None)
         prefill = batch.forward_mode.is_extend()
         canonical = prefill or self._is_canonical(batch, result)
@@ -151,6 +155,7 @@ class GateController:
                 self._observe(gate, margin)
                 if self.config.study:
                     force(self.scheduler.future_map, req, result, i, margin)
+        return canonical
 
     def _is_canonical(self, batch: Any, result: Any) -> bool:
         """Whether this decode step gave its rows the bits that a verify pass would."""
@@ -177,6 +182,10 @@ class GateController:
         if decision.flagged:
             gate.counts.flagged += 1
             self.queue.note(gate.key, self.step)
+            for observer in self.observers:
+                observer.flagged(req, len(gate.flags), margin, decision.reason)
+        if gate.waits_since is None and not self._is_settled(gate):
+            gate.waits_since = now()
 
     def _observe(self, gate: GateRequest, margin: float) -> None:
         """Count what the threshold would have flagged; change nothing."""
@@ -205,7 +214,8 @@ class GateController:
 
     # -- verify passes
 
-    def _verify(self, rows: tuple[Row, ...]) -> None:
+    def _verify(self, rows: tuple[Row, ...], due: str) -> None:
+        start = now()
         inputs = [row_input(self.requests[row.rid], row) for row in rows if row.index > 1]
         found = self.verifier.run(inputs) if inputs else []
         results = iter(found)
@@ -215,16 +225,36 @@ class GateController:
         for row in rows:
             first = first_token(self.requests[row.rid]) if row.index == 1 else None
             self._judge(row, first or next(results))
-        for key in dict.fromkeys(row.rid for row in rows):
-            self.queue.settle(self.ledger, key, self.step)
+        reqs = [self.requests[key] for key in dict.fromkeys(row.rid for row in rows)]
+        for req in reqs:
+            self.queue.settle(self.ledger, req.gate.key, self.step)
+            self._note_settled(req)
+        for observer in self.observers:
+            observer.passed(len(rows), len(reqs), now() - start, due)
+
+    def _is_settled(self, gate: GateRequest) -> bool:
+        return self.ledger.frontier(gate.key) == self.ledger.emitted(gate.key)
+
+    def _note_settled(self, req: Any) -> None:
+        """A wait ends when the frontier reaches what was emitted; whatever waits on starts anew."""
+        gate = req.gate
+        if gate.waits_since is None or not self._is_settled(gate):
+            return
+        waited, gate.waits_since = now() - gate.waits_since, None
+        gate.counts.settle_s += waited
+        for observer in self.observers:
+            observer.settled(req, waited)
 
     def _judge(self, row: Row, result: RowResult) -> None:
         req = self.requests[row.rid]
         emitted = self.ledger.emitted(row.rid)
         epoch_is_current = self.ledger.epoch(row.rid) == row.epoch
         matches = epoch_is_current and req.output_ids[row.index - 1] == result.token
+        emitted_token = req.output_ids[row.index - 1] if epoch_is_current else -1
         outcome = self.ledger.verdict(row, matches)
         counts = req.gate.counts
+        for observer in self.observers:
+            observer.judged(req, row.index, outcome, emitted_token, result.token)
         if outcome is Outcome.STALE:  # an earlier row of this pass flipped
             counts.verified += 1
             return
@@ -249,77 +279,15 @@ class GateController:
             )
 
     def _roll_back(self, req: Any, row: int, result: RowResult) -> None:
-        key = req.gate.key
         scheduler = self.scheduler
         batches = (self.batch, scheduler.running_batch, scheduler.last_batch)
         ejected = not rollback.to_row(scheduler, batches, req, row, result)
-        if key in self.held:
-            del self.held[key]
-            req.gate.counts.drain_s += now() - req.gate.hold.since
-            req.gate.hold = None
+        ends.let_go(self, req)
         req.update_finish_state(1)
         if req.finished():
-            self._end(req)
+            ends.end(self, req)
         elif ejected:
             self.rejoining.append(req)
-
-    # -- ends
-
-    def hold_end(self, req: Any) -> None:
-        """AFTER the request's own finish check: withhold its end while rows are pending."""
-        key = req.gate.key
-        if key not in self.requests or isinstance(req.finished_reason, FINISH_ABORT):
-            return
-        self.ledger.stop(key)
-        if self.ledger.pending(key):
-            req.gate.hold = Hold(req.finished_reason, req.finished_len, now())
-            req.finished_reason = req.finished_len = None
-            self.held[key] = req
-            self.queue.note(key, self.step)
-            self.queue.drain(key)
-
-    def _release(self, req: Any) -> None:
-        """All rows of a held request are settled: give it its end back."""
-        hold = req.gate.hold
-        req.gate.hold = None
-        req.gate.counts.drain_s += now() - hold.since
-        req.finished_reason, req.finished_len = hold.reason, hold.length
-        self._end(req)
-
-    def _end(self, req: Any) -> None:
-        release_kv_cache(req, self.scheduler.tree_cache)
-        req.time_stats.set_completion_time()
-        self.ended.append(req)
-
-    def abort_held(self, matches: Any) -> None:
-        """A client gave up: end held and rejoining requests, which SGLang does not know of."""
-        gone = [req for req in (*self.held.values(), *self.rejoining) if matches(req)]
-        for req in gone:
-            self.held.pop(req.gate.key, None)
-            self.rejoining = [other for other in self.rejoining if other is not req]
-            req.gate.hold = None
-            req.finished_reason = FINISH_ABORT()
-            self.queue.forget(req.gate.key)
-            self._end(req)
-        self.stream([])
-
-    def close(self, req: Any) -> None:
-        """The request's last output is on its way (or it vanished): forget it."""
-        gate = req.gate
-        if self.requests.pop(gate.key, None) is None:
-            return
-        self.held.pop(gate.key, None)
-        self.ledger.close(gate.key)
-        self.queue.forget(gate.key)
-        counts = gate.counts
-        passes, counts.passes = counts.passes, 0  # passes are shared: the total counts its own
-        self.totals.add(counts)
-        counts.passes = passes
-
-    def reap(self) -> None:
-        """When SGLang is idle nothing is open; drop what an abort in its queues left behind."""
-        for req in list(self.requests.values()):
-            self.close(req)
 
     # -- output
 

@@ -33,6 +33,7 @@ class Counts:
     passes: int = 0  # verify passes; per request: passes it had rows in
     retractions: int = 0  # times its columns were taken and replayed
     drain_s: float = 0.0  # stopped, waiting for its last rows
+    settle_s: float = 0.0  # emitted tokens waiting to be settled, drain included
 
     def add(self, other: Counts) -> None:
         """Add another record's numbers to this one's."""
@@ -68,6 +69,7 @@ class GateRequest:
     faults: frozenset[int] = frozenset()
     counts: Counts = field(default_factory=Counts)
     hold: Hold | None = None
+    waits_since: float | None = None  # time.monotonic of the oldest token that is not settled
     kept: Kept | None = None
     margins: array[float] = field(default_factory=lambda: array("f"))  # by row, logits
     flags: bytearray = field(default_factory=bytearray)  # by row: was it flagged

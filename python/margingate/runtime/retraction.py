@@ -11,7 +11,7 @@ import logging
 from array import array
 from typing import TYPE_CHECKING, Any
 
-from margingate.runtime import rollback, state
+from margingate.runtime import ends, rollback, state
 from margingate.runtime.radix import is_gated
 from margingate.runtime.request import Kept, logprob_lists
 
@@ -31,7 +31,7 @@ def release(original: Any, *, req: Any, **kwargs: Any) -> None:
     original(req=req, **kwargs)
     controller.queue.forget(req.gate.key)
     if req.to_finish is not None:  # SGLang gives up on it: no memory even alone
-        controller.close(req)
+        ends.forget(controller, req)
         return
     req.gate.counts.retractions += 1
     if req.gate.kept is None and kept > 0:
@@ -39,6 +39,7 @@ def release(original: Any, *, req: Any, **kwargs: Any) -> None:
     req.output_ids = array("q")
     req.full_untruncated_fill_ids = array("q")
     req.gate.forget_rows(kept)
+    req.gate.waits_since = None
 
 
 def _set_aside(req: Any, kept: int) -> None:

@@ -10,7 +10,7 @@ from sglang.srt.mem_cache.registry import (
     registered_radix_cache_backends,
 )
 
-from margingate.runtime import batches, hook_table, hooks, radix, request, state
+from margingate.runtime import batches, ends, hook_table, hooks, radix, request, state
 from margingate.runtime.arguments import RADIX_BACKEND, confirm_schedulers, gate_config
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def update_finish_state(original: Any, req: Any, new_accepted_len: int = 1) -> N
     """AROUND Req.update_finish_state: withhold the end of a request with pending rows."""
     original(req, new_accepted_len)
     if req.finished() and radix.is_gated(req):
-        state.controller().hold_end(req)
+        ends.hold(state.controller(), req)
 
 
 def is_fully_idle(result: bool, *_args: Any, **_kwargs: Any) -> bool | None:
@@ -88,13 +88,14 @@ def on_idle(_result: Any, scheduler: Any) -> None:
     """AFTER Scheduler.on_idle: drop what a vanished request left behind."""
     controller = state.controller()
     if controller.requests and scheduler.is_fully_idle():
-        controller.reap()
+        ends.reap(controller)
 
 
 def abort_request(_result: Any, _scheduler: Any, received: Any) -> None:
     """AFTER Scheduler.abort_request: SGLang looks at its queues and batches only."""
-    state.controller().abort_held(
-        lambda req: received.abort_all or req.rid.startswith(received.rid)
+    ends.abort(
+        state.controller(),
+        lambda req: received.abort_all or req.rid.startswith(received.rid),
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
-from margingate.runtime import retraction, state
+from margingate.runtime import ends, retraction, state
 from margingate.runtime.radix import is_gated
 
 INFO_KEY = "gate"
@@ -40,7 +40,7 @@ def _send_last(original: Any, accumulator: Any, req: Any) -> None:
         req.customized_info = {INFO_KEY: _WithLastToken([summary])}
     original(accumulator, req=req)
     if gate is not None:
-        controller.close(req)
+        ends.forget(controller, req)
 
 
 def _cut_to_frontier(req: Any) -> None:
