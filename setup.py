@@ -14,7 +14,15 @@ setup(
     },
     packages=find_packages("python") + find_packages("sgl-kernel-patches"),
     package_data={"margingate": ["py.typed", "data/*.jsonl"], "margingate_kernels": ["py.typed"]},
-    install_requires=["sglang==0.5.17", "gguf>=0.10", "rich", "matplotlib", "scipy"],
+    install_requires=[
+        "sglang==0.5.17",
+        "gguf>=0.10",
+        "rich",
+        "matplotlib",
+        "scipy",
+        "msgspec",
+        "pyzmq>=25.1.2",
+    ],
     extras_require={
         "test": ["pytest", "hypothesis", "ruff==0.17.6", "mypy==2.4.1", "openai"],
     },

@@ -20,6 +20,7 @@ import random
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -65,6 +66,12 @@ def arguments() -> argparse.Namespace:
         help="what gated requests answered alone: read where it is there, written where it is not;"
         " without it each case is held to its own",
     )
+    parser.add_argument(
+        "--sampling",
+        type=json.loads,
+        help='sampling parameters as JSON, say \'{"temperature": 0.8, "top_p": 0.95}\'; each prompt'
+        " gets a seed of its own; without it: greedy",
+    )
     parser.add_argument("--at-once", type=int, default=0, help="requests in flight; 0: all")
     parser.add_argument(
         "--retract-tokens",
@@ -75,6 +82,21 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("server_args", nargs="*", help="for every server, after --")
     return parser.parse_args()
+
+
+class Sampler(Client):
+    """Sends each prompt with the same parameters, and a seed made from its name."""
+
+    def __init__(self, base_url: str, tokens: int, sampling: dict[str, Any] | None) -> None:
+        super().__init__(base_url, tokens)
+        self.sampling = sampling
+
+    async def _post(self, session: Any, prompt: Prompt, **extra: Any) -> Answer:
+        if self.sampling is not None:
+            seed = zlib.crc32(prompt.name.encode())
+            own = {**self.sampling, "sampling_seed": seed, **extra.get("sampling_params", {})}
+            extra["sampling_params"] = own
+        return await super()._post(session, prompt, **extra)
 
 
 def arrange(client: Client, prompts: Sequence[Prompt], name: str, at_once: int) -> list[Answer]:
@@ -130,7 +152,7 @@ def run_case(args: argparse.Namespace, case: str, prompts: list[Prompt]) -> dict
     runs: list[list[Answer]] = []
     logs = Path(tempfile.mkdtemp(prefix="margingate-"))
     with launch(model, logs / f"{case}.log", *extra) as server:
-        client = Client(server.base_url, args.tokens)
+        client = Sampler(server.base_url, args.tokens, args.sampling)
         client.together(prompts[:2])  # warm
         client.flush()
         start = time.monotonic()
@@ -151,7 +173,7 @@ def run_case(args: argparse.Namespace, case: str, prompts: list[Prompt]) -> dict
         # SGLang admits requests by what it expects them to grow to: expect little, so that it errs.
         small = (*extra, "--max-total-tokens", str(args.retract_tokens), *HOPEFUL)
         with launch(model, logs / f"{case}-small.log", *small) as server:
-            client = Client(server.base_url, args.tokens)
+            client = Sampler(server.base_url, args.tokens, args.sampling)
             answers = client.together(prompts)
             identical_in["retracted"] = identical(alone, answers)
             record["retractions"] = sum(a.meta["num_retractions"] for a in answers)

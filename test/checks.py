@@ -6,6 +6,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import requests
+from prometheus_client.parser import text_string_to_metric_families
+
 from margingate.client import Answer, Client
 
 
@@ -40,3 +43,44 @@ def assert_clean(client: Client, wait_s: float = 20) -> None:
     assert state["integrity"] == "ok", state["integrity"]
     client.flush()
     assert client.gate_state()["integrity"] == "ok"
+
+
+def gate_metrics(client: Client) -> dict[str, float]:
+    """/metrics of the gate: by name after `sglang:gate_`, and by `name{own label's value}`.
+
+    A histogram's buckets are summed up into one number that means nothing.
+    """
+    reply = requests.get(f"{client.base_url}/metrics", timeout=60)
+    reply.raise_for_status()
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(reply.text):
+        for sample, labels, value, *_ in family.samples:
+            name = sample.removeprefix("sglang:gate_")
+            own = [labels[label] for label in ("reason", "due", "mode") if label in labels]
+            for key in (name, *(f"{name}{{{each}}}" for each in own)):
+                found[key] = found.get(key, 0) + value
+    return found
+
+
+def assert_metrics(client: Client, wait_s: float = 10) -> dict[str, float]:
+    """An idle server's /metrics come to say what its /server_info says; returns gate_metrics."""
+    names = ("verified", "replayed", "flips", "missed", "rolled_back", "repaired", "retractions")
+    suffixes = ("_rows", "_rows", "", "", "_tokens", "_columns", "")
+    state = client.gate_state()
+    wanted = {f"{n}{suffix}_total": state[n] for n, suffix in zip(names, suffixes)}
+    wanted |= {f"rows_total{{{reason}}}": n for reason, n in state["reasons"].items()}
+    wanted |= {f"passes_total{{{due}}}": n for due, n in state["passes_by_reason"].items()}
+    wanted |= {"rows_total": state["steps"], "flagged_rows_total": state["flagged"]}
+    wanted |= {"passes_total": state["passes"], "pass_seconds_count": state["passes"]}
+    wanted |= {"canonical_steps_total": state["canonical_steps"]}
+    wanted |= {"open_reqs": 0, "held_reqs": 0}
+    deadline = time.monotonic() + wait_s
+    found: dict[str, float] = {}
+    while time.monotonic() < deadline:
+        found = gate_metrics(client)
+        if wanted.items() <= found.items():
+            break
+        time.sleep(0.2)
+    assert {name: found.get(name) for name in wanted} == wanted
+    assert found["steps_total{prefill}"] > 0 and found["steps_total{decode}"] > 0
+    return found

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+import socket
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -106,6 +107,15 @@ def test_the_help_shows_a_group_with_the_flag_and_an_option_per_field(parser):
 def test_nothing_else_in_the_parser_begins_like_the_gate(parser):
     strings = {string for action in parser._actions for string in action.option_strings}
     assert {s for s in strings if s.startswith("--gate-")} == OPTIONS
+
+
+def test_an_events_endpoint_in_use_ends_the_start(prepare):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        endpoint = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        text = exits(prepare, GATE, "--gate-events-endpoint", endpoint)
+    assert text.startswith(f"--gate-events-endpoint {endpoint} cannot be bound (Address already")
 
 
 # The command line

@@ -24,6 +24,8 @@ def test_the_table_and_its_meaning(capsys):
     assert check.meaning(RESULT) == "2 of 3 answers depend on what else the server does: a, b."
     same = {**RESULT, "changed": {name: {} for name in check.RUNS}}
     assert check.meaning(same) == "Every answer was the same alone and in company."
+    told = check.meaning({**same, "fingerprint": "0123"})
+    assert told.endswith("in company. The server's fingerprint: 0123.")
 
 
 def test_differences_name_the_first_character():

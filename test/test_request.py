@@ -15,6 +15,7 @@ from margingate.runtime.request import (
     attach,
     logprob_lists,
 )
+from margingate.runtime.seeds import Draw
 
 CONFIG = GateConfig()
 FAULTY = GateConfig(inject_faults=True)
@@ -28,6 +29,11 @@ def request(custom: Any = None, *, top_k: int = 1, **changes: Any) -> SimpleName
         "custom_params": custom,
         "top_k": top_k,
         "max_new_tokens": 8,
+        "n": 1,
+        "sampling_seed": None,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "min_p": 0.0,
         "frequency_penalty": 0.0,
         "presence_penalty": 0.0,
         "repetition_penalty": 1.0,
@@ -82,8 +88,8 @@ def test_the_object_that_sglang_puts_into_custom_params_does_no_harm():
     ("req", "because"),
     [
         (request(OPT_OUT), "deterministic is false"),
-        (request(top_k=2), "sampling is not greedy"),
-        (request(top_k=1 << 30), "sampling is not greedy"),
+        (request(top_k=2), "sampling has no seed"),
+        (request(top_k=1 << 30, temperature=0.5), "sampling has no seed"),
         (request(max_new_tokens=0), "no token is generated"),
     ],
 )
@@ -91,6 +97,27 @@ def test_a_request_that_is_not_gated_says_why(req, because):
     gate = classify(req)
     assert (gate.gated, gate.ungated_because, gate.refusal) == (False, because, "")
     assert gate.summary(CONFIG) == {"gated": False, "because": because}
+
+
+def test_sampling_with_a_seed_is_gated():
+    gate = classify(request(top_k=1 << 30, temperature=0.5, top_p=0.9, sampling_seed=7))
+    assert gate.gated and gate.draw == Draw(7, 0.5, 1 << 30, 0.9, 0.0)
+    assert gate.draw.filters and not Draw(7, 0.5, 1 << 30, 1.0, 0.0).filters
+    assert classify(request(sampling_seed=7)).draw is None, "greedy: the seed decides nothing"
+    assert classify(request(sampling_seed=-7)).gated
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 63])
+def test_a_seed_that_no_tensor_holds_is_refused(seed):
+    text = refused(request(top_k=5, sampling_seed=seed))
+    assert text == f"sampling_seed is {seed}: give a whole number from 0 to {(1 << 63) - 1}."
+
+
+def test_several_answers_from_one_seed_are_refused():
+    text = refused(request(top_k=5, sampling_seed=3, n=2))
+    assert text.startswith("n is 2 with sampling_seed 3, which would give the same answer 2 times")
+    assert classify(request(n=2)).gated
+    assert not classify(request(top_k=5, sampling_seed=3, n=2, max_new_tokens=0)).refusal
 
 
 OPT_IN = GateConfig(default="off")

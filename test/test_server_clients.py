@@ -1,12 +1,14 @@
-"""Other ways in: `sglang serve`, completions, the frontend language; and pauses."""
+"""Other ways in: `sglang serve`, OpenAI's routes, the frontend language; pauses and updates."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -16,6 +18,7 @@ from conftest import TOKENS
 
 from margingate.client import Answer, Client
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 SERVE = (str(Path(sys.executable).with_name("sglang")), "serve")
 
 
@@ -59,23 +62,75 @@ def test_completions(client, prompts, alone):
     assert complete(ids) == texts
 
 
-def test_the_frontend_language(client):
-    import sglang
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("openai_client", ["--tokens", "12"], "alone, in company, streamed: the same"),
+        ("frontend_program", ["--tokens", "8"], "'because': 'deterministic is false'"),
+        ("evaluation", ["--questions", "5", "--tokens", "16"], "\nidentical"),
+    ],
+)
+def test_an_example_runs_as_it_stands(client, name, options, said):
+    command = [sys.executable, EXAMPLES / f"{name}.py", "--base-url", client.base_url, *options]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert said in done.stdout, done.stdout
 
-    @sglang.function
-    def two_turns(s, topic):
-        s += sglang.user(f"Name a fact about {topic}.")
-        s += sglang.assistant(sglang.gen("first", max_tokens=12, temperature=0))
-        s += sglang.user("And another one?")
-        s += sglang.assistant(sglang.gen("second", max_tokens=12, temperature=0))
 
-    backend = sglang.RuntimeEndpoint(client.base_url)
-    topics = [{"topic": topic} for topic in ("rivers", "bread", "ants", "glass")]
-    apart = [two_turns.run(**topic, backend=backend) for topic in topics]
-    batch = two_turns.run_batch(topics, backend=backend, num_threads=4)
-    for name in ("first", "second"):
-        assert [state[name] for state in apart] == [state[name] for state in batch]
-        assert all(state[name] for state in apart)
+@pytest.fixture(scope="module")
+def fingerprint(client) -> str:
+    found: str = client.gate_state()["fingerprint"]
+    assert len(found) == 16
+    return found
+
+
+def test_the_record_in_chat_completions(client, fingerprint):
+    api = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0)
+
+    def ask(**more) -> Any:
+        messages = [{"role": "user", "content": "Name two rivers."}]
+        options = {"model": "m", "temperature": 0, "max_tokens": 8, **more}
+        return api.chat.completions.create(messages=messages, **options)
+
+    whole = ask(n=2)
+    records = whole.model_extra["metadata"]["gate"]
+    assert whole.system_fingerprint == fingerprint
+    assert [record["steps"] for record in records] == [8, 8]
+    chunks = list(ask(stream=True, n=2, stream_options={"include_usage": True}))
+    ends = [chunk for chunk in chunks if "metadata" in (chunk.model_extra or {})]
+    assert [chunk.choices[0].finish_reason for chunk in ends] == ["length", "length"]
+    for chunk in ends:
+        assert chunk.system_fingerprint == fingerprint
+        assert [record["steps"] for record in chunk.model_extra["metadata"]["gate"]] == [8]
+    assert chunks[-1].usage.completion_tokens == 16
+    for opted_out in ({"deterministic": False}, {"custom_params": {"deterministic": False}}):
+        said = ask(extra_body=opted_out)
+        assert said.model_extra["metadata"]["gate"][0]["because"] == "deterministic is false"
+        assert said.system_fingerprint is None
+    with pytest.raises(openai.BadRequestError, match="is 'no': give true or false"):
+        ask(extra_body={"deterministic": "no"})
+
+
+def test_the_record_in_completions(client, fingerprint):
+    api = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0)
+    options = {"model": "m", "prompt": "Rivers:", "temperature": 0, "max_tokens": 8}
+    whole = api.completions.create(**options)
+    *_, last = api.completions.create(**options, stream=True)
+    for answer in (whole, last):
+        (record,) = answer.model_extra["metadata"]["gate"]
+        assert (record["gated"], record["steps"]) == (True, 8)
+        assert answer.system_fingerprint == record["fingerprint"] == fingerprint
+    said = api.completions.create(**options, extra_body={"deterministic": False})
+    assert said.model_extra["metadata"]["gate"][0]["gated"] is False
+    with pytest.raises(openai.BadRequestError, match="is 1: give true or false"):
+        api.completions.create(**options, extra_body={"deterministic": 1})
+
+
+def test_the_switch_as_a_sampling_parameter(client, prompts):
+    (answer,) = client.alone(prompts[:1], sampling_params={"deterministic": False})
+    assert answer.meta["gate"] == {"gated": False, "because": "deterministic is false"}
+    with pytest.raises(RuntimeError, match=r"answered 400: .*is 'no': give true or false"):
+        client.alone(prompts[:1], sampling_params={"deterministic": "no"})
 
 
 @pytest.mark.parametrize("mode", ["in_place", "retract"])
@@ -96,3 +151,17 @@ def test_a_pause_changes_no_answer(client, prompts, alone, mode):
     after = client.gate_state()
     assert (after["retractions"] > before["retractions"]) is (mode == "retract")
     assert_clean(client)
+
+
+def test_the_fingerprint_follows_the_weights(client, prompts, alone, model, fingerprint):
+    """Read from disk again: it is gone until the next request, and then the same as before."""
+    update = {"model_path": str(model), "weight_version": "again"}
+    url = f"{client.base_url}/update_weights_from_disk"
+    assert requests.post(url, json=update, timeout=120).json()["success"]
+    state = client.gate_state()
+    assert state["fingerprint"] is None
+    assert state["fingerprint_because"].startswith("the weights were updated")
+    answers = client.alone(prompts[:1])
+    assert_same(alone, answers)
+    assert answers[0].meta["gate"]["fingerprint"] == fingerprint
+    assert client.gate_state()["fingerprint"] == fingerprint

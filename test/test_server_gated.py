@@ -14,15 +14,23 @@ import numpy as np
 import openai
 import pytest
 import requests
+import zmq
 from checks import assert_clean, assert_gate_worked, assert_same, forced
 from conftest import TOKENS
 
 from margingate.client import Answer, Client, Prompt, chat_prompts
+from margingate.events import AnyRecord, End, Flag, Subscriber, Verdict
+from margingate.servers import free_port
 
 
 @pytest.fixture(scope="module")
-def client(start) -> Client:
-    server = start("--gate-debug", "--gate-inject-faults")
+def endpoint() -> str:
+    return f"tcp://127.0.0.1:{free_port()}"
+
+
+@pytest.fixture(scope="module")
+def client(start, endpoint) -> Client:
+    server = start("--gate-debug", "--gate-inject-faults", "--gate-events-endpoint", endpoint)
     return Client(server.base_url, TOKENS)
 
 
@@ -132,6 +140,44 @@ def test_forced_flips_in_a_batch_with_shared_prefixes(client, prompts, alone):
     assert_clean(client)
 
 
+def until_the_end(subscriber: Subscriber, rid: str) -> list[AnyRecord]:
+    """The records of one request, up to and with its end; none of the messages may be lost."""
+    records: list[AnyRecord] = []
+    while not (records and isinstance(records[-1], End)):
+        received = subscriber.receive(20)
+        assert received and not received.lost
+        records += [r for r in received.message.records if getattr(r, "rid", None) == rid]
+    return records
+
+
+def test_forced_flips_are_events(client, endpoint, prompts, alone):
+    with Subscriber(endpoint) as subscriber:
+        assert subscriber.receive(10), "a server sends its sums to whoever subscribes"
+        [answer] = client.alone(prompts[:1], sampling_params=forced([3, 9]), rid="watched")
+        *records, end = until_the_end(subscriber, "watched")
+    injected = [r.row for r in records if isinstance(r, Flag) and r.reason == "injected"]
+    flips = [r for r in records if isinstance(r, Verdict) and r.outcome == "flip"]
+    assert injected == [3, 9] and {3, 9} <= {flip.row for flip in flips}
+    for flip in flips:
+        assert flip.verified == answer.tokens[flip.row - 1] == alone[0].tokens[flip.row - 1]
+        assert flip.token != flip.verified and flip.repaired and flip.rolled_back >= 1
+    assert end.finish == "length" and end.tokens == len(answer.tokens)
+    gate = answer.meta["gate"]
+    assert all(gate[name] == count for name, count in end.counts.items() if name != "settle_s")
+    assert gate["flips"] == len(flips)
+
+
+def test_a_subscriber_that_never_reads_changes_nothing(client, endpoint, prompts, alone):
+    with zmq.Context() as context, context.socket(zmq.SUB) as lazy:
+        lazy.setsockopt(zmq.RCVHWM, 1)
+        lazy.setsockopt(zmq.SUBSCRIBE, b"")
+        lazy.connect(endpoint)
+        assert lazy.poll(10_000), "it is subscribed"
+        before = client.gate_state()
+        assert_same(alone, client.together(prompts))
+        assert_gate_worked(before, client.gate_state(), batch=6)
+
+
 def test_stop_string_and_n(client, prompts, alone):
     word = alone[0].text.split()[3]
     stopped = client.alone(prompts[:1], sampling_params={"stop": [word]})[0]
@@ -224,6 +270,40 @@ def test_sixteen_chats_of_three_turns_hot_cold_alone_and_batched(client, model):
     assert all(turns[2]["cached"] > 0 for turns in hot)
 
 
+SAMPLINGS = (
+    {"temperature": 0.8, "top_p": 0.95},
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_k": 20, "min_p": 0.05},
+)
+
+
+def test_sampling_with_a_seed_alone_batched_and_after_flips(client, prompts, alone):
+    """Beside greedy requests, and with log-probs, which must not see what they are batched with."""
+    own = {
+        prompt.name: {"sampling_seed": 1000 + i, "max_new_tokens": 16, **SAMPLINGS[i % 3]}
+        for i, prompt in enumerate(prompts[:6])
+    }
+    ask = {"return_logprob": True, "top_logprobs_num": 2}
+    seeded = [
+        client.alone([prompt], sampling_params=own[prompt.name], **ask)[0] for prompt in prompts[:6]
+    ]
+    assert all(answer.meta["gate"]["gated"] for answer in seeded)
+    assert all(a.tokens != b.tokens[:16] for a, b in zip(seeded, alone)), "greedy answers"
+    before = client.gate_state()
+    own |= {prompt.name: {} for prompt in prompts[6:]}
+    mixed = client.together(prompts, params=own, **ask)
+    assert_same([*seeded, *alone[6:]], mixed)
+    assert_gate_worked(before, client.gate_state(), batch=6)
+    flipped = client.together(
+        prompts[:6], params={name: {**p, **forced([1, 3, 4, 16])} for name, p in own.items()}
+    )
+    assert_same(seeded, flipped)
+    assert sum(answer.meta["gate"]["flips"] for answer in flipped) >= 12
+    other = client.alone(prompts[:1], sampling_params={**own[prompts[0].name], "sampling_seed": 1})
+    assert other[0].tokens != seeded[0].tokens
+    assert_clean(client)
+
+
 def test_openai_client(client, prompts):
     api = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none")
     ask = {
@@ -248,6 +328,9 @@ BAD_REQUESTS = [
     ({"sampling_params": {"custom_params": {"deterministic": "yes"}}}, "deterministic"),
     ({"sampling_params": {"custom_params": {"gate_fault_rows": ["a"]}}}, "gate_fault_rows"),
     ({"sampling_params": {"frequency_penalty": 0.5}}, "frequency_penalty"),
+    ({"sampling_params": {"temperature": 0.7, "sampling_seed": -1}}, "sampling_seed is -1"),
+    ({"sampling_params": {"temperature": 0.7, "sampling_seed": 1 << 63}}, "sampling_seed is"),
+    ({"sampling_params": {"temperature": 0.7, "sampling_seed": 5, "n": 2}}, "n is 2"),
     ({"sampling_params": {"regex": "a+"}}, "regex"),
     ({"sampling_params": {"logit_bias": {"5": 1.0}}}, "logit_bias"),
 ]

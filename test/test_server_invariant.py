@@ -46,11 +46,18 @@ def test_a_fault_in_a_canonical_step_is_still_repaired(client, prompts, alone):
     assert_clean(client)
 
 
-def test_streams_and_logprobs(client, prompts, alone):
+def test_logprobs_of_greedy_and_seeded_rows_alone_and_mixed(client, prompts, alone):
+    """In a batch that samples, SGLang computes all its log-probs in another way."""
     ask = {"return_logprob": True, "top_logprobs_num": 2}
-    one = client.alone(prompts[:4], **ask)
-    many = client.together(prompts[:4], **ask)
-    assert_same(alone, many)
+    own = {"temperature": 0.8, "top_p": 0.95, "sampling_seed": 11, "max_new_tokens": 16}
+    one = client.alone(prompts[:2], **ask) + client.alone(prompts[2:4], sampling_params=own, **ask)
+    params = {prompt.name: own if i > 1 else {} for i, prompt in enumerate(prompts[:4])}
+    before = client.gate_state()
+    many = client.together(prompts[:4], params=params, **ask)
+    assert client.gate_state()["verified"] == before["verified"]
+    assert_same(one, many)
+    assert_same(alone, many[:2])
+    assert all(a.tokens != b.tokens[:16] for a, b in zip(many[2:], alone[2:4])), "greedy answers"
     for left, right in zip(one, many):
         for name in ("output_token_logprobs", "output_top_logprobs"):
             assert left.meta[name] == right.meta[name]

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import requests
-from checks import assert_clean, assert_gate_worked, assert_same, forced
+from checks import assert_clean, assert_gate_worked, assert_metrics, assert_same, forced
 from conftest import TOKENS
 
 from margingate.client import Client, Prompt
@@ -39,7 +39,8 @@ def test_retracted_requests_answer_as_if_they_had_never_been(
 def late(start) -> Client:
     """Verification waits up to 8 steps, beside overlap, and memory holds about a dozen requests."""
     args = ("--gate-debug", "--gate-inject-faults", "--gate-max-delay", "8", "--gate-overlap", "on")
-    return Client(start(*args, "--max-total-tokens", "2048").base_url, TOKENS)
+    server = start(*args, "--max-total-tokens", "2048", "--enable-metrics")
+    return Client(server.base_url, TOKENS)
 
 
 def test_deferred_verification_rolls_back_what_went_on(late, prompts, canonical):
@@ -63,6 +64,9 @@ def test_deferred_ends_are_held_and_streams_never_retract(late, prompts):
     assert_same([answer], again)
     assert all(a.meta["finish_reason"] == answer.meta["finish_reason"] for a in again)
     assert all(a.meta["gate"]["drain_s"] > 0 for a in again)
+    metrics = assert_metrics(late)
+    assert metrics["drain_seconds_count"] >= 3 and metrics["settle_seconds_count"] >= 3
+    assert metrics["flips_total"] > 0, "no flip was counted"
 
 
 def test_aborts_while_rows_are_pending(late, prompts):

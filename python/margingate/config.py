@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ DEFAULTS = ("on", "off")
 OVERLAPS = ("off", "on")
 PROBES = ("cached", "fresh")
 MAX_ROWS = 1024
+_ENDPOINT = re.compile(r"tcp://(?:\[[0-9a-fA-F:.]+\]|[^\s/:\[\]]+):(\d{1,5})|ipc://(\S+)")
 
 
 class GateError(ValueError):
@@ -109,6 +111,12 @@ class GateConfig:
         "device with these versions found, if there was one; fresh measures again.",
         choices=PROBES,
     )
+    events_endpoint: str | None = _option(
+        None,
+        "Publish flags, verdicts, flips and repairs there, for margingate watch and other "
+        "subscribers; a slow or absent one never slows a step.",
+        metavar="tcp://HOST:PORT|ipc://PATH",
+    )
     debug: bool = _option(
         False, "Check slots, ledger and radix tree against each other after every step. Slow."
     )
@@ -146,6 +154,8 @@ class GateConfig:
         _check_range("--gate-max-delay", self.max_delay, 0, 1 << 20)
         if self.prefill_chunk is not None:
             _check_range("--gate-prefill-chunk", self.prefill_chunk, 1, 1 << 20)
+        if self.events_endpoint is not None:
+            check_endpoint("--gate-events-endpoint", self.events_endpoint)
         _check_switch("--gate-debug", self.debug)
         _check_switch("--gate-inject-faults", self.inject_faults)
         _check_switch("--gate-study", self.study)
@@ -174,6 +184,16 @@ def _check_choice(option: str, value: Any, choices: tuple[str, ...]) -> None:
 def _check_range(option: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise GateError(f"{option} is {value!r}: give a whole number from {low} to {high}.")
+
+
+def check_endpoint(option: str, value: Any) -> None:
+    """Whether ZeroMQ events can have this address. Raises GateError, which names `option`."""
+    found = _ENDPOINT.fullmatch(value) if isinstance(value, str) else None
+    if found is None or (found[2] is None and not 0 < int(found[1]) < 1 << 16):
+        raise GateError(
+            f"{option} is {value!r}: give tcp://HOST:PORT, with a port from 1 to 65535, or "
+            "ipc://PATH."
+        )
 
 
 def _check_switch(option: str, value: Any) -> None:

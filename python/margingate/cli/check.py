@@ -100,6 +100,7 @@ async def _ask_all(args: argparse.Namespace, pairs: Sequence[Pair]) -> dict[str,
     try:
         async with aiohttp.ClientSession(**options) as session:  # type: ignore[arg-type]
             model = args.model or await _first_model(session, root)
+            fingerprint = await _fingerprint(session, root)
             asker = Asker(session, root, model, args.tokens)
             with progress((1 + len(RUNS)) * len(pairs)) as bar:
                 bar.say("alone")
@@ -122,6 +123,7 @@ async def _ask_all(args: argparse.Namespace, pairs: Sequence[Pair]) -> dict[str,
         "model": model,
         "tokens": args.tokens,
         "prompts": len(pairs),
+        "fingerprint": fingerprint,
         "changed": changed,
     }
 
@@ -132,6 +134,18 @@ async def _first_model(session: ClientSession, root: str) -> str:
             return str((await response.json())["data"][0]["id"])
         except (ValueError, KeyError, IndexError, TypeError):
             raise CliError(f"{root}/v1/models lists no model: name one with --model.") from None
+
+
+async def _fingerprint(session: ClientSession, root: str) -> str | None:
+    """The gate's, where the server has one; None of any other server."""
+    import aiohttp
+
+    async with session.get(f"{root}/server_info") as response:
+        try:
+            states = (await response.json())["internal_states"]
+            return states[0]["margingate"]["fingerprint"] or None
+        except (aiohttp.ClientError, ValueError, KeyError, IndexError, TypeError):
+            return None
 
 
 class Asker:
@@ -210,7 +224,9 @@ def meaning(result: dict[str, Any]) -> str:
     """The result in plain sentences."""
     names = sorted(changed_names(result))
     if not names:
-        return "Every answer was the same alone and in company."
+        known = result.get("fingerprint")
+        means = f" The server's fingerprint: {known}." if known else ""
+        return f"Every answer was the same alone and in company.{means}"
     shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
     return (
         f"{len(names)} of {result['prompts']} answers depend on what else the server does: {shown}."

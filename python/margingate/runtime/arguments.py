@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from margingate.config import GateConfig, GateError, load_threshold, make_config
-from margingate.runtime import hooks, machine, refusals
+from margingate.runtime import hooks, machine, publisher, refusals
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,7 @@ def post_init(original: Any, self: Any) -> None:
     object.__setattr__(self, ATTRIBUTE, config)
     refusals.refuse_server(self)
     refusals.refuse_chunks(self, config)
+    publisher.refuse_endpoint(self, config)
     if self.model_path.lower() not in ("none", "dummy"):  # SGLang resolves nothing for these
         refusals.refuse_fast_path(self, config)
         refusals.refuse_model(self.get_model_config())

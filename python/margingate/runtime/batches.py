@@ -28,6 +28,8 @@ def next_batch(controller: GateController, original: Any, running: Any, last: An
     plan = original(controller.scheduler, running_batch=running, last_batch=last)
     if plan.batch_to_run is None and (controller.held or controller.queue_waits()):
         controller.settle_all()  # nobody will join them: verify now, decode on in the next turn
+    for observer in controller.observers:
+        observer.turned()
     return plan
 
 

@@ -11,7 +11,7 @@ from margingate.core.histogram import MarginHistogram
 from margingate.core.ledger import Ledger, Outcome, Row
 from margingate.core.policy import INJECTED, GatePolicy
 from margingate.core.queue import MicroBatchQueue
-from margingate.runtime import ends, integrity, retraction, rollback
+from margingate.runtime import ends, fingerprint, integrity, retraction, rollback
 from margingate.runtime.canonical import CanonicalSteps, measure
 from margingate.runtime.invariance import largest_rows
 from margingate.runtime.observer import Observer
@@ -43,6 +43,7 @@ class GateController:
         self.canonical: CanonicalSteps | None = None  # None: no decode step is taken to be
         if config.invariant:
             self.canonical = measure(self.verifier, scheduler, largest_rows(runner.device))
+        self.fingerprint = fingerprint.make(scheduler, config, self.verifier)
         self.totals = Counts()
         self.histogram = MarginHistogram()
         self.reasons: dict[str, int] = {}

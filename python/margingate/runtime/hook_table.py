@@ -6,6 +6,7 @@ from sglang.srt.plugins.hook_registry import HookType
 
 from margingate.runtime import (
     arguments,
+    fingerprint,
     info,
     invariance,
     margins,
@@ -13,12 +14,16 @@ from margingate.runtime import (
     prefill,
     retraction,
     scheduler,
+    seeds,
     stream,
 )
 from margingate.runtime.hooks import Hook
+from margingate.runtime.tokenizer_hooks import TOKENIZER_HOOKS
 
 AFTER, AROUND, BEFORE = HookType.AFTER, HookType.AROUND, HookType.BEFORE
 _SCHEDULER = "managers.scheduler.Scheduler."
+_SAMPLING = "sampling.sampling_batch_info.SamplingBatchInfo."
+_WEIGHTS = "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
 _OPTIONS = "SGLang lets plugins declare arguments"
 _CALLBACK = "SGLang offers plugins a callback here"
 
@@ -75,18 +80,6 @@ STARTUP_HOOKS = (
     ),
 )
 
-# Applied in the launching process of a gated server.
-TOKENIZER_HOOKS = (
-    Hook(
-        "managers.tokenizer_manager.TokenizerManager._handle_batch_output",
-        AROUND,
-        stream.handle_batch_output,
-        "self recv_obj",
-        'meta_info["gate"] is a record per request, not a list per token',
-        "customized info can be per request",
-    ),
-)
-
 # Applied in the schedulers of a gated server.
 RUNTIME_HOOKS = (
     Hook(
@@ -134,8 +127,40 @@ RUNTIME_HOOKS = (
         AROUND,
         margins.sample,
         "self logits_output forward_batch",
-        "margins ride with the result; ties go to the lowest id",
+        "margins ride with the result; ties go to the lowest id; draws with a seed are the gate's",
         "the sampler returns margins",
+    ),
+    Hook(
+        "layers.logprob_processor.OutputLogprobProcessor.compute_logprobs",
+        AROUND,
+        margins.compute_logprobs,
+        "self logprobs top_logprobs_nums token_ids_logprobs batch_next_token_ids",
+        "log-probs have the same bits whether or not the batch samples",
+        "SGLang computes them in one way",
+    ),
+    Hook(
+        _SAMPLING + "adjusted_from_schedule_batch",
+        AFTER,
+        seeds.from_schedule_batch,
+        "self batch vocab_size",
+        "the seeds of gated requests that sample",
+        _CALLBACK,
+    ),
+    Hook(
+        _SAMPLING + "adjusted_merge_batch",
+        AFTER,
+        seeds.merge_batch,
+        "self other",
+        "a batch with seeds joins one without",
+        _CALLBACK,
+    ),
+    Hook(
+        _SAMPLING + "adjusted_filter_batch",
+        AFTER,
+        seeds.filter_batch,
+        "self keep_indices keep_indices_device",
+        "a batch without seeds does no work for them",
+        _CALLBACK,
     ),
     Hook(
         "managers.utils.GenerationBatchResult.copy_to_cpu",
@@ -233,6 +258,24 @@ RUNTIME_HOOKS = (
         "self",
         "tells the launcher that the gate is up",
         "a failing plugin ends the server by itself",
+    ),
+    *(
+        Hook(
+            _WEIGHTS + name,
+            AROUND,
+            fingerprint.weights_change,
+            "self recv_req",
+            "the fingerprint follows the weights",
+            "SGLang counts changes of weights",
+        )
+        for name in (
+            "update_weights_from_disk",
+            "update_weights_from_distributed",
+            "update_weights_from_tensor",
+            "update_weights_from_ipc",
+            "resume_memory_occupation",
+            "check_weights",
+        )
     ),
 )
 

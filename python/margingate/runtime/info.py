@@ -7,6 +7,7 @@ from typing import Any
 
 import margingate
 from margingate.runtime import integrity, invariance, machine, state
+from margingate.runtime.observer import summed
 
 INFO_KEY = "margingate"
 
@@ -20,11 +21,7 @@ def init_info(result: dict[str, Any], *_args: Any) -> None:
 def internal_state(result: Any, *_args: Any) -> None:
     """AFTER Scheduler.get_internal_state: the counters in `/server_info`."""
     controller = state.controller()
-    totals = asdict(controller.totals)
-    for req in controller.requests.values():
-        counts = asdict(req.gate.counts)
-        for name in totals.keys() - {"passes"}:  # a pass is shared; the totals count each once
-            totals[name] += counts[name]
+    totals = asdict(summed(controller))
     steps = totals["steps"]
     result.internal_state[INFO_KEY] = {
         **totals,
@@ -47,4 +44,6 @@ def internal_state(result: Any, *_args: Any) -> None:
         "guarantee": controller.config.guarantee,
         "policy": controller.config.policy,
         "integrity": integrity.report(controller),
+        **controller.fingerprint.of(),
+        "fingerprint_of": controller.fingerprint.parts,
     }

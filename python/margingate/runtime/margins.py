@@ -1,38 +1,100 @@
-"""The emitted token and its margin from one pass over the logits."""
+"""The emitted token, its margin and its log-probs from the logits that the gate can verify."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sglang.srt.layers.sampler import SGLANG_RETURN_ORIGINAL_LOGPROB
 
-from margingate.runtime import state
-from margingate_kernels import Top2, softmax_top2
+from margingate.runtime import seeds, state
+from margingate_kernels import Top2, seeded_top2, softmax_top2
 
-# The result of the sampler's latest preprocessing, between the two hooks of one forward.
-_latest: list[Top2] = []
+
+@dataclass(slots=True)
+class _Forward:
+    """One forward on its way through the sampler."""
+
+    info: Any  # SGLang's SamplingBatchInfo
+    seeds: torch.Tensor | None  # int64 [rows]; None: no row is drawn by the gate
+    positions: torch.Tensor  # int64 [rows], of the rows' input tokens
+    logprobs_wanted: bool
+    best: Top2 | None = None
+    ours: torch.Tensor | None = None  # bool [rows]: the gate chose; None: all rows, or none
+    logprobs: torch.Tensor | None = None  # float32 [rows, vocab], where SGLang's would not do
+
+
+_forward: list[_Forward] = []  # the one being sampled
+
+
+def sample(original: Any, runner: Any, logits_output: Any, forward_batch: Any) -> torch.Tensor:
+    """AROUND ModelRunner.sample: attach the margins, and emit the tokens they belong to.
+
+    Greedy rows get the lowest id among equals in every batch; in a batch that also samples,
+    SGLang would draw a greedy row's token from its softmax, where ties break otherwise. Rows with
+    a seed get the gate's own draw.
+    """
+    info = forward_batch.sampling_info
+    decode = forward_batch.forward_mode.is_decode()
+    positions = forward_batch.positions if decode else forward_batch.seq_lens - 1
+    forward = _Forward(info, info.sampling_seed, positions, forward_batch.return_logprob)
+    _forward[:] = [forward]
+    info.sampling_seed = None  # SGLang's own sampler does nothing with ours
+    try:
+        tokens = original(runner, logits_output, forward_batch)
+    finally:
+        info.sampling_seed = forward.seeds
+        _forward.clear()
+    if forward.best is None:
+        return tokens
+    logits_output.gate = forward.best
+    if state.controller().observes_only:
+        return tokens
+    ids = forward.best.ids.to(tokens.dtype)
+    return ids if forward.ours is None else torch.where(forward.ours, ids, tokens)
 
 
 def after_preprocess(logits: torch.Tensor, *_args: Any, **_kwargs: Any) -> None:
     """AFTER Sampler._preprocess_logits: these are the final logits, not yet scaled."""
-    _latest[:] = [softmax_top2(logits)]
+    if not _forward:  # log-probs without a token
+        return
+    forward = _forward[0]
+    info = forward.info
+    forward.best = softmax_top2(logits)
+    if info.is_all_greedy or state.controller().observes_only:
+        return
+    forward.ours = info.top_ks.view(-1) <= 1
+    if forward.seeds is not None:
+        _draw(forward, logits, info)
+    if forward.logprobs_wanted:
+        scale = 1.0 if SGLANG_RETURN_ORIGINAL_LOGPROB else info.temperatures
+        forward.logprobs = torch.log_softmax(logits.float() / scale, dim=-1)
 
 
-def sample(original: Any, runner: Any, logits_output: Any, forward_batch: Any) -> torch.Tensor:
-    """AROUND ModelRunner.sample: attach the margins, and emit the token they belong to.
+def _draw(forward: _Forward, logits: torch.Tensor, info: Any) -> None:
+    assert forward.seeds is not None and forward.best is not None and forward.ours is not None
+    draws = seeds.batch_draws(info, forward.seeds, forward.positions)
+    drawn = seeded_top2(logits, draws, filtered=seeds.filters(info))
+    seeded, best = forward.seeds != seeds.NO_SEED, forward.best
+    forward.ours = forward.ours | seeded
+    forward.best = best._replace(
+        ids=torch.where(seeded, drawn.ids, best.ids),
+        runner_up=torch.where(seeded, drawn.runner_up, best.runner_up),
+        margin=torch.where(seeded, drawn.margin, best.margin),
+    )
 
-    Greedy rows get the lowest id among equals in every batch; in a batch that also samples,
-    SGLang would draw a greedy row's token from its softmax, where ties break otherwise.
+
+def compute_logprobs(original: Any, processor: Any, logprobs: torch.Tensor, *asked: Any) -> Any:
+    """AROUND OutputLogprobProcessor.compute_logprobs: the same bits in every batch.
+
+    SGLang takes the log of a softmax in a batch that samples, and the log-softmax in one that does
+    not; and it does not know of the tokens that the gate drew.
     """
-    _latest.clear()
-    tokens = original(runner, logits_output, forward_batch)
-    if not _latest:
-        return tokens
-    best = _latest.pop()
-    logits_output.gate = best
-    if state.controller().observes_only:
-        return tokens
-    info = forward_batch.sampling_info
-    if info.is_all_greedy:
-        return best.ids.to(tokens.dtype)
-    return torch.where(info.top_ks.view(-1) <= 1, best.ids.to(tokens.dtype), tokens)
+    forward = _forward[0] if _forward else None
+    if forward is not None and forward.logprobs is not None:
+        assert forward.ours is not None and forward.best is not None
+        logprobs = torch.where(forward.ours.view(-1, 1), forward.logprobs, logprobs)
+        *wanted, chosen = asked
+        asked = (*wanted, torch.where(forward.ours, forward.best.ids.to(chosen.dtype), chosen))
+    return original(processor, logprobs, *asked)

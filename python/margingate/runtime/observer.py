@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from margingate.core.ledger import Outcome
+from margingate.runtime.request import Counts
+
+if TYPE_CHECKING:
+    from margingate.runtime.controller import GateController
 
 
 class Observer:
@@ -31,3 +36,15 @@ class Observer:
 
     def ended(self, req: Any) -> None:
         """The request's last output is on its way; `req.gate.counts` are final."""
+
+    def turned(self) -> None:
+        """The scheduler's loop comes round: all of a step is told, or there was none."""
+
+
+def summed(controller: GateController) -> Counts:
+    """What ended requests have come to, and the open ones so far; each number only ever rises."""
+    counts = replace(controller.totals)
+    for req in controller.requests.values():
+        counts.add(req.gate.counts)
+    counts.passes = controller.totals.passes  # a pass is shared; the totals count each once
+    return counts

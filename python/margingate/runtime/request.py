@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from margingate.config import GateConfig
+from margingate.runtime.seeds import LARGEST_SEED, Draw, draw_of
 
 SWITCH = "deterministic"
 FAULT_ROWS = "gate_fault_rows"
@@ -66,6 +67,7 @@ class GateRequest:
     gated: bool
     ungated_because: str = ""
     refusal: str = ""
+    draw: Draw | None = None  # None: greedy
     faults: frozenset[int] = frozenset()
     counts: Counts = field(default_factory=Counts)
     hold: Hold | None = None
@@ -75,6 +77,7 @@ class GateRequest:
     flags: bytearray = field(default_factory=bytearray)  # by row: was it flagged
     forced: tuple[int, ...] = ()  # --gate-study: what is emitted, by row
     choices: list[tuple[int, float]] = field(default_factory=list)  # --gate-study: id and margin
+    generation: int = 0  # of the weights it was admitted with
     injected_first: int | None = None  # what prefill chose before a fault replaced it
 
     def forget_rows(self, kept: int) -> None:
@@ -127,7 +130,8 @@ def attach(req: Any, config: GateConfig) -> None:
 
 def _classify(req: Any, config: GateConfig) -> GateRequest:
     key = f"{next(_serial)}:{req.rid}"
-    custom = req.sampling_params.custom_params or {}
+    params = req.sampling_params
+    custom = params.custom_params or {}
     wanted = custom.get(SWITCH, config.default == "on")
     faults = custom.get(FAULT_ROWS, ())
     forced = custom.get(FORCED_IDS, ())
@@ -141,24 +145,47 @@ def _classify(req: Any, config: GateConfig) -> GateRequest:
     ungated = (
         (not wanted, f"{SWITCH} is false" if SWITCH in custom else f"{SWITCH} is not set"),
         (config.policy == "observe", "policy observe"),
-        (req.sampling_params.top_k > 1, "sampling is not greedy"),
-        (req.sampling_params.max_new_tokens == 0, "no token is generated"),
+        (params.top_k > 1 and params.sampling_seed is None, "sampling has no seed"),
+        (params.max_new_tokens == 0, "no token is generated"),
     )
     for applies, because in ungated:
         if applies:
             return GateRequest(key, False, because, forced=tuple(forced))
+    draw = draw_of(params)
+    if draw is not None and (refusal := _not_drawable(draw, params.n)):
+        return GateRequest(key, False, "refused", refusal)
     if feature := _not_yet_served(req):
         refusal = (
             f"this request uses {feature}, which the deterministic gate cannot roll back yet: drop "
             f'it, or send custom_params={{"{SWITCH}": false}} to be served without the gate.'
         )
         return GateRequest(key, False, "refused", refusal)
-    return GateRequest(key, True, faults=frozenset(faults))
+    return GateRequest(key, True, draw=draw, faults=frozenset(faults))
+
+
+def _not_drawable(draw: Draw, copies: int) -> str:
+    if not 0 <= draw.seed <= LARGEST_SEED:
+        return f"sampling_seed is {draw.seed}: give a whole number from 0 to {LARGEST_SEED}."
+    if copies > 1:
+        return (
+            f"n is {copies} with sampling_seed {draw.seed}, which would give the same answer "
+            f"{copies} times: send {copies} requests with a seed each, or drop the seed."
+        )
+    return ""
+
+
+def not_a_switch(value: Any) -> str:
+    """The sentence that refuses a value of the switch; empty for true and false."""
+    return (
+        ""
+        if isinstance(value, bool)
+        else f"custom_params.{SWITCH} is {value!r}: give true or false."
+    )
 
 
 def _malformed(wanted: Any, faults: Any, config: GateConfig) -> str:
-    if not isinstance(wanted, bool):
-        return f"custom_params.{SWITCH} is {wanted!r}: give true or false."
+    if sentence := not_a_switch(wanted):
+        return sentence
     if faults and not config.inject_faults:
         return f"custom_params.{FAULT_ROWS} needs a server started with --gate-inject-faults."
     rows = isinstance(faults, list | tuple) and all(type(row) is int for row in faults)

@@ -17,7 +17,8 @@ def row_input(req: Any, row: Row) -> RowInput:
     if req.return_logprob:
         ids = req.logprob.token_ids_logprob
         wanted = (req.logprob.top_logprobs_num, None if ids is None else tuple(ids))
-    return RowInput(req.req_pool_idx, position, req.output_ids[row.index - 2], wanted)
+    token = req.output_ids[row.index - 2]
+    return RowInput(req.req_pool_idx, position, token, wanted, req.gate.draw)
 
 
 def first_token(req: Any) -> RowResult:

@@ -10,7 +10,17 @@ from sglang.srt.mem_cache.registry import (
     registered_radix_cache_backends,
 )
 
-from margingate.runtime import batches, ends, hook_table, hooks, radix, request, state
+from margingate.runtime import (
+    batches,
+    ends,
+    events,
+    hook_table,
+    hooks,
+    metrics,
+    radix,
+    request,
+    state,
+)
 from margingate.runtime.arguments import RADIX_BACKEND, confirm_schedulers, gate_config
 
 logger = logging.getLogger(__name__)
@@ -31,7 +41,10 @@ def init(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) 
     if RADIX_BACKEND not in registered_radix_cache_backends():
         register_radix_cache_backend(RADIX_BACKEND, radix.build)
     original(self, server_args, *args, **kwargs)
-    state.set_controller(GateController(self, config))
+    controller = GateController(self, config)
+    controller.observers += metrics.observers(controller)
+    controller.observers += events.observers(controller)
+    state.set_controller(controller)
     logger.info("margingate: the deterministic gate is up: %s", config)
 
 
@@ -50,6 +63,7 @@ def request_init(_result: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
     controller = state.active()
     if controller is not None:
         request.attach(req, controller.config)
+        req.gate.generation = controller.fingerprint.admit()
 
 
 def add_request(_scheduler: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:

@@ -37,6 +37,8 @@ def _send_last(original: Any, accumulator: Any, req: Any) -> None:
         if gate.key in controller.requests and isinstance(req.finished_reason, FINISH_ABORT):
             _cut_to_frontier(req)
         summary = gate.summary(controller.config)
+        if gate.gated:
+            summary |= controller.fingerprint.of(gate.generation)
         req.customized_info = {INFO_KEY: _WithLastToken([summary])}
     original(accumulator, req=req)
     if gate is not None:

@@ -22,7 +22,8 @@ from sglang.srt.model_executor.forward_batch_info import (
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-from margingate_kernels import softmax_top2
+from margingate.runtime.seeds import Draw, logprob_temperature, stack
+from margingate_kernels import seeded_top2, softmax_top2
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class RowInput:
     position: int  # of the input token; its column is rewritten
     token: int  # the input token's id
     logprobs: tuple[int, tuple[int, ...] | None] | None = None  # top-k and token ids wanted
+    draw: Draw | None = None  # None: greedy
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,8 @@ class Verifier:
         logits = self.forward(rows, self.rows)
         best = softmax_top2(logits)
         tokens, margins = best.ids.tolist(), best.margin.tolist()
+        for i, token, margin in _drawn(logits, rows):
+            tokens[i], margins[i] = token, margin
         wanted = _logprobs(logits, rows, tokens)
         return [RowResult(tokens[i], margins[i], wanted.get(i)) for i, _ in enumerate(rows)]
 
@@ -145,6 +149,19 @@ def scratch_rows(runner: Any, count: int) -> Iterator[None]:
         table[1, :count] = before
 
 
+def _drawn(logits: torch.Tensor, rows: Sequence[RowInput]) -> Iterator[tuple[int, int, float]]:
+    """Index, token and margin of the rows that are drawn with a seed."""
+    seeded = [i for i, row in enumerate(rows) if row.draw is not None]
+    if seeded:
+        draws = [draw for row in rows if (draw := row.draw) is not None]
+        positions = [rows[i].position for i in seeded]
+        filtered = any(draw.filters for draw in draws)
+        drawn = seeded_top2(
+            logits[seeded], stack(draws, positions, logits.device), filtered=filtered
+        )
+        yield from zip(seeded, drawn.ids.tolist(), drawn.margin.tolist(), strict=True)
+
+
 def _logprobs(
     logits: torch.Tensor, rows: Sequence[RowInput], tokens: Sequence[int]
 ) -> dict[int, RowLogprobs]:
@@ -152,6 +169,10 @@ def _logprobs(
     wanted = [(i, row.logprobs) for i, row in enumerate(rows) if row.logprobs is not None]
     if not wanted:
         return {}
+    scale = [logprob_temperature(row.draw) for row in rows]
+    scale += [1.0] * (len(logits) - len(rows))
+    if any(one != 1 for one in scale):
+        logits = logits.float() / torch.tensor(scale, device=logits.device).view(-1, 1)
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     return {i: _row_logprobs(logprobs[i], tokens[i], *want) for i, want in wanted}
 

@@ -1,0 +1,239 @@
+"""One short hash of everything that a gated answer depends on besides its request.
+
+Equal fingerprints promise equal answers to equal requests, as far as the guarantee goes. Different
+ones promise nothing: what is in here may matter, not must. docs/limits.md lists it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+
+import margingate
+from margingate.config import GateConfig
+from margingate.runtime import invariance, machine, probe_cache, state, weights
+from margingate.runtime.verifier import Verifier
+
+logger = logging.getLogger(__name__)
+
+DIGITS = 16
+# Of the model's and the tokenizer's folder; weights are read from memory instead.
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template.*",
+    "additional_chat_templates/*",
+    "*.py",
+)
+# SGLang's arguments that reach the arithmetic of a forward, or what the request is taken to be.
+ARGUMENTS = (
+    *("quantization", "kv_cache_dtype", "context_length", "json_model_override_args", "model_impl"),
+    *("enable_fp32_lm_head", "enable_tf32_matmul", "torchao_config", "bf16_gemm_backend"),
+    *("enable_fused_qk_norm_rope", "triton_attention_reduce_in_fp32", "nnodes"),
+    *("disable_custom_all_reduce", "enable_nccl_nvls", "enable_symm_mem", "enable_torch_symm_mem"),
+    *("enable_mscclpp", "enable_quant_communications", "enable_flashinfer_allreduce_fusion"),
+    *("disable_cuda_graph", "disable_prefill_cuda_graph", "cuda_graph_backend_prefill"),
+    *("cuda_graph_bs_prefill", "cuda_graph_backend_decode", "disable_cuda_graph_padding"),
+    *("tokenizer_mode", "tokenizer_backend", "hf_chat_template_name", "completion_template"),
+    *("reasoning_parser", "tool_call_parser", "default_chat_template_kwargs", "sampling_defaults"),
+    *("preferred_sampling_params", "allow_auto_truncate", "enable_strict_thinking"),
+)
+LIBRARIES = ("transformers", "tokenizers", "sglang-kernel", "sglang-kernel-cpu")
+LOOKS_ONLY = ("snapshot", "compare", "checksum")  # of SGLang's check_weights
+
+OBSERVED = "policy observe guarantees nothing"
+STALE = "the weights were updated; it is computed with the next request"
+MIXED = "the weights were updated with columns of the old ones cached: flush the cache"
+CROSSED = "the weights were updated while it was served"
+
+
+class Fingerprint:
+    """The hash of fixed parts and of the weights, which may be replaced in a running server."""
+
+    def __init__(
+        self, parts: dict[str, Any], weights_now: Callable[[], str], no_columns: Callable[[], bool]
+    ) -> None:
+        """Computes it.
+
+        Args:
+            parts: for JSON; a part that is None could not be told, and so there is no hash.
+            weights_now: the digest of the weights in memory; may be a collective of all ranks.
+            no_columns: whether no prompt's columns are cached.
+        """
+        self.parts = parts
+        self._weights_now, self._no_columns = weights_now, no_columns
+        self._generation = 0
+        self._mixed = False
+        self._stale = True
+        self._value = ""
+        self._refresh()
+
+    def weights_changed(self, *, flushed: bool) -> None:
+        """The weights may be others now; `flushed`: no columns of the old ones are left."""
+        self._generation += 1
+        self._stale = True
+        self._mixed = not flushed and (self._mixed or not self._no_columns())
+
+    def admit(self) -> int:
+        """At a request's arrival, on every rank alike: catch up. Returns the weights' generation.
+
+        Not at the update: that may be one of many, and memory may be gone between them.
+        """
+        if self._stale:
+            self._refresh()
+        self._mixed = self._mixed and not self._no_columns()
+        return self._generation
+
+    def of(self, generation: int | None = None) -> dict[str, str | None]:
+        """For the record of a request that was admitted at this generation; None: for now."""
+        crossed = generation is not None and generation != self._generation
+        because = CROSSED if crossed else self._because()
+        if because:
+            return {"fingerprint": None, "fingerprint_because": because}
+        return {"fingerprint": self._value}
+
+    def _because(self) -> str:
+        """Why there is none; empty where there is one."""
+        return self._never() or (STALE if self._stale else MIXED if self._mixed else "")
+
+    def _never(self) -> str:
+        unknown = [name for name, part in self.parts.items() if part is None]
+        if unknown:
+            return f"{', '.join(unknown)} could not be found"
+        return OBSERVED if self.parts.get("guarantee") == OBSERVED else ""
+
+    def _refresh(self) -> None:
+        self._stale = False
+        if because := self._never():
+            logger.info("margingate: there is no fingerprint: %s.", because)
+            return
+        start = time.monotonic()
+        self.parts["weights"] = self._weights_now()[:DIGITS]
+        self._value = _hash(self.parts)
+        seconds = time.monotonic() - start
+        logger.info("margingate: fingerprint %s (weights read in %.1f s)", self._value, seconds)
+
+
+def make(scheduler: Any, config: GateConfig, verifier: Verifier) -> Fingerprint:
+    """The fingerprint of a scheduler whose gate is about to come up."""
+    args, runner = scheduler.server_args, verifier.runner
+    known = probe_cache.identity(runner, (), 0)
+    versions = known["versions"] | {name: machine.version(name) for name in LIBRARIES}
+    parts = {
+        "files": files(args.model_path, args.tokenizer_path, args.revision),
+        "arguments": arguments(args),
+        "guarantee": guarantee(config),
+        "plan": plan(config, verifier),
+        "machine": machine.describe(args)
+        | {name: known[name] for name in ("threads", "arithmetic")}
+        | {"backend": known["attention"], "longest": scheduler.max_req_len},
+        "versions": versions | {"margingate": margingate.__version__},
+    }
+    group, tree = scheduler.tp_cpu_group, scheduler.tree_cache
+    return Fingerprint(
+        parts,
+        lambda: _of_all_ranks(weights.digest(runner.model), group, args.tp_size),
+        lambda: not tree.evictable_size() and not tree.protected_size(),
+    )
+
+
+def files(model: str, tokenizer: str, revision: str | None) -> dict[str, str] | None:
+    """Hashes of the small files that configure model and tokenizer; None where they are not found.
+
+    Names are those of folders or, on Hugging Face's hub, of what is in its local cache.
+    """
+    found = {}
+    for kind, name in {"model": model, "tokenizer": tokenizer}.items():
+        folder = _folder(name, revision)
+        if folder is None:
+            return None
+        named = {path for pattern in FILES for path in folder.glob(pattern) if path.is_file()}
+        hashes = {str(path.relative_to(folder)): _hash(path.read_bytes()) for path in named}
+        found[kind] = _hash(hashes)
+    return found
+
+
+def _folder(name: str, revision: str | None) -> Path | None:
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        config = try_to_load_from_cache(name, "config.json", revision=revision)
+    except ValueError:  # not a repository's name
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def arguments(args: Any) -> dict[str, Any]:
+    """ARGUMENTS by name; a chat template in a file counts by its text."""
+    template = args.chat_template
+    if template is not None and Path(template).is_file():
+        template = Path(template).read_text()
+    named = {name: getattr(args, name, None) for name in ARGUMENTS}
+    return {**named, "chat_template": template}
+
+
+def guarantee(config: GateConfig) -> dict[str, Any] | str:
+    """What decides which rows are settled unverified; with `exact`, none are."""
+    if config.policy == "observe":
+        return OBSERVED
+    if config.guarantee == "exact":
+        return {"guarantee": "exact"}
+    chosen = asdict(config)
+    return {name: chosen[name] for name in ("guarantee", "policy", "threshold", "repair")}
+
+
+def plan(config: GateConfig, verifier: Verifier) -> dict[str, Any]:
+    """What is canonical: shapes of verify pass and prefill, and row counts of each operator."""
+    graphs = [size for size in verifier.graph_sizes(1 << 20) if size >= verifier.rows]
+    kept = {"limit": invariance.largest_rows(verifier.device), "split": invariance.SPLIT_TILE}
+    kept |= {found["name"]: found["plan"] for found in invariance.records() if found["plan"]}
+    return {
+        "rows": config.rows,
+        "prefill_chunk": config.prefill_chunk,
+        "graph": min(graphs, default=None),  # rows of the graph that a verify pass replays
+        "kept": kept if config.invariant else None,
+    }
+
+
+def _of_all_ranks(digest: str, group: Any, ranks: int) -> str:
+    """Each rank holds a part of the weights; a collective where there are several."""
+    if ranks == 1:
+        return digest
+    gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(gathered, digest, group=group)
+    return _hash(gathered)
+
+
+def _hash(value: Any) -> str:
+    """Of bytes as they are, of anything else as JSON."""
+    text = json.dumps(value, sort_keys=True, default=str).encode()
+    return hashlib.sha256(value if isinstance(value, bytes) else text).hexdigest()[:DIGITS]
+
+
+def weights_change(original: Any, manager: Any, received: Any) -> Any:
+    """AROUND what replaces weights in SchedulerWeightUpdaterManager, failures included."""
+    if getattr(received, "action", "") in LOOKS_ONLY:
+        return original(manager, received)
+    flushed = False
+    try:
+        result = original(manager, received)
+        flushed = getattr(received, "flush_cache", False) and getattr(result, "success", False)
+        return result
+    finally:
+        state.controller().fingerprint.weights_changed(flushed=flushed)

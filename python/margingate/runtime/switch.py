@@ -1,0 +1,47 @@
+"""The per-request switch, written as any other sampling parameter.
+
+`deterministic` goes into `custom_params`, which SGLang carries to the scheduler; a server without
+the gate knows neither and says so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from margingate.runtime.request import SWITCH, not_a_switch
+
+
+def _with_switch(custom: Any, value: Any) -> dict[str, Any]:
+    """`custom_params` with the switch; the plain parameter wins. Raises ValueError: HTTP 400."""
+    if sentence := not_a_switch(value):
+        raise ValueError(sentence)
+    return {**(custom or {}), SWITCH: value}
+
+
+def tokenized_object(_manager: Any, obj: Any, *_args: Any, **_kwargs: Any) -> None:
+    """BEFORE TokenizerManager._create_tokenized_object: `deterministic` in sampling_params.
+
+    Replaces the dict, which requests of a batch share and which the caller may use again.
+    """
+    params = obj.sampling_params
+    if SWITCH not in params:
+        return
+    rest = {name: value for name, value in params.items() if name != SWITCH}
+    if params[SWITCH] is not None:  # as with SGLang's own parameters
+        rest["custom_params"] = _with_switch(rest.get("custom_params"), params[SWITCH])
+    obj.sampling_params = rest
+
+
+async def openai_request(original: Any, serving: Any, request: Any, raw_request: Any) -> Any:
+    """AROUND OpenAIServingBase.handle_request: `deterministic` beside OpenAI's parameters.
+
+    SGLang drops what it does not know, so it is read from the body, which is parsed already.
+    """
+    if hasattr(request, "custom_params"):
+        value = (await raw_request.json()).get(SWITCH)
+        if value is not None:
+            try:
+                request.custom_params = _with_switch(request.custom_params, value)
+            except ValueError as error:
+                return serving.create_error_response(str(error))
+    return await original(serving, request, raw_request)

@@ -1,0 +1,464 @@
+"""Events: their records, the socket that never waits, and the command that shows them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import msgspec
+import psutil
+import pytest
+import zmq
+
+from margingate.cli import watch_view
+from margingate.cli.main import main
+from margingate.config import GateConfig, GateError, check_endpoint
+from margingate.core.ledger import Outcome
+from margingate.events import (
+    SCHEMA,
+    End,
+    EventError,
+    Flag,
+    Gaps,
+    Message,
+    Pass,
+    Received,
+    Settled,
+    Step,
+    Subscriber,
+    Totals,
+    Verdict,
+    decode,
+    encode,
+    subscribe,
+)
+from margingate.runtime import publisher
+from margingate.runtime.publisher import MOST_RECORDS, QUEUE, Publisher
+
+FLIP = Verdict("r1", 7, "flip", 11, 12, 0.125, True, 3)
+COUNTS = {"steps": 40, "flagged": 4, "passes": 3, "flips": 1, "missed": 0, "rolled_back": 3}
+RECORDS = (
+    Step(5, "decode", 8, 7, False, 7, 1),
+    Flag("r1", 7, 0.125, "below"),
+    FLIP,
+    Verdict("r1", 8, "stale", None, 3, None, False, 0),
+    Pass(12, 2, 0.03, "full"),
+    Settled("r1", 0.04),
+    End("r1", "stop", 24, {"steps": 24, "drain_s": 0.5}),
+    Totals(5, 4, 3, 7, 1, COUNTS),
+)
+
+
+@pytest.fixture
+def endpoint() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.fixture
+def out(endpoint) -> Iterator[Publisher]:
+    out = Publisher(endpoint)
+    yield out
+    out.close()
+
+
+def message(seq: int, *records, stream: str = "a") -> Message:
+    return Message(SCHEMA, stream, seq, 1.5, list(records))
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.005)
+
+
+def one_sentence(error: object) -> str:
+    text = str(error)
+    assert "\n" not in text and text.endswith(".") and ". " not in text
+    return text
+
+
+# Records
+
+
+def test_what_is_encoded_is_decoded():
+    sent = message(3, *RECORDS)
+    assert decode(encode(sent)) == sent
+
+
+def test_records_are_maps_that_any_msgpack_reader_understands():
+    plain = msgspec.msgpack.decode(encode(message(3, FLIP)))
+    assert plain["schema"] == SCHEMA and plain["seq"] == 3
+    [record] = plain["records"]
+    assert (record["type"], record["rid"], record["row"]) == ("verdict", "r1", 7)
+
+
+def test_a_reader_passes_over_fields_it_does_not_know():
+    plain = msgspec.msgpack.decode(encode(message(3, FLIP)))
+    plain["records"][0]["new"] = 1
+    assert decode(msgspec.msgpack.encode(plain)) == message(3, FLIP)
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff", b"hello", msgspec.msgpack.encode({"seq": 1})])
+def test_what_is_no_message_is_refused(data):
+    with pytest.raises(EventError) as caught:
+        decode(data)
+    assert "no event of the gate" in str(caught.value)
+
+
+def test_another_schema_is_refused_whatever_else_it_says():
+    with pytest.raises(EventError) as caught:
+        decode(msgspec.msgpack.encode({"schema": SCHEMA + 1, "seq": "?"}))
+    assert f"schema {SCHEMA + 1}" in one_sentence(caught.value)
+
+
+def test_gaps_are_counted():
+    gaps = Gaps()
+    assert [gaps.before(message(seq)) for seq in (9, 10, 13, 14)] == [0, 0, 2, 0]
+    assert gaps.before(message(3, stream="b")) == 2  # started anew, and two went by
+    assert gaps.before(message(4, stream="b")) == 0
+
+
+# The option
+
+
+@pytest.mark.parametrize(
+    "value", ["tcp://127.0.0.1:5557", "tcp://*:1", "tcp://[::1]:65535", "ipc:///tmp/x", "ipc://@x"]
+)
+def test_endpoints(value):
+    assert GateConfig(events_endpoint=value).events_endpoint == value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("", "5557", "127.0.0.1:5557", "tcp://127.0.0.1", "tcp://:5557", "tcp://h:0"),
+        *("tcp://h:65536", "tcp://h:5557/x", "tcp://h:*", "udp://h:1", "ipc://", "ipc://a b"),
+        *("tcp://h:1\n", 5557, True),
+    ],
+)
+def test_what_is_no_endpoint_is_refused(value):
+    with pytest.raises(GateError) as caught:
+        check_endpoint("--gate-events-endpoint", value)
+    text = one_sentence(caught.value)
+    assert text.startswith(f"--gate-events-endpoint is {value!r}: give tcp://HOST:PORT")
+
+
+def test_the_readme_lists_every_option():
+    table = (Path(__file__).parents[1] / "README.md").read_text()
+    for option in fields(GateConfig):
+        assert f"| `--gate-{option.name.replace('_', '-')}` |" in table
+
+
+def test_each_data_parallel_rank_has_an_endpoint():
+    assert publisher.endpoint_of("tcp://h:10", 0) == "tcp://h:10"
+    assert publisher.endpoint_of("tcp://h:10", 3) == "tcp://h:13"
+    assert publisher.endpoint_of("ipc:///tmp/x", 3) == "ipc:///tmp/x-3"
+    with pytest.raises(GateError, match="give a lower one"):
+        publisher.endpoint_of("tcp://h:65535", 1)
+
+
+def test_an_endpoint_in_use_is_refused_before_any_scheduler_starts(endpoint, out):
+    args = SimpleNamespace(node_rank=0, dp_size=1)
+    with pytest.raises(GateError) as caught:
+        publisher.refuse_endpoint(args, GateConfig(events_endpoint=endpoint))
+    text = one_sentence(caught.value)
+    assert text.startswith(f"--gate-events-endpoint {endpoint} cannot be bound (Address")
+    out.close()
+    publisher.refuse_endpoint(args, GateConfig(events_endpoint=endpoint))
+    args.node_rank = 1  # rank 0 of tensor parallelism is elsewhere
+    publisher.refuse_endpoint(args, GateConfig(events_endpoint="tcp://203.0.113.1:1"))
+
+
+def test_an_ipc_endpoint_is_not_taken_from_another_server(tmp_path):
+    endpoint = f"ipc://{tmp_path}/events"
+    first = Publisher(endpoint)
+    with pytest.raises(GateError, match="cannot be bound"):
+        Publisher(endpoint)
+    first.close()
+    Publisher(endpoint).close()
+    (tmp_path / "notes").write_text("kept")
+    with pytest.raises(GateError, match="a file is there"):
+        Publisher(f"ipc://{tmp_path}/notes")
+    assert (tmp_path / "notes").read_text() == "kept"
+
+
+# The publisher
+
+
+def test_a_subscriber_gets_one_message_per_step_in_order(endpoint, out):
+    with Subscriber(endpoint) as subscriber:
+        wait_for(out.look, "nobody was heard of")
+        for record in RECORDS:
+            out.tell(lambda record=record: record)
+        out.send()
+        out.tell(lambda: FLIP)
+        out.send()
+        out.send()  # nothing was told: nothing is sent
+        first, second = subscriber.receive(5), subscriber.receive(5)
+        assert first and second and subscriber.receive(0.05) is None
+    assert first.message.records == list(RECORDS)
+    assert (second.message.records, second.message.seq) == ([FLIP], first.message.seq + 1)
+    assert (first.lost, second.lost) == (0, 0)
+    wait_for(lambda: out.look() or not out.listening, "the subscriber seems not to leave")
+
+
+def test_a_long_step_is_sent_in_pieces(endpoint, out):
+    with Subscriber(endpoint) as subscriber:
+        wait_for(out.look, "nobody was heard of")
+        for _ in range(2 * MOST_RECORDS + 1):
+            out.tell(lambda: FLIP)
+        out.send()
+        found = [subscriber.receive(5) for _ in range(3)]
+    assert [len(r.message.records) for r in found] == [MOST_RECORDS, MOST_RECORDS, 1]
+
+
+def publish(out: Publisher, steps: int, make: Callable[[], Verdict]) -> float:
+    """Seconds for so many steps of 20 records."""
+    start = time.monotonic()
+    for _ in range(steps):
+        for _ in range(20):
+            out.tell(make)
+        out.look()
+        out.send()
+    return time.monotonic() - start
+
+
+def test_without_a_subscriber_no_record_is_made(out):
+    def fail() -> Verdict:
+        raise AssertionError("made for nobody")
+
+    assert publish(out, 10_000, fail) < 10
+    assert out._records == []
+
+
+def test_one_who_comes_back_sees_that_it_missed_something(endpoint, out):
+    with Subscriber(endpoint) as subscriber:
+        wait_for(out.look, "nobody was heard of")
+        publish(out, 1, lambda: FLIP)
+        before = subscriber.receive(5).message.seq
+    wait_for(lambda: out.look() or not out.listening, "the subscriber seems not to leave")
+    publish(out, 5, lambda: FLIP)
+    with Subscriber(endpoint) as subscriber:
+        wait_for(out.look, "nobody was heard of")
+        publish(out, 1, lambda: FLIP)
+        assert subscriber.receive(5).message.seq == before + 6
+
+
+def test_a_subscriber_that_stops_reading_is_not_waited_for(endpoint, out):
+    with zmq.Context() as context, context.socket(zmq.SUB) as lazy:
+        lazy.setsockopt(zmq.RCVHWM, 1)
+        lazy.setsockopt(zmq.RCVBUF, 1 << 16)
+        lazy.setsockopt(zmq.SUBSCRIBE, b"")
+        lazy.connect(endpoint)
+        wait_for(out.look, "nobody was heard of")
+        publish(out, QUEUE, lambda: FLIP)  # the queues are full now
+        before = psutil.Process().memory_info().rss
+        assert publish(out, 10_000, lambda: FLIP) < 10  # 200,000 records, about 25 MB
+        assert psutil.Process().memory_info().rss - before < 10 << 20
+        gaps, lost = Gaps(), 0
+        while lazy.poll(300):
+            lost += gaps.before(decode(lazy.recv()))
+            publish(out, 1, lambda: FLIP) if not lost else None  # it is served again
+        assert lost > 0
+
+
+def test_two_subscribers_are_independent(endpoint, out):
+    with zmq.Context() as context, context.socket(zmq.SUB) as lazy:
+        lazy.setsockopt(zmq.RCVHWM, 1)
+        lazy.setsockopt(zmq.SUBSCRIBE, b"")
+        lazy.connect(endpoint)
+        with Subscriber(endpoint) as subscriber:
+            wait_for(out.look, "nobody was heard of")
+            time.sleep(0.3)  # the second to subscribe is not told of
+            publish(out, 1, lambda: FLIP)
+            assert subscriber.receive(5)
+            for _ in range(2000):
+                publish(out, 1, lambda: FLIP)
+                assert subscriber.receive(5).lost == 0
+
+
+def test_subscribe_iterates(endpoint, out):
+    arrivals = subscribe(endpoint)
+    with talking(out):
+        first, second = next(arrivals), next(arrivals)
+    assert second.message.seq == first.message.seq + 1
+    arrivals.close()
+
+
+def test_an_endpoint_without_a_host_cannot_be_subscribed_to():
+    with pytest.raises(EventError) as caught:
+        Subscriber("tcp://*:5557")
+    assert "name the server's host" in one_sentence(caught.value)
+    with pytest.raises(GateError):
+        Subscriber("5557")
+
+
+# The observer
+
+
+def test_the_observer_tells_what_the_gate_does(endpoint, out):
+    from margingate.runtime.events import GateEvents
+    from margingate.runtime.request import Counts
+
+    counts = Counts(steps=9, flagged=1)
+    gate = SimpleNamespace(margins=[9.0, 0.1, 5.0], flags=bytearray(3), counts=counts)
+    finish = SimpleNamespace(to_json=lambda: {"type": "length"})
+    req = SimpleNamespace(rid="r", gate=gate, output_ids=[4, 6, 7], finished_reason=finish)
+    batch = SimpleNamespace(reqs=[req], forward_mode=SimpleNamespace(is_decode=lambda: True))
+    controller = SimpleNamespace(
+        step=3, canonical_steps=0, requests={"1:r": req}, held={}, totals=Counts(passes=2)
+    )
+    events = GateEvents(controller, out)
+    with Subscriber(endpoint) as subscriber:
+        wait_for(lambda: events.turned() or out.listening, "nobody was heard of")
+        [totals] = subscriber.receive(5).message.records
+        events.flagged(req, 2, 0.1, "below")
+        events.stepped(batch, 1, False)
+        events.judged(req, 2, Outcome.FLIP, 6, 5)
+        events.judged(req, 3, Outcome.STALE, -1, 8)
+        events.passed(2, 1, 0.5, "now")
+        events.settled(req, 0.25)
+        events.ended(req)
+        events.turned()
+        found = subscriber.receive(5).message.records
+    assert (totals.counts["steps"], totals.counts["passes"], totals.open) == (9, 2, 1)
+    assert found[:4] == [
+        Flag("r", 2, 0.1, "below"),
+        Step(3, "decode", 1, 1, False, 1, 0),
+        Verdict("r", 2, "flip", 6, 5, 0.1, True, 2),
+        Verdict("r", 3, "stale", None, 8, None, False, 0),
+    ]
+    assert found[4:6] == [Pass(2, 1, 0.5, "now"), Settled("r", 0.25)]
+    assert (found[6].finish, found[6].tokens, found[6].counts["steps"]) == ("length", 3, 9)
+
+
+# The command
+
+
+@contextmanager
+def talking(out: Publisher) -> Iterator[None]:
+    """Meanwhile all RECORDS are published again and again, as steps of their own."""
+    done = threading.Event()
+
+    def talk() -> None:
+        while not done.wait(0.02):
+            out.look()
+            for record in RECORDS:
+                out.tell(lambda record=record: record)
+            out.send()
+
+    thread = threading.Thread(target=talk)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_watch_json_prints_a_line_per_record(endpoint, out, capsys):
+    with talking(out):
+        assert main(["watch", "--endpoint", endpoint, "--json", "--for", "1"]) == 0
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(printed) >= len(RECORDS)
+    assert {line["type"] for line in printed} >= {"step", "flag", "verdict", "end", "totals"}
+    flip = next(line for line in printed if line.get("outcome") == "flip")
+    assert (flip["rid"], flip["row"], flip["token"], flip["verified"]) == ("r1", 7, 11, 12)
+    assert all({"seq", "time", "stream"} <= line.keys() for line in printed)
+
+
+def test_a_line_tells_of_lost_messages_and_is_json_whatever_the_margin():
+    odd = Flag("r", 1, float("nan"), "not_finite")
+    first, second = map(json.loads, watch_view.lines(Received(message(9, odd), lost=4)))
+    assert (first["type"], first["messages"]) == ("lost", 4)
+    assert second["margin"] is None
+
+
+def test_watch_shows_figures_and_the_last_flips(endpoint, out, capsys):
+    with talking(out):
+        assert main(["watch", "--endpoint", endpoint, "--for", "1.5"]) == 0
+    shown = capsys.readouterr().out
+    for text in ("trigger rate", "10.0% (4 of 40)", "75.0% (3 of 4)", "r1", "0.1250", "40 ms"):
+        assert text in shown, shown
+
+
+def test_the_view_says_that_nothing_comes():
+    from rich.console import Console
+
+    view, console = watch_view.View("tcp://h:1", quiet_s=3), Console(width=80)
+
+    def shown(at: float) -> str:
+        with console.capture() as capture:
+            console.print(view.render(at))
+        return capture.get()
+
+    assert "waiting for events from tcp://h:1" in shown(0)
+    view.feed(Received(message(1, *RECORDS), lost=2), at=1)
+    assert "waiting for events" not in shown(2) and "2 of 3" in shown(2)
+    assert "waiting for events from tcp://h:1: none for 9 s" in shown(10)
+
+
+def test_rates_are_taken_over_the_last_seconds():
+    view = watch_view.View("tcp://h:1", quiet_s=3)
+    for second in range(20):
+        sums = Totals(second, 0, 0, 0, 0, {"passes": second * 4})
+        record = Message(SCHEMA, "a", second + 1, float(second), [sums])
+        view.feed(Received(record, 0), at=second)
+    assert len(view._totals) <= 7
+    assert view._rate("passes") == "4.0" and view._rate("steps") == "1.0"
+
+
+@pytest.mark.parametrize("flags", [["--json"], []])
+def test_watch_says_when_nothing_came(endpoint, capsys, flags):
+    assert main(["watch", "--endpoint", endpoint, "--for", "0.4", *flags]) == 1
+    said = capsys.readouterr().err
+    assert f"no events came from {endpoint} in 0.4 s" in said
+
+
+def test_watch_refuses_what_it_cannot_subscribe_to(capsys):
+    for wrong in ("5557", "tcp://*:5557"):
+        assert main(["watch", "--endpoint", wrong]) == 1
+        assert wrong in one_sentence(capsys.readouterr().err.strip())
+    assert main(["watch", "--endpoint", "tcp://h:1", "--for", "0"]) == 1
+    assert "--for is 0" in capsys.readouterr().err
+
+
+def test_watch_refuses_another_schema(endpoint, capsys):
+    with zmq.Context() as context, context.socket(zmq.PUB) as other:
+        other.bind(endpoint)
+        done = threading.Event()
+
+        def talk() -> None:
+            while not done.wait(0.02):
+                other.send(msgspec.msgpack.encode({"schema": 99, "seq": 1}))
+
+        thread = threading.Thread(target=talk)
+        thread.start()
+        try:
+            assert main(["watch", "--endpoint", endpoint, "--json", "--for", "10"]) == 1
+        finally:
+            done.set()
+            thread.join()
+    assert "the events have schema 99" in one_sentence(capsys.readouterr().err.strip())
+
+
+def test_ctrl_c_ends_it_cleanly(endpoint):
+    command = [sys.executable, "-m", "margingate.cli.main", "watch", "--endpoint", endpoint]
+    with subprocess.Popen([*command, "--json"], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr.readline().startswith("margingate: waiting for events from tcp://")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+        assert process.stderr.read() == ""

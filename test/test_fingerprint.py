@@ -1,0 +1,277 @@
+"""The fingerprint: what is in it, and that a weight update never leaves it stale."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from margingate.config import GateConfig
+
+CONFIG = GateConfig(rows=16, prefill_chunk=64)
+
+
+@pytest.fixture(scope="module")
+def fingerprint() -> Any:
+    from margingate.runtime import fingerprint
+
+    return fingerprint
+
+
+@pytest.fixture(scope="module")
+def weights() -> Any:
+    from margingate.runtime import weights
+
+    return weights
+
+
+def tiny_model() -> torch.nn.Module:
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.LayerNorm(4))
+    model.head = torch.nn.Linear(4, 8, bias=False)
+    model.head.weight = model[0].weight
+    return model.to(torch.bfloat16)
+
+
+# Weights
+
+
+def test_the_digest_is_of_content_name_shape_and_dtype(weights):
+    model = tiny_model()
+    before = weights.digest(model)
+    assert before == weights.digest(tiny_model())
+    assert len(before) == 64
+    assert before != weights.digest(tiny_model().to(torch.float16))
+    with torch.no_grad():
+        model[1].bias.view(torch.int16)[3] ^= 1  # the last bit of one value
+    assert before != weights.digest(model)
+
+
+def test_tied_weights_are_read_once(weights):
+    names = [name for name, _ in weights._distinct(tiny_model())]
+    assert names == ["0.weight", "1.weight", "1.bias"]
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_a_checksum_sees_every_bit_and_every_place(weights, monkeypatch, size):
+    monkeypatch.setattr(weights, "WORDS", 64)  # several pieces
+    data = torch.arange(size, dtype=torch.uint8) + 1
+    total = weights.checksum(data)
+    assert torch.equal(total, weights.checksum(data.clone()))
+    for place in {0, size // 2, size - 1}:
+        other = data.clone()
+        other[place] ^= 1
+        assert total != weights.checksum(other)
+    if size > 4:
+        swapped = data.clone()
+        swapped[:8] = data[[4, 5, 6, 7, 0, 1, 2, 3]]  # two words
+        assert total != weights.checksum(swapped)
+
+
+def test_a_checksum_does_not_ask_for_a_layout(weights):
+    wide = torch.arange(12.0).reshape(3, 4)
+    assert torch.equal(weights.checksum(wide.T), weights.checksum(wide.T.contiguous()))
+    assert weights.checksum(wide.T) != weights.checksum(wide)
+
+
+# Its life
+
+
+class Server:
+    """Weights that can be replaced, and a cache that may hold columns."""
+
+    def __init__(self, make: Callable[..., Any], **parts: Any) -> None:
+        self.weights, self.cached, self.read = "a" * 64, False, 0
+        self.fingerprint = make(
+            {"files": {}, "plan": 1, **parts}, self._digest, lambda: not self.cached
+        )
+
+    def _digest(self) -> str:
+        self.read += 1
+        return self.weights
+
+    def update(self, weights: str, *, flushed: bool = True) -> None:
+        self.weights = weights * 64
+        self.fingerprint.weights_changed(flushed=flushed)
+
+    def now(self) -> str | None:
+        value: str | None = self.fingerprint.of()["fingerprint"]
+        return value
+
+
+@pytest.fixture
+def server(fingerprint) -> Server:
+    return Server(fingerprint.Fingerprint)
+
+
+def test_it_is_short_and_the_same_for_the_same(server, fingerprint):
+    value = server.now()
+    assert len(value) == 16 and int(value, 16) >= 0
+    assert server.fingerprint.of() == {"fingerprint": value}
+    assert value == Server(fingerprint.Fingerprint).now()
+    assert value != Server(fingerprint.Fingerprint, plan=2).now()
+    server.fingerprint.admit()
+    assert server.read == 1
+
+
+def test_after_an_update_it_is_null_until_a_request_comes_and_then_another(server, fingerprint):
+    first = server.now()
+    for _ in range(3):  # a large model comes in several parts
+        server.update("b")
+    assert server.fingerprint.of() == {
+        "fingerprint": None,
+        "fingerprint_because": fingerprint.STALE,
+    }
+    generation = server.fingerprint.admit()
+    assert server.read == 2
+    assert server.fingerprint.of(generation) == {"fingerprint": server.now()}
+    assert server.now() not in (first, None)
+    server.update("a")
+    server.fingerprint.admit()
+    assert server.now() == first, "it is about the weights, not about how they came"
+
+
+def test_a_request_that_saw_both_weights_has_none(server, fingerprint):
+    generation = server.fingerprint.admit()
+    server.update("b")
+    crossed = {"fingerprint": None, "fingerprint_because": fingerprint.CROSSED}
+    assert server.fingerprint.of(generation) == crossed
+    newer = server.fingerprint.admit()
+    assert server.fingerprint.of(generation) == crossed
+    assert server.fingerprint.of(newer)["fingerprint"]
+
+
+def test_columns_of_old_weights_leave_none_until_they_are_flushed(server, fingerprint):
+    server.cached = True
+    server.update("b", flushed=False)
+    generation = server.fingerprint.admit()
+    mixed = {"fingerprint": None, "fingerprint_because": fingerprint.MIXED}
+    assert server.fingerprint.of(generation) == mixed
+    server.update("c", flushed=False)
+    server.cached = False
+    assert server.fingerprint.of(server.fingerprint.admit())["fingerprint"]
+    server.cached = True  # columns of the new ones
+    assert server.fingerprint.of(server.fingerprint.admit())["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("part", "because"),
+    [({"files": None}, "files could not be found"), ({"guarantee": None}, "policy observe")],
+)
+def test_without_a_promise_there_is_none_and_no_weights_are_read(fingerprint, part, because):
+    part = {name: fingerprint.OBSERVED if name == "guarantee" else None for name in part}
+    server = Server(fingerprint.Fingerprint, **part)
+    assert server.now() is None
+    assert server.fingerprint.of()["fingerprint_because"].startswith(because)
+    assert server.read == 0
+
+
+@pytest.mark.parametrize(
+    ("received", "success", "generations", "flushed"),
+    [
+        ({"flush_cache": True}, True, 1, True),
+        ({"flush_cache": True}, False, 1, False),
+        ({"flush_cache": False}, True, 1, False),
+        ({"tags": ["weights"]}, True, 1, False),
+        ({"action": "reset_tensors"}, True, 1, False),
+        ({"action": "checksum"}, True, 0, False),
+    ],
+)
+def test_whatever_replaces_weights_is_noticed(
+    fingerprint, monkeypatch, server, received, success, generations, flushed
+):
+    server.cached = True
+    controller = SimpleNamespace(fingerprint=server.fingerprint)
+    monkeypatch.setattr(fingerprint.state, "controller", lambda: controller)
+    result = SimpleNamespace(success=success)
+    ask = SimpleNamespace(**received)
+    assert fingerprint.weights_change(lambda manager, ask: result, None, ask) is result
+    assert server.fingerprint.admit() == generations
+    assert (server.now() is None) is (generations == 1 and not flushed)
+
+
+def test_an_update_that_raises_is_noticed_too(fingerprint, monkeypatch, server):
+    controller = SimpleNamespace(fingerprint=server.fingerprint)
+    monkeypatch.setattr(fingerprint.state, "controller", lambda: controller)
+
+    def fail(_manager: Any, _received: Any) -> None:
+        raise RuntimeError("half of them are in")
+
+    with pytest.raises(RuntimeError):
+        fingerprint.weights_change(fail, None, SimpleNamespace(flush_cache=True))
+    assert server.fingerprint.admit() == 1
+
+
+# Its parts
+
+
+def test_the_arguments_exist_in_this_sglang(fingerprint):
+    from sglang.srt.server_args import ServerArgs
+
+    assert set(fingerprint.ARGUMENTS) <= {field.name for field in fields(ServerArgs)}
+
+
+def test_a_chat_template_counts_by_its_text(fingerprint, tmp_path):
+    file = tmp_path / "template.jinja"
+    file.write_text("{{ messages }}")
+    args = SimpleNamespace(chat_template=str(file), quantization=None)
+    assert fingerprint.arguments(args)["chat_template"] == "{{ messages }}"
+    args.chat_template = "llama-2"
+    assert fingerprint.arguments(args)["chat_template"] == "llama-2"
+
+
+def test_files_count_by_name_and_content_wherever_they_are(fingerprint, tmp_path):
+    def folder(name: str, **contents: str) -> str:
+        (tmp_path / name).mkdir()
+        for file, text in {"config": "{}", "tokenizer": "[]", **contents}.items():
+            (tmp_path / name / f"{file}.json").write_text(text)
+        return str(tmp_path / name)
+
+    def files(name: str) -> Any:
+        return fingerprint.files(name, name, None)
+
+    one = folder("one")
+    assert files(one) == files(folder("two", unrelated="1"))
+    assert files(one) != files(folder("three", tokenizer="[1]"))
+    assert files(one) != files(folder("four", generation_config="{}"))
+    assert fingerprint.files(one, folder("five"), None) == files(one)
+    assert fingerprint.files("nobody/nothing-of-this-name", one, None) is None
+    assert fingerprint.files("/nowhere/at/all", one, None) is None
+
+
+def test_a_setting_counts_where_it_can_change_an_answer(fingerprint):
+    def changed(**settings: Any) -> bool:
+        return bool(fingerprint.guarantee(replace(CONFIG, **settings)) != of_default)
+
+    of_default = fingerprint.guarantee(CONFIG)
+    assert changed(threshold=0.25) and changed(policy="always") and changed(repair="column")
+    assert changed(guarantee="exact")
+    assert not (changed(max_delay=3) or changed(overlap="on") or changed(debug=True))
+    exact = replace(CONFIG, guarantee="exact")
+    assert fingerprint.guarantee(exact) == fingerprint.guarantee(replace(exact, threshold=0.25))
+    assert fingerprint.guarantee(replace(CONFIG, policy="observe")) == fingerprint.OBSERVED
+
+
+def test_the_plan_names_shapes_and_row_classes(fingerprint, monkeypatch):
+    found = [{"name": "down", "plan": [2, 64]}, {"name": "norm", "plan": None}]
+    monkeypatch.setattr(fingerprint.invariance, "records", lambda: found)
+    verifier = SimpleNamespace(rows=16, device="cpu", graph_sizes=lambda largest: [8, 24, 32])
+    plan = fingerprint.plan(CONFIG, verifier)
+    assert (plan["rows"], plan["prefill_chunk"], plan["graph"]) == (16, 64, 24)
+    assert plan["kept"]["down"] == [2, 64] and "norm" not in plan["kept"]
+    assert fingerprint.plan(replace(CONFIG, fast_path="stock"), verifier)["kept"] is None
+    assert json.loads(json.dumps(plan)) == plan
+
+
+def test_the_model_of_the_tests_has_a_digest(weights, model: Path):
+    from safetensors.torch import load_file
+
+    tensors = load_file(model / "model.safetensors")
+    holder = SimpleNamespace(state_dict=lambda: tensors)
+    assert weights.digest(holder) == weights.digest(holder)
