@@ -116,7 +116,7 @@ def test_the_table_and_its_meaning(capsys):
 
     Console(width=140).print(command.make_table(REPORT))
     said = capsys.readouterr().out
-    assert "1 | 2 to 8" in said and "2 to 8 rows" in said and "1 to 2 | 8" in said
+    assert "1 | 2 to 8" in said and "kept to 2 to 8" in said and "1 to 2 | 8" in said
     assert "number of rows, down_proj gives a row other bits: this is why" in said_of(REPORT)
     assert "canonical at 2 of 3 measured row counts; rows of the others" in said_of(REPORT)
     assert "No operator of a decode step depends" in said_of({**REPORT, "operators": []})

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from margingate.config import GateError
-from margingate.core.rowclass import RowPlan, choose, runs
+from margingate.core.rowclass import RowPlan, Times, choose, runs, timed_counts
 from margingate.runtime import invariance, probe
 
 
@@ -29,6 +29,27 @@ def test_the_class_that_leaves_most_counts_alone_is_chosen():
     assert runs({1: 0, 2: 0, 3: 1, 4: 0}) == [([1, 2], 0), ([3], 1), ([4], 0)]
     with pytest.raises(ValueError, match="from 3 to 2"):
         RowPlan(3, 2)
+
+
+CLASSES = {1: 0, 8: 0, 16: 0, 32: 0, 64: 0, 128: 1, 192: 1, 256: 1}
+FLAT = dict.fromkeys(timed_counts(CLASSES), 30.0)
+
+
+def test_a_plan_that_is_clearly_faster_is_taken_instead():
+    assert choose(CLASSES) == RowPlan(1, 64)
+    # A call in pieces takes twice the time; padding costs little.
+    assert choose(CLASSES, Times(FLAT, None)) == RowPlan(128, 256)
+    slow_when_padded = {count: 10.0 if count <= 64 else 100.0 for count in FLAT}
+    assert choose(CLASSES, Times(slow_when_padded, None)) == RowPlan(1, 64)
+
+
+def test_the_invariant_kernel_is_taken_where_it_is_clearly_faster():
+    as_fast = {count: 1.01 * us for count, us in FLAT.items()}
+    assert choose(CLASSES, Times(FLAT, as_fast)) == RowPlan(1, 256, own_kernel=True)
+    slower = {count: 3 * us for count, us in FLAT.items()}
+    assert choose(CLASSES, Times(FLAT, slower)) == RowPlan(128, 256)
+    assert choose(dict.fromkeys(CLASSES, 0), Times(FLAT, as_fast)) is None
+    assert not RowPlan(1, 256, own_kernel=True).holds(8)
 
 
 WEIGHT = torch.randn(24, 40, generator=torch.Generator().manual_seed(1)).bfloat16()

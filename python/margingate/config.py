@@ -14,7 +14,7 @@ GUARANTEES = ("sparse", "exact")
 REPAIRS = ("span", "column")
 FAST_PATHS = ("invariant", "stock")
 DEFAULTS = ("on", "off")
-OVERLAPS = ("off", "on")
+OVERLAPS = ("auto", "off", "on")
 PROBES = ("cached", "fresh")
 MAX_ROWS = 1024
 _ENDPOINT = re.compile(r"tcp://(?:\[[0-9a-fA-F:.]+\]|[^\s/:\[\]]+):(\d{1,5})|ipc://(\S+)")
@@ -93,9 +93,9 @@ class GateConfig:
         parse=int,
     )
     overlap: str = _option(
-        "off",
-        "off: switch SGLang's overlap scheduling off; on: leave it on, and wait for the step in "
-        "flight only when something is to be verified (new: tested on the CPU platform only).",
+        "auto",
+        "on: leave SGLang's overlap scheduling on, and wait for the step in flight only when "
+        "something is to be verified; off: switch it off; auto: on with a GPU, off on a CPU.",
         choices=OVERLAPS,
     )
     prefill_chunk: int | None = _option(
@@ -159,7 +159,7 @@ class GateConfig:
         _check_switch("--gate-debug", self.debug)
         _check_switch("--gate-inject-faults", self.inject_faults)
         _check_switch("--gate-study", self.study)
-        if self.study and (self.policy != "observe" or self.overlap != "off"):
+        if self.study and (self.policy != "observe" or self.overlap == "on"):
             raise GateError(
                 "--gate-study forces tokens on requests: use it with --gate-policy observe and "
                 "--gate-overlap off, or drop it."

@@ -133,7 +133,7 @@ def make_table(report: dict[str, Any]) -> Table:
     table.add_column("shape")
     table.add_column("modules", justify="right")
     table.add_column("row counts with the same bits")
-    table.add_column("is run with")
+    table.add_column("plan")
     for row in rows(report):
         shape = " x ".join(map(str, row["shape"]))
         name, modules = row["name"].rsplit(".", 1)[-1], str(row["modules"])
@@ -142,8 +142,10 @@ def make_table(report: dict[str, Any]) -> Table:
 
 
 def _runs_with(row: dict[str, Any]) -> str:
+    from margingate.core.rowclass import RowPlan
+
     if row["plan"] is not None:
-        return f"{row['plan'][0]} to {row['plan'][1]} rows"
+        return str(RowPlan(*row["plan"]))
     return "any" if len({key for _, key in row["classes"]}) == 1 else "as it comes"
 
 

@@ -95,6 +95,8 @@ def post_init(original: Any, self: Any) -> None:
         original(self)
         return
     refusals.refuse_server(self)  # first as given, before SGLang's own checks speak
+    if config.overlap == "auto":
+        config = replace(config, overlap=_best_overlap(config))
     if config.overlap == "off" and not self.disable_overlap_schedule:
         self.disable_overlap_schedule = True
         logger.info("margingate sets --disable-overlap-schedule: it verifies between two steps.")
@@ -112,6 +114,13 @@ def post_init(original: Any, self: Any) -> None:
         refusals.refuse_model(self.get_model_config())
         if config.calibration is not None:
             load_threshold(config.calibration, machine.describe(self), part="machine")
+
+
+def _best_overlap(config: GateConfig) -> str:
+    """On a CPU a step and its results share the cores, so nothing is gained."""
+    import torch
+
+    return "on" if torch.cuda.is_available() and not config.study else "off"
 
 
 def _choose_attention(args: Any, config: GateConfig) -> None:

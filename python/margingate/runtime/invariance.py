@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 LARGEST = {"cpu": 64}  # rows up to which linear layers are probed and planned, by device
 LARGEST_ON_GPU = 256
-SPLIT_TILE = 256  # tokens of K/V a Triton decode split covers
+SPLIT_TILE = 256  # tokens of K/V a Triton decode split covers, until there are MOST_SPLITS
+MOST_SPLITS = 32  # of one row; each holds room for a partial result of every row, and a block
 
 _plans: dict[int, RowPlan] = {}
 _limit = LARGEST_ON_GPU  # of this process's device
@@ -78,10 +79,7 @@ def _fix_attention(runner: Any) -> None:
     if name == "TorchNativeAttnBackend":
         return  # a loop over the rows, each with its own length
     if name == "TritonAttnBackend":
-        backend.enable_deterministic = True
-        backend.split_tile_size = SPLIT_TILE
-        backend.max_kv_splits = -(-backend.max_context_len // SPLIT_TILE)
-        backend.static_kv_splits = False
+        fix_triton_splits(backend)
         return
     if name == "FlashInferAttnBackend":
         # Decode graphs made from here on use tensor cores and no split (FlashInfer's graphs
@@ -95,11 +93,25 @@ def _fix_attention(runner: Any) -> None:
     )
 
 
+def fix_triton_splits(backend: Any) -> None:
+    """Make the number of splits of a Triton decode a function of the sequence length alone."""
+    lengths = torch.arange(backend.max_context_len + 1, device=backend.device)
+    splits = ((lengths + SPLIT_TILE - 1) // SPLIT_TILE).clamp(1, MOST_SPLITS).to(torch.int32)
+    backend.max_kv_splits = int(splits[-1])
+
+    def get_num_kv_splits(num_kv_splits: torch.Tensor, seq_lens: torch.Tensor) -> None:
+        torch.index_select(splits, 0, seq_lens, out=num_kv_splits)
+
+    backend.get_num_kv_splits = get_num_kv_splits
+
+
 def apply_linear(original: Any, method: Any, layer: Any, x: torch.Tensor, bias: Any = None) -> Any:
     """AROUND UnquantizedLinearMethod.apply: stay within the operator's class of row counts."""
     plan = _plans.get(id(layer))
-    if plan is None or x.dim() != 2 or plan.holds(x.shape[0]):
-        return original(method, layer, x, bias)
+    if plan is None or x.dim() != 2 or x.shape[0] > _limit or plan.holds(x.shape[0]):
+        return original(method, layer, x, bias)  # more rows: a prefill, canonical by its shape
+    if plan.own_kernel:
+        return probe.invariant_matmul(x, weight=layer.weight, bias=bias)
     return _in_class(plan, x, lambda piece: original(method, layer, piece, bias))
 
 
@@ -108,17 +120,17 @@ def compute_lm_head(
 ) -> Any:
     """AROUND LogitsProcessor._compute_lm_head."""
     plan = _plans.get(id(lm_head))
-    if plan is None or plan.holds(hidden.shape[0]):
+    if plan is None or hidden.shape[0] > _limit or plan.holds(hidden.shape[0]):
         return original(processor, hidden, lm_head, bias)
+    if plan.own_kernel:
+        weight = lm_head.weight
+        return probe.invariant_matmul(hidden.to(weight.dtype), weight=weight, bias=bias)
     return _in_class(plan, hidden, lambda piece: original(processor, piece, lm_head, bias))
 
 
 def _in_class(plan: RowPlan, x: torch.Tensor, operator: probe.Operator) -> torch.Tensor:
-    rows = x.shape[0]
-    if rows > _limit:  # a prefill: isolated, and canonical by its shape
-        return operator(x)
     outputs = []
-    for start, stop in plan.pieces(rows):
+    for start, stop in plan.pieces(x.shape[0]):
         piece, missing = x[start:stop], plan.low - (stop - start)
         if missing > 0:
             piece = torch.nn.functional.pad(piece, (0, 0, 0, missing))

@@ -13,17 +13,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any, Self
 
 import torch
 
 from margingate.config import GateError
-from margingate.core.rowclass import RowPlan, choose, runs
+from margingate.core.rowclass import RowPlan, Times, choose, runs, timed_counts
 
 SAMPLE_ROWS = 64  # rows computed at every count; twice that from counts above it
 SEED = 20260530
+TIMED_CALLS = 20
 Operator = Callable[[torch.Tensor], torch.Tensor]
 Rows = Callable[[torch.Tensor], torch.Tensor]  # row indices [n] -> their results, of one call
 
@@ -42,13 +43,13 @@ class Finding:
 
     def __str__(self) -> str:
         groups = [f"{run[0]} to {run[-1]}" for run, _ in runs(self.classes)]
-        kept = "" if self.plan is None else f", kept to {self.plan.low} to {self.plan.high}"
+        kept = "" if self.plan is None else f", {self.plan}"
         same = " | ".join(groups) + kept
         return f"{self.name} {list(self.shape)} x{self.modules}: {same} ({self.seconds:.1f} s)"
 
     def record(self) -> dict[str, Any]:
         """For JSON; `from_record` reads it."""
-        plan = None if self.plan is None else [self.plan.low, self.plan.high]
+        plan = None if self.plan is None else list(astuple(self.plan))
         classes = [list(item) for item in self.classes.items()]
         return {**vars(self), "shape": list(self.shape), "classes": classes, "plan": plan}
 
@@ -212,9 +213,58 @@ def _probe_group(same: list[Member], counts: Sequence[int]) -> Finding:
     weight = first.module.weight
     with torch.inference_mode(), refusing(first.name):
         classes = probe_operator(first.operator, weight.shape[-1], counts, weight)
-    plan = choose(classes) if first.kind == "linear" else None
+        plan = _plan(first, classes) if first.kind == "linear" else None
     seconds = time.monotonic() - start
     return Finding(first.kind, first.name, tuple(weight.shape), len(same), classes, plan, seconds)
+
+
+def _plan(member: Member, classes: dict[int, int]) -> RowPlan | None:
+    """By measured times on a GPU; elsewhere the plan must not depend on the clock."""
+    weight = member.module.weight
+    if len(set(classes.values())) == 1 or not weight.is_cuda:
+        return choose(classes)
+    counts = timed_counts(classes)
+    kernel = None
+    own = partial(invariant_matmul, weight=weight, bias=None)
+    if len(set(probe_operator(own, weight.shape[-1], list(classes), weight).values())) == 1:
+        kernel = _microseconds(own, weight, counts)
+    return choose(classes, Times(_microseconds(member.operator, weight, counts), kernel))
+
+
+def invariant_matmul(
+    x: torch.Tensor, *, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """SGLang's batch-invariant kernel: x [rows, inputs] by weight [outputs, inputs]."""
+    from sglang.srt.batch_invariant_ops import matmul_persistent
+
+    return matmul_persistent(x.contiguous(), weight.T, bias)
+
+
+def _microseconds(
+    operator: Operator, weight: torch.Tensor, counts: Sequence[int]
+) -> dict[int, float]:
+    """Time of one call by row count, in a CUDA graph as when it serves."""
+    sample = torch.randn(max(counts), weight.shape[-1], device=weight.device).to(weight)
+    found = {}
+    for count in counts:
+        rows = sample[:count]
+        operator(rows)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(TIMED_CALLS):
+                operator(rows)
+        found[count] = min(_replay_ms(graph) for _ in range(3)) / TIMED_CALLS * 1e3
+    return found
+
+
+def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    graph.replay()
+    stop.record()
+    stop.synchronize()
+    return float(start.elapsed_time(stop))
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from margingate.runtime.probe import Finding
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
 LIBRARIES = ("torch", "sglang", "triton", "flashinfer-python", "nvidia-cublas")
 
 
