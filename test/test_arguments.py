@@ -123,7 +123,7 @@ def test_an_events_endpoint_in_use_ends_the_start(prepare):
 
 def test_the_flag_attaches_the_settings_and_sets_what_the_gate_needs(prepare):
     server_args = prepare(GATE)
-    assert server_args._margingate == GateConfig(rows=16, prefill_chunk=64)
+    assert server_args._margingate == GateConfig(rows=16, prefill_chunk=64, overlap="off")
     assert server_args.disable_overlap_schedule is True
     assert server_args.radix_cache_backend == "margingate"
 
@@ -145,6 +145,7 @@ def test_every_option_reaches_the_settings(prepare):
         repair="span",
         rows=8,
         max_delay=3,
+        overlap="off",
         prefill_chunk=32,
         debug=True,
         inject_faults=True,
@@ -248,7 +249,9 @@ def test_keywords_turn_the_gate_on(server_args_class, folder):
     server_args = server_args_class(
         model_path=folder, device="cpu", deterministic_gate=True, gate_threshold=0.25, gate_rows=8
     )
-    assert server_args._margingate == GateConfig(threshold=0.25, rows=8, prefill_chunk=64)
+    assert server_args._margingate == GateConfig(
+        threshold=0.25, rows=8, prefill_chunk=64, overlap="off"
+    )
     assert server_args.radix_cache_backend == "margingate"
 
 
@@ -527,10 +530,10 @@ def test_attention_that_can_be_made_invariant_is_served(decode):
     refusals.refuse_fast_path(backends("cuda", decode), GateConfig())
 
 
-def test_other_attention_and_the_stock_path_on_a_gpu_are_refused():
-    with pytest.raises(GateError, match="--attention-backend fa3"):
-        refusals.refuse_fast_path(backends("cuda", "fa3"), GateConfig())
-    with pytest.raises(GateError, match="--gate-fast-path stock is not built for device cuda"):
-        refusals.refuse_fast_path(backends("cuda", "triton"), GateConfig(fast_path="stock"))
+def test_other_attention_is_refused_on_either_path():
+    for config in (GateConfig(), GateConfig(fast_path="stock")):
+        with pytest.raises(GateError, match="--attention-backend fa3"):
+            refusals.refuse_fast_path(backends("cuda", "fa3"), config)
     refusals.refuse_fast_path(backends("cpu", "torch_native"), GateConfig(fast_path="stock"))
+    refusals.refuse_fast_path(backends("cuda", "triton"), GateConfig(fast_path="stock"))
     refusals.refuse_fast_path(backends("cuda", "fa3"), GateConfig(policy="observe"))

@@ -261,7 +261,9 @@ def test_a_setting_counts_where_it_can_change_an_answer(fingerprint):
 def test_the_plan_names_shapes_and_row_classes(fingerprint, monkeypatch):
     found = [{"name": "down", "plan": [2, 64]}, {"name": "norm", "plan": None}]
     monkeypatch.setattr(fingerprint.invariance, "records", lambda: found)
-    verifier = SimpleNamespace(rows=16, device="cpu", graph_sizes=lambda largest: [8, 24, 32])
+    verifier = SimpleNamespace(
+        rows=16, device="cpu", graph_sizes=lambda largest: [8, 24, 32], backend=None
+    )
     plan = fingerprint.plan(CONFIG, verifier)
     assert (plan["rows"], plan["prefill_chunk"], plan["graph"]) == (16, 64, 24)
     assert plan["kept"]["down"] == [2, 64] and "norm" not in plan["kept"]

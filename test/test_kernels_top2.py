@@ -32,8 +32,9 @@ from margingate_kernels import (
 from margingate_kernels.top2 import launch_top2
 
 NAN, INF = math.nan, math.inf
-BLOCK = top2_triton.BLOCK
-VOCABS = (1, 2, 7, 100, BLOCK - 1, BLOCK, BLOCK + 1, 49152)
+PART = top2_triton.PART
+BLOCK = top2_triton.WARPS * PART  # columns of one program
+VOCABS = (1, 2, 7, 100, PART + 8, BLOCK - 1, BLOCK, BLOCK + 1, 49152)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ATOL, RTOL = 2e-6, 4e-7  # of logprob, as softmax_top2_reference states
 
@@ -91,11 +92,38 @@ def check_ties(device: str) -> None:
     groups = [[0, 1], edge, [BLOCK, 2 * BLOCK], [0, 3 * BLOCK], [7, BLOCK - 1, BLOCK], [3, 4, 5]]
     groups += [[BLOCK + 1, 3 * BLOCK + 1, 3 * BLOCK + 2], [3 * BLOCK + 8, 3 * BLOCK + 9]]
     logits = tied_rows(3 * BLOCK + 10, groups).to(device)
+    assert_finds_ties(logits, groups)
+
+
+def check_ties_within_a_part(device: str) -> None:
+    """In one group, in one lane, in other lanes of the same or another step, in other warps."""
+    for dtype in (torch.float32, torch.bfloat16):
+        group = 16 // dtype.itemsize
+        step = 32 * group  # columns that a warp reads at once
+        groups = [[0, 1], [group - 1, group], [2, step + 1], [1, 2 * step, 3 * step]]
+        groups += [[step - 1, step], [group, step], [3 * group, step + group, step + 3 * group]]
+        groups += [[2 * step, 2 * step + 1], [PART - 1, PART], [PART - step, PART, 2 * PART]]
+        for vocab in (BLOCK, BLOCK - 1):  # the second reads column by column
+            assert_finds_ties(tied_rows(vocab, groups).to(dtype).to(device), groups)
+
+
+def assert_finds_ties(logits: torch.Tensor, groups: list[list[int]]) -> None:
     got = run_body(logits)
     assert got.ids.tolist() == [g[0] for g in groups]
     assert got.runner_up.tolist() == [g[1] for g in groups]
     assert got.margin.tolist() == [0.0] * len(groups)
     assert_matches_oracle(got, softmax_top2_reference(logits))
+
+
+def check_few_distinct_values(device: str) -> None:
+    """Ties everywhere, among NaN and infinities too; in some rows one value prevails."""
+    pool = torch.tensor([-INF, NAN, -3.0, -0.0, 0.0, 1.0, INF])
+    for vocab in (1, 5, 12, 1000, BLOCK + 8):
+        generator = torch.Generator().manual_seed(vocab)
+        choice = torch.multinomial(torch.rand(16, 7, generator=generator) ** 6, vocab, True)
+        for dtype in (torch.float32, torch.bfloat16):
+            logits = pool[choice].to(dtype).to(device)
+            assert_matches_oracle(run_body(logits), softmax_top2_reference(logits), (vocab, dtype))
 
 
 def check_flat_rows(device: str) -> None:
@@ -148,17 +176,13 @@ def special_rows(vocab: int) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def check_several_blocks_per_split(device: str) -> None:
-    """The loop inside one program, which real vocabularies up to 262144 do not reach."""
-    most, vocab = top2_triton.MAX_SPLITS, 6 * BLOCK + 17
-    groups = [[BLOCK - 1, BLOCK], [2 * BLOCK, 5 * BLOCK], [BLOCK, 3 * BLOCK, 6 * BLOCK + 16]]
-    logits = torch.cat([tied_rows(vocab, groups), special_rows(vocab)]).to(device)
-    top2_triton.MAX_SPLITS = 2
-    try:
-        assert top2_triton.split_plan(vocab) == (4, 2)
-        assert_matches_oracle(run_body(logits), softmax_top2_reference(logits))
-    finally:
-        top2_triton.MAX_SPLITS = most
+def check_many_parts(device: str) -> None:
+    """More parts than the merging warp has lanes."""
+    vocab = 9 * BLOCK + 16
+    groups = [[BLOCK - 1, BLOCK], [2 * BLOCK, 9 * BLOCK], [PART, 33 * PART, 9 * BLOCK + 15]]
+    logits = torch.cat([tied_rows(vocab, groups), special_rows(vocab)[::3]]).to(device)
+    assert top2_triton.part_count(vocab) == 40
+    assert_matches_oracle(run_body(logits), softmax_top2_reference(logits))
 
 
 def check_rows_are_independent(device: str) -> None:
@@ -181,7 +205,7 @@ def check_views_and_padding(device: str) -> None:
     wide = random_logits(4, BLOCK + 40, torch.float32, device)
     for view in (wide[:, :100], wide[::2, 3:], wide[:1].expand(3, -1), wide[:, 1 : BLOCK + 1]):
         assert_matches_oracle(run_body(view), softmax_top2_reference(view))
-    for valid in (1, 100, BLOCK, BLOCK + 1):
+    for valid in (1, 99, 100, PART + 1, BLOCK, BLOCK + 1):
         padded = wide.clone()
         padded[:, valid:] = NAN
         padded[1, valid:] = INF
@@ -212,7 +236,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
 
 def run_checks() -> dict[str, str]:
     """Every check on CPU tensors, in the interpreter: its name and "ok" or the traceback."""
-    assert isinstance(top2_triton.scan_splits, triton.runtime.interpreter.InterpretedFunction)
+    assert isinstance(top2_triton.scan_parts, triton.runtime.interpreter.InterpretedFunction)
     outcome = {}
     for name, check in CHECKS.items():
         try:
@@ -262,41 +286,52 @@ def test_replays_in_a_cuda_graph() -> None:
     assert_same_bits(out, softmax_top2(logits))
 
 
-@pytest.mark.parametrize("aligned", [True, False])
-@pytest.mark.parametrize("blocks_per_split", [1, 3])
-def test_jit_bodies_compile_for_hopper(aligned: bool, blocks_per_split: int) -> None:
+@pytest.mark.parametrize(
+    ("vocab", "group"),
+    [(7, 1), (8, 8), (32000, 8), (49152, 8), (128256, 8), (128256, 1), (152064, 8)],
+)
+def test_jit_bodies_compile_for_hopper(vocab: int, group: int) -> None:
     """Without a GPU: what the interpreter accepts the compiler may not."""
-    plan = {"splits": 4, "blocks_per_split": blocks_per_split, "block": BLOCK, "aligned": aligned}
-    vocab = 4 * blocks_per_split * BLOCK
-    pointers = {"logits": "*bf16", "values": "*fp32", "ids": "*i32", "row_stride": "i32"}
-    ptx = hopper_ptx(
-        top2_triton.scan_splits, pointers, {"vocab": vocab, "valid_vocab": vocab, **plan}
+    parts = top2_triton.part_count(vocab)
+    plan = {"valid_vocab": vocab, "parts": parts, "group": group, "overlap": True}
+    pointers = {"logits": "*bf16", "row_stride": "i32", "values": "*fp32", "ids": "*i32"}
+    steps, warps = top2_triton.COLUMNS_PER_LANE // group, top2_triton.WARPS
+    scan = hopper_ptx(
+        top2_triton.scan_parts,
+        pointers,
+        {"vocab": vocab, **plan, "steps": steps, "warps": warps},
+        warps,
     )
-    assert ("ld.global.v4" in ptx) == aligned
+    assert ("ld.global.v4" in scan) == (group > 1)
+    assert "bar.sync" not in scan  # each warp has its part to itself
+    assert "griddepcontrol.launch_dependents" in scan
     out = {
         "out_ids": "*i64",
         "out_runner_up": "*i64",
         "out_margin": "*fp32",
         "out_logprob": "*fp32",
     }
-    parts = {"values": "*fp32", "ids": "*i32"}
-    assert hopper_ptx(top2_triton.merge_splits, {**parts, **out}, {"splits": 4, "lanes": 4})
+    padded = {"padded_parts": triton.next_power_of_2(parts)}
+    merge = hopper_ptx(top2_triton.merge_parts, {**pointers, **out}, {**plan, **padded}, 1)
+    assert merge.index("griddepcontrol.wait") < merge.index("ld.global")
 
 
-def hopper_ptx(kernel: object, types: dict[str, str], constants: dict[str, object]) -> str:
+def hopper_ptx(
+    kernel: object, types: dict[str, str], constants: dict[str, object], warps: int
+) -> str:
     names = kernel.arg_names  # type: ignore[attr-defined]
     signature = {name: types.get(name, "constexpr") for name in names}
     source = triton.compiler.ASTSource(kernel, signature, constants, {})
     target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-    ptx: str = triton.compile(source, target=target, options={"num_warps": 8}).asm["ptx"]
+    ptx: str = triton.compile(source, target=target, options={"num_warps": warps}).asm["ptx"]
     return ptx
 
 
 @given(st.integers(1, 2**22))
-def test_split_plan_covers_the_vocabulary(vocab: int) -> None:
-    per_split, splits = top2_triton.split_plan(vocab)
-    assert 1 <= splits <= top2_triton.MAX_SPLITS
-    assert (splits - 1) * per_split * BLOCK < vocab <= splits * per_split * BLOCK
+def test_parts_cover_the_vocabulary(vocab: int) -> None:
+    parts = top2_triton.part_count(vocab)
+    assert parts % top2_triton.WARPS == 0
+    assert parts * PART - BLOCK < vocab <= parts * PART
 
 
 # ---- the oracle --------------------------------------------------------------------------------
@@ -403,13 +438,13 @@ WORKSPACE = top2_workspace(2, 8, "cpu")
             LOGITS,
             {"workspace": top2_workspace(1, 8, "cpu")},
             ValueError,
-            r"not at least \[2, 3, 1\]; pass top2_workspace\(2, 8",
+            r"not at least \[2, 4, 3\]; pass top2_workspace\(2, 8",
         ),
         (
             LOGITS,
             {"workspace": top2_workspace(2, BLOCK + 1, "cpu")},
             ValueError,
-            r"workspace.values has shape \[2, 3, 2\]",
+            r"workspace.values has shape \[2, 8, 3\]",
         ),
     ],
 )

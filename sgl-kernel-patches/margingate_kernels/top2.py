@@ -35,8 +35,8 @@ class Top2(NamedTuple):
 class Top2Workspace(NamedTuple):
     """Scratch between the kernel's two launches; holds nothing between calls."""
 
-    values: torch.Tensor  # float32 [rows, 3, splits]
-    ids: torch.Tensor  # int32 [rows, 2, splits]
+    values: torch.Tensor  # float32 [rows, parts, 3]
+    ids: torch.Tensor  # int32 [rows, parts, 2]
 
 
 def empty_top2(rows: int, device: torch.device | str) -> Top2:
@@ -51,10 +51,10 @@ def empty_top2(rows: int, device: torch.device | str) -> Top2:
 
 def top2_workspace(rows: int, vocab: int, device: torch.device | str) -> Top2Workspace:
     """Scratch for up to `rows` rows; `vocab` is the width ranked (`valid_vocab` where given)."""
-    splits = top2_triton.split_plan(vocab).splits
+    parts = top2_triton.part_count(vocab)
     return Top2Workspace(
-        torch.empty((rows, 3, splits), dtype=torch.float32, device=device),
-        torch.empty((rows, 2, splits), dtype=torch.int32, device=device),
+        torch.empty((rows, parts, 3), dtype=torch.float32, device=device),
+        torch.empty((rows, parts, 2), dtype=torch.int32, device=device),
     )
 
 
@@ -219,15 +219,15 @@ def _check_workspace(
         raise TypeError(
             f"workspace is a {type(workspace).__name__}; pass top2_workspace(rows, vocab, device)."
         )
-    rows, splits = logits.shape[0], top2_triton.split_plan(valid_vocab).splits
+    rows, parts = logits.shape[0], top2_triton.part_count(valid_vocab)
     make = f"top2_workspace({rows}, {valid_vocab}, device)"
     kinds = ((torch.float32, 3), (torch.int32, 2))
     for name, buffer, (dtype, fields) in zip(Top2Workspace._fields, workspace, kinds, strict=True):
         _check_buffer(f"workspace.{name}", buffer, dtype, logits.device, make)
-        if buffer.shape[1:] != (fields, splits) or buffer.shape[0] < rows:
+        if buffer.shape[1:] != (parts, fields) or buffer.shape[0] < rows:
             raise ValueError(
                 f"workspace.{name} has shape {list(buffer.shape)}, not at least "
-                f"[{rows}, {fields}, {splits}]; pass {make}."
+                f"[{rows}, {parts}, {fields}]; pass {make}."
             )
 
 

@@ -1,40 +1,41 @@
-"""Triton body of `softmax_top2`: every row is split over the vocabulary, then its parts merged.
+"""Triton body of `softmax_top2`: every row is cut into parts, one warp each, that then merge.
 
-A part is (m1, i1, m2, i2, s): its two best logits with their ids and the sum of exp(x - m1).
-How a row is cut and in which order its parts merge follow from the vocabulary size alone, so
-neither the number of rows nor the other rows can change the bits of a row's result.
+A warp reads its part in groups: the columns that one thread reads at once, 16 bytes where the
+address allows. A group stands in the ranking for its largest logit, and groups of equal rank go
+by column, so the row's two best columns lie in its two best groups. The scan therefore tracks
+groups alone, and the merge reads the two that won once more to rank their columns.
+
+A part is (m1, c1, m2, c2, s): the logits that its two best groups stand for, the first columns
+of those groups, and the sum of exp(x - m1). How a row is cut and in which order its parts merge
+follow from the vocabulary size, the dtype and the alignment alone, so neither the number of rows
+nor the other rows can change the bits of a row's result.
 
 Infinities need care in s: x - m1 is NaN where both are the same infinity, and NaN in s is how
-the body carries a NaN logit. So s is taken against 0 where m1 is infinite.
+the body carries a NaN logit. So s is taken against 0 where m1 is infinite. In the ranking NaN
+counts as -inf: tl.max passes over it, and so does every `>`.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-BLOCK = 4096  # columns per load; 16 bytes or more per thread
-MAX_SPLITS = 64  # programs per row; the merge holds this many parts in one warp
-_ALIGN = 16  # bytes of the widest load
+LANES = 32  # threads of a warp
+COLUMNS_PER_LANE = 32  # of one part; they stay in registers between ranking and summing
+PART = LANES * COLUMNS_PER_LANE  # columns
+WARPS = 4  # parts per program; a program's registers stay taken until its last warp is done
+_WIDEST_LOAD = 16  # bytes
 
-_NO_ID = tl.constexpr(2**31 - 1)  # id of a column that does not exist; loses every tie
+_LANES = tl.constexpr(LANES)
+_NO_COLUMN = tl.constexpr(2**31 - 1)  # loses every tie
 _NEG_INF = tl.constexpr(float("-inf"))
 _INF = tl.constexpr(float("inf"))
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_POINTERS = ["logits", "values", "ids"]
 
 
-class SplitPlan(NamedTuple):
-    """How one row is cut."""
-
-    blocks_per_split: int  # blocks of BLOCK columns that one program scans
-    splits: int  # programs per row, none of them empty
-
-
-def split_plan(vocab: int) -> SplitPlan:
-    """Cut `vocab` columns into at most MAX_SPLITS runs of whole blocks; of nothing else."""
-    blocks = triton.cdiv(vocab, BLOCK)
-    per_split = triton.cdiv(blocks, MAX_SPLITS)
-    return SplitPlan(per_split, triton.cdiv(blocks, per_split))
+def part_count(vocab: int) -> int:
+    """Parts of a row of `vocab` columns, as whole programs; the last ones may hold none."""
+    return triton.cdiv(vocab, PART * WARPS) * WARPS
 
 
 @triton.jit
@@ -43,127 +44,180 @@ def _is_nan(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _block_part(x: tl.tensor, ids: tl.tensor) -> tl.tuple:
-    """The part of one block: float32 x [BLOCK] with its ids; absent columns are (-inf, _NO_ID)."""
-    ranked = tl.where(_is_nan(x), _NEG_INF, x)
-    m1 = tl.max(ranked, axis=0)
-    i1 = tl.min(tl.where(ranked == m1, ids, _NO_ID), axis=0)
-    rest = tl.where(ids == i1, _NEG_INF, ranked)
-    m2 = tl.max(rest, axis=0)
-    i2 = tl.min(tl.where((rest == m2) & (ids != i1), ids, _NO_ID), axis=0)
-    base = tl.where(tl.abs(m1) == _INF, 0.0, m1)
-    return m1, i1, m2, i2, tl.sum(tl.exp(x - base), axis=0)
+def _exp(x: tl.tensor) -> tl.tensor:
+    """Unlike tl.exp without the three instructions that keep subnormal results."""
+    return tl.exp2(x * _LOG2_E)
 
 
 @triton.jit
 def _weight(m: tl.tensor, top: tl.tensor) -> tl.tensor:
     """Factor that carries a sum taken against m over to top >= m; never NaN."""
-    return tl.where(m == top, 1.0, tl.exp(m - top))
+    return tl.where(m == top, 1.0, _exp(m - top))
 
 
 @triton.jit
-def _first_of(ma: tl.tensor, ia: tl.tensor, mb: tl.tensor, ib: tl.tensor) -> tl.tuple:
-    """Of two logits the one that ranks first."""
-    a_first = (ma > mb) | ((ma == mb) & (ia < ib))
-    return tl.where(a_first, ma, mb), tl.where(a_first, ia, ib)
+def _finite_or_zero(m: tl.tensor) -> tl.tensor:
+    return tl.where(tl.abs(m) == _INF, 0.0, m)
 
 
 @triton.jit
-def _merge(a: tl.tuple, b: tl.tuple) -> tl.tuple:
-    """The part of two disjoint parts."""
-    ma1, ia1, ma2, ia2, sa = a
-    mb1, ib1, mb2, ib2, sb = b
-    m1, i1 = _first_of(ma1, ia1, mb1, ib1)
-    # The second is the better of the loser's best and the winner's second.
-    a_won = i1 == ia1
-    m2, i2 = _first_of(
-        tl.where(a_won, mb1, ma1),
-        tl.where(a_won, ib1, ia1),
-        tl.where(a_won, ma2, mb2),
-        tl.where(a_won, ia2, ib2),
-    )
-    return m1, i1, m2, i2, sa * _weight(ma1, m1) + sb * _weight(mb1, m1)
+def _load_groups(  # noqa: PLR0917
+    row_ptr: tl.tensor,
+    starts: tl.tensor,  # int32 [LANES, warps]: first column of each lane's first group
+    vocab: tl.constexpr,
+    valid_vocab: tl.constexpr,
+    group: tl.constexpr,
+    steps: tl.constexpr,
+    masked: tl.constexpr,  # some columns may not exist; they read as -inf
+) -> tl.tuple:
+    """All columns of a program: `steps` tiles of float32 [LANES, warps, group]."""
+    tiles: tl.tuple = ()
+    for step in tl.static_range(steps):
+        columns = (starts + step * _LANES * group)[:, :, None] + tl.arange(0, group)[None, None, :]
+        if masked:
+            # Masked by the width, a multiple of the group, and only then by valid_vocab.
+            x = tl.load(row_ptr + columns, mask=columns < vocab, other=_NEG_INF).to(tl.float32)
+            x = tl.where(columns < valid_vocab, x, _NEG_INF)
+        else:
+            x = tl.load(row_ptr + columns).to(tl.float32)
+        tiles += (x,)
+    return tiles
 
 
-# `aligned` replaces Triton's own look at addresses and strides, which could pick another code
+@triton.jit
+def _best_groups(tiles: tl.tuple, steps: tl.constexpr) -> tl.tuple:
+    """Each lane's two best groups: (m1, step1, m2, step2), all [LANES, warps], none NaN.
+
+    A lane meets its groups by ascending column, so a strict `>` leaves ties to the lowest one.
+    """
+    a = tl.max(tiles[0], axis=2)
+    b = tl.max(tiles[1], axis=2)
+    a = tl.where(_is_nan(a), _NEG_INF, a)
+    b = tl.where(_is_nan(b), _NEG_INF, b)
+    m1, step1 = tl.where(b > a, b, a), tl.where(b > a, 1, 0)
+    m2, step2 = tl.where(b > a, a, b), tl.where(b > a, 0, 1)
+    for step in tl.static_range(2, steps):
+        m = tl.max(tiles[step], axis=2)
+        first, second = m > m1, m > m2
+        m2 = tl.where(first, m1, tl.where(second, m, m2))
+        step2 = tl.where(first, step1, tl.where(second, step, step2))
+        m1, step1 = tl.where(first, m, m1), tl.where(first, step, step1)
+    return m1, step1, m2, step2
+
+
+@triton.jit
+def _two_best(m1: tl.tensor, c1: tl.tensor, m2: tl.tensor, c2: tl.tensor) -> tl.tuple:
+    """Along axis 0, kept: the two best of pairs (m1, c1) that rank before their (m2, c2)."""
+    top1 = tl.max(m1, axis=0, keep_dims=True)
+    at1 = tl.min(tl.where(m1 == top1, c1, _NO_COLUMN), axis=0, keep_dims=True)
+    # The winner offers its second, every other its first.
+    won = c1 == at1
+    m, c = tl.where(won, m2, m1), tl.where(won, c2, c1)
+    top2 = tl.max(m, axis=0, keep_dims=True)
+    at2 = tl.min(tl.where(m == top2, c, _NO_COLUMN), axis=0, keep_dims=True)
+    return top1, at1, top2, at2
+
+
+# `group` replaces Triton's own look at addresses and strides, which could pick another code
 # path, and so another order of summation, for the same row at another address.
-@triton.jit(do_not_specialize=["row_stride"], do_not_specialize_on_alignment=["logits"])
-def scan_splits(  # noqa: PLR0917
+@triton.jit(do_not_specialize=["row_stride"], do_not_specialize_on_alignment=_POINTERS)
+def scan_parts(  # noqa: PLR0917
     logits: tl.tensor,  # [rows, vocab]
     row_stride: tl.tensor,  # elements
-    values: tl.tensor,  # float32 [rows, 3, splits]: m1, m2, s
-    ids: tl.tensor,  # int32 [rows, 2, splits]: i1, i2
+    values: tl.tensor,  # float32 [rows, parts, 3]: m1, m2, s
+    ids: tl.tensor,  # int32 [rows, parts, 2]: c1, c2
     vocab: tl.constexpr,
     valid_vocab: tl.constexpr,  # columns from here on do not exist
-    splits: tl.constexpr,
-    blocks_per_split: tl.constexpr,
-    block: tl.constexpr,
-    aligned: tl.constexpr,  # every row starts on, and is a multiple of, 16 bytes
+    parts: tl.constexpr,
+    group: tl.constexpr,  # columns; above 1, rows start on and are multiples of 16 bytes
+    steps: tl.constexpr,  # groups per lane, two or more
+    warps: tl.constexpr,
+    overlap: tl.constexpr,  # let merge_parts be launched already
 ) -> None:
-    """One program per (row, split): write the part of its run of columns."""
-    row = (tl.program_id(0) // splits).to(tl.int64)
-    split = tl.program_id(0) % splits
+    """One program per row and `warps` of its parts: write them."""
+    if overlap:
+        tl.extra.cuda.gdc_launch_dependents()
+    row = (tl.program_id(0) // (parts // warps)).to(tl.int64)
+    first_part = tl.program_id(0) % (parts // warps) * warps
     row_ptr = logits + row * row_stride
-    if aligned:
+    if group > 1:
         row_ptr = tl.multiple_of(row_ptr, 16)
-    part = (_NEG_INF, _NO_ID, _NEG_INF, _NO_ID, 0.0)
-    for step in tl.static_range(blocks_per_split):
-        columns = (split * blocks_per_split + step) * block + tl.arange(0, block)
-        # Masked by the width, a multiple of the vector, and only then by valid_vocab.
-        x = tl.load(row_ptr + columns, mask=columns < vocab, other=_NEG_INF).to(tl.float32)
-        exists = columns < valid_vocab
-        x = tl.where(exists, x, _NEG_INF)
-        block_part = _block_part(x, tl.where(exists, columns, _NO_ID))
-        part = block_part if step == 0 else _merge(part, block_part)
-    m1, i1, m2, i2, s = part
-    tl.store(values + (row * 3 + 0) * splits + split, m1)
-    tl.store(values + (row * 3 + 1) * splits + split, m2)
-    tl.store(values + (row * 3 + 2) * splits + split, s)
-    tl.store(ids + (row * 2 + 0) * splits + split, i1)
-    tl.store(ids + (row * 2 + 1) * splits + split, i2)
+    # Lanes come first and a group last, so that Triton gives each warp a part, each thread a lane.
+    lane = tl.arange(0, _LANES)[:, None]
+    part = first_part + tl.arange(0, warps)[None, :]
+    width: tl.constexpr = steps * _LANES * group  # of a part
+    starts = part * width + lane * group
+    if (first_part + warps) * width <= valid_vocab:
+        tiles = _load_groups(row_ptr, starts, vocab, valid_vocab, group, steps, False)
+    else:
+        tiles = _load_groups(row_ptr, starts, vocab, valid_vocab, group, steps, True)
+
+    m1, step1, m2, step2 = _best_groups(tiles, steps)
+    base = _finite_or_zero(m1)[:, :, None]
+    s = tl.zeros_like(m1)
+    for step in tl.static_range(steps):
+        s += tl.sum(_exp(tiles[step] - base), axis=2)
+    c1, c2 = starts + step1 * (_LANES * group), starts + step2 * (_LANES * group)
+    top1, at1, top2, at2 = _two_best(m1, c1, m2, c2)
+    total = tl.sum(s * _weight(m1, top1), axis=0, keep_dims=True)
+
+    # Each field by a lane of its own, so that no value has to change threads.
+    part += row * parts
+    value = tl.where(lane == 0, top1, tl.where(lane == 1, top2, total))
+    tl.store(values + part * 3 + lane, value, mask=lane < 3)
+    tl.store(ids + part * 2 + lane, tl.where(lane == 0, at1, at2), mask=lane < 2)
 
 
-@triton.jit
-def merge_splits(  # noqa: PLR0917
-    values: tl.tensor,  # float32 [rows, 3, splits]
-    ids: tl.tensor,  # int32 [rows, 2, splits]
+@triton.jit(do_not_specialize=["row_stride"], do_not_specialize_on_alignment=_POINTERS)
+def merge_parts(  # noqa: PLR0917
+    logits: tl.tensor,  # [rows, vocab]
+    row_stride: tl.tensor,  # elements
+    values: tl.tensor,  # float32 [rows, parts, 3]: m1, m2, s
+    ids: tl.tensor,  # int32 [rows, parts, 2]: c1, c2
     out_ids: tl.tensor,  # int64 [rows]
     out_runner_up: tl.tensor,  # int64 [rows]
     out_margin: tl.tensor,  # float32 [rows]
     out_logprob: tl.tensor,  # float32 [rows]
-    splits: tl.constexpr,
-    lanes: tl.constexpr,  # the power of two >= splits
+    valid_vocab: tl.constexpr,
+    parts: tl.constexpr,
+    padded_parts: tl.constexpr,  # the power of two >= parts
+    group: tl.constexpr,
+    overlap: tl.constexpr,  # scan_parts may still run
 ) -> None:
-    """One program per row: merge its parts and write the result."""
+    """One program per row: merge its parts, rank the two groups that won, write the result."""
+    if overlap:
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, lanes)
-    here = lane < splits
-    value_ptr = values + row * 3 * splits + lane
-    id_ptr = ids + row * 2 * splits + lane
-    firsts = tl.load(value_ptr, mask=here, other=_NEG_INF)
-    seconds = tl.load(value_ptr + splits, mask=here, other=_NEG_INF)
-    sums = tl.load(value_ptr + 2 * splits, mask=here, other=0.0)
-    first_ids = tl.load(id_ptr, mask=here, other=_NO_ID)
-    second_ids = tl.load(id_ptr + splits, mask=here, other=_NO_ID)
-
-    m1 = tl.max(firsts, axis=0)
-    i1 = tl.min(tl.where(firsts == m1, first_ids, _NO_ID), axis=0)
-    # The winning split offers its second, every other split its first.
-    won = first_ids == i1
-    rest = tl.where(won, seconds, firsts)
-    rest_ids = tl.where(won, second_ids, first_ids)
-    m2 = tl.max(rest, axis=0)
-    i2 = tl.min(tl.where(rest == m2, rest_ids, _NO_ID), axis=0)
+    part = tl.arange(0, padded_parts)
+    here = part < parts
+    part += row * parts
+    firsts = tl.load(values + part * 3, mask=here, other=_NEG_INF)
+    seconds = tl.load(values + part * 3 + 1, mask=here, other=_NEG_INF)
+    sums = tl.load(values + part * 3 + 2, mask=here, other=0.0)
+    first_columns = tl.load(ids + part * 2, mask=here, other=_NO_COLUMN)
+    second_columns = tl.load(ids + part * 2 + 1, mask=here, other=_NO_COLUMN)
+    m1, c1, _, c2 = _two_best(firsts, first_columns, seconds, second_columns)
     total = tl.sum(sums * _weight(firsts, m1), axis=0)
+
+    lane = tl.arange(0, 2 * group)
+    columns = tl.where(lane < group, c1, c2) + lane % group
+    exists = columns < valid_vocab
+    x = tl.load(logits + row * row_stride + columns, mask=exists, other=_NEG_INF).to(tl.float32)
+    x = tl.where(_is_nan(x), _NEG_INF, x)
+    columns = tl.where(exists, columns, _NO_COLUMN)
+    nothing = tl.full((2 * group,), _NEG_INF, tl.float32)
+    nowhere = tl.full((2 * group,), _NO_COLUMN, tl.int32)
+    m1, i1, m2, i2 = _two_best(x, columns, nothing, nowhere)
 
     margin = m1 - m2
     margin = tl.where(margin == 0.0, 0.0, margin)  # 0.0 - -0.0 may be -0.0
     margin = tl.where(_is_nan(total), float("nan"), margin)
     logprob = tl.where(tl.abs(m1) == _INF, float("nan"), 0.0 - tl.log(total))
-    tl.store(out_ids + row, i1.to(tl.int64))
-    tl.store(out_runner_up + row, tl.where(i2 == _NO_ID, -1, i2).to(tl.int64))
-    tl.store(out_margin + row, margin)
-    tl.store(out_logprob + row, logprob)
+    one = tl.arange(0, 1)
+    tl.store(out_ids + row + one, i1.to(tl.int64))
+    tl.store(out_runner_up + row + one, tl.where(i2 == _NO_COLUMN, -1, i2).to(tl.int64))
+    tl.store(out_margin + row + one, margin)
+    tl.store(out_logprob + row + one, logprob)
 
 
 def launch(
@@ -174,31 +228,47 @@ def launch(
 ) -> None:
     """Both launches, on checked arguments with at least one row; writes `out` and `workspace`."""
     rows, vocab = logits.shape
-    plan = split_plan(valid_vocab)
+    parts = part_count(valid_vocab)
+    group = _group(logits)
+    overlap = _can_overlap(logits.device)
     with torch.cuda.device_of(logits):
-        scan_splits[(rows * plan.splits,)](
+        scan_parts[(rows * parts // WARPS,)](
             logits,
             logits.stride(0),
             *workspace,
             vocab=vocab,
             valid_vocab=valid_vocab,
-            splits=plan.splits,
-            blocks_per_split=plan.blocks_per_split,
-            block=BLOCK,
-            aligned=_is_aligned(logits),
-            num_warps=8,
+            parts=parts,
+            group=group,
+            steps=COLUMNS_PER_LANE // group,
+            warps=WARPS,
+            overlap=overlap,
+            num_warps=WARPS,
         )
-        merge_splits[(rows,)](
+        merge_parts[(rows,)](
+            logits,
+            logits.stride(0),
             *workspace,
             *out,
-            splits=plan.splits,
-            lanes=triton.next_power_of_2(plan.splits),
+            valid_vocab=valid_vocab,
+            parts=parts,
+            padded_parts=triton.next_power_of_2(parts),
+            group=group,
+            overlap=overlap,
             num_warps=1,
+            **({"launch_pdl": True} if overlap else {}),
         )
 
 
-def _is_aligned(logits: torch.Tensor) -> bool:
-    """Whether each row may be read 16 bytes at a time."""
+def _group(logits: torch.Tensor) -> int:
+    """Columns that one thread may read at once, in every row."""
     size = logits.element_size()
     widths = (logits.shape[1] * size, logits.stride(0) * size, logits.data_ptr())
-    return all(width % _ALIGN == 0 for width in widths)
+    return 1 if any(width % _WIDEST_LOAD for width in widths) else _WIDEST_LOAD // size
+
+
+def _can_overlap(device: torch.device) -> bool:
+    """Whether the second launch may start up while the first runs (programmatic launch)."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)

@@ -96,7 +96,7 @@ def post_init(original: Any, self: Any) -> None:
         return
     refusals.refuse_server(self)  # first as given, before SGLang's own checks speak
     if config.overlap == "auto":
-        config = replace(config, overlap=_best_overlap(config))
+        config = replace(config, overlap=_best_overlap(self, config))
     if config.overlap == "off" and not self.disable_overlap_schedule:
         self.disable_overlap_schedule = True
         logger.info("margingate sets --disable-overlap-schedule: it verifies between two steps.")
@@ -116,11 +116,12 @@ def post_init(original: Any, self: Any) -> None:
             load_threshold(config.calibration, machine.describe(self), part="machine")
 
 
-def _best_overlap(config: GateConfig) -> str:
+def _best_overlap(args: Any, config: GateConfig) -> str:
     """On a CPU a step and its results share the cores, so nothing is gained."""
     import torch
 
-    return "on" if torch.cuda.is_available() and not config.study else "off"
+    on_gpu = args.device in (None, "cuda") and torch.cuda.is_available()
+    return "on" if on_gpu and not config.study else "off"
 
 
 def _choose_attention(args: Any, config: GateConfig) -> None:

@@ -66,17 +66,30 @@ def measure(verifier: Verifier, scheduler: Any, largest: int) -> CanonicalSteps:
     counts = graphs or [count for count in EAGER_COUNTS if count <= largest]
     rows = _made_up_rows(scheduler, max([verifier.rows, LEAST_ROWS, *counts]))
     with scratch_rows(verifier.runner, len(rows)):
-        reference = _logits(verifier, rows, verifier.rows)
-        padded = _logits(verifier, rows, max(verifier.rows // 2, 1), verifier.rows)
-        if not _agree(reference, padded):
-            raise GateError(
-                f"--deterministic-gate found that a verify pass of {verifier.rows} rows depends on "
-                "its padding with this model: choose other --gate-rows, or serve without the flag."
-            )
+        reference = _reference(verifier, rows)
         measured = {n: _agree(reference, _logits(verifier, rows, n)) for n in counts}
     steps = CanonicalSteps(measured, bool(graphs))
     logger.info("margingate: decode steps are canonical at %s", steps)
     return steps
+
+
+def check_padding(verifier: Verifier, scheduler: Any) -> None:
+    """Raises GateError where a verify pass depends on how many of its rows are padding."""
+    rows = _made_up_rows(scheduler, max(verifier.rows, LEAST_ROWS))
+    with scratch_rows(verifier.runner, len(rows)):
+        _reference(verifier, rows)
+
+
+def _reference(verifier: Verifier, rows: list[RowInput]) -> torch.Tensor:
+    """What verify passes give, full and half full."""
+    reference = _logits(verifier, rows, verifier.rows)
+    padded = _logits(verifier, rows, max(verifier.rows // 2, 1), verifier.rows)
+    if not _agree(reference, padded):
+        raise GateError(
+            f"--deterministic-gate found that a verify pass of {verifier.rows} rows depends on "
+            "its padding with this model: choose other --gate-rows, or serve without the flag."
+        )
+    return reference
 
 
 def _made_up_rows(scheduler: Any, count: int) -> list[RowInput]:

@@ -11,15 +11,15 @@ from margingate.core.histogram import MarginHistogram
 from margingate.core.ledger import Ledger, Outcome, Row
 from margingate.core.policy import INJECTED, GatePolicy
 from margingate.core.queue import MicroBatchQueue
-from margingate.runtime import ends, fingerprint, integrity, retraction, rollback
-from margingate.runtime.canonical import CanonicalSteps, measure
+from margingate.runtime import ends, fingerprint, integrity, retraction, rollback, verifier
+from margingate.runtime.canonical import CanonicalSteps, check_padding, measure
 from margingate.runtime.invariance import largest_rows
 from margingate.runtime.observer import Observer
 from margingate.runtime.overlap import InFlight, passed_over
 from margingate.runtime.radix import is_gated
 from margingate.runtime.request import Counts, GateRequest, now
 from margingate.runtime.rows import first_token, force, inject_fault, row_input
-from margingate.runtime.verifier import RowResult, Verifier
+from margingate.runtime.verifier import RowResult
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +39,12 @@ class GateController:
         self.ledger = Ledger(config.guarantee, config.repair)
         self.queue = MicroBatchQueue(config.rows, config.max_delay)
         runner = scheduler.tp_worker.model_runner
-        self.verifier = Verifier(runner, config.rows, use_graphs=config.invariant)
+        self.verifier = verifier.build(runner, config)
         self.canonical: CanonicalSteps | None = None  # None: no decode step is taken to be
         if config.invariant:
             self.canonical = measure(self.verifier, scheduler, largest_rows(runner.device))
+        elif config.policy != "observe":
+            check_padding(self.verifier, scheduler)
         self.fingerprint = fingerprint.make(scheduler, config, self.verifier)
         self.totals = Counts()
         self.histogram = MarginHistogram()

@@ -20,7 +20,7 @@ from huggingface_hub import try_to_load_from_cache
 
 import margingate
 from margingate.config import GateConfig
-from margingate.runtime import invariance, machine, probe_cache, state, weights
+from margingate.runtime import attention, invariance, machine, probe_cache, state, weights
 from margingate.runtime.verifier import Verifier
 
 logger = logging.getLogger(__name__)
@@ -201,12 +201,13 @@ def guarantee(config: GateConfig) -> dict[str, Any] | str:
 def plan(config: GateConfig, verifier: Verifier) -> dict[str, Any]:
     """What is canonical: shapes of verify pass and prefill, and row counts of each operator."""
     graphs = [size for size in verifier.graph_sizes(1 << 20) if size >= verifier.rows]
-    kept = {"limit": invariance.largest_rows(verifier.device), "split": invariance.SPLIT_TILE}
+    kept = {"limit": invariance.largest_rows(verifier.device)}
     kept |= {found["name"]: found["plan"] for found in invariance.records() if found["plan"]}
     return {
         "rows": config.rows,
         "prefill_chunk": config.prefill_chunk,
         "graph": min(graphs, default=None),  # rows of the graph that a verify pass replays
+        "split": attention.split_of(verifier.backend),
         "kept": kept if config.invariant else None,
     }
 

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from margingate.config import GateError
 from margingate.core.rowclass import RowPlan
-from margingate.runtime import probe, probe_cache
+from margingate.runtime import attention, probe, probe_cache
 from margingate.runtime.arguments import gate_config
 from margingate.runtime.probe_attention import probe_attention
 
@@ -23,8 +22,6 @@ logger = logging.getLogger(__name__)
 
 LARGEST = {"cpu": 64}  # rows up to which linear layers are probed and planned, by device
 LARGEST_ON_GPU = 256
-SPLIT_TILE = 256  # tokens of K/V a Triton decode split covers, until there are MOST_SPLITS
-MOST_SPLITS = 32  # of one row; each holds room for a partial result of every row, and a block
 
 _plans: dict[int, RowPlan] = {}
 _limit = LARGEST_ON_GPU  # of this process's device
@@ -47,7 +44,7 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
         return
     global _limit  # noqa: PLW0603
     _limit = largest_rows(runner.device)
-    _fix_attention(runner)
+    attention.fix_split(runner.attn_backend)
     config = gate_config(runner.server_args)
     operators = probe.groups(runner.model)
     _findings[:] = _find(runner, operators, fresh=config is not None and config.probe == "fresh")
@@ -70,39 +67,6 @@ def _find(
     for finding in found:
         logger.info("margingate: %s", finding)
     return found
-
-
-def _fix_attention(runner: Any) -> None:
-    """Make decode attention's K/V split a function of the sequence length alone."""
-    backend = runner.attn_backend
-    name = type(backend).__name__
-    if name == "TorchNativeAttnBackend":
-        return  # a loop over the rows, each with its own length
-    if name == "TritonAttnBackend":
-        fix_triton_splits(backend)
-        return
-    if name == "FlashInferAttnBackend":
-        # Decode graphs made from here on use tensor cores and no split (FlashInfer's graphs
-        # know no fixed split size). Steps without a graph are never counted as canonical.
-        backend.decode_use_tensor_cores = True
-        backend.disable_cuda_graph_kv_split = True
-        return
-    raise GateError(
-        f"--gate-fast-path invariant does not know the attention backend {name}: use "
-        "--attention-backend triton or flashinfer, or --gate-fast-path stock."
-    )
-
-
-def fix_triton_splits(backend: Any) -> None:
-    """Make the number of splits of a Triton decode a function of the sequence length alone."""
-    lengths = torch.arange(backend.max_context_len + 1, device=backend.device)
-    splits = ((lengths + SPLIT_TILE - 1) // SPLIT_TILE).clamp(1, MOST_SPLITS).to(torch.int32)
-    backend.max_kv_splits = int(splits[-1])
-
-    def get_num_kv_splits(num_kv_splits: torch.Tensor, seq_lens: torch.Tensor) -> None:
-        torch.index_select(splits, 0, seq_lens, out=num_kv_splits)
-
-    backend.get_num_kv_splits = get_num_kv_splits
 
 
 def apply_linear(original: Any, method: Any, layer: Any, x: torch.Tensor, bias: Any = None) -> Any:

@@ -54,7 +54,7 @@ def _attention(runner: Any, layer: Any, mode: ForwardMode, total: int) -> Rows:
         torch.randn(total, n * size, generator=generator).to(runner.device, runner.dtype)
         for n, size in zip(heads, sizes, strict=True)
     )
-    batches = Verifier(runner, 1, use_graphs=False)
+    batches = Verifier(runner, 1)
 
     def rows(indices: torch.Tensor) -> torch.Tensor:
         positions = indices.tolist()

@@ -22,6 +22,8 @@ from sglang.srt.model_executor.forward_batch_info import (
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
+from margingate.config import GateConfig
+from margingate.runtime import own_decode
 from margingate.runtime.seeds import Draw, logprob_temperature, stack
 from margingate_kernels import seeded_top2, softmax_top2
 
@@ -58,18 +60,23 @@ class RowResult:
 class Verifier:
     """Runs verify passes of exactly `rows` rows on the model of `model_runner`."""
 
-    def __init__(self, model_runner: Any, rows: int, *, use_graphs: bool) -> None:
-        """`use_graphs`: replay the decode graphs, which then must be canonical themselves."""
+    def __init__(
+        self, model_runner: Any, rows: int, *, graphs: Any = None, backend: Any = None
+    ) -> None:
+        """
+        Args:
+            graphs: SGLang's decode graph runner, or one of our own; None: no graphs.
+            backend: for forwards without a graph; None: the model runner's.
+        """
         self.runner = model_runner
-        self._use_graphs = use_graphs
+        self._graphs = graphs
+        self.backend = backend or model_runner.attn_backend
         self.rows = rows
         self.device = model_runner.device
         self._page_table = model_runner.req_to_token_pool.req_to_token
         # SGLang's torch-native attention loops over the rows it is told of; padding rows are
         # there for the GEMMs, whose bits depend on the number of rows, and need no attention.
-        self._attends_row_by_row = type(model_runner.attn_backend).__name__ == (
-            "TorchNativeAttnBackend"
-        )
+        self._attends_row_by_row = type(self.backend).__name__ == "TorchNativeAttnBackend"
 
     def run(self, rows: Sequence[RowInput]) -> list[RowResult]:
         """Verify 1 to `self.rows` rows; those of one request adjacent, positions ascending.
@@ -92,22 +99,20 @@ class Verifier:
         They may be a view of a buffer that the next forward overwrites.
         """
         batch = self.batch(rows, count)
-        graphs = self.runner.decode_cuda_graph_runner if self._use_graphs else None
-        if graphs is not None and graphs.can_run_graph(batch):
-            logits = graphs.execute(batch).next_token_logits
+        if self._graphs is not None and self._graphs.can_run_graph(batch):
+            logits = self._graphs.execute(batch).next_token_logits
             # The event fences the scheduler's writes behind the main forward's reads, not ours.
             self.runner.war_fastpath_read_done_event = None
             return logits
-        backend = self.runner.attn_backend
-        with forward_context(ForwardContext(attn_backend=backend)):
-            backend.init_forward_metadata(batch)
+        with forward_context(ForwardContext(attn_backend=self.backend)):
+            self.backend.init_forward_metadata(batch)
             output = self.runner.model.forward(batch.input_ids, batch.positions, batch)
         return output.next_token_logits
 
     def graph_sizes(self, largest: int) -> list[int]:
         """Row counts that have a decode graph, up to `largest`; empty without graphs."""
-        graphs = self.runner.decode_cuda_graph_runner if self._use_graphs else None
-        return [] if graphs is None else [n for n in sorted(graphs.capture_bs) if n <= largest]
+        sizes = [] if self._graphs is None else sorted(self._graphs.capture_bs)
+        return [size for size in sizes if size <= largest]
 
     def batch(self, rows: Sequence[RowInput], count: int) -> ForwardBatch:
         """A decode batch of `rows`, padded to `count`."""
@@ -135,6 +140,21 @@ class Verifier:
             capture_hidden_mode=CaptureHiddenMode.NULL,
             num_token_non_padded_cpu=count,
         )
+
+
+def build(model_runner: Any, config: GateConfig) -> Verifier:
+    """The verifier that `config` asks for.
+
+    On the invariant path SGLang's own decode, graphs included, is canonical and verifies. On the
+    stock path a CPU's attention is, row by row; a GPU's is not, so the verifier brings its own.
+    """
+    assert config.rows is not None
+    if config.invariant:
+        return Verifier(model_runner, config.rows, graphs=model_runner.decode_cuda_graph_runner)
+    if model_runner.device == "cpu" or config.policy == "observe":
+        return Verifier(model_runner, config.rows)
+    backend, graphs = own_decode.build(model_runner, config.rows)
+    return Verifier(model_runner, config.rows, graphs=graphs, backend=backend)
 
 
 @contextmanager

@@ -1,0 +1,60 @@
+"""Decode attention whose K/V split depends on a row's own length, and on nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from margingate.config import GateError
+
+SPLIT_TILE = 64  # tokens of K/V that a Triton split covers, until a row has MOST_SPLITS
+MOST_SPLITS = (
+    16  # or more, by --triton-attention-num-kv-splits; blocks that a short row leaves idle
+)
+FLASHINFER_TILE = 2048  # tokens that a FlashInfer split covers in a step without a graph
+
+
+def fix_split(backend: Any) -> None:
+    """Make decode attention's K/V split a function of the sequence length alone.
+
+    Before its decode graphs are made.
+
+    Raises:
+        GateError: a backend that this is not known of.
+    """
+    name = type(backend).__name__
+    if name == "TorchNativeAttnBackend":
+        return  # a loop over the rows, each with its own length
+    if name == "TritonAttnBackend":
+        _fix_triton(backend)
+        return
+    if name == "FlashInferAttnBackend":
+        # Graphs made from here on use tensor cores and no split (FlashInfer's graphs know no
+        # fixed split size). Other steps give other bits, so a runner uses graphs only or none.
+        backend.decode_use_tensor_cores = True
+        backend.disable_cuda_graph_kv_split = True
+        backend.decode_split_tile_size = FLASHINFER_TILE
+        return
+    raise GateError(
+        f"--gate-fast-path invariant does not know the attention backend {name}: use "
+        "--attention-backend triton or flashinfer, or --gate-fast-path stock."
+    )
+
+
+def _fix_triton(backend: Any) -> None:
+    """Make the number of splits of a Triton decode a function of the sequence length alone."""
+    most = max(MOST_SPLITS, backend.max_kv_splits)
+    lengths = torch.arange(backend.max_context_len + 1, device=backend.device)
+    splits = ((lengths + SPLIT_TILE - 1) // SPLIT_TILE).clamp(1, most).to(torch.int32)
+    backend.max_kv_splits = int(splits[-1])
+
+    def get_num_kv_splits(num_kv_splits: torch.Tensor, seq_lens: torch.Tensor) -> None:
+        torch.index_select(splits, 0, seq_lens, out=num_kv_splits)
+
+    backend.get_num_kv_splits = get_num_kv_splits
+
+
+def split_of(backend: Any) -> list[int]:
+    """What a row's split depends on besides its length, for a backend after `fix_split`."""
+    return [SPLIT_TILE, getattr(backend, "max_kv_splits", 1)]
