@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 from test_layering import MODULES, below, imported
 
 from margingate.config import GateError
+from margingate.core.audit import Audits
 from margingate.core.policy import Reason
 from margingate.runtime import metrics
 from margingate.runtime.metrics import COUNTED, FLUSH_S, METRICS, PREFIX, GateMetrics
@@ -39,6 +40,7 @@ class Gate:
             reasons={},
             dues={},
             observes_only=policy == "observe",
+            auditor=SimpleNamespace(audits=Audits(1)),
         )
         self.registry = CollectorRegistry()
         self.metrics = GateMetrics(self.controller, LABELS, self.registry)
@@ -96,6 +98,20 @@ def test_counters_are_those_of_ended_and_open_requests(gate):
     assert gate["flips_total"] == rising["flips"] + 5
     assert gate["rows_total{above}"] == 7
     assert gate["open_reqs"] == 1
+
+
+def test_audits_are_told_while_nothing_else_happens(gate):
+    audits = gate.controller.auditor.audits
+    gate.turn()
+    assert gate["audit_mismatch_bound"] == 0, "nothing was flushed yet"
+    audits.compared(40, mismatch=False)
+    audits.compared(3, mismatch=True)
+    audits.dropped = 5
+    gate.metrics.audited("a")
+    gate.turn()
+    assert (gate["audit_requests_total"], gate["audit_tokens_total"]) == (2, 43)
+    assert (gate["audit_mismatches_total"], gate["audit_dropped_total"]) == (1, 5)
+    assert gate["audit_mismatch_bound"] == pytest.approx(0.95**0.5)  # 1 of 2
 
 
 def test_events(gate):

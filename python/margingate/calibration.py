@@ -39,10 +39,10 @@ def miss_bound(missed: int, steps: int, confidence: float) -> float:
     Clopper and Pearson, Biometrika 26 (1934), for independent trials. Steps of one answer are not
     quite that, so take it as an order of magnitude.
     """
-    from scipy.stats import beta
-
     if missed >= steps:
         return 1.0
+    from scipy.stats import beta
+
     return float(beta.ppf(confidence, missed + 1, steps - missed))
 
 

@@ -111,6 +111,13 @@ class GateConfig:
         "device with these versions found, if there was one; fresh measures again.",
         choices=PROBES,
     )
+    audit_rate: float = _option(
+        0.0,
+        "Replay this share of the finished requests, 0 to 1, canonically from the prompt when the "
+        "server is idle, and count those whose tokens differ.",
+        metavar="SHARE",
+        parse=float,
+    )
     events_endpoint: str | None = _option(
         None,
         "Publish flags, verdicts, flips and repairs there, for margingate watch and other "
@@ -156,6 +163,12 @@ class GateConfig:
             _check_range("--gate-prefill-chunk", self.prefill_chunk, 1, 1 << 20)
         if self.events_endpoint is not None:
             check_endpoint("--gate-events-endpoint", self.events_endpoint)
+        _check_share("--gate-audit-rate", self.audit_rate)
+        if self.audit_rate > 0 and self.policy == "observe":
+            raise GateError(
+                "--gate-audit-rate replays gated requests, and --gate-policy observe gates none: "
+                "drop one of the two."
+            )
         _check_switch("--gate-debug", self.debug)
         _check_switch("--gate-inject-faults", self.inject_faults)
         _check_switch("--gate-study", self.study)
@@ -184,6 +197,11 @@ def _check_choice(option: str, value: Any, choices: tuple[str, ...]) -> None:
 def _check_range(option: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise GateError(f"{option} is {value!r}: give a whole number from {low} to {high}.")
+
+
+def _check_share(option: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise GateError(f"{option} is {value!r}: give a number from 0 to 1.")
 
 
 def check_endpoint(option: str, value: Any) -> None:
@@ -228,11 +246,13 @@ def _parse(name: str, value: Any) -> Any:
     try:
         if name == "threshold":
             return value if value == "auto" else float(value)
+        if name == "audit_rate":
+            return float(value)
         if name in ("rows", "max_delay", "prefill_chunk"):
             return int(value)
     except ValueError:
         option = "--gate-" + name.replace("_", "-")
-        kind = "number" if name == "threshold" else "whole number"
+        kind = "number" if name in ("threshold", "audit_rate") else "whole number"
         raise GateError(f"{option} is {value!r}, which is not a {kind}: give a {kind}.") from None
     return value
 

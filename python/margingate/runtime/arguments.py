@@ -108,6 +108,7 @@ def post_init(original: Any, self: Any) -> None:
     object.__setattr__(self, ATTRIBUTE, config)
     refusals.refuse_server(self)
     refusals.refuse_chunks(self, config)
+    refusals.refuse_audit(self, config)
     publisher.refuse_endpoint(self, config)
     if self.model_path.lower() not in ("none", "dummy"):  # SGLang resolves nothing for these
         refusals.refuse_fast_path(self, config)

@@ -12,6 +12,7 @@ from margingate.core.ledger import Ledger, Outcome, Row
 from margingate.core.policy import INJECTED, GatePolicy
 from margingate.core.queue import MicroBatchQueue
 from margingate.runtime import ends, fingerprint, integrity, retraction, rollback, verifier
+from margingate.runtime.audit import Auditor
 from margingate.runtime.canonical import CanonicalSteps, check_padding, measure
 from margingate.runtime.invariance import largest_rows
 from margingate.runtime.observer import Observer
@@ -46,6 +47,7 @@ class GateController:
         elif config.policy != "observe":
             check_padding(self.verifier, scheduler)
         self.fingerprint = fingerprint.make(scheduler, config, self.verifier)
+        self.auditor = Auditor(self)
         self.totals = Counts()
         self.histogram = MarginHistogram()
         self.reasons: dict[str, int] = {}

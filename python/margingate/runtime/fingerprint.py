@@ -84,6 +84,11 @@ class Fingerprint:
         self._value = ""
         self._refresh()
 
+    @property
+    def generation(self) -> int:
+        """Of the weights in memory: how often they may have been replaced."""
+        return self._generation
+
     def weights_changed(self, *, flushed: bool) -> None:
         """The weights may be others now; `flushed`: no columns of the old ones are left."""
         self._generation += 1

@@ -224,7 +224,7 @@ RUNTIME_HOOKS = (
         AFTER,
         scheduler.on_idle,
         "self",
-        "forgets requests that vanished from SGLang's queues",
+        "forgets requests that vanished from SGLang's queues; audits",
         _CALLBACK,
     ),
     Hook(

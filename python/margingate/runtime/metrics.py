@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from margingate.config import GateError
 from margingate.core.policy import Reason
 from margingate.core.queue import Due
+from margingate.runtime import audit
 from margingate.runtime.observer import Observer, summed
 from margingate.runtime.request import now
 
@@ -117,6 +118,31 @@ METRICS = (
         "per wait: from the first token that is not settled until all of the request's are",
         buckets=SECONDS,
     ),
+    Metric(
+        "audit_requests_total",
+        "counter",
+        "requests",
+        "finished requests replayed and compared (`--gate-audit-rate`)",
+    ),
+    Metric("audit_tokens_total", "counter", "tokens", "output tokens compared by audits"),
+    Metric(
+        "audit_mismatches_total",
+        "counter",
+        "requests",
+        "audited requests with a token that differs; should stay 0",
+    ),
+    Metric(
+        "audit_dropped_total",
+        "counter",
+        "requests",
+        "requests chosen for an audit and not compared",
+    ),
+    Metric(
+        "audit_mismatch_bound",
+        "gauge",
+        "share",
+        "upper 95 % confidence bound on mismatches per request; 1 before the first audit",
+    ),
     Metric("open_reqs", "gauge", "requests", "gated requests with a token and no end yet"),
     Metric("held_reqs", "gauge", "requests", "gated requests whose end waits for verification"),
 )
@@ -129,6 +155,13 @@ COUNTED = {
     "rolled_back_tokens_total": "rolled_back",
     "repaired_columns_total": "repaired",
     "retractions_total": "retractions",
+}
+# Counters of `Audits`.
+AUDITED = {
+    "audit_requests_total": "audited",
+    "audit_tokens_total": "tokens",
+    "audit_mismatches_total": "mismatches",
+    "audit_dropped_total": "dropped",
 }
 _LABELS = {metric.name: metric.label for metric in METRICS}
 _Series = tuple[str, str]  # a metric's name and its own label's value, "" without one
@@ -225,6 +258,9 @@ class GateMetrics(Observer):
             self._observe("drain_seconds", req.gate.counts.drain_s)
         self._changed = True  # the controller counts the rest
 
+    def audited(self, rid: str) -> None:
+        self._changed = True
+
     def turned(self) -> None:
         if self._changed and now() - self._flushed >= FLUSH_S:
             self.flush()
@@ -251,6 +287,7 @@ class GateMetrics(Observer):
             for value in values:
                 child.observe(value)
             values.clear()
+        self._child("audit_mismatch_bound").set(audit.bound(self._controller.auditor.audits))
         self._child("open_reqs").set(len(self._controller.requests))
         self._child("held_reqs").set(len(self._controller.held))
 
@@ -259,6 +296,8 @@ class GateMetrics(Observer):
         yield from self._tally.items()
         for name, field in COUNTED.items():
             yield (name, ""), getattr(counts, field)
+        for name, field in AUDITED.items():
+            yield (name, ""), getattr(controller.auditor.audits, field)
         for reason, rows in controller.reasons.items():
             yield ("rows_total", reason), rows
         for due, passes in controller.dues.items():

@@ -37,6 +37,9 @@ class Observer:
     def ended(self, req: Any) -> None:
         """The request's last output is on its way; `req.gate.counts` are final."""
 
+    def audited(self, rid: str) -> None:
+        """A replay of this finished request ended, or was interrupted; the audits count which."""
+
     def turned(self) -> None:
         """The scheduler's loop comes round: all of a step is told, or there was none."""
 

@@ -187,6 +187,15 @@ def refuse_chunks(args: Any, config: GateConfig) -> None:
         )
 
 
+def refuse_audit(args: Any, config: GateConfig) -> None:
+    """Ranks would have to agree on when an audit gives way. Raises GateError."""
+    if config.audit_rate > 0 and args.tp_size > 1:
+        raise GateError(
+            f"--gate-audit-rate is {config.audit_rate}, but --tp-size is {args.tp_size}, and "
+            "replays run on one rank: drop the first, or use --tp-size 1."
+        )
+
+
 # An instance of each with a K/V split that depends on the length alone is what verifies.
 INVARIANT_ATTENTION = ("torch_native", "triton", "flashinfer")
 

@@ -11,6 +11,7 @@ from sglang.srt.mem_cache.registry import (
 )
 
 from margingate.runtime import (
+    audit,
     batches,
     ends,
     events,
@@ -44,6 +45,7 @@ def init(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) 
     controller = GateController(self, config)
     controller.observers += metrics.observers(controller)
     controller.observers += events.observers(controller)
+    controller.observers += audit.observers(controller)
     state.set_controller(controller)
     logger.info("margingate: the deterministic gate is up: %s", config)
 
@@ -99,10 +101,12 @@ def is_fully_idle(result: bool, *_args: Any, **_kwargs: Any) -> bool | None:
 
 
 def on_idle(_result: Any, scheduler: Any) -> None:
-    """AFTER Scheduler.on_idle: drop what a vanished request left behind."""
+    """AFTER Scheduler.on_idle: drop what a vanished request left behind; audit."""
     controller = state.controller()
-    if controller.requests and scheduler.is_fully_idle():
+    waiting = controller.auditor.audits.waiting
+    if (controller.requests or waiting) and scheduler.is_fully_idle():
         ends.reap(controller)
+        controller.auditor.idle()
 
 
 def abort_request(_result: Any, _scheduler: Any, received: Any) -> None:

@@ -84,7 +84,11 @@ class Verifier:
         Rewrites the K/V columns of the rows' positions in place. Padding rows read and write the
         reserved slot 0 only.
         """
-        logits = self.forward(rows, self.rows)
+        return self.choose(self.forward(rows, self.rows), rows)
+
+    @staticmethod
+    def choose(logits: torch.Tensor, rows: Sequence[RowInput]) -> list[RowResult]:
+        """Token, margin and log-probs of each row by its logits, [>= len(rows), vocab]."""
         best = softmax_top2(logits)
         tokens, margins = best.ids.tolist(), best.margin.tolist()
         for i, token, margin in _drawn(logits, rows):

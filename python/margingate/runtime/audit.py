@@ -1,0 +1,220 @@
+"""Finished requests are replayed while nothing else runs, and their tokens compared.
+
+A replay is canonical throughout: the prompt is prefilled on the gate's grid from position 0, past
+the radix tree and into slots of its own; then verify passes run over the recorded output. It lives
+within one idle turn of the scheduler's loop and leaves nothing behind. Between two forwards it
+looks for messages to the scheduler; if there is one it gives way, and starts anew another time.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Iterator
+from contextlib import closing
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+import zmq
+from sglang.srt.managers.overlap_utils import resolve_forward_inputs
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
+from sglang.srt.managers.utils import is_health_check_generate_req
+from sglang.srt.mem_cache.common import release_kv_cache
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from margingate.calibration import miss_bound
+from margingate.core.audit import Audits, Recorded
+from margingate.runtime import rollback
+from margingate.runtime.observer import Observer
+from margingate.runtime.request import GateRequest
+from margingate.runtime.verifier import RowInput
+
+if TYPE_CHECKING:
+    from margingate.runtime.controller import GateController
+
+logger = logging.getLogger(__name__)
+
+CONFIDENCE = 0.95  # of the bound, one-sided
+
+
+class Auditor(Observer):
+    """Notes what ended, and replays it; all on the scheduler's thread."""
+
+    def __init__(self, controller: GateController) -> None:
+        self._controller = controller
+        self._scheduler = controller.scheduler
+        seed = self._scheduler.server_args.random_seed or 0
+        self.audits = Audits(controller.config.audit_rate, seed)
+        if self.audits.rate > 0:
+            _bound(0, 1)  # SciPy takes a while to load: now, not while requests are served
+
+    # -- while requests are served
+
+    def ended(self, req: Any) -> None:
+        """Note the request if it is chosen; not an aborted one, nor a health check."""
+        reason = req.finished_reason
+        if reason is None or isinstance(reason, FINISH_ABORT) or is_health_check_generate_req(req):
+            return
+        if not self.audits.chooses(req.rid):
+            return
+        output = array("q", req.output_ids_through_stop)
+        gate = req.gate
+        prompt = array("q", req.origin_input_ids)
+        self.audits.add(Recorded(req.rid, prompt, output, gate.draw, gate.generation))
+
+    # -- while none are
+
+    def idle(self) -> None:
+        """Replay one request, if one waits. Only when SGLang is fully idle."""
+        if not self.audits.waiting or self._is_called():
+            return
+        if self._scheduler.weight_updater.offload_tags:  # the memory was given back
+            return
+        recorded = self.audits.take(self._controller.fingerprint.generation)
+        if recorded is None:
+            return
+        if not self._fits(recorded):
+            self.audits.dropped += 1
+            return
+        with closing(self._replay(recorded)) as parts:
+            self._compare(recorded, parts)
+        for observer in self._controller.observers:
+            observer.audited(recorded.rid)
+
+    def _is_called(self) -> bool:
+        """Whether a message waits for the scheduler: a request, an abort, a flush."""
+        channels = self._scheduler.ipc_channels
+        sockets = (channels.recv_from_tokenizer, channels.recv_from_rpc)
+        return any(socket is not None and socket.poll(0, zmq.POLLIN) for socket in sockets)
+
+    def _fits(self, recorded: Recorded) -> bool:
+        """Whether there is room, counting what the radix tree can give up."""
+        tree = self._scheduler.tree_cache
+        free: int = self._scheduler.token_to_kv_pool_allocator.available_size()
+        return recorded.size - 1 <= free + tree.evictable_size()
+
+    def _compare(self, recorded: Recorded, parts: Iterator[list[int]]) -> None:
+        """Hold the replay's tokens, a part for each forward, to the recorded ones."""
+        output, done = recorded.output, 0
+        for part in parts:
+            for token in part:
+                done += 1
+                if token != output[done - 1]:
+                    self._report(recorded, done, token)
+                    self.audits.compared(done, mismatch=True)
+                    return
+            if done < len(output) and self._is_called():
+                self.audits.interrupted(recorded)
+                return
+        self.audits.compared(done, mismatch=False)
+
+    @staticmethod
+    def _report(recorded: Recorded, row: int, token: int) -> None:
+        logger.warning(
+            "margingate: an audit of request %s found token %d to be %d where its client got %d: "
+            "raise --gate-threshold, or use --gate-guarantee exact.",
+            recorded.rid,
+            row,
+            token,
+            recorded.output[row - 1],
+        )
+
+    # -- the forwards
+
+    def _replay(self, recorded: Recorded) -> Iterator[list[int]]:
+        """Yields, after each forward, the tokens it chose. Frees its slots when closed."""
+        req = _internal_request(recorded)
+        try:
+            yield from self._prefill(req, recorded)
+            yield from self._decode(req, recorded)
+        finally:
+            if req.req_pool_idx is not None:
+                release_kv_cache(req, self._scheduler.tree_cache, is_insert=False)
+
+    def _prefill(self, req: Any, recorded: Recorded) -> Iterator[list[int]]:
+        """The chunks that the gate would prefill for an empty cache, each alone."""
+        length, step = len(recorded.prompt), self._controller.prefill_chunk
+        logits = None
+        for start in range(0, length, step):
+            logits = self._extend(req, start, min(start + step, length))
+            if start + step < length:
+                yield []
+        last = RowInput(req.req_pool_idx, length - 1, recorded.prompt[-1], draw=recorded.draw)
+        yield [result.token for result in self._controller.verifier.choose(logits, [last])]
+
+    def _extend(self, req: Any, start: int, end: int) -> torch.Tensor:
+        """One prefill forward by SGLang's own means. Returns logits [1, vocab] of its last row."""
+        scheduler = self._scheduler
+        if start > 0:
+            row = scheduler.req_to_token_pool.req_to_token[req.req_pool_idx, :start]
+            req.prefix_indices = row.to(torch.int64, copy=True)
+        req.set_extend_range(start, end)
+        batch = ScheduleBatch.init_new(
+            [req],
+            scheduler.req_to_token_pool,
+            scheduler.token_to_kv_pool_allocator,
+            scheduler.tree_cache,
+            scheduler.model_config,
+            scheduler.enable_overlap,
+            scheduler.spec_algorithm,
+        )
+        batch.prepare_for_extend()
+        resolve_forward_inputs(batch, scheduler.future_map)
+        # "Verify" leaves the sampler out.
+        result = scheduler.tp_worker.forward_batch_generation(batch, is_verify=True)
+        logits: torch.Tensor = result.logits_output.next_token_logits
+        return logits
+
+    def _decode(self, req: Any, recorded: Recorded) -> Iterator[list[int]]:
+        """Rows 2 to the last, as verify passes."""
+        verifier, count = self._controller.verifier, len(recorded.output) - 1
+        if count == 0:
+            return
+        found = rollback.extend_columns(self._scheduler, req, count)
+        assert found, "an audit ran out of the memory that was there for it"
+        rows = [
+            RowInput(req.req_pool_idx, len(recorded.prompt) + i, token, draw=recorded.draw)
+            for i, token in enumerate(recorded.output[:-1])
+        ]
+        for start in range(0, count, verifier.rows):
+            results = verifier.run(rows[start : start + verifier.rows])
+            yield [result.token for result in results]
+
+
+def observers(controller: GateController) -> tuple[Observer, ...]:
+    """The auditor, where there is something to audit."""
+    return (controller.auditor,) if controller.config.audit_rate > 0 else ()
+
+
+def _internal_request(recorded: Recorded) -> Any:
+    """A request that no queue, client or counter knows of; it carries the prompt."""
+    params = SamplingParams(temperature=0, max_new_tokens=1)
+    req = Req(f"audit-{recorded.rid}", "", recorded.prompt, params)
+    req.gate = GateRequest(req.rid, True)  # gated, so that its columns are freed as such
+    req.full_untruncated_fill_ids = array("q", recorded.prompt)
+    return req
+
+
+def report(audits: Audits) -> dict[str, Any]:
+    """For `/server_info`."""
+    return {
+        "rate": audits.rate,
+        "waiting": audits.waiting,
+        "audited": audits.audited,
+        "tokens": audits.tokens,
+        "mismatches": audits.mismatches,
+        "dropped": audits.dropped,
+        "mismatch_bound": bound(audits),
+        "confidence": CONFIDENCE,
+    }
+
+
+def bound(audits: Audits) -> float:
+    """With CONFIDENCE, the share of requests that an audit would find wrong is at most this."""
+    return _bound(audits.mismatches, audits.audited)
+
+
+@lru_cache(maxsize=1)
+def _bound(mismatches: int, audited: int) -> float:
+    return miss_bound(mismatches, audited, CONFIDENCE)
