@@ -1,5 +1,7 @@
 """`sglang.Engine` with the gate: prompts one by one, then as one batch; no server.
 
+Runs on a GPU, or on a CPU where there is none. Status 1 if the answers differ.
+
 python examples/engine.py --model-path MODEL
 """
 

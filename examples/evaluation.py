@@ -1,8 +1,8 @@
 """A small evaluation, twice: question by question, and all at once in another order.
 
-On a gated server, both give the same score and the same answers, to the letter.
+On a gated server, both give the same score and the same answers, to the letter; else status 1.
 
-    python examples/evaluation.py --base-url http://127.0.0.1:30000
+python examples/evaluation.py --base-url http://127.0.0.1:30000
 """
 
 import argparse

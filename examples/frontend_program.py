@@ -1,5 +1,7 @@
 """A program in SGLang's frontend language, with fork and join, alone and in a batch.
 
+Needs a server with --deterministic-gate. Status 1 if the answers differ.
+
 python examples/frontend_program.py --base-url http://127.0.0.1:30000
 """
 

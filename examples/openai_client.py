@@ -1,5 +1,7 @@
 """OpenAI's client on a gated server: one question alone, then in company, then as a stream.
 
+Needs a server with --deterministic-gate. Status 1 if the answers differ.
+
 python examples/openai_client.py --base-url http://127.0.0.1:30000
 """
 

@@ -85,7 +85,7 @@ def test_a_replay_that_is_interrupted_again_and_again_is_given_up():
     assert (starts, audits.dropped, audits.audited) == (MOST_STARTS, 1, 0)
 
 
-# One idle turn. The forwards are made up here; test_server_pressure.py runs them.
+# One idle turn. The forwards are made up here; test_server_invariant.py runs them.
 
 
 class Server:
@@ -212,6 +212,21 @@ def test_a_replay_that_fails_is_closed(server, monkeypatch):
     with pytest.raises(RuntimeError):
         server.auditor.idle()
     assert server.closed == 1
+
+
+def test_a_hidden_fault_is_emitted_and_not_flagged():
+    from margingate.runtime.rows import inject_fault
+
+    gate = SimpleNamespace(faults=frozenset({-2, 3}), injected_first=None)
+    req = SimpleNamespace(gate=gate, output_ids=[4], req_pool_idx=0)
+    output = SimpleNamespace(gate=SimpleNamespace(runner_up=[9]))
+    for tokens, emitted, flagged in (([4], 9, False), ([4, 9], 9, True), ([4, 9, 9], 5, False)):
+        req.output_ids = tokens
+        result = SimpleNamespace(logits_output=output, next_token_ids=[5])
+        relay = SimpleNamespace(output_tokens_buf=[5])
+        assert inject_fault(relay, req, result, 0) is flagged
+        assert result.next_token_ids == relay.output_tokens_buf == [emitted]
+    assert not gate.faults
 
 
 # The report

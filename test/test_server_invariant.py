@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import time
+from typing import Any
 
 import pytest
 from checks import assert_clean, assert_same, forced
@@ -15,7 +17,9 @@ from margingate.client import Answer, Client
 
 @pytest.fixture(scope="module")
 def client(start) -> Client:
-    server = start("--gate-debug", "--gate-inject-faults", stock_path=False)
+    server = start(
+        *("--gate-debug", "--gate-inject-faults", "--gate-audit-rate", "1"), stock_path=False
+    )
     return Client(server.base_url, TOKENS)
 
 
@@ -44,6 +48,32 @@ def test_a_fault_in_a_canonical_step_is_still_repaired(client, prompts, alone):
     assert_same(alone, answers)
     assert all(answer.meta["gate"]["flips"] >= 3 for answer in answers)
     assert_clean(client)
+
+
+def test_audits_find_all_answers_right_but_those_with_hidden_faults(client, prompts, alone):
+    before = audited(client)
+    assert_same(alone, client.together(prompts))
+    after = audited(client)
+    assert after["audited"] - before["audited"] == len(prompts)
+    assert after["mismatches"] == 0 and after["dropped"] == before["dropped"]
+    assert after["mismatch_bound"] == pytest.approx(1 - 0.05 ** (1 / after["audited"]))
+    wrong = client.together(prompts[:2], sampling_params=forced([-5]))
+    for one, other in zip(wrong, alone):
+        assert one.tokens[:4] == other.tokens[:4] and one.tokens[4] != other.tokens[4]
+        assert one.meta["gate"]["flips"] == 0
+    found = audited(client)
+    assert (found["audited"], found["mismatches"]) == (after["audited"] + 2, 2)
+    assert found["tokens"] - after["tokens"] == 2 * 5, "a replay goes on behind a mismatch"
+    assert_clean(client)
+
+
+def audited(client: Client, wait_s: float = 90) -> dict[str, Any]:
+    """What audits have found once none waits. Asks seldom, for asking interrupts them."""
+    deadline = time.monotonic() + wait_s
+    while (found := client.gate_state()["audit"])["waiting"]:
+        assert time.monotonic() < deadline, found
+        time.sleep(2)
+    return dict(found)
 
 
 def test_logprobs_of_greedy_and_seeded_rows_alone_and_mixed(client, prompts, alone):

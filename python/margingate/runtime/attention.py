@@ -32,9 +32,10 @@ def fix_split(backend: Any) -> None:
     if name == "FlashInferAttnBackend":
         # Graphs made from here on use tensor cores and no split (FlashInfer's graphs know no
         # fixed split size). Other steps give other bits, so a runner uses graphs only or none.
+        if backend.decode_use_tensor_cores:  # else its wrappers outside of graphs cannot
+            backend.decode_split_tile_size = FLASHINFER_TILE
         backend.decode_use_tensor_cores = True
         backend.disable_cuda_graph_kv_split = True
-        backend.decode_split_tile_size = FLASHINFER_TILE
         return
     raise GateError(
         f"--gate-fast-path invariant does not know the attention backend {name}: use "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from margingate.calibration import miss_bound
 from margingate.core.audit import Audits, Recorded
-from margingate.runtime import rollback
+from margingate.runtime import integrity, rollback
 from margingate.runtime.observer import Observer
 from margingate.runtime.request import GateRequest
 from margingate.runtime.verifier import RowInput
@@ -81,6 +81,8 @@ class Auditor(Observer):
             self._compare(recorded, parts)
         for observer in self._controller.observers:
             observer.audited(recorded.rid)
+        if self._controller.config.debug:
+            integrity.check(self._controller)
 
     def _is_called(self) -> bool:
         """Whether a message waits for the scheduler: a request, an abort, a flush."""
@@ -94,7 +96,7 @@ class Auditor(Observer):
         free: int = self._scheduler.token_to_kv_pool_allocator.available_size()
         return recorded.size - 1 <= free + tree.evictable_size()
 
-    def _compare(self, recorded: Recorded, parts: Iterator[list[int]]) -> None:
+    def _compare(self, recorded: Recorded, parts: Iterable[list[int]]) -> None:
         """Hold the replay's tokens, a part for each forward, to the recorded ones."""
         output, done = recorded.output, 0
         for part in parts:
@@ -122,7 +124,7 @@ class Auditor(Observer):
 
     # -- the forwards
 
-    def _replay(self, recorded: Recorded) -> Iterator[list[int]]:
+    def _replay(self, recorded: Recorded) -> Generator[list[int]]:
         """Yields, after each forward, the tokens it chose. Frees its slots when closed."""
         req = _internal_request(recorded)
         try:
@@ -135,11 +137,11 @@ class Auditor(Observer):
     def _prefill(self, req: Any, recorded: Recorded) -> Iterator[list[int]]:
         """The chunks that the gate would prefill for an empty cache, each alone."""
         length, step = len(recorded.prompt), self._controller.prefill_chunk
-        logits = None
-        for start in range(0, length, step):
-            logits = self._extend(req, start, min(start + step, length))
-            if start + step < length:
-                yield []
+        tail = (length - 1) // step * step  # where the last chunk starts
+        for start in range(0, tail, step):
+            self._extend(req, start, start + step)
+            yield []
+        logits = self._extend(req, tail, length)
         last = RowInput(req.req_pool_idx, length - 1, recorded.prompt[-1], draw=recorded.draw)
         yield [result.token for result in self._controller.verifier.choose(logits, [last])]
 

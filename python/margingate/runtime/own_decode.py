@@ -41,15 +41,20 @@ def build(runner: Any, rows: int) -> tuple[Any, Any]:
             f"--gate-rows is {rows}, but the server holds {runner.req_to_token_pool.size} requests "
             "at most, so no graph of as many rows can be made: lower --gate-rows."
         )
-    with _captures(runner.server_args.cuda_graph_config.decode, rows):
+    with _captures(runner, rows):
         return backend, DecodeCudaGraphRunner(runner, attn_backend=backend)
 
 
 @contextmanager
-def _captures(phase: Any, rows: int) -> Iterator[None]:
-    """Graph runners made meanwhile capture this one row count."""
-    before, phase.bs = phase.bs, [rows]
+def _captures(runner: Any, rows: int) -> Iterator[None]:
+    """Graph runners made meanwhile capture this one row count, and have logits of their own."""
+    from sglang.srt.model_executor.graph_shared_output import GraphSharedOutput
+
+    phase = runner.server_args.cuda_graph_config.decode
+    sizes, shared = phase.bs, runner.graph_shared_output
+    phase.bs = [rows]
+    runner.graph_shared_output = GraphSharedOutput(device=runner.device, max_rows=rows)
     try:
         yield
     finally:
-        phase.bs = before
+        phase.bs, runner.graph_shared_output = sizes, shared

@@ -18,6 +18,8 @@ def add_one_req(
     original: Any, adder: Any, req: Any, has_chunked_req: bool, truncation_align_size: int | None
 ) -> Any:
     """AROUND PrefillAdder.add_one_req: keep gated requests apart from all others."""
+    if has_chunked_req and not adder.can_run_list:
+        return AddReqResult.OTHER  # a parked chunk; SGLang takes it to be in any batch it makes
     if any(is_gated(other) for other in adder.can_run_list):
         return AddReqResult.OTHER
     if not is_gated(req):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any, Self
@@ -226,8 +226,9 @@ def _plan(member: Member, classes: dict[int, int]) -> RowPlan | None:
     counts = timed_counts(classes)
     kernel = None
     own = partial(invariant_matmul, weight=weight, bias=None)
-    if len(set(probe_operator(own, weight.shape[-1], list(classes), weight).values())) == 1:
-        kernel = _microseconds(own, weight, counts)
+    with suppress(RowDependenceError):
+        if len(set(probe_operator(own, weight.shape[-1], list(classes), weight).values())) == 1:
+            kernel = _microseconds(own, weight, counts)
     return choose(classes, Times(_microseconds(member.operator, weight, counts), kernel))
 
 

@@ -30,6 +30,7 @@ def release(original: Any, *, req: Any, **kwargs: Any) -> None:
     kept = controller.ledger.retract(req.gate.key)
     original(req=req, **kwargs)
     controller.queue.forget(req.gate.key)
+    controller.prefilled_again = [other for other in controller.prefilled_again if other is not req]
     if req.to_finish is not None:  # SGLang gives up on it: no memory even alone
         ends.forget(controller, req)
         return

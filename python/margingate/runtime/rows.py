@@ -30,21 +30,23 @@ def first_token(req: Any) -> RowResult:
 def inject_fault(relay: Any, req: Any, result: Any, i: int) -> bool:
     """Test hook: make the fast path emit its runner-up in row `i` of a result, as a flip would.
 
+    The faults are row numbers; a negative one hides its row, so that an audit alone can find it.
     Mutates the result, the request's list of faults and the token relay, which is None where the
-    next step has read it already. Returns whether it did.
+    next step has read it already. Returns whether the row is to be flagged.
     """
     gate: GateRequest = req.gate
     row = len(req.output_ids) + 1
-    if row not in gate.faults:
+    due = gate.faults & {row, -row}
+    if not due:
         return False
-    gate.faults -= {row}
+    gate.faults -= due
     wrong = int(result.logits_output.gate.runner_up[i])
     if row == 1:
         gate.injected_first = int(result.next_token_ids[i])
     result.next_token_ids[i] = wrong
     if relay is not None:
         relay.output_tokens_buf[req.req_pool_idx] = wrong
-    return True
+    return row in due
 
 
 def force(relay: Any, req: Any, result: Any, i: int, margin: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.mem_cache.registry import (
     register_radix_cache_backend,
     registered_radix_cache_backends,
@@ -90,8 +91,13 @@ def get_next_batch_to_run(
 def update_finish_state(original: Any, req: Any, new_accepted_len: int = 1) -> None:
     """AROUND Req.update_finish_state: withhold the end of a request with pending rows."""
     original(req, new_accepted_len)
-    if req.finished() and radix.is_gated(req):
-        ends.hold(state.controller(), req)
+    if not req.finished() or not radix.is_gated(req):
+        return
+    if req.gate.kept is not None and not isinstance(req.finished_reason, FINISH_ABORT):
+        # Prefilled again after a retraction: this token only stands in for the output it had.
+        req.finished_reason = req.finished_len = None
+        return
+    ends.hold(state.controller(), req)
 
 
 def is_fully_idle(result: bool, *_args: Any, **_kwargs: Any) -> bool | None:

@@ -54,6 +54,8 @@ def _cut_to_frontier(req: Any) -> None:
 
 
 def _send_settled(original: Any, accumulator: Any, req: Any) -> None:
+    if req.gate.kept is not None:  # retracted: what it had is set aside until it is prefilled
+        return
     ledger, key = state.controller().ledger, req.gate.key
     frontier, sent = ledger.frontier(key), req.send_token_offset
     params = req.sampling_params

@@ -37,7 +37,7 @@ async def openai_request(original: Any, serving: Any, request: Any, raw_request:
 
     SGLang drops what it does not know, so it is read from the body, which is parsed already.
     """
-    if hasattr(request, "custom_params"):
+    if hasattr(request, "custom_params") and hasattr(raw_request, "json"):  # gRPC's has none
         value = (await raw_request.json()).get(SWITCH)
         if value is not None:
             try:

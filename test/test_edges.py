@@ -1,0 +1,49 @@
+"""Edges between SGLang's scheduler and the gate that a server test meets only by chance."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
+from sglang.srt.managers.schedule_policy import AddReqResult
+
+from margingate.runtime import prefill, scheduler, stream
+
+
+def unreachable(*_args, **_kwargs):
+    raise AssertionError("SGLang's own code was called")
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_nothing_is_prefilled_beside_a_parked_chunk(gated):
+    """SGLang would take the parked chunk to be in that batch, and lose the answer's first token."""
+    adder = SimpleNamespace(can_run_list=[])
+    req = SimpleNamespace(gate=SimpleNamespace(gated=gated))
+    assert prefill.add_one_req(unreachable, adder, req, True, None) is AddReqResult.OTHER
+
+
+def retracted(reason):
+    gate = SimpleNamespace(gated=True, kept=object(), key="a")
+    return SimpleNamespace(
+        gate=gate, finished_reason=reason, finished_len=1, finished=lambda: True, to_finish=None
+    )
+
+
+def test_a_first_token_that_stands_in_for_kept_output_ends_nothing():
+    req = retracted(FINISH_LENGTH(1))
+    scheduler.update_finish_state(lambda *_: None, req)
+    assert req.finished_reason is None and req.finished_len is None
+
+
+def test_an_abort_of_a_retracted_request_stands(monkeypatch):
+    held = []
+    monkeypatch.setattr(scheduler.state, "controller", lambda: None)
+    monkeypatch.setattr(scheduler.ends, "hold", lambda _controller, req: held.append(req))
+    req = retracted(FINISH_ABORT("gone"))
+    scheduler.update_finish_state(lambda *_: None, req)
+    assert held == [req] and isinstance(req.finished_reason, FINISH_ABORT)
+
+
+def test_a_retracted_request_sends_nothing_until_its_output_is_back():
+    stream._send_settled(unreachable, None, retracted(None))
