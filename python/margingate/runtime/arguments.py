@@ -131,7 +131,8 @@ def _choose_attention(args: Any, config: GateConfig) -> None:
 
     names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
     chosen = any(getattr(args, name) is not None for name in names)
-    if config.policy != "observe" and not chosen and torch.cuda.is_available():
+    on_gpu = args.device in (None, "cuda") and torch.cuda.is_available()
+    if config.policy != "observe" and not chosen and on_gpu:
         args.attention_backend = "triton"
         logger.info("margingate sets --attention-backend triton, whose decode it makes invariant.")
 

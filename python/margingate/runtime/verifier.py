@@ -22,7 +22,7 @@ from sglang.srt.model_executor.forward_batch_info import (
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-from margingate.config import GateConfig
+from margingate.config import GateConfig, GateError
 from margingate.runtime import own_decode
 from margingate.runtime.seeds import Draw, logprob_temperature, stack
 from margingate_kernels import seeded_top2, softmax_top2
@@ -154,7 +154,14 @@ def build(model_runner: Any, config: GateConfig) -> Verifier:
     """
     assert config.rows is not None
     if config.invariant:
-        return Verifier(model_runner, config.rows, graphs=model_runner.decode_cuda_graph_runner)
+        graphs = model_runner.decode_cuda_graph_runner
+        if graphs is not None and max(graphs.capture_bs) < config.rows:
+            # Without a graph the backend may split long rows otherwise than within one.
+            raise GateError(
+                f"--gate-rows is {config.rows}, but the largest decode graph has "
+                f"{max(graphs.capture_bs)} rows: lower it, or raise --cuda-graph-max-bs-decode."
+            )
+        return Verifier(model_runner, config.rows, graphs=graphs)
     if model_runner.device == "cpu" or config.policy == "observe":
         return Verifier(model_runner, config.rows)
     backend, graphs = own_decode.build(model_runner, config.rows)
