@@ -28,6 +28,10 @@ _GOLDEN, _FIRST, _SECOND = (
 )
 
 
+# On a GPU. A draw takes up to 131 bytes a logit while it runs, and a step may have many rows.
+ROWS_AT_ONCE = 16
+
+
 class Draws(NamedTuple):
     """How R rows are drawn; all tensors on the logits' device."""
 
@@ -69,13 +73,19 @@ def seeded_top2(logits: torch.Tensor, draws: Draws, *, filtered: bool = True) ->
     for name, values in draws._asdict().items():
         if values.shape != logits.shape[:1]:
             raise ValueError(f"draws.{name} has shape {list(values.shape)}; pass [{len(logits)}].")
-    if logits.device.type != "cpu" or len(logits) == 0:
+    if len(logits) == 0:
         return _draw(logits, draws, filtered)
-    rows = []
-    for i in range(len(logits)):
-        one = Draws(*(values[i : i + 1] for values in draws))
-        rows.append(_draw(logits[i : i + 1].clone(), one, _filters(one, logits.shape[1])))
-    return SeededTop2(*(torch.cat(column) for column in zip(*rows, strict=True)))
+    on_cpu = logits.device.type == "cpu"
+    step = 1 if on_cpu else ROWS_AT_ONCE
+    parts = []
+    for start in range(0, len(logits), step):
+        rows = slice(start, start + step)
+        some = Draws(*(values[rows] for values in draws))
+        if on_cpu:  # a copy of its own, so that a row's address cannot matter either
+            parts.append(_draw(logits[rows].clone(), some, _filters(some, logits.shape[1])))
+        else:
+            parts.append(_draw(logits[rows], some, filtered))
+    return SeededTop2(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def _filters(draws: Draws, vocab: int) -> bool:
