@@ -170,6 +170,13 @@ def test_an_option_without_the_flag_is_refused(prepare, option):
     assert text == f"{option} is set without --deterministic-gate: add the flag, or drop it."
 
 
+def test_simulated_verdicts_need_made_up_weights(prepare):
+    argv = (GATE, "--gate-fast-path", "stock", "--gate-simulate-trigger-rate", "0.1")
+    assert "or serve made-up weights with --load-format dummy" in exits(prepare, *argv)
+    config = prepare(*argv, "--load-format", "dummy", "--gate-simulate-flip-rate", "1")._margingate
+    assert (config.simulate_trigger_rate, config.simulate_flip_rate) == (0.1, 1.0)
+
+
 def test_one_parsed_command_line_can_be_used_twice(server_args_class, parser, folder):
     """Benchmarks read the same namespace again; a flag that was eaten would be a silent no."""
     args = parser.parse_args(["--model-path", folder, "--device", "cpu", GATE])

@@ -10,6 +10,7 @@ from margingate.config import GateConfig, GateError
 from margingate.runtime.request import (
     CACHE_NAMESPACE,
     LOGPROB_LISTS,
+    ColumnsWanted,
     Counts,
     GateRequest,
     attach,
@@ -142,13 +143,29 @@ def test_forced_ids_are_for_studies():
     assert text.startswith(f"custom_params.gate_forced_ids holds {VOCABULARY}, but the model's")
 
 
-def test_studies_report_choices_and_need_a_gate_that_only_observes():
+def test_forced_ids_need_a_gate_that_only_observes():
+    other = GateConfig(study=True)
+    assert "--gate-policy observe" in refused(request({"gate_forced_ids": [3]}), other)
+
+
+def test_studies_report_choices_and_run_without_overlap():
     gate = classify(request(), STUDY)
     gate.choices.append((3, 0.5))
     assert gate.summary(STUDY)["choices"] == [(3, 0.5)]
-    for other in ({}, {"policy": "always"}, {"policy": "observe", "overlap": "on"}):
-        with pytest.raises(GateError, match="--gate-study forces tokens"):
-            GateConfig(study=True, **other)
+    with pytest.raises(GateError, match="--gate-study forces tokens"):
+        GateConfig(policy="observe", study=True, overlap="on")
+
+
+def test_columns_are_kept_and_compared_in_studies_only():
+    keep, against = {"gate_columns": {"keep": "k"}}, {"gate_columns": {"against": "k"}}
+    assert classify(request(keep)).columns_wanted is None
+    assert classify(request(keep), STUDY).columns_wanted == ColumnsWanted("k", True)
+    assert classify(request(against), STUDY).columns_wanted == ColumnsWanted("k", False)
+    for bad in ("k", {}, {"drop": "k"}, {"keep": "k", "against": "k"}):
+        assert classify(request({"gate_columns": bad}), STUDY).columns_wanted is None
+    gate = classify(request(against), GateConfig(study=True))
+    gate.drift = {"rows": []}
+    assert gate.summary(GateConfig(study=True))["columns"] == {"rows": []}
 
 
 def test_observing_gates_nothing():

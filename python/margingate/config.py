@@ -17,6 +17,7 @@ DEFAULTS = ("on", "off")
 OVERLAPS = ("auto", "off", "on")
 PROBES = ("cached", "fresh")
 MAX_ROWS = 1024
+_SHARES = ("audit_rate", "simulate_trigger_rate", "simulate_flip_rate")
 _ENDPOINT = re.compile(r"tcp://(?:\[[0-9a-fA-F:.]+\]|[^\s/:\[\]]+):(\d{1,5})|ipc://(\S+)")
 
 
@@ -124,13 +125,28 @@ class GateConfig:
         "subscribers; a slow or absent one never slows a step.",
         metavar="tcp://HOST:PORT|ipc://PATH",
     )
+    simulate_trigger_rate: float | None = _option(
+        None,
+        "For benchmarks with dummy weights: flag this share of the rows that are not canonical, 0 "
+        "to 1, by a hash of prompt and row instead of by their margins.",
+        metavar="SHARE",
+        parse=float,
+    )
+    simulate_flip_rate: float = _option(
+        0.0,
+        "For benchmarks with dummy weights: let the verifier choose another token at this share "
+        "of the flagged rows, 0 to 1, so that they are rolled back. The answers are wrong.",
+        metavar="SHARE",
+        parse=float,
+    )
     debug: bool = _option(
         False, "Check slots, ledger and radix tree against each other after every step. Slow."
     )
     study: bool = _option(
         False,
-        "For margingate calibrate: honour custom_params['gate_forced_ids'], which are emitted "
-        "whatever the model chooses, and report each step's choice. Needs --gate-policy observe.",
+        "For margingate calibrate and study: compare K/V columns where custom_params"
+        "['gate_columns'] asks for it; with --gate-policy observe, honour custom_params"
+        "['gate_forced_ids'], emitted whatever the model chooses, and report each step's choice.",
     )
     inject_faults: bool = _option(
         False,
@@ -169,12 +185,13 @@ class GateConfig:
                 "--gate-audit-rate replays gated requests, and --gate-policy observe gates none: "
                 "drop one of the two."
             )
+        self._check_simulation()
         _check_switch("--gate-debug", self.debug)
         _check_switch("--gate-inject-faults", self.inject_faults)
         _check_switch("--gate-study", self.study)
-        if self.study and (self.policy != "observe" or self.overlap == "on"):
+        if self.study and self.overlap == "on":
             raise GateError(
-                "--gate-study forces tokens on requests: use it with --gate-policy observe and "
+                "--gate-study forces tokens on requests between two steps: use it with "
                 "--gate-overlap off, or drop it."
             )
         if self.guarantee == "exact" and (self.repair == "column" or self.policy == "observe"):
@@ -182,6 +199,26 @@ class GateConfig:
                 "--gate-guarantee exact needs --gate-repair span and a policy that verifies: "
                 "drop --gate-repair column, and use --gate-policy margin or always."
             )
+
+    def _check_simulation(self) -> None:
+        _check_share("--gate-simulate-flip-rate", self.simulate_flip_rate)
+        if self.simulate_trigger_rate is not None:
+            _check_share("--gate-simulate-trigger-rate", self.simulate_trigger_rate)
+            if self.policy != "margin" or self.fast_path != "stock":
+                raise GateError(
+                    "--gate-simulate-trigger-rate stands for margins of rows that are not "
+                    "canonical: use --gate-policy margin and --gate-fast-path stock, or drop it."
+                )
+        if self.simulate_flip_rate > 0 and (self.policy == "observe" or self.audit_rate > 0):
+            raise GateError(
+                "--gate-simulate-flip-rate makes verdicts up: drop it, or --gate-policy observe, "
+                "which has none, and --gate-audit-rate, which would find them wrong."
+            )
+
+    @property
+    def simulates(self) -> bool:
+        """Whether verdicts are made up, for a benchmark."""
+        return self.simulate_trigger_rate is not None or self.simulate_flip_rate > 0
 
     @property
     def invariant(self) -> bool:
@@ -246,13 +283,13 @@ def _parse(name: str, value: Any) -> Any:
     try:
         if name == "threshold":
             return value if value == "auto" else float(value)
-        if name == "audit_rate":
+        if name in _SHARES:
             return float(value)
         if name in ("rows", "max_delay", "prefill_chunk"):
             return int(value)
     except ValueError:
         option = "--gate-" + name.replace("_", "-")
-        kind = "number" if name in ("threshold", "audit_rate") else "whole number"
+        kind = "number" if name in ("threshold", *_SHARES) else "whole number"
         raise GateError(f"{option} is {value!r}, which is not a {kind}: give a {kind}.") from None
     return value
 

@@ -37,7 +37,11 @@ def ledger() -> str:
     processes = {
         "startup": hook_table.STARTUP_HOOKS,
         "launcher": hook_table.TOKENIZER_HOOKS,
-        "scheduler": (*hook_table.RUNTIME_HOOKS, *hook_table.INVARIANT_HOOKS),
+        "scheduler": (
+            *hook_table.RUNTIME_HOOKS,
+            *hook_table.INVARIANT_HOOKS,
+            *hook_table.STUDY_HOOKS,
+        ),
     }
     rows = [_cells(hook, process) for process, hooks in processes.items() for hook in hooks]
     return "\n".join([ABOUT, _line(COLUMNS), _line("---" for _ in COLUMNS), *map(_line, rows), ""])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any
+
+from margingate.core.chance import chosen
 
 MOST_TOKENS = 1 << 20  # of all that wait; 8 bytes each
 MOST_STARTS = 8  # of one replay
@@ -54,8 +55,7 @@ class Audits:
 
     def chooses(self, rid: str) -> bool:
         """Whether this request is audited: a function of its id and the seed, and nothing else."""
-        digest = hashlib.blake2b(f"{self.seed}:{rid}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest) < self.rate * (1 << 64)
+        return chosen(f"{self.seed}:{rid}", self.rate)
 
     def add(self, recorded: Recorded) -> None:
         """Let a request wait; where there are too many tokens the oldest requests are dropped."""

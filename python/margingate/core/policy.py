@@ -16,6 +16,7 @@ class Reason(enum.StrEnum):
     NOT_FINITE = enum.auto()  # NaN or -inf: the margin says nothing, so verify
     OBSERVED = enum.auto()  # policy "observe": counted, never verified
     CANONICAL = enum.auto()  # computed canonically already
+    SIMULATED = enum.auto()  # flagged or left alone by a benchmark's hash, not by its margin
     INJECTED = enum.auto()  # flagged by a test or a fault drill, not by the policy
 
 
@@ -35,6 +36,7 @@ NOT_FINITE = Decision(True, Reason.NOT_FINITE)
 OBSERVED = Decision(False, Reason.OBSERVED)
 CANONICAL = Decision(False, Reason.CANONICAL)
 INJECTED = Decision(True, Reason.INJECTED)
+SIMULATED = (Decision(False, Reason.SIMULATED), Decision(True, Reason.SIMULATED))
 
 
 class GatePolicy:
@@ -53,8 +55,11 @@ class GatePolicy:
         self._always = policy == "always"
         self._observe = policy == "observe"
 
-    def decide(self, margin: float, *, canonical: bool = False) -> Decision:
+    def decide(
+        self, margin: float, *, canonical: bool = False, simulated: bool | None = None
+    ) -> Decision:
         """Decide on one row. `canonical`: the row and every row before it are canonical.
+        `simulated`: stands for what the margin says, in benchmarks.
 
         "observe" comes first, then `canonical`, then "always", then the margin: a margin equal
         to the threshold is ABOVE, and so is +inf (one token possible); NaN and -inf are flagged.
@@ -65,6 +70,8 @@ class GatePolicy:
             return CANONICAL
         if self._always:
             return ALWAYS
+        if simulated is not None:
+            return SIMULATED[simulated]
         if margin >= self.threshold:
             return ABOVE
         # Both comparisons are false for NaN, which so ends in the last line.

@@ -109,6 +109,7 @@ def post_init(original: Any, self: Any) -> None:
     refusals.refuse_server(self)
     refusals.refuse_chunks(self, config)
     refusals.refuse_audit(self, config)
+    refusals.refuse_simulation(self, config)
     publisher.refuse_endpoint(self, config)
     if self.model_path.lower() not in ("none", "dummy"):  # SGLang resolves nothing for these
         refusals.refuse_fast_path(self, config)
@@ -132,7 +133,8 @@ def _choose_attention(args: Any, config: GateConfig) -> None:
     names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
     chosen = any(getattr(args, name) is not None for name in names)
     on_gpu = args.device in (None, "cuda") and torch.cuda.is_available()
-    if config.policy != "observe" and not chosen and on_gpu:
+    wanted = config.policy != "observe" or config.study  # a study is for gated servers
+    if wanted and not chosen and on_gpu:
         args.attention_backend = "triton"
         logger.info("margingate sets --attention-backend triton, whose decode it makes invariant.")
 

@@ -19,7 +19,9 @@ from margingate.runtime.observer import Observer
 from margingate.runtime.overlap import InFlight, passed_over
 from margingate.runtime.radix import is_gated
 from margingate.runtime.request import Counts, GateRequest, now
-from margingate.runtime.rows import first_token, force, inject_fault, row_input
+from margingate.runtime.rows import first_token, inject_fault, row_input
+from margingate.runtime.simulate import Simulator
+from margingate.runtime.study import force
 from margingate.runtime.verifier import RowResult
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ class GateController:
         self.config = config
         self.prefill_chunk: int = config.prefill_chunk
         self.policy = GatePolicy(config.policy, config.threshold)
+        self.simulator = Simulator(config)
         self.ledger = Ledger(config.guarantee, config.repair)
         self.queue = MicroBatchQueue(config.rows, config.max_delay)
         runner = scheduler.tp_worker.model_runner
@@ -178,7 +181,9 @@ class GateController:
             self.requests[gate.key] = req
         # A canonical computation on columns that are not is no better than any other.
         canonical &= self.ledger.canonical(gate.key) == self.ledger.emitted(gate.key)
-        decision = INJECTED if fault else self.policy.decide(margin, canonical=canonical)
+        simulated = self.simulator.flag(req, self.ledger.emitted(gate.key) + 1)
+        verdict = self.policy.decide(margin, canonical=canonical, simulated=simulated)
+        decision = INJECTED if fault else verdict
         self.reasons[decision.reason] = self.reasons.get(decision.reason, 0) + 1
         self.ledger.emit(gate.key, flagged=decision.flagged, canonical=canonical and not fault)
         gate.margins.append(margin)
@@ -229,7 +234,8 @@ class GateController:
             self.requests[key].gate.counts.passes += 1
         for row in rows:
             first = first_token(self.requests[row.rid]) if row.index == 1 else None
-            self._judge(row, first or next(results))
+            result = first or next(results)
+            self._judge(row, self.simulator.verdict(self.requests[row.rid], row, result))
         reqs = [self.requests[key] for key in dict.fromkeys(row.rid for row in rows)]
         for req in reqs:
             self.queue.settle(self.ledger, req.gate.key, self.step)

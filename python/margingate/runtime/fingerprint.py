@@ -58,6 +58,7 @@ LIBRARIES = ("transformers", "tokenizers", "sglang-kernel", "sglang-kernel-cpu")
 LOOKS_ONLY = ("snapshot", "compare", "checksum")  # of SGLang's check_weights
 
 OBSERVED = "policy observe guarantees nothing"
+SIMULATED = "simulated verdicts guarantee nothing"
 STALE = "the weights were updated; it is computed with the next request"
 MIXED = "the weights were updated with columns of the old ones cached: flush the cache"
 CROSSED = "the weights were updated while it was served"
@@ -121,7 +122,8 @@ class Fingerprint:
         unknown = [name for name, part in self.parts.items() if part is None]
         if unknown:
             return f"{', '.join(unknown)} could not be found"
-        return OBSERVED if self.parts.get("guarantee") == OBSERVED else ""
+        said = self.parts.get("guarantee")
+        return str(said) if said in (OBSERVED, SIMULATED) else ""
 
     def _refresh(self) -> None:
         self._stale = False
@@ -197,6 +199,8 @@ def guarantee(config: GateConfig) -> dict[str, Any] | str:
     """What decides which rows are settled unverified; with `exact`, none are."""
     if config.policy == "observe":
         return OBSERVED
+    if config.simulates:
+        return SIMULATED
     if config.guarantee == "exact":
         return {"guarantee": "exact"}
     chosen = asdict(config)

@@ -16,6 +16,7 @@ from margingate.runtime import (
     scheduler,
     seeds,
     stream,
+    study,
 )
 from margingate.runtime.hooks import Hook
 from margingate.runtime.tokenizer_hooks import TOKENIZER_HOOKS
@@ -306,4 +307,24 @@ INVARIANT_HOOKS = (
         "SGLang's linear layers are batch-invariant at this cost",
     ),
 )
-ALL_HOOKS = (*STARTUP_HOOKS, *TOKENIZER_HOOKS, *RUNTIME_HOOKS, *INVARIANT_HOOKS)
+
+# Applied, besides, with --gate-study.
+STUDY_HOOKS = (
+    Hook(
+        "layers.logits_processor.LogitsProcessor._get_logits",
+        BEFORE,
+        study.keep_states,
+        "self hidden_states lm_head logits_metadata embedding_bias use_logits_buffer",
+        "margins of exact products need the final hidden states, within decode graphs too",
+        "SGLang returns hidden states with each step at no other change",
+    ),
+    Hook(
+        "mem_cache.memory_pool.ReqToTokenPool.free",
+        BEFORE,
+        study.before_free,
+        "self req",
+        "how far a request's K/V columns are from another run's",
+        _CALLBACK,
+    ),
+)
+ALL_HOOKS = (*STARTUP_HOOKS, *TOKENIZER_HOOKS, *RUNTIME_HOOKS, *INVARIANT_HOOKS, *STUDY_HOOKS)

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 import margingate
-from margingate.runtime import audit, integrity, invariance, machine, state
+from margingate.runtime import audit, integrity, invariance, machine, state, tally
 from margingate.runtime.observer import summed
 
 INFO_KEY = "margingate"
@@ -43,6 +43,7 @@ def internal_state(result: Any, *_args: Any) -> None:
         "held": len(controller.held),
         "guarantee": controller.config.guarantee,
         "policy": controller.config.policy,
+        "tally": tally.report(controller),
         "audit": audit.report(controller.auditor.audits),
         "integrity": integrity.report(controller),
         **controller.fingerprint.of(),

@@ -196,6 +196,15 @@ def refuse_audit(args: Any, config: GateConfig) -> None:
         )
 
 
+def refuse_simulation(args: Any, config: GateConfig) -> None:
+    """Simulated verdicts on real weights would be wrong answers. Raises GateError."""
+    if config.simulates and args.load_format != "dummy":
+        raise GateError(
+            "--gate-simulate-trigger-rate and --gate-simulate-flip-rate make verdicts up, which "
+            "is for benchmarks: drop them, or serve made-up weights with --load-format dummy."
+        )
+
+
 # An instance of each with a K/V split that depends on the length alone is what verifies.
 INVARIANT_ATTENTION = ("torch_native", "triton", "flashinfer")
 

@@ -14,6 +14,7 @@ from margingate.runtime.seeds import LARGEST_SEED, Draw, draw_of
 SWITCH = "deterministic"
 FAULT_ROWS = "gate_fault_rows"
 FORCED_IDS = "gate_forced_ids"
+COLUMNS = "gate_columns"
 # A gated prompt's columns are canonical; it must not meet the columns of a batched prefill.
 CACHE_NAMESPACE = "margingate:"
 _serial = itertools.count(1)
@@ -59,6 +60,14 @@ class Kept:
     logprobs: dict[str, list[Any]]
 
 
+@dataclass(frozen=True, slots=True)
+class ColumnsWanted:
+    """--gate-study: keep a request's K/V columns when it ends, or compare them with kept ones."""
+
+    key: str
+    keep: bool
+
+
 @dataclass(slots=True)
 class GateRequest:
     """The gate's state of one request; SGLang's `Req` carries it as `req.gate`."""
@@ -75,8 +84,11 @@ class GateRequest:
     kept: Kept | None = None
     margins: array[float] = field(default_factory=lambda: array("f"))  # by row, logits
     flags: bytearray = field(default_factory=bytearray)  # by row: was it flagged
+    prompt: str = ""  # a digest of its token ids, where verdicts are simulated
     forced: tuple[int, ...] = ()  # --gate-study: what is emitted, by row
-    choices: list[tuple[int, float]] = field(default_factory=list)  # --gate-study: id and margin
+    choices: list[tuple[Any, ...]] = field(default_factory=list)  # --gate-study: see study.force
+    columns_wanted: ColumnsWanted | None = None  # --gate-study
+    drift: dict[str, Any] | None = None  # --gate-study: of its columns from those kept
     generation: int = 0  # of the weights it was admitted with
     injected_first: int | None = None  # what prefill chose before a fault replaced it
 
@@ -89,15 +101,20 @@ class GateRequest:
         """For `meta_info["gate"]`."""
         if not self.gated:
             choices = {"choices": self.choices} if config.study else {}
-            return {"gated": False, "because": self.ungated_because, **choices}
+            return {"gated": False, "because": self.ungated_because, **choices, **self._drift()}
         return {
             "gated": True,
             "guarantee": config.guarantee,
             "fast_path": config.fast_path,
             "policy": config.policy,
             "threshold": config.threshold,
+            **({"simulated": True} if config.simulates else {}),
             **asdict(self.counts),
+            **self._drift(),
         }
+
+    def _drift(self) -> dict[str, Any]:
+        return {} if self.drift is None else {"columns": self.drift}
 
 
 LOGPROB_LISTS = (
@@ -122,6 +139,8 @@ def attach(req: Any, config: GateConfig) -> None:
     """Set `req.gate` from the request's own parameters, and its radix-tree namespace."""
     gate = _classify(req, config)
     req.gate = gate
+    if config.study:
+        gate.columns_wanted = _columns_wanted(req)
     if gate.gated:
         req.extra_key = CACHE_NAMESPACE + (req.extra_key or "")
     elif (req.extra_key or "").startswith(CACHE_NAMESPACE):
@@ -193,11 +212,23 @@ def _malformed(wanted: Any, faults: Any, config: GateConfig) -> str:
 
 
 def _not_forcible(forced: Any, req: Any, config: GateConfig) -> str:
-    if forced and not config.study:
-        return f"custom_params.{FORCED_IDS} needs a server started with --gate-study."
+    if forced and not (config.study and config.policy == "observe"):
+        return (
+            f"custom_params.{FORCED_IDS} needs a server started with --gate-study and "
+            "--gate-policy observe."
+        )
     if not isinstance(forced, list | tuple) or any(type(token) is not int for token in forced):
         return f"custom_params.{FORCED_IDS} is {forced!r}: give a list of token ids."
     return _outside_vocabulary(forced, req.vocab_size, f"custom_params.{FORCED_IDS}")
+
+
+def _columns_wanted(req: Any) -> ColumnsWanted | None:
+    """From {"keep": key} or {"against": key}; anything else is not asking."""
+    wanted = (req.sampling_params.custom_params or {}).get(COLUMNS)
+    if not isinstance(wanted, dict) or len(wanted) != 1:
+        return None
+    ((what, key),) = wanted.items()
+    return ColumnsWanted(str(key), what == "keep") if what in ("keep", "against") else None
 
 
 def _outside_vocabulary(ids: Any, size: int, name: str = "input_ids") -> str:

@@ -47,16 +47,3 @@ def inject_fault(relay: Any, req: Any, result: Any, i: int) -> bool:
     if relay is not None:
         relay.output_tokens_buf[req.req_pool_idx] = wrong
     return row in due
-
-
-def force(relay: Any, req: Any, result: Any, i: int, margin: float) -> None:
-    """--gate-study: note what row `i` of a result chose, and emit what it was told to.
-
-    Mutates the request's choices, the result and the token relay.
-    """
-    gate: GateRequest = req.gate
-    gate.choices.append((int(result.next_token_ids[i]), margin))
-    if len(req.output_ids) < len(gate.forced):
-        token = gate.forced[len(req.output_ids)]
-        result.next_token_ids[i] = token
-        relay.output_tokens_buf[req.req_pool_idx] = token

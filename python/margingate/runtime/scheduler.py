@@ -24,6 +24,7 @@ from margingate.runtime import (
     state,
 )
 from margingate.runtime.arguments import RADIX_BACKEND, confirm_schedulers, gate_config
+from margingate.runtime.tally import Tally
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ def init(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) 
     hooks.install(hook_table.RUNTIME_HOOKS)
     if config.invariant:
         hooks.install(hook_table.INVARIANT_HOOKS)
+    if config.study:
+        hooks.install(hook_table.STUDY_HOOKS)
     if RADIX_BACKEND not in registered_radix_cache_backends():
         register_radix_cache_backend(RADIX_BACKEND, radix.build)
     original(self, server_args, *args, **kwargs)
@@ -47,6 +50,7 @@ def init(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) 
     controller.observers += metrics.observers(controller)
     controller.observers += events.observers(controller)
     controller.observers += audit.observers(controller)
+    controller.observers += (Tally(exact=config.guarantee == "exact"),)
     state.set_controller(controller)
     logger.info("margingate: the deterministic gate is up: %s", config)
 

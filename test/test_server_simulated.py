@@ -1,0 +1,68 @@
+"""Simulated verdicts on a server with dummy weights: the work is real, and the same twice."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from checks import assert_clean, assert_metrics, assert_same
+
+from margingate.client import Answer, Client, Prompt
+
+RATE, FLIPS, TOKENS = 0.25, 0.2, 64
+PARAMS = {"ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def client(start) -> Client:
+    rates = ("--gate-simulate-trigger-rate", str(RATE), "--gate-simulate-flip-rate", str(FLIPS))
+    more = ("--gate-max-delay", "3", "--gate-debug", "--enable-metrics")
+    server = start("--load-format", "dummy", *rates, *more)
+    assert "VERDICTS ARE SIMULATED" in server.log.read_text(errors="replace")
+    return Client(server.base_url, TOKENS)
+
+
+@pytest.fixture(scope="module")
+def made_up() -> list[Prompt]:
+    draw = random.Random(7).randrange
+    return [Prompt(f"p{i}", tuple(draw(10, 30000) for _ in range(20 + i))) for i in range(8)]
+
+
+def difference(before: Any, after: Any) -> Any:
+    """What has been added to numbers, in records within records too."""
+    if isinstance(after, dict):
+        return {name: difference(before.get(name, 0), each) for name, each in after.items()}
+    return after - before if isinstance(after, int | float) else after
+
+
+def gates(answers: list[Answer], name: str) -> list[Any]:
+    return [answer.meta["gate"][name] for answer in answers]
+
+
+def test_flags_and_flips_are_near_their_rates_and_the_same_in_two_runs(client, made_up):
+    before = client.gate_state()  # the start asks for a few tokens itself
+    one = client.together(made_up, sampling_params=PARAMS)
+    client.flush()
+    shuffled = random.Random(1).sample(made_up, len(made_up))
+    assert_same(one, client.together(shuffled, sampling_params=PARAMS))
+    state = difference(before, client.gate_state())
+    assert set(state["reasons"]) == {"canonical", "simulated"}
+    assert state["reasons"]["canonical"] == 2 * len(made_up), "each prompt's first token"
+    assert state["flagged"] / state["reasons"]["simulated"] == pytest.approx(RATE, abs=0.05)
+    assert state["flips"] / state["flagged"] == pytest.approx(FLIPS, abs=0.08)
+    assert state["rolled_back"] >= state["flips"] > 0 == state["missed"]
+    assert all(answer.meta["completion_tokens"] == TOKENS for answer in one)
+    assert all(gates(one, "simulated")) and set(gates(one, "fingerprint")) == {None}
+    tally = state["tally"]
+    assert 0 < tally["quiet_steps"] < tally["decode_steps"]
+    assert state["verified"] <= tally["pass_rows"] <= state["passes"] * 16
+    assert tally["waits"] > 0 and tally["waited_s"] > 0
+    assert_metrics(client)
+    assert_clean(client)
+
+
+def test_one_by_one_flags_the_same_rows(client, made_up):
+    """Dummy weights are small: what is flagged, and what flips, does not hang on the batch."""
+    together = client.together(made_up[:3], sampling_params=PARAMS)
+    assert_same(together, client.alone(made_up[:3], sampling_params=PARAMS))
