@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
-import subprocess
-import sys
 import time
-from importlib import metadata
+from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
+
+import engines
 
 GATE = {"deterministic_gate": True}
 DETERMINISTIC = {"enable_deterministic_inference": True}
@@ -41,21 +39,16 @@ MODES: dict[str, dict[str, Any]] = {
 }
 USUAL = ("stock", "gate", "gate-triton", "deterministic")
 SETTLING = 4  # tokens before the first gap that counts
-MARK = "@@ "  # before a line that is meant for the parent
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
+    engines.add_options(parser, budget_s=500, kv_tokens=65_536)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=USUAL)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 8, 16, 32, 64, 128])
     parser.add_argument("--contexts", nargs="+", type=int, default=[256, 2048, 8192])
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--kv-tokens", type=int, default=65_536)
-    parser.add_argument("--budget-s", type=float, default=500, help="no new point after this")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--one", choices=MODES, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -94,58 +87,12 @@ def step_ms(engine: Any, batch: int, context: int, tokens: int, repeats: int) ->
 
 def serve(args: argparse.Namespace) -> None:
     """Start one engine, then measure what each line of stdin asks for."""
-    import sglang
-
-    engine = sglang.Engine(
-        model_path=args.model,
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        cuda_graph_max_bs_decode=max(args.batches),
-        cuda_graph_backend_prefill="disabled",  # a start of minutes; decode is what is timed
-        context_length=16384,
-        mem_fraction_static=0.95,
-        max_total_tokens=args.kv_tokens,
-        log_level="info",
-        **MODES[args.one],
-    )
-    print(MARK + json.dumps("up"), flush=True)
-    for line in sys.stdin:
-        batch, context = json.loads(line)
-        found = step_ms(engine, batch, context, args.tokens, args.repeats)
-        print(MARK + json.dumps(found), flush=True)
-    if MODES[args.one].get("deterministic_gate"):
-        state = engine.get_server_info()["internal_states"][0]["margingate"]
-        print(MARK + json.dumps({k: state[k] for k in ("steps", "flagged", "passes")}), flush=True)
+    options = MODES[args.one]
+    engine = engines.start(args.model, args.kv_tokens, max(args.batches), **options)
+    engines.serve(engine, partial(step_ms, tokens=args.tokens, repeats=args.repeats))
+    if state := engines.gate_state(engine):
+        engines.tell({name: state[name] for name in ("steps", "flagged", "passes")})
     engine.shutdown()
-
-
-class Worker:
-    """The process of one engine."""
-
-    def __init__(self, mode: str, log: Path) -> None:
-        command = [sys.executable, *sys.argv, "--one", mode]
-        self.mode = mode
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log.open("w"),
-            text=True,
-        )
-
-    def answer(self) -> Any:
-        """The next marked line; None when the process ended."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith(MARK):
-                return json.loads(line.removeprefix(MARK))
-        return None
-
-    def ask(self, *point: int) -> Any:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(point) + "\n")
-        self.process.stdin.flush()
-        return self.answer()
 
 
 def main() -> None:
@@ -153,12 +100,8 @@ def main() -> None:
     if args.one:
         serve(args)
         return
-    import torch
-
     start = time.monotonic()
-    workers = [Worker(mode, args.out.with_suffix(f".{mode}.log")) for mode in args.modes]
-    workers = [worker for worker in workers if worker.answer() == "up"]
-    print("up:", *(worker.mode for worker in workers), f"{time.monotonic() - start:.0f} s")
+    workers = engines.all_up(args.modes, args.out)
     results: list[dict[str, Any]] = []
     for context in args.contexts:
         for batch in args.batches:
@@ -172,18 +115,9 @@ def main() -> None:
             base = steps[workers[0].mode]
             cells = [f"{mode} {ms:.2f} ({ms / base:.3f})" for mode, ms in steps.items() if ms]
             print(f"context {context:5} batch {batch:4}:", "  ".join(cells), flush=True)
-            record = {
-                "device": torch.cuda.get_device_name(),
-                "versions": {name: metadata.version(name) for name in ("torch", "sglang")},
-                "command": sys.argv,
-                "results": results,
-            }
-            args.out.write_text(json.dumps(record, indent=1))
+            engines.write(args.out, results)
     for worker in workers:
-        assert worker.process.stdin is not None
-        worker.process.stdin.close()
-        print(worker.mode, worker.answer())
-        worker.process.wait(60)
+        print(worker.mode, worker.end())
 
 
 if __name__ == "__main__":
