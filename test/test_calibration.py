@@ -63,8 +63,8 @@ def test_too_few_steps_say_how_many_are_needed():
 WALKS = [
     Walk(1, "a", (5, 6, 7), (2.0, 1.0, 3.0)),
     Walk(8, "a", (5, 9, 7), (2.0, 0.25, 3.0)),
-    Walk(1, "b", (4,), (1.5,)),
-    Walk(8, "b", (4,), (1.25,)),
+    Walk(1, "b", (4, 8, 8), (1.5, 0.5, 2.0)),
+    Walk(8, "b", (3, 8, 8), (0.0, 0.5, 2.0)),  # its prefill chose another token: no decode step
 ]
 
 
@@ -114,7 +114,7 @@ def test_the_record_is_what_the_gate_reads(tmp_path):
     with pytest.raises(GateError, match="made for device 'd', but the server has 'e'"):
         load_threshold(str(path), {"device": "e"}, part="machine")
     with pytest.raises(
-        CliError, match=r"4 steps cannot show a miss rate of 0\.01, which takes 299"
+        CliError, match=r"4 steps cannot show a miss rate of 0\.01, which takes 299:"
     ):
         make_record(options(target_miss_rate=0.01), journal, {}, {})
 

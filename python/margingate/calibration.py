@@ -1,8 +1,8 @@
 """From steps with and without flips to a threshold: pure arithmetic.
 
-A step is one row of a batched run that was forced along the answer its request gives alone. It
-flips if the batched run would have chosen another token. A threshold misses the flips whose margin
-it does not reach.
+A step is one decoded row of a batched run that was forced along the answer its request gives
+alone. It flips if the batched run would have chosen another token. A threshold misses the flips
+whose margin it does not reach.
 """
 
 from __future__ import annotations
@@ -46,6 +46,16 @@ def miss_bound(missed: int, steps: int, confidence: float) -> float:
     return float(beta.ppf(confidence, missed + 1, steps - missed))
 
 
+def clopper_pearson(count: int, of: int, confidence: float) -> tuple[float, float]:
+    """The two-sided interval for `count` of `of`; (0, 1) for 0 of 0."""
+    from scipy.stats import beta
+
+    tail = (1 - confidence) / 2
+    low = float(beta.ppf(tail, count, of - count + 1)) if count else 0.0
+    high = float(beta.ppf(1 - tail, count + 1, of - count)) if count < of else 1.0
+    return low, high
+
+
 def steps_needed(target: float, confidence: float) -> int:
     """Steps without a miss from which on `miss_bound` is at most `target`."""
     return math.ceil(math.log1p(-confidence) / math.log1p(-target))
@@ -69,7 +79,7 @@ def choose_threshold(
         raise TooFewStepsError(len(margins), steps_needed(target, confidence))
     ascending = sorted(margin for margin in flips if not math.isnan(margin))
     known = sorted(margin for margin in margins if not math.isnan(margin))
-    for threshold in (0.0, *sorted({_above(margin) for margin in ascending})):
+    for threshold in (0.0, *sorted({above(margin) for margin in ascending})):
         missed = len(ascending) - bisect_left(ascending, threshold)
         bound = miss_bound(missed, len(margins), confidence)
         if bound <= target:
@@ -78,6 +88,6 @@ def choose_threshold(
     raise AssertionError("the last threshold misses nothing")
 
 
-def _above(margin: float) -> float:
+def above(margin: float) -> float:
     """The first multiple of 1/GRID that flags `margin`."""
     return (math.floor(margin * GRID) + 1) / GRID

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 CLASSES = (
     *("#9db4cc", "#c8321e", "#e0a458", "#5b8e7d", "#7a5c8e", "#4d4d4d", "#f2cc8f", "#81b29a"),
@@ -118,6 +119,79 @@ def plot_classes(classes: Mapping[str, Mapping[int, int]], path: Path, title: st
         axes.set_xlabel("rows in one forward; one colour: a row has the same bits")
         figure.suptitle(title, x=0.01, horizontalalignment="left", fontweight="bold")
         figure.savefig(path)
+
+
+def plot_recall(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path, title: str
+) -> None:
+    """Write, per signal, the share of the flips caught by the share of the steps flagged.
+
+    Args:
+        curves: by signal, shares flagged and shares caught, both ascending from 0 to 1.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(title)
+        lines = (c for i, c in enumerate(CLASSES) if i != 6)  # a pale one is hard to see
+        for colour, (name, (flagged, caught)) in zip(lines, curves.items(), strict=False):
+            axes.step(flagged, caught, where="post", color=colour, linewidth=2, label=name)
+        axes.set_xlabel("steps flagged [share]")
+        axes.set_ylabel("flips caught [share]")
+        axes.set_xscale("symlog", linthresh=0.01, linscale=0.5)
+        ticks = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
+        axes.set_xticks(ticks, [f"{tick:.0%}" for tick in ticks])
+        axes.set_xticks([], minor=True)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1.02)
+        axes.legend(loc="lower right", frameon=False, fontsize=10)
+        figure.savefig(path)
+
+
+def plot_rates(rates: Mapping[str, tuple[float, float, float]], path: Path, title: str) -> None:
+    """Write rates with their intervals, a bar each.
+
+    Args:
+        rates: by name, the rate and the interval's ends, shares.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(title)
+        middle = np.array([rate for rate, _, _ in rates.values()])
+        low = middle - np.array([low for _, low, _ in rates.values()])
+        high = np.array([high for _, _, high in rates.values()]) - middle
+        axes.bar(list(rates), middle, yerr=[low, high], color=STEPS, ecolor=LINE, capsize=5)
+        axes.set_ylabel("flips per decode step")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        figure.savefig(path)
+
+
+def plot_offsets(
+    layers: Mapping[str, Mapping[int, Sequence[float]]], path: Path, title: str
+) -> None:
+    """Write medians and 10 to 90 % bands by offset from a flip, a line per layer.
+
+    Args:
+        layers: by name, values by offset, relative L2 distances.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(title)
+        for colour, (name, values) in zip(CLASSES, layers.items(), strict=False):
+            offsets = sorted(values)
+            bands = [np.quantile(values[offset], (0.1, 0.5, 0.9)) for offset in offsets]
+            low, middle, high = np.array(bands).T
+            axes.plot(offsets, middle, color=colour, linewidth=2, label=name)
+            axes.fill_between(offsets, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.axvline(0, color=LINE, linestyle="--", linewidth=1)
+        axes.set_xlabel("columns after the flip's own")
+        axes.set_ylabel("relative L2 distance from the run alone")
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False, fontsize=10)
+        figure.savefig(path)
+
+
+def _figure(title: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, x=0.01, horizontalalignment="left", fontweight="bold")
+    return figure, figure.subplots()
 
 
 def _floor(*heights: np.ndarray) -> float:

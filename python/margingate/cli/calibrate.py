@@ -6,7 +6,8 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,15 @@ import margingate
 from margingate.cli.errors import CliError
 
 if TYPE_CHECKING:
-    from margingate.cli.calibrate_measure import Journal
+    from margingate.cli.calibrate_measure import Journal, Walk
     from margingate.client import Client, Prompt
 
 MODEL = "smollm2"
 PROMPTS = Path(margingate.__file__).parent / "data" / "demo_prompts.jsonl"
-SERVER = ("--deterministic-gate", "--gate-policy", "observe", "--gate-study")
+SERVER = (
+    *("--deterministic-gate", "--gate-policy", "observe", "--gate-study"),
+    "--disable-radix-cache",  # else a prompt would find another's columns
+)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -29,17 +33,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="find --gate-threshold for a model on this machine",
         description="Answer prompts alone, walk the same answers again in batches on SGLang's own "
         "kernels, and choose the smallest threshold that misses few enough of the tokens that "
-        "would have flipped. Can be ended and started again.",
+        "would have flipped. For --gate-fast-path stock. Can be ended and started again.",
     )
-    parser.add_argument("--model-path", metavar="M", help=f"default: the embedded {MODEL}")
-    parser.add_argument(
-        "--prompts", nargs="+", type=Path, default=[PROMPTS], metavar="FILE", help="JSONL"
-    )
-    parser.add_argument("--per-file", type=int, metavar="N", help="prompts of each; default all")
-    parser.add_argument("--tokens", type=int, default=128, metavar="N", help="per answer; 128")
-    parser.add_argument(
-        "--batch-sizes", nargs="+", type=int, default=[2, 8, 16], metavar="B", help="2 8 16"
-    )
+    add_walk_options(parser)
     parser.add_argument(
         "--target-miss-rate",
         type=float,
@@ -53,91 +49,162 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--out", type=Path, default=Path("calibration.json"), metavar="FILE", help="what is written"
     )
+    parser.set_defaults(func=run)
+
+
+def add_walk_options(parser: argparse.ArgumentParser) -> None:
+    """What a walk needs to know, for every command that makes one."""
+    parser.add_argument("--model-path", metavar="M", help=f"default: the embedded {MODEL}")
+    parser.add_argument(
+        "--prompts", nargs="+", type=Path, default=[PROMPTS], metavar="FILE", help="JSONL"
+    )
+    parser.add_argument("--per-file", type=int, metavar="N", help="prompts of each; default all")
+    parser.add_argument("--tokens", type=int, default=128, metavar="N", help="per answer; 128")
+    parser.add_argument(
+        "--batch-sizes", nargs="+", type=int, default=[2, 8, 16], metavar="B", help="2 8 16"
+    )
     parser.add_argument(
         "server_args", nargs="*", metavar="-- ARGS", help="for the server, after --"
     )
-    parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure what the journal lacks, choose, write the calibration file."""
-    from margingate.cli.model import ensure_model
-    from margingate.servers import ServerError, launch
-
-    prompts_of = _check(args)
-    model = Path(args.model_path or ensure_model(MODEL))
-    prompts = _prompts(prompts_of, model)
-    server = launch(model, args.out.with_suffix(".log"), *SERVER, *args.server_args)
-    print(f"margingate: starting a server of {model}", file=sys.stderr, flush=True)
-    try:
-        with server:
-            journal, machine = _walk(args, server.base_url, model, prompts)
-    except ServerError as err:
-        raise CliError(str(err)) from err
-    record = make_record(args, journal, machine, _identity(model))
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    for name in ("target_miss_rate", "confidence"):
+        check_share(name, getattr(args, name))
+    sets = read_sets(args)
+    model = model_folder(args)
+    prompts = tokenized(sets, model)
+    with observing_server(args, model) as client:
+        journal, machine = walk(args, client, model, prompts)
+    record = make_record(args, journal, machine, identity(model))
+    write(args.out, json.dumps(record, indent=1) + "\n")
     journal.path.unlink()
     args.out.with_suffix(".log").unlink(missing_ok=True)
     print(meaning(record, args.out))
     return 0
 
 
-def _check(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """Refuse what cannot work before anything starts; the prompts, by distinct names."""
-    from margingate.client import read_prompts
+def check_share(name: str, value: float) -> None:
+    """Raises CliError unless 0 < value < 1."""
+    if not 0 < value < 1:
+        option = name.replace("_", "-")
+        raise CliError(f"--{option} is {value}: give a number between 0 and 1.")
 
+
+def read_sets(args: argparse.Namespace) -> dict[str, list[tuple[str, str]]]:
+    """The (id, text) pairs of each prompt file, by its stem; ids are distinct.
+
+    Refuses what cannot work before anything starts.
+    """
     for name, low in (("tokens", 1), ("per_file", 1)):
         value = getattr(args, name)
         if value is not None and value < low:
             raise CliError(f"--{name.replace('_', '-')} is {value}: give {low} or more.")
-    if bad := [size for size in args.batch_sizes if size < 2]:
-        raise CliError(f"--batch-sizes has {bad[0]}: a batch has 2 requests or more.")
-    for name in ("target_miss_rate", "confidence"):
-        if not 0 < getattr(args, name) < 1:
-            option = name.replace("_", "-")
-            raise CliError(f"--{option} is {getattr(args, name)}: give a number between 0 and 1.")
-    try:
-        pairs = [pair for path in args.prompts for pair in read_prompts(path, args.per_file)]
-    except OSError as err:
-        raise CliError(f"--prompts {err.filename} cannot be read ({err.strerror}).") from err
-    except ValueError as err:
-        raise CliError(f"--prompts: {err}") from err
-    names = [name for name, _ in pairs]
+    if bad := [size for size in args.batch_sizes if not 2 <= size <= 1024]:
+        raise CliError(f"--batch-sizes has {bad[0]}: a batch has 2 to 1024 requests.")
+    sets: dict[str, list[tuple[str, str]]] = {}
+    for path in args.prompts:
+        if path.stem in sets:
+            raise CliError(f"--prompts has two files named {path.stem}: rename one.")
+        sets[path.stem] = _read_file(path, args.per_file)
+    names = [name for pairs in sets.values() for name, _ in pairs]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise CliError(f"--prompts has two prompts with the id {twice!r}: rename one.")
-    return pairs
+    return sets
 
 
-def _prompts(pairs: Sequence[tuple[str, str]], model: Path) -> list[Prompt]:
+def _read_file(path: Path, count: int | None) -> list[tuple[str, str]]:
+    from margingate.client import read_prompts
+
+    try:
+        return read_prompts(path, count)
+    except OSError as err:
+        raise CliError(f"--prompts {err.filename} cannot be read ({err.strerror}).") from err
+    except UnicodeDecodeError as err:
+        raise CliError(f"--prompts {path} is not UTF-8 text ({err.reason}): convert it.") from err
+    except ValueError as err:
+        raise CliError(f"--prompts: {err}") from err
+
+
+def model_folder(args: argparse.Namespace) -> Path:
+    """--model-path, which must hold a model, or the embedded one."""
+    from margingate.cli.model import ensure_model
+
+    model = Path(args.model_path or ensure_model(MODEL))
+    identity(model)
+    return model
+
+
+def tokenized(sets: Mapping[str, Sequence[tuple[str, str]]], model: Path) -> list[Prompt]:
+    """All prompts, with the model's chat template applied."""
     from margingate.client import chat_prompts
 
-    return chat_prompts(pairs, model)
+    try:
+        return chat_prompts([pair for pairs in sets.values() for pair in pairs], model)
+    except (OSError, ValueError) as err:
+        said = str(err).splitlines()[0] if str(err) else type(err).__name__
+        raise CliError(f"the tokenizer in {model} does not load: {said}") from err
 
 
-def _walk(
-    args: argparse.Namespace, url: str, model: Path, prompts: Sequence[Prompt]
-) -> tuple[Journal, dict[str, str]]:
-    """Measure against the server at `url`; the journal, and what it was measured on."""
-    from margingate.cli.bar import progress
-    from margingate.cli.calibrate_measure import Journal, measure
+@contextmanager
+def observing_server(args: argparse.Namespace, model: Path) -> Iterator[Client]:
+    """A server that decodes as a stock one does, honours --gate-study and keeps no radix tree."""
+    with gated_server(args, model, *SERVER) as client:
+        yield client
+
+
+@contextmanager
+def gated_server(args: argparse.Namespace, model: Path, *options: str) -> Iterator[Client]:
+    """A server with these options and the user's; raises CliError where it does not start."""
+    import requests
+
     from margingate.client import Client
+    from margingate.servers import ServerError, launch
 
-    client: Client = Client(url, args.tokens)
+    print(f"margingate: starting a server of {model}", file=sys.stderr, flush=True)
+    server = launch(model, args.out.with_suffix(".log"), *options, *args.server_args)
+    try:
+        with server:
+            yield Client(server.base_url, args.tokens)
+    except ServerError as err:
+        raise CliError(str(err)) from err
+    except requests.RequestException as err:  # an OSError too
+        raise CliError(
+            f"the server stopped answering ({type(err).__name__}): see {server.log}, and start "
+            "again to go on."
+        ) from err
+    except OSError as err:
+        raise CliError(
+            f"the work beside {args.out} cannot go on ({err.strerror or err}): check that the "
+            "folder exists and the disk has room, then start again to go on."
+        ) from err
+
+
+def walk(
+    args: argparse.Namespace, client: Client, model: Path, prompts: Sequence[Prompt]
+) -> tuple[Journal, dict[str, str]]:
+    """Measure what the journal lacks; the journal, and what it was measured on."""
+    from margingate.cli.bar import progress
+    from margingate.cli.calibrate_measure import Journal, check_lengths, measure
+
     machine = client.gate_state()["machine"]
-    identity = {
-        "model": _identity(model),
+    about = {
+        "model": identity(model),
         "machine": machine,
         "tokens": args.tokens,
-        "prompts": _digest(prompts),
+        "prompts": digest(prompts),
+        "server_args": args.server_args,
     }
-    journal = Journal(args.out.with_suffix(".partial.jsonl"), identity)
+    journal = Journal(args.out.with_suffix(".partial.jsonl"), about)
+    check_lengths(client, prompts, args.tokens)
     sizes = sorted(set(args.batch_sizes))
     with progress(len(prompts) * (1 + len(sizes))) as bar:
         measure(client, prompts, sizes, journal, bar)
     return journal, machine
 
 
-def _identity(model: Path) -> dict[str, str]:
+def identity(model: Path) -> dict[str, str]:
     """The same as `--gate-threshold auto` computes when it compares."""
     try:
         config = (model / "config.json").read_bytes()
@@ -146,8 +213,23 @@ def _identity(model: Path) -> dict[str, str]:
     return {"config_sha256": hashlib.sha256(config).hexdigest()}
 
 
-def _digest(prompts: Sequence[Prompt]) -> str:
+def digest(prompts: Sequence[Prompt]) -> str:
+    """A hash of the prompts' token ids, in order."""
     return hashlib.sha256(json.dumps([p.input_ids for p in prompts]).encode()).hexdigest()
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write a result; raises CliError where that fails, and leaves no half of a file."""
+    draft = path.with_name(path.name + ".draft")
+    try:
+        draft.write_bytes(content.encode() if isinstance(content, str) else content)
+        draft.replace(path)
+    except OSError as err:
+        draft.unlink(missing_ok=True)
+        raise CliError(
+            f"{path} cannot be written ({err.strerror}): make room, or name another file; what was "
+            "measured is kept."
+        ) from err
 
 
 def make_record(
@@ -155,11 +237,13 @@ def make_record(
 ) -> dict[str, Any]:
     """The calibration file; raises CliError where the steps are too few."""
     from margingate.calibration import TooFewStepsError, choose_threshold
-    from margingate.cli.calibrate_measure import ALONE, flips
+    from margingate.cli.calibrate_measure import ALONE, FIRST, flips
 
     sizes = sorted(set(args.batch_sizes))
-    walks = {k: walk for k, walk in journal.walks.items() if k[0] in (ALONE, *sizes)}
-    margins = [m for (size, _), walk in walks.items() if size != ALONE for m in walk.margins]
+    walks: dict[tuple[int, str], Walk]
+    walks = {k: one for k, one in journal.walks.items() if k[0] in (ALONE, *sizes)}
+    batched = [one for (size, _), one in walks.items() if size != ALONE]
+    margins = [margin for one in batched for margin in one.margins[FIRST - 1 :]]
     found = flips(walks)
     try:
         choice = choose_threshold(
@@ -192,10 +276,11 @@ def make_record(
 def meaning(record: dict[str, Any], out: Path) -> str:
     """The result in plain sentences."""
     sizes = ", ".join(map(str, record["batch_sizes"]))
+    seen = f"{record['flips']} of {record['steps']} decode steps flip in batches of {sizes}."
+    flags = f"{record['threshold']:g} flags {record['trigger_rate']:.1%} of the steps"
+    misses = f"misses {record['missed']} of the flips seen"
+    bound = f"{record['miss_rate_bound']:.1e} per step, with {record['confidence']:.0%} confidence"
     return (
-        f"{record['flips']} of {record['steps']} steps flip in batches of {sizes}. A threshold of "
-        f"{record['threshold']:g} flags {record['trigger_rate']:.1%} of the steps and misses "
-        f"{record['missed']} of the flips seen: at most {record['miss_rate_bound']:.1e} per step, "
-        f"with {record['confidence']:.0%} confidence.\n"
-        f"Use it: --gate-threshold auto --gate-calibration {out}"
+        f"{seen} A threshold of {flags} and {misses}: at most {bound}.\n"
+        f"Use it: --gate-fast-path stock --gate-threshold auto --gate-calibration {out}"
     )

@@ -80,9 +80,12 @@ def _chosen(result: Any) -> list[tuple[Any, ...]]:
         return [(token,) for token in tokens]
     ids, values = exact
     best, order = values.sort(dim=1, descending=True, stable=True)
-    exact_tokens = ids.gather(1, order[:, :1]).squeeze(1).tolist()
-    margins = [float(f"{margin:.6g}") for margin in (best[:, 0] - best[:, 1]).tolist()]
-    return list(zip(tokens, logits.amax(1).tolist(), exact_tokens, margins, strict=True))
+    columns = (logits.amax(1), ids.gather(1, order[:, :1]).squeeze(1), best[:, 0] - best[:, 1])
+    numbers = torch.stack([column.double() for column in columns], dim=1).tolist()  # one wait
+    return [
+        (token, top, int(exact_token), float(f"{margin:.4g}"))
+        for token, (top, exact_token, margin) in zip(tokens, numbers, strict=True)
+    ]
 
 
 @torch.inference_mode()
@@ -110,8 +113,9 @@ def _exact(logits: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]
 def _weight(vocab: int) -> torch.Tensor | None:
     """lm_head's rows by token id, or None: split over GPUs, packed, or quantized."""
     weight = getattr(_last.head, "weight", None)
-    plain = isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight.is_floating_point()
-    if not plain or use_intel_amx_backend(_last.head) or weight.shape[0] < vocab:
+    if not isinstance(weight, torch.Tensor) or use_intel_amx_backend(_last.head):
+        return None
+    if weight.dim() != 2 or not weight.is_floating_point() or weight.shape[0] < vocab:
         return None
     return weight.data
 

@@ -1,0 +1,132 @@
+"""The decode steps of a study as arrays, and the signals that may foretell their flips."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+ALONE = 1
+BITS = {"torch.bfloat16": 7, "torch.float16": 10}  # of the mantissa; float32 has 23
+
+
+@dataclass(frozen=True)
+class Steps:
+    """One entry per batched decode step (row 2 and later), in the record's order.
+
+    The exact arrays are empty where the server could not compute exact products.
+    """
+
+    sets: np.ndarray  # str: data set
+    sizes: np.ndarray  # int: batch size asked for
+    rows: np.ndarray  # int: 2 and up
+    margins: np.ndarray  # logits
+    ulps: np.ndarray  # the margin in steps of the logits' own precision at the best logit
+    flips: np.ndarray  # bool: another token than alone
+    signed: np.ndarray  # logits: exact margin; 0 where the exact best is not the chosen token
+    exact_margins: np.ndarray  # logits: best minus second, by exact products
+    exact_flips: np.ndarray  # bool: another exact best than alone
+    prefill: Mapping[str, tuple[int, int]]  # by set: flips and number of first tokens
+
+    def __len__(self) -> int:
+        return len(self.margins)
+
+
+def steps_of(record: Mapping[str, Any]) -> Steps:
+    """All batched decode steps of a study."""
+    sets = {name: key for key, names in record["sets"].items() for name in names}
+    alone = {one["name"]: one for one in record["walks"] if one["batch_size"] == ALONE}
+    batched = [one for one in record["walks"] if one["batch_size"] != ALONE]
+    exact = bool(batched) and all(one["exact_tokens"] for one in (*batched, *alone.values()))
+    parts = [_walk(one, alone[one["name"]], exact) for one in batched]
+    lengths = [len(one["tokens"]) - 1 for one in batched]
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    rows, margins, tops, flips, signed, exact_margins, exact_flips = columns
+    return Steps(
+        np.repeat([sets[one["name"]] for one in batched], lengths),
+        np.repeat([one["batch_size"] for one in batched], lengths),
+        rows,
+        margins,
+        margins / _ulp(tops, record["machine"]["dtype"]) if len(tops) else tops,
+        flips,
+        signed,
+        exact_margins,
+        exact_flips,
+        _prefill(batched, alone, sets),
+    )
+
+
+def _walk(one: Mapping[str, Any], alone: Mapping[str, Any], exact: bool) -> tuple[np.ndarray, ...]:
+    """Row numbers, margins, best logits, flips, then the exact arrays, from row 2 on."""
+    tokens = np.array(one["tokens"][1:])
+    flips = tokens != np.array(alone["tokens"][1:])
+    rows, margins = np.arange(2, len(tokens) + 2), np.array(one["margins"][1:], float)
+    if not exact:
+        nothing = np.array([])
+        return rows, margins, nothing, flips, nothing, nothing, nothing
+    best, gaps = np.array(one["exact_tokens"][1:]), np.array(one["exact_margins"][1:], float)
+    signed = np.where(best == tokens, gaps, 0.0)
+    moved = best != np.array(alone["exact_tokens"][1:])
+    return rows, margins, np.array(one["tops"][1:], float), flips, signed, gaps, moved
+
+
+def _ulp(tops: np.ndarray, dtype: str) -> np.ndarray:
+    """The distance of neighbouring numbers of `dtype` at these magnitudes."""
+    exponents = np.floor(np.log2(np.maximum(np.abs(tops), 2.0**-100)))
+    return np.exp2(exponents - BITS.get(dtype, 23))
+
+
+def _prefill(
+    batched: Sequence[Mapping[str, Any]],
+    alone: Mapping[str, Mapping[str, Any]],
+    sets: Mapping[str, str],
+) -> dict[str, tuple[int, int]]:
+    found: dict[str, tuple[int, int]] = {}
+    for one in batched:
+        key = sets[one["name"]]
+        flips, number = found.get(key, (0, 0))
+        flips += one["tokens"][0] != alone[one["name"]]["tokens"][0]
+        found[key] = flips, number + 1
+    return found
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A number per step; a threshold flags the steps whose number is below it, or no number."""
+
+    name: str
+    values: np.ndarray
+    flips: np.ndarray  # bool: what it should foretell
+
+    def bar(self, where: np.ndarray) -> float:
+        """The largest number at a flip among the steps `where`; -inf without one."""
+        found = self.values[where & self.flips & ~np.isnan(self.values)]
+        return float(found.max()) if len(found) else float("-inf")
+
+    def flagged(self, bar: np.ndarray | float) -> np.ndarray:
+        """Bool per step: at or below `bar`, or no number."""
+        flagged: np.ndarray = ~(self.values > bar)
+        return flagged
+
+
+def signals(steps: Steps) -> list[Signal]:
+    """The candidates. The last is another server: one whose lm_head is exact and chooses."""
+    found = [Signal("margin", steps.margins, steps.flips)]
+    if len(steps.signed):
+        found += [
+            Signal("margin in steps of the dtype", steps.ulps, steps.flips),
+            Signal("margin of float32 logits", steps.signed, steps.flips),
+            Signal("float32 lm_head that also chooses", steps.exact_margins, steps.exact_flips),
+        ]
+    return found
+
+
+def bars_by_size(signal: Signal, steps: Steps, where: np.ndarray) -> np.ndarray:
+    """Per step, the bar that catches every flip `where` its batch size is the same."""
+    bars = np.full(len(steps), -np.inf)
+    for size in np.unique(steps.sizes):
+        same = steps.sizes == size
+        bars[same] = signal.bar(where & same)
+    return bars
