@@ -106,7 +106,7 @@ def test_the_record_is_what_the_gate_reads(tmp_path):
     journal.add(WALKS)
     record = make_record(options(), journal, {"device": "d"}, {"config_sha256": "c"})
     assert (record["steps"], record["flips"], record["prompts"]) == (4, 1, 2)
-    assert "1 of 4 steps flip in batches of 8" in meaning(record, tmp_path)
+    assert "1 of 4 decode steps flip in batches of 8" in meaning(record, tmp_path)
     path = tmp_path / "c.json"
     path.write_text(json.dumps(record))
     assert load_threshold(str(path), {"config_sha256": "c"}) == record["threshold"]
@@ -114,7 +114,7 @@ def test_the_record_is_what_the_gate_reads(tmp_path):
     with pytest.raises(GateError, match="made for device 'd', but the server has 'e'"):
         load_threshold(str(path), {"device": "e"}, part="machine")
     with pytest.raises(
-        CliError, match=r"4 steps cannot show a miss rate of 0\.01, which takes 299:"
+        CliError, match=r"4 steps cannot show a miss rate of 0\.01, which takes 299"
     ):
         make_record(options(target_miss_rate=0.01), journal, {}, {})
 
