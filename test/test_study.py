@@ -317,7 +317,12 @@ NAN = float("nan")
 
 def walk(size: int, name: str, tokens: list[int], margins: list[float], **more: Any) -> Any:
     count = len(tokens)
-    exact = {"tops": [8.0] * count, "exact_tokens": tokens, "exact_margins": margins}
+    exact = {
+        "rows": [size] * count,
+        "tops": [8.0] * count,
+        "exact_tokens": tokens,
+        "exact_margins": margins,
+    }
     return {"batch_size": size, "name": name, "tokens": tokens, "margins": margins} | exact | more
 
 
@@ -388,7 +393,7 @@ def test_tables_of_a_small_record():
     rates = cells("Flips by data set")
     assert rates["x"][:3] == ("6", "1", "16.67%") and rates["x"][-1] == "1 of 2"
     assert rates["all"][:3] == ("8", "2", "25.00%") and rates["all"][-1] == "1 of 4"
-    assert cells("Flips by batch size")["4"][:2] == ("4", "0")
+    assert cells("Flips by requests in the step")["3 to 4"][:2] == ("4", "0")
     assert set(cells("Flips by row")) == {"2 to 4", "all"}
     assert cells("Margins at flips")["y"] == ("1", "0.5", "0.5", "0.5", "0.5")
     assert cells("Trigger rate")["0.515625 (all flips)"][:2] == ("50.00%", "2 of 2")

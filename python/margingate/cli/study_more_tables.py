@@ -87,11 +87,15 @@ def _sequences(results: Sequence[Mapping[str, Any]]) -> Table:
         rows.append((one["case"], *same, rate, *counts))
     return Table(
         "Whole answers that are the same as alone",
-        f"Free answers on the stock fast path, in batches of {results[0]['batch_size']} in two "
-        "orders, against the same prompts alone on the same server. A number is the threshold.",
+        f"Free answers on the stock fast path, in batches of {_batch(results[0])} in two orders, "
+        "against the same prompts alone on the same server. A number is the threshold.",
         ("case", "batched", "shuffled", "rows flagged", "flips repaired", "missed"),
         rows,
     )
+
+
+def _batch(result: Mapping[str, Any]) -> int:
+    return int(min(result["batch_size"], result["prompts"]))
 
 
 def _repaired(results: Sequence[Mapping[str, Any]]) -> Table:

@@ -20,7 +20,7 @@ class Steps:
     """
 
     sets: np.ndarray  # str: data set
-    sizes: np.ndarray  # int: batch size asked for
+    sizes: np.ndarray  # int: requests in the step, rounded up to a power of two
     rows: np.ndarray  # int: 2 and up
     margins: np.ndarray  # logits
     ulps: np.ndarray  # the margin in steps of the logits' own precision at the best logit
@@ -43,10 +43,10 @@ def steps_of(record: Mapping[str, Any]) -> Steps:
     parts = [_walk(one, alone[one["name"]], exact) for one in batched]
     lengths = [len(one["tokens"]) - 1 for one in batched]
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    rows, margins, tops, flips, signed, exact_margins, exact_flips = columns
+    rows, margins, tops, flips, signed, exact_margins, exact_flips, company = columns
     return Steps(
         np.repeat([sets[one["name"]] for one in batched], lengths),
-        np.repeat([one["batch_size"] for one in batched], lengths),
+        np.exp2(np.ceil(np.log2(company))).astype(int),
         rows,
         margins,
         margins / _ulp(tops, record["machine"]["dtype"]) if len(tops) else tops,
@@ -59,17 +59,18 @@ def steps_of(record: Mapping[str, Any]) -> Steps:
 
 
 def _walk(one: Mapping[str, Any], alone: Mapping[str, Any], exact: bool) -> tuple[np.ndarray, ...]:
-    """Row numbers, margins, best logits, flips, then the exact arrays, from row 2 on."""
+    """Row numbers, margins, best logits, flips, the exact arrays, requests; from row 2 on."""
     tokens = np.array(one["tokens"][1:])
     flips = tokens != np.array(alone["tokens"][1:])
     rows, margins = np.arange(2, len(tokens) + 2), np.array(one["margins"][1:], float)
+    company = np.array(one["rows"][1:])
     if not exact:
         nothing = np.array([])
-        return rows, margins, nothing, flips, nothing, nothing, nothing
+        return rows, margins, nothing, flips, nothing, nothing, nothing, company
     best, gaps = np.array(one["exact_tokens"][1:]), np.array(one["exact_margins"][1:], float)
     signed = np.where(best == tokens, gaps, 0.0)
     moved = best != np.array(alone["exact_tokens"][1:])
-    return rows, margins, np.array(one["tops"][1:], float), flips, signed, gaps, moved
+    return rows, margins, np.array(one["tops"][1:], float), flips, signed, gaps, moved, company
 
 
 def _ulp(tops: np.ndarray, dtype: str) -> np.ndarray:

@@ -31,7 +31,7 @@ def make_tables(record: Mapping[str, Any]) -> list[Table]:
     steps = steps_of(record)
     return [
         _by("data set", steps, [(name, steps.sets == name) for name in record["sets"]]),
-        _by("batch size", steps, [(str(n), steps.sizes == n) for n in record["batch_sizes"]]),
+        _by("requests in the step", steps, _company(steps)),
         _by("row", steps, _positions(steps)),
         _margins(steps, list(record["sets"])),
         _thresholds(steps),
@@ -90,6 +90,11 @@ def _positions(steps: Steps) -> list[tuple[str, np.ndarray]]:
         if where.any():
             found.append((f"{low} to {min(high, steps.rows.max())}", where))
     return found
+
+
+def _company(steps: Steps) -> list[tuple[str, np.ndarray]]:
+    sizes = np.unique(steps.sizes).tolist()
+    return [(str(n) if n <= 2 else f"{n // 2 + 1} to {n}", steps.sizes == n) for n in sizes]
 
 
 def _by(what: str, steps: Steps, parts: Sequence[tuple[str, np.ndarray]]) -> Table:

@@ -63,9 +63,10 @@ def force(relay: Any, req: Any, result: Any, i: int, margin: float) -> None:
     token, *finer = output.gate_study[i]
     gate.choices.append((token, margin, len(output.gate_study), *finer))
     if len(req.output_ids) < len(gate.forced):
-        token = gate.forced[len(req.output_ids)]
-        result.next_token_ids[i] = token
-        relay.output_tokens_buf[req.req_pool_idx] = token
+        wanted = gate.forced[len(req.output_ids)]
+        if wanted != token:  # each write is a kernel
+            result.next_token_ids[i] = wanted
+            relay.output_tokens_buf[req.req_pool_idx] = wanted
 
 
 def _chosen(result: Any) -> list[tuple[Any, ...]]:
