@@ -21,6 +21,7 @@ CLASSES = (
     *("#3d405b", "#d4a5a5", "#2a6f97", "#bc6c25", "#606c38", "#9d4edd", "#ff8fa3", "#014f86"),
     *("#b5838d", "#6d6875", "#90be6d", "#577590"),
 )
+LINES = (("#2a6f97", "-"), ("#c8321e", "--"), ("#e0a458", "-"), ("#5b8e7d", "-."), ("#7a5c8e", ":"))
 STEPS, FLIPS, LINE = "#9db4cc", "#c8321e", "#222222"
 _STYLE: dict[Any, Any] = {"font.size": 11.0, "axes.spines.top": False, "axes.spines.right": False}
 
@@ -61,7 +62,14 @@ class Margins:
         return Margins(self.edges, tuple(steps), tuple(flips))
 
 
-def plot_margins(margins: Margins, threshold: float, path: Path, title: str) -> None:
+def plot_margins(
+    margins: Margins,
+    threshold: float,
+    path: Path,
+    title: str,
+    *,
+    flips_are: str = "flips, repaired",
+) -> None:
     """Write the histogram of all margins, with the flips and the threshold, as a PNG.
 
     Heights are counts divided by the bin's width in units of the first bin's, so that wide and
@@ -77,9 +85,7 @@ def plot_margins(margins: Margins, threshold: float, path: Path, title: str) -> 
         steps, flips = np.array(margins.steps) / widths, np.array(margins.flips) / widths
         low = _floor(steps, flips)
         _bars(axes, steps, edges, low, color=STEPS, label=f"decode steps ({sum(margins.steps):,})")
-        _bars(
-            axes, flips, edges, low, color=FLIPS, label=f"flips, repaired ({sum(margins.flips):,})"
-        )
+        _bars(axes, flips, edges, low, color=FLIPS, label=f"{flips_are} ({sum(margins.flips):,})")
         _line(axes, threshold, margins)
         _scales(axes, edges, low, steps.max(initial=1))
         used = np.flatnonzero(steps)
@@ -131,9 +137,14 @@ def plot_recall(
     """
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(title)
-        lines = (c for i, c in enumerate(CLASSES) if i != 6)  # a pale one is hard to see
-        for colour, (name, (flagged, caught)) in zip(lines, curves.items(), strict=False):
-            axes.step(flagged, caught, where="post", color=colour, linewidth=2, label=name)
+        for (colour, dashes), (name, (flagged, caught)) in zip(LINES, curves.items(), strict=False):
+            look: dict[str, Any] = {
+                "color": colour,
+                "linestyle": dashes,
+                "linewidth": 2,
+                "label": name,
+            }
+            axes.step(flagged, caught, where="post", **look)
         axes.set_xlabel("steps flagged [share]")
         axes.set_ylabel("flips caught [share]")
         axes.set_xscale("symlog", linthresh=0.01, linscale=0.5)
@@ -157,7 +168,8 @@ def plot_rates(rates: Mapping[str, tuple[float, float, float]], path: Path, titl
         middle = np.array([rate for rate, _, _ in rates.values()])
         low = middle - np.array([low for _, low, _ in rates.values()])
         high = np.array([high for _, _, high in rates.values()]) - middle
-        axes.bar(list(rates), middle, yerr=[low, high], color=STEPS, ecolor=LINE, capsize=5)
+        looks: dict[str, Any] = {"color": STEPS, "ecolor": LINE, "capsize": 5, "width": 0.5}
+        axes.bar(list(rates), middle, yerr=[low, high], **looks)
         axes.set_ylabel("flips per decode step")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         figure.savefig(path)
@@ -173,16 +185,16 @@ def plot_offsets(
     """
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(title)
-        for colour, (name, values) in zip(CLASSES, layers.items(), strict=False):
+        for (colour, _), (name, values) in zip(LINES, layers.items(), strict=False):
             offsets = sorted(values)
             bands = [np.quantile(values[offset], (0.1, 0.5, 0.9)) for offset in offsets]
             low, middle, high = np.array(bands).T
             axes.plot(offsets, middle, color=colour, linewidth=2, label=name)
             axes.fill_between(offsets, low, high, color=colour, alpha=0.2, linewidth=0)
         axes.axvline(0, color=LINE, linestyle="--", linewidth=1)
-        axes.set_xlabel("columns after the flip's own")
+        axes.set_xlabel("columns after the flip's own; the band holds 80 % of them")
         axes.set_ylabel("relative L2 distance from the run alone")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])  # a line at 0 shows
         axes.legend(frameon=False, fontsize=10)
         figure.savefig(path)
 

@@ -113,7 +113,8 @@ def _plot_margins(steps: Steps, threshold: float, path: Path) -> None:
     for margin in steps.margins[steps.flips].tolist():
         histogram.add_flip(margin)
     margins = Margins.from_record(histogram.record())
-    plot_margins(margins, threshold, path, "Margins of batched decode steps, and of the flips")
+    title = "Margins of batched decode steps, and of the flips"
+    plot_margins(margins, threshold, path, title, flips_are="flips")
 
 
 def _plot_rates(steps: Steps, sets: Sequence[str], path: Path) -> None:
