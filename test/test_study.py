@@ -357,6 +357,8 @@ def test_steps_leave_the_prefill_out():
     assert steps.ulps[0] == 0.25 / 2**-4, "BF16 has 7 bits: 1/16 apart from 8 on"
     assert steps.signed[0] == 0.0, "exact products choose another token there"
     assert steps.exact_flips.tolist() == [*[False] * 6, True, False]
+    assert steps.moved.tolist() == [True, True, True, False, True, True, True, True]
+    assert steps.distinct == 7, "row 4 of a has the same numbers in both batches"
 
 
 def test_a_server_without_exact_products_leaves_the_plain_margin():

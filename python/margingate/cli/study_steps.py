@@ -25,6 +25,8 @@ class Steps:
     margins: np.ndarray  # logits
     ulps: np.ndarray  # the margin in steps of the logits' own precision at the best logit
     flips: np.ndarray  # bool: another token than alone
+    moved: np.ndarray  # bool: other numbers than alone, as far as they are known
+    distinct: int  # steps, less those with the numbers of the same step in another batch
     signed: np.ndarray  # logits: exact margin; 0 where the exact best is not the chosen token
     exact_margins: np.ndarray  # logits: best minus second, by exact products
     exact_flips: np.ndarray  # bool: another exact best than alone
@@ -43,7 +45,7 @@ def steps_of(record: Mapping[str, Any]) -> Steps:
     parts = [_walk(one, alone[one["name"]], exact) for one in batched]
     lengths = [len(one["tokens"]) - 1 for one in batched]
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    rows, margins, tops, flips, signed, exact_margins, exact_flips, company = columns
+    rows, margins, tops, flips, signed, exact_margins, exact_flips, company, moved = columns
     return Steps(
         np.repeat([sets[one["name"]] for one in batched], lengths),
         np.exp2(np.ceil(np.log2(company))).astype(int),
@@ -51,6 +53,8 @@ def steps_of(record: Mapping[str, Any]) -> Steps:
         margins,
         margins / _ulp(tops, record["machine"]["dtype"]) if len(tops) else tops,
         flips,
+        moved,
+        _distinct(batched),
         signed,
         exact_margins,
         exact_flips,
@@ -59,18 +63,37 @@ def steps_of(record: Mapping[str, Any]) -> Steps:
 
 
 def _walk(one: Mapping[str, Any], alone: Mapping[str, Any], exact: bool) -> tuple[np.ndarray, ...]:
-    """Row numbers, margins, best logits, flips, the exact arrays, requests; from row 2 on."""
+    """From row 2 on, in the order in which `steps_of` unpacks them."""
     tokens = np.array(one["tokens"][1:])
     flips = tokens != np.array(alone["tokens"][1:])
     rows, margins = np.arange(2, len(tokens) + 2), np.array(one["margins"][1:], float)
     company = np.array(one["rows"][1:])
+    moved = np.array(
+        [a != b for a, b in zip(_numbers(one), _numbers(alone), strict=True)][1:], dtype=bool
+    )
     if not exact:
         nothing = np.array([])
-        return rows, margins, nothing, flips, nothing, nothing, nothing, company
+        return rows, margins, nothing, flips, nothing, nothing, nothing, company, moved
     best, gaps = np.array(one["exact_tokens"][1:]), np.array(one["exact_margins"][1:], float)
     signed = np.where(best == tokens, gaps, 0.0)
-    moved = best != np.array(alone["exact_tokens"][1:])
-    return rows, margins, np.array(one["tops"][1:], float), flips, signed, gaps, moved, company
+    others = best != np.array(alone["exact_tokens"][1:])
+    tops = np.array(one["tops"][1:], float)
+    return rows, margins, tops, flips, signed, gaps, others, company, moved
+
+
+def _numbers(one: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """All that is known of each row's logits."""
+    lists = ("tokens", "margins", "tops", "exact_tokens", "exact_margins")
+    return list(zip(*(one[name] for name in lists if one[name]), strict=True))
+
+
+def _distinct(batched: Sequence[Mapping[str, Any]]) -> int:
+    steps = (
+        (one["name"], row, *numbers)
+        for one in batched
+        for row, numbers in enumerate(_numbers(one)[1:])
+    )
+    return len(set(steps))
 
 
 def _ulp(tops: np.ndarray, dtype: str) -> np.ndarray:

@@ -107,23 +107,19 @@ def _by(what: str, steps: Steps, parts: Sequence[tuple[str, np.ndarray]]) -> Tab
         ties = int((steps.flips & where & (steps.margins == 0)).sum())
         row = [name, f"{count:,}", f"{flips:,}", percent(flips / max(count, 1))]
         row += [f"{percent(low)} to {percent(high)}", str(ties)]
+        row.append(percent(steps.moved[where].mean()) if count else "-")
         if what == "data set":
             row.append(_prefill(steps, name))
         rows.append(tuple(row))
-    columns: tuple[str, ...] = (
-        what,
-        "decode steps",
-        "flips",
-        "rate",
-        "95 % interval",
-        "flips at margin 0",
-    )
+    columns: tuple[str, ...] = (what, "decode steps", "flips", "rate", "95 % interval")
+    columns += ("flips at margin 0", "logits moved")
     if what == "data set":
         columns += ("flips of first tokens",)
     return Table(
         f"Flips by {what}",
         "A decode step flips if the batched run, forced along the answer alone so far, chooses "
-        "another token than the run alone. Intervals are Clopper-Pearson's.",
+        "another token than the run alone. Intervals are Clopper-Pearson's. Logits moved: the best "
+        "logit or a margin is another than alone.",
         columns,
         rows,
     )
@@ -179,7 +175,9 @@ def _thresholds(steps: Steps) -> Table:
     return Table(
         "Trigger rate against recall, by threshold",
         "A step is flagged below the threshold. The last column bounds missed flips per step at "
-        "95 % confidence.",
+        f"95 % confidence, if all {len(steps):,} steps count. {steps.distinct:,} of them are "
+        "distinct: where two batches give a step the same bits, it is one trial and not two, and "
+        "the bound is as many times larger.",
         ("threshold [logits]", "flagged", "flips caught", "missed per step, at most"),
         rows,
     )
