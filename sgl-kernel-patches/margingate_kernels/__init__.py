@@ -1,5 +1,16 @@
 """Small GPU kernels for MarginGate: each is a jit body, a checked wrapper and a torch oracle."""
 
+from margingate_kernels.attention import (
+    Chunks,
+    DecodeWorkspace,
+    Paged,
+    attention_reference,
+    decode_attention,
+    decode_workspace,
+    extend_attention,
+    plan_decode,
+    segments_of,
+)
 from margingate_kernels.seeded import Draws, SeededTop2, gumbel, seeded_top2
 from margingate_kernels.top2 import (
     Top2,
@@ -11,13 +22,22 @@ from margingate_kernels.top2 import (
 )
 
 __all__ = [
+    "Chunks",
+    "DecodeWorkspace",
     "Draws",
+    "Paged",
     "SeededTop2",
     "Top2",
     "Top2Workspace",
+    "attention_reference",
+    "decode_attention",
+    "decode_workspace",
     "empty_top2",
+    "extend_attention",
     "gumbel",
+    "plan_decode",
     "seeded_top2",
+    "segments_of",
     "softmax_top2",
     "softmax_top2_reference",
     "top2_workspace",

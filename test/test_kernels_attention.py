@@ -1,0 +1,525 @@
+"""Attention kernels: jit bodies against the oracle, and the sameness of bits that they promise.
+
+Without a GPU the bodies run in Triton's interpreter, which has to be chosen before they are
+imported: `python test/test_kernels_attention.py` runs every check in CHECKS on the CPU and prints
+one JSON object. With a GPU the same checks run on it as well.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from margingate_kernels import (
+    Chunks,
+    Paged,
+    attention,
+    attention_reference,
+    attention_triton,
+    decode_attention,
+    decode_workspace,
+    extend_attention,
+    plan_decode,
+    segments_of,
+)
+
+BENCHMARK = Path(__file__).parents[1] / "benchmark/attention_kernels.py"
+LENGTHS = (1, 63, 64, 65, 255, 256, 257, 600)
+SHAPES = ((2, 2, 64), (3, 1, 64), (4, 1, 128), (1, 1, 128))  # heads, K/V heads, head size
+SHAPE = (2, 1, 64)  # where one is enough
+# The interpreter holds bfloat16 as whole numbers and multiplies those: float16 there.
+DTYPES = {"cpu": torch.float16, "cuda": torch.bfloat16}
+ERROR = {"cpu": 5e-4, "cuda": 4e-3}  # norm of the difference / norm of the oracle
+
+
+class World:
+    """Sequences of random queries, and their keys and values scattered over a pool."""
+
+    def __init__(
+        self, device: str, lengths: Sequence[int], shape: tuple[int, int, int] = SHAPE
+    ) -> None:
+        heads, kv_heads, self.size = shape
+        self.device, self.lengths, self.scale = device, lengths, self.size**-0.5
+        self.generator = torch.Generator().manual_seed(sum(lengths))
+        slots = sum(lengths) + 9  # the last 9 are nobody's
+        self.k, self.v = (self.random(slots, kv_heads, self.size) for _ in range(2))
+        self.q = [self.random(length, heads, self.size) for length in lengths]
+        self.order = torch.randperm(slots, generator=self.generator).to(device)
+        self.k[self.order[-9:]] = self.v[self.order[-9:]] = math.nan
+        # Row i + 1 is sequence i's; what no kernel may look up is far outside of the pool.
+        self.table = torch.full((len(lengths) + 1, max(lengths) + 3), 1 << 30, dtype=torch.int32)
+        self.table = self.table.to(device)
+        for i, length in enumerate(lengths):
+            self.table[i + 1, :length] = self.slots(i)
+
+    def random(self, *shape: int) -> torch.Tensor:
+        numbers = torch.randn(shape, generator=self.generator)
+        numbers = (numbers * 64).round() / 64  # so that `exact_dot` is exact
+        return numbers.to(DTYPES[self.device]).to(self.device)
+
+    def whole(self, sequence: int) -> tuple[int, int, int]:
+        return sequence, 0, self.lengths[sequence]
+
+    def slots(self, sequence: int) -> torch.Tensor:
+        first = sum(self.lengths[:sequence])
+        return self.order[first : first + self.lengths[sequence]]
+
+    def oracle(self, sequence: int) -> torch.Tensor:
+        slots = self.slots(sequence)
+        return attention_reference(self.q[sequence], self.k[slots], self.v[slots], self.scale)
+
+    def extend(self, *pieces: tuple[int, int, int], longest: int = 0) -> list[torch.Tensor]:
+        """The positions from a to b of sequences (sequence, a, b), in one forward."""
+        counts = [b - a for _, a, b in pieces]
+        q = torch.cat([self.q[i][a:b] for i, a, b in pieces] + [self.q[0][:1]])
+        chunks = Chunks(
+            self.table,
+            torch.tensor([i + 1 for i, _, _ in pieces], device=self.device),
+            torch.tensor([0, *counts], device=self.device).cumsum(0).to(torch.int32),
+            torch.tensor([a for _, a, _ in pieces], device=self.device),
+            max(*counts, longest),
+        )
+        out = torch.full_like(q, 7.0)
+        assert extend_attention(q, self.k, self.v, chunks, self.scale, out) is out
+        assert (out[-1] == 7.0).all()  # behind the last sequence
+        return list(out[:-1].split(counts))
+
+    def decode(
+        self, rows: Sequence[tuple[int, int]], segments: int = 99, programs: int = 0
+    ) -> torch.Tensor:
+        """The rows (sequence, position) in one batch."""
+        q = torch.stack([self.q[i][at] for i, at in rows])
+        slots = torch.cat([self.slots(i)[: at + 1] for i, at in rows])
+        indptr = torch.tensor([0, *(at + 1 for _, at in rows)], device=self.device).cumsum(0)
+        space = decode_workspace(len(rows) + 2, segments, q.shape[1], self.size, self.device)
+        for buffer in space.segments:  # left by another batch
+            buffer.fill_(1 if buffer.dtype == torch.int32 else math.nan)
+        space = space._replace(programs=programs or space.programs)
+        paged = Paged(self.k, self.v, slots, indptr.to(torch.int32))
+        plan_decode(paged.indptr, space)
+        out = torch.full_like(q, 7.0)
+        assert decode_attention(q, paged, self.scale, out, space) is out
+        return out
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor, note: object = "") -> None:
+    error = float((got.double() - want).norm() / want.norm())
+    assert error < ERROR[got.device.type], (note, error)
+
+
+def last_of(length: int) -> int:
+    """Where the last 70 positions start: two blocks of rows, for the interpreter is slow."""
+    return max(0, length - 70)
+
+
+# ---- checks of the jit bodies; each takes the device -------------------------------------------
+
+
+def check_oracle(device: str) -> None:
+    """Both kernels, in one forward each, at lengths around tiles and segments."""
+    for shape in SHAPES:
+        world = World(device, LENGTHS, shape)
+        extended = world.extend(*((i, last_of(n), n) for i, n in enumerate(LENGTHS)))
+        decoded = world.decode([(i, length - 1) for i, length in enumerate(LENGTHS)])
+        for i, length in enumerate(LENGTHS):
+            assert_close(extended[i], world.oracle(i)[last_of(length) :], (shape, length))
+            assert torch.equal(decoded[i], extended[i][-1]), (shape, length)
+
+
+def check_largest_head(device: str) -> None:
+    """Size 256, whose tiles are smaller; and 16 heads a group, the most."""
+    for shape in ((2, 1, 256), (16, 1, 64)):
+        world = World(device, (290, 33), shape)
+        extended = world.extend((0, 280, 290), (1, 30, 33))
+        decoded = world.decode([(0, 289), (1, 32)])
+        for i, rows in enumerate(extended):
+            assert_close(rows, world.oracle(i)[-len(rows) :], (shape, i))
+            assert torch.equal(decoded[i], rows[-1]), (shape, i)
+
+
+def check_prefixes(device: str) -> None:
+    """However much of a prompt was cached, a row has the same bits."""
+    world = World(device, (300,))
+    (whole,) = world.extend(world.whole(0))
+    for prefix in (1, 63, 64, 100, 255, 256, 299):
+        stop = min(300, prefix + 70)
+        (rest,) = world.extend((0, prefix, stop))
+        assert torch.equal(rest, whole[prefix:stop]), prefix
+
+
+def check_chunks(device: str) -> None:
+    world = World(device, (540,), (1, 1, 64))
+    (whole,) = world.extend(world.whole(0))
+    for cuts in ((0, 1, 77, 256, 300, 511, 540), (0, 255, 257, 258, 540), (0, 512, 539, 540)):
+        pieces = [world.extend((0, a, b))[0] for a, b in pairwise(cuts)]
+        assert torch.equal(torch.cat(pieces), whole), cuts
+
+
+def check_neighbours(device: str) -> None:
+    """Longer and shorter sequences before and behind; `longest` only an upper bound."""
+    world = World(device, (130, 300, 7))
+    alone = [world.extend(world.whole(i))[0] for i in range(3)]
+    for order in ((0, 1, 2), (2, 1, 0), (1, 0), (2, 1)):
+        together = world.extend(*map(world.whole, order), longest=400)
+        for i, rows in zip(order, together):
+            assert torch.equal(rows, alone[i]), (order, i)
+    mine, _ = world.extend((1, 100, 300), (0, 0, 130))
+    assert torch.equal(mine, alone[1][100:])
+
+
+def check_decode_is_extend(device: str) -> None:
+    world = World(device, (530,))
+    (whole,) = world.extend(world.whole(0))
+    at = [0, 1, 15, 16, 62, 63, 64, 65, 127, 128, 254, 255, 256, 257, 300, 511, 512, 513, 529]
+    assert torch.equal(world.decode([(0, position) for position in at]), whole[at])
+
+
+def check_row_order(device: str) -> None:
+    """A row alone, in any order, twice, under any number of programs and with room to spare."""
+    world = World(device, (300, 64, 257, 20))
+    rows = [(0, 299), (1, 63), (2, 256), (3, 0), (2, 100)]
+    batch = world.decode(rows)
+    for i, row in enumerate(rows):
+        assert torch.equal(world.decode([row])[0], batch[i]), row
+    for order in ([4, 3, 2, 1, 0], [2, 2, 0], [1, 4, 0, 3]):
+        assert torch.equal(world.decode([rows[i] for i in order]), batch[order]), order
+    for segments, programs in ((8, 0), (8, 3), (200, 50)):
+        assert torch.equal(world.decode(rows, segments, programs), batch), (segments, programs)
+
+
+def check_far_scores(device: str) -> None:
+    """Scores hundreds of powers of two apart: segments that weigh nothing, or all."""
+    world = World(device, (700,))
+    world.q[0] *= 40
+    (rows,) = world.extend((0, 630, 700))
+    assert_close(rows, world.oracle(0)[630:])
+    at = [630, 639, 640, 641, 699]
+    assert torch.equal(world.decode([(0, i) for i in at]), rows[[i - 630 for i in at]])
+
+
+def check_rows_that_do_not_fit(device: str) -> None:
+    """They come out as NaN, and those before them as ever."""
+    world = World(device, (600, 300, 65))
+    rows = [(2, 64), (0, 599), (1, 299), (2, 64)]  # 1, 3, 2 and 1 segments
+    want = world.decode(rows)
+    assert not want.isnan().any()
+    for capacity, fitting in ((7, 4), (6, 3), (5, 2), (4, 2), (3, 1), (1, 1)):
+        got = world.decode(rows, capacity)
+        assert torch.equal(got[:fitting], want[:fitting]), capacity
+        assert got[fitting:].isnan().all(), capacity
+
+
+def check_views(device: str) -> None:
+    """q and out as parts of wider rows, K and V of one buffer, slots in int32."""
+    world = World(device, (70,))
+    heads = world.q[0].shape[1]
+    (want,) = world.extend(world.whole(0))
+    wide = torch.cat([world.q[0], world.random(70, 3, world.size)], 1)
+    kv = torch.cat([world.k, world.v], 1)
+    k, v = kv.split(world.k.shape[1], 1)
+    row, starts, prefix = (torch.tensor(t, device=device) for t in ([0], [0, 70], [0]))
+    chunks = Chunks(world.table[1:], row, starts, prefix, 70)
+    out = torch.full_like(wide, 7.0)
+    extend_attention(wide[:, :heads], k, v, chunks, world.scale, out[:, :heads])
+    assert torch.equal(out[:, :heads], want)
+    assert (out[:, heads:] == 7.0).all()
+    space = decode_workspace(1, 1, heads, world.size, device)
+    paged = Paged(k, v, world.slots(0).int(), torch.tensor([0, 70], dtype=torch.int32).to(device))
+    plan_decode(paged.indptr, space)
+    out.fill_(7.0)
+    decode_attention(wide[69:, :heads], paged, world.scale, out[69:, :heads], space)
+    assert torch.equal(out[69, :heads], want[69])
+    assert (out[:69] == 7.0).all()
+
+
+def check_random_cuts(device: str) -> None:
+    """Two sequences cut anywhere, their chunks side by side: always the bits of one forward."""
+
+    @settings(max_examples=5, phases=[Phase.generate], deadline=None, derandomize=True)
+    @given(st.lists(st.integers(1, 280), min_size=2, max_size=2), st.data())
+    def any_cuts(lengths: list[int], data: st.DataObject) -> None:
+        world = World(device, lengths, (1, 1, 64))
+        whole = world.extend(*map(world.whole, (0, 1)))
+        cuts = [data.draw(st.integers(0, length - 1)) for length in lengths]
+        later = world.extend(*((i, cuts[i], lengths[i]) for i in (1, 0)))
+        rows = world.decode([(i, cuts[i]) for i in (0, 1)])
+        for i, rest in zip((1, 0), later):
+            assert torch.equal(rest, whole[i][cuts[i] :])
+            assert torch.equal(rows[i], whole[i][cuts[i]])
+
+    any_cuts()
+
+
+@triton.jit
+def powers_of_two(x: tl.tensor, out: tl.tensor, count: tl.constexpr) -> None:
+    at = tl.arange(0, count)
+    tl.store(out + at, attention_triton._power_of_two(tl.load(x + at)))
+
+
+def check_powers_of_two(device: str) -> None:
+    x = torch.tensor([*range(-126, 1), -127, -128, -1000, -math.inf] + [-5] * 125).to(device)
+    want = [2.0**i if i >= -126 else 0.0 for i in x.tolist()]
+    got = torch.empty_like(x)
+    powers_of_two[(1,)](x, got, len(x))
+    assert got.tolist() == want
+
+
+CHECKS: dict[str, Callable[[str], None]] = {
+    name.removeprefix("check_"): check
+    for name, check in list(globals().items())
+    if name.startswith("check_")
+}
+
+
+def exact_dot(_: object, a: Any, b: Any, d: Any, *__: object) -> Any:
+    """The interpreter's dot, but exact in float64, then rounded, then added.
+
+    A matrix unit sums a row alike wherever it is in a tile; numpy's float32 does not.
+    """
+    product = np.matmul(a.data, b.data, dtype=np.float64).astype(np.float32)
+    return triton.runtime.interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+
+def run_checks() -> dict[str, str]:
+    """Every check on CPU tensors, in the interpreter: its name and "ok" or the traceback."""
+    assert isinstance(attention_triton.extend, triton.runtime.interpreter.InterpretedFunction)
+    triton.runtime.interpreter.InterpreterBuilder.create_dot = exact_dot
+    outcome = {}
+    for name, check in CHECKS.items():
+        try:
+            check("cpu")
+            outcome[name] = "ok"
+        except Exception:
+            outcome[name] = traceback.format_exc()
+    return outcome
+
+
+# ---- the jit bodies ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, str]:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # small matrices
+    command = [sys.executable, "-W", "ignore::RuntimeWarning", str(Path(__file__))]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    outcome: dict[str, str] = json.loads(done.stdout)
+    return outcome
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_jit_bodies_in_interpreter(name: str, interpreted: dict[str, str]) -> None:
+    assert interpreted[name] == "ok", interpreted[name]
+
+
+@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_jit_bodies_on_gpu(name: str) -> None:
+    CHECKS[name]("cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("shape", ["8b", "smollm2"])
+def test_the_benchmarks_own_check(shape: str) -> None:
+    """Every one of 1,100 positions, in bfloat16 and in the shape of a real model."""
+    benchmark = load_benchmark()
+    result = benchmark.check(benchmark.Pool(*benchmark.SHAPES[shape]))
+    for promise in ("chunks", "beside others", "decode alone", "decode = extend"):
+        assert result[promise], result
+    assert max(result["extend error"], result["decode error"]) < ERROR["cuda"]
+
+
+def load_benchmark() -> Any:
+    spec = importlib.util.spec_from_file_location(BENCHMARK.stem, BENCHMARK)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_decode_replays_in_a_cuda_graph() -> None:
+    """Captured once, the kernels follow the lengths and queries that are there at replay."""
+    world = World("cuda", (600, 300))
+    space = decode_workspace(2, 8, SHAPE[0], world.size, "cuda")
+    slots = torch.cat([world.slots(0), world.slots(1)])
+    paged = Paged(world.k, world.v, slots, torch.tensor([0, 1, 2], dtype=torch.int32).cuda())
+    q = torch.stack([world.q[0][599], world.q[1][299]])
+    out = torch.empty_like(q)
+
+    def step() -> None:
+        plan_decode(paged.indptr, space)
+        decode_attention(q, paged, world.scale, out, space)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    paged.indptr.copy_(torch.tensor([0, 600, 900]))
+    graph.replay()
+    assert torch.equal(out, world.decode([(0, 599), (1, 299)]))
+
+
+# ---- without any kernel ------------------------------------------------------------------------
+
+
+def test_sums_of_rounded_weights_are_exact() -> None:
+    """As `_tile` rounds them: 128 weights of 0 to 1 have one sum, in whatever order."""
+    grid = attention_triton._GRID.value
+    generator = torch.Generator().manual_seed(3)
+    assert torch.finfo(torch.float32).eps * 64 == 2.0**-17  # steps from 64 to 128
+    for spread in (1.0, 8.0, 40.0):
+        weights = torch.exp2(-spread * torch.rand(50, 128, generator=generator))
+        weights[0] = 1.0
+        rounded = (weights + grid) - grid
+        assert torch.equal(rounded * 2**17, (rounded * 2**17).round())
+        assert (rounded - weights).abs().max() <= 2.0**-18
+        exact = rounded.double().sum(1).float()
+        for _ in range(20):
+            shuffled = rounded[:, torch.randperm(128, generator=generator)]
+            one_by_one = torch.zeros(50)
+            for column in shuffled.T:
+                one_by_one = one_by_one + column
+            assert torch.equal(one_by_one, exact)
+            halves = shuffled
+            while halves.shape[1] > 1:
+                halves = halves[:, ::2] + halves[:, 1::2]
+            assert torch.equal(halves[:, 0], exact)
+
+
+@pytest.mark.parametrize("head_size", attention.HEAD_SIZES)
+def test_blocks_keep_what_the_bodies_assume(head_size: int) -> None:
+    blocks = attention.blocks_for(head_size)
+    assert blocks.keys <= 128  # so that a tile's weights sum exactly
+    assert blocks.segment % blocks.keys == 0
+    assert blocks.decode.rows == attention.MOST_GROUPED
+    tokens = (1, blocks.segment, blocks.segment + 1, 5 * blocks.segment)
+    assert [segments_of(n, head_size) for n in tokens] == [1, 1, 2, 5]
+
+
+@pytest.mark.parametrize("head_size", attention.HEAD_SIZES)
+def test_jit_bodies_compile_for_hopper(head_size: int) -> None:
+    """Without a GPU: what the interpreter accepts the compiler may not."""
+    from test_kernels_top2 import hopper_ptx
+
+    blocks = attention.blocks_for(head_size)
+    halves = dict.fromkeys(("q", "out", "k_buffer", "v_buffer"), "*bf16")
+    numbers = {"scale": "fp32", "table_stride": "i32", "rows": "i32", "capacity": "i32"}
+    ints = dict.fromkeys(("page_table", "prefix_lens", "indptr", "firsts", "owners"), "*i32")
+    longs = dict.fromkeys(("table_rows", "starts", "slots"), "*i64")
+    types = {**halves, **numbers, **ints, **longs, "tops": "*fp32", "means": "*fp32"}
+    strides = {f"stride_{name}": 8 * head_size for name in "qokv"}
+    sizes = {"head_size": head_size, "heads": 8, "group": 4, "SEGMENT": blocks.segment}
+    known: dict[str, object] = {**strides, **sizes, "BLOCK_N": blocks.keys, "BLOCK": 32}
+    extend, decode = ({**known, "BLOCK_M": each.rows} for each in (blocks.extend, blocks.decode))
+
+    def ptx(kernel: Any, constants: dict[str, object], warps: int) -> str:
+        own = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        return hopper_ptx(kernel, types, own, warps)
+
+    assert "wgmma.mma_async" in ptx(attention_triton.extend, extend, blocks.extend.warps)
+    assert "mma.sync" in ptx(attention_triton.decode, decode, blocks.decode.warps)
+    assert ptx(attention_triton.add_up, known, 1)
+    assert ptx(attention_triton.plan, known, 4)
+
+
+# ---- errors ------------------------------------------------------------------------------------
+
+Q = torch.zeros(2, 4, 64, dtype=torch.float16)
+KV = torch.zeros(9, 2, 64, dtype=torch.float16)
+HEADS_ERRORS = [
+    ({"q": Q.float()}, TypeError, "q has dtype torch.float32; cast to bfloat16 or float16"),
+    ({"out": Q.bfloat16()}, TypeError, "out has dtype torch.bfloat16, q torch.float16; they must"),
+    ({"k": KV.bfloat16()}, TypeError, "k_buffer has dtype torch.bfloat16"),
+    ({"v": KV.float()}, TypeError, "v_buffer has dtype torch.float32"),
+    ({"q": Q.flatten(1)}, ValueError, r"q has shape \[2, 256\] .* \[tokens, heads, head_size\]"),
+    ({"q": Q.transpose(0, 1)}, ValueError, r"q has .* strides \[64, 256, 1\]; .* contiguous heads"),
+    ({"k": KV[:, :, ::2]}, ValueError, "k_buffer has shape"),
+    ({"v": KV[0]}, ValueError, "v_buffer has shape"),
+    ({"out": Q[:1]}, ValueError, r"out has shape \[1, 4, 64\], q \[2, 4, 64\]; they must agree"),
+    ({"q": Q[..., :32].clone(), "out": Q[..., :32].clone()}, ValueError, "head_size is 32; the"),
+    ({"k": torch.cat([KV, KV[:, :1]], 1)}, ValueError, "4 heads cannot share 3 K/V heads"),
+    ({"v": KV[:, :1].clone()}, ValueError, r"v_buffer \[9, 1, 64\]; both must have the K/V heads"),
+    ({"k": KV[..., :32].clone()}, ValueError, r"k_buffer is \[9, 2, 32\] .* head_size of 64"),
+]
+
+
+@pytest.mark.parametrize("kernel", ["extend", "decode"])
+@pytest.mark.parametrize(("changed", "error", "message"), HEADS_ERRORS)
+def test_errors_of_heads(
+    kernel: str, changed: dict[str, torch.Tensor], error: type[Exception], message: str
+) -> None:
+    given = {"q": Q, "out": torch.empty_like(Q), "k": KV, "v": KV, **changed}
+    with pytest.raises(error, match=message):
+        call(kernel, **given)
+
+
+def call(kernel: str, **given: Any) -> None:
+    """A kernel with arguments that are right but for those given."""
+    given = {"q": Q, "out": torch.empty_like(Q), "k": KV, "v": KV, "heads": 4, **given}
+    q, out, k, v = (given[name] for name in ("q", "out", "k", "v"))
+    if kernel == "extend":
+        empty = torch.zeros(0, dtype=torch.int64)
+        rows, starts = given.get("table_rows", empty), given.get("starts", torch.zeros(1))
+        table = given.get("table", torch.zeros(1, 9, dtype=torch.int32))
+        extend_attention(q, k, v, Chunks(table, rows, starts, empty, 0), 0.1, out)
+    else:
+        space = decode_workspace(4, 4, given["heads"], 64, "cpu")
+        indptr = given.get("indptr", torch.tensor([0, 4, 9], dtype=torch.int32))
+        decode_attention(q, Paged(k, v, torch.arange(9), indptr), 0.1, out, space)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "given", "message"),
+    [
+        ("extend", {"starts": torch.zeros(2)}, "0 sequences need .* of starts, not 2"),
+        ("extend", {"table_rows": torch.zeros(3)}, "as many table_rows, not 3"),
+        ("extend", {"table": torch.zeros(9, 2).t()}, "page_table has gaps along its positions"),
+        ("decode", {"indptr": torch.zeros(5)}, "indptr has 5 entries; 2 rows need one more"),
+        ("decode", {"heads": 8}, r"workspace is for .* \[8, 64\], not \[4, 64\]"),
+        ("decode", {"k": KV[:, :1].repeat(1, 3, 1)}, "4 heads cannot share 3"),
+    ],
+)
+def test_errors_of_a_batch(kernel: str, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(kernel, **given)
+
+
+def test_errors_of_a_workspace() -> None:
+    with pytest.raises(ValueError, match=r"head_size is 96; the kernels are for \(64, 128, 256\)"):
+        decode_workspace(1, 1, 4, 96, "cpu")
+    space = decode_workspace(3, 8, 4, 64, "cpu")
+    for rows in (0, 4):
+        with pytest.raises(ValueError, match=f"has {rows} rows; the workspace is for 1 to 3"):
+            plan_decode(torch.zeros(rows + 1, dtype=torch.int32), space)
+
+
+def test_more_heads_than_a_group_may_have() -> None:
+    q = torch.zeros(1, 17, 64, dtype=torch.float16)
+    with pytest.raises(ValueError, match="17 heads cannot share 1 K/V heads"):
+        call("extend", q=q, out=q.clone(), k=KV[:, :1].clone(), v=KV[:, :1].clone())
+
+
+if __name__ == "__main__":
+    print(json.dumps(run_checks()))
