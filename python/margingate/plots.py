@@ -92,7 +92,7 @@ def plot_margins(
         last = edges[used[-1] + 1] if len(used) else edges[-1]
         axes.set_xlim(edges[0], max(last, min(2 * threshold, edges[-1])))
         figure.suptitle(title, x=0.01, horizontalalignment="left", fontweight="bold")
-        axes.set_xlabel("margin: top-1 minus top-2 logit of the emitted token [logits]")
+        axes.set_xlabel("margin: top-1 minus top-2 logit [logits]")
         axes.set_ylabel(f"decode steps per {edges[1] - edges[0]:g} logits")
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, fontsize=10)
         figure.savefig(path)
