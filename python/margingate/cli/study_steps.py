@@ -51,7 +51,7 @@ def steps_of(record: Mapping[str, Any]) -> Steps:
         np.exp2(np.ceil(np.log2(company))).astype(int),
         rows,
         margins,
-        margins / _ulp(tops, record["machine"]["dtype"]) if len(tops) else tops,
+        margins / _ulp(tops, _logits_dtype(record)) if len(tops) else tops,
         flips,
         moved,
         _distinct(batched),
@@ -94,6 +94,11 @@ def _distinct(batched: Sequence[Mapping[str, Any]]) -> int:
         for row, numbers in enumerate(_numbers(one)[1:])
     )
     return len(set(steps))
+
+
+def _logits_dtype(record: Mapping[str, Any]) -> str:
+    machine: Mapping[str, str] = record["machine"]
+    return machine.get("lm_head", machine["dtype"])
 
 
 def _ulp(tops: np.ndarray, dtype: str) -> np.ndarray:

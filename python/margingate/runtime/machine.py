@@ -32,9 +32,11 @@ def version(name: str) -> str | None:
 
 def describe(server_args: Any) -> dict[str, str]:
     """What margins depend on, of arguments that SGLang has resolved."""
+    dtype = str(server_args.get_model_config().dtype)
     return {
         "device": device_name(server_args.device),
-        "dtype": str(server_args.get_model_config().dtype),
+        "dtype": dtype,
+        "lm_head": "torch.float32" if server_args.enable_fp32_lm_head else dtype,
         "attention": " ".join(map(str, server_args.get_attention_backends())),
         "tensor_parallel": str(server_args.tp_size),
         "torch": str(version("torch")),
