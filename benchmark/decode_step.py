@@ -2,11 +2,10 @@
 
     python benchmark/decode_step.py --model benchmark/configs/llama-3.1-8b --out steps.json
 
-Dummy weights: for speed only. All engines are started first, each in a process of its own, and
-stay; then every point is measured engine by engine, so that a drift of the machine meets them all.
-The last request of a batch is streamed, the others are not: with all of them decoding, the time
-between its tokens is a step, scheduling and output included. The engines must fit into the GPU's
-memory together: `--kv-tokens` bounds each one's K/V pool, and points beyond it are left out.
+Dummy weights: for speed only. As many engines as fit are up at once (engines.py), and every point
+is measured engine by engine; each group has the first mode, to which its ratios are. The last
+request of a batch is streamed, the others are not: with all of them decoding, the time between its
+tokens is a step, scheduling and output included. Points beyond the K/V pool are left out.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import asyncio
 import random
 import time
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import engines
@@ -95,29 +94,39 @@ def serve(args: argparse.Namespace) -> None:
     engine.shutdown()
 
 
+def run_group(
+    args: argparse.Namespace, modes: list[str], results: list[dict[str, Any]], deadline: float
+) -> None:
+    """Start these engines, measure every point, add to `results` and write them."""
+    workers = engines.all_up(modes, args)
+    for context, batch in product(args.contexts, args.batches):
+        if 1.25 * batch * (context + args.tokens + 64) > args.kv_tokens:  # SGLang keeps some
+            continue
+        if time.monotonic() > deadline:
+            print("out of time before", context, batch)
+            continue
+        asked = {worker.mode: worker.ask(batch, context) for worker in workers}
+        steps = {mode: ms for mode, ms in asked.items() if ms is not None}
+        results.append({"context": context, "batch": batch, "step_ms": steps})
+        engines.write(args.out, results)
+        base = steps.get(args.modes[0], float("nan"))
+        cells = [f"{mode} {ms:.2f} ({ms / base:.3f})" for mode, ms in steps.items()]
+        print(f"context {context:5} batch {batch:4}:", "  ".join(cells), flush=True)
+    for worker in workers:
+        print(worker.mode, worker.end())
+
+
 def main() -> None:
     args = arguments()
     if args.one:
         serve(args)
         return
-    start = time.monotonic()
-    workers = engines.all_up(args.modes, args.out)
+    begun = time.monotonic()
+    engines.settle(args, args.modes)
     results: list[dict[str, Any]] = []
-    for context in args.contexts:
-        for batch in args.batches:
-            if 1.25 * batch * (context + args.tokens + 64) > args.kv_tokens:  # SGLang keeps some
-                continue
-            if time.monotonic() - start > args.budget_s:
-                print("out of time before", context, batch)
-                continue
-            steps = {worker.mode: worker.ask(batch, context) for worker in workers}
-            results.append({"context": context, "batch": batch, "step_ms": steps})
-            base = steps[workers[0].mode]
-            cells = [f"{mode} {ms:.2f} ({ms / base:.3f})" for mode, ms in steps.items() if ms]
-            print(f"context {context:5} batch {batch:4}:", "  ".join(cells), flush=True)
-            engines.write(args.out, results)
-    for worker in workers:
-        print(worker.mode, worker.end())
+    groups = engines.groups(args.modes, args.together)
+    for i, modes in enumerate(groups, 1):
+        run_group(args, modes, results, begun + args.budget_s * i / len(groups))
 
 
 if __name__ == "__main__":

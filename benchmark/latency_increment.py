@@ -2,12 +2,14 @@
 
     python benchmark/latency_increment.py --model benchmark/configs/llama-3.1-8b --out inc.json
 
-Dummy weights, `--gate-fast-path stock`. Flags are simulated at fixed rates (`margin-R`), beside an
-engine that verifies every row at every step (`always`) and a stock one. A step's time is that of a
-whole batch's generation, from the request to the last settled token, less that of a short one,
-divided by the tokens between them: prefill and the end cancel out. The figure of merit is the
-increment of `always` over stock, divided by that of `margin`. The best of some rounds counts; each
-round does the same work. The engines must fit into the GPU's memory together (`--kv-tokens`).
+Dummy weights. A stock engine (FlashInfer on a GPU), and gated ones with `--gate-fast-path stock`:
+one that verifies every row at every step (`always`), and `margin-RATE`, whose flags are simulated
+at that rate. `margin-RATE:DELAY` and `margin-RATE:DELAY:ROWS` set `--gate-max-delay` and
+`--gate-rows`, `always::ROWS` the latter alone. A step's time is that of a whole batch's generation,
+from the request to the last settled token, less that of a short one, divided by the tokens between
+them: prefill and the end cancel out. The figure of merit is the increment of `always` over stock,
+divided by that of `margin`. The best of some rounds counts; each round does the same work. Where
+not all engines fit into the GPU's memory, each group has a stock one of its own (engines.py).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 import engines
 
 STOCK, ALWAYS, MARGIN = "stock", "always", "margin-"
-USUAL = (STOCK, "margin-0.05", "margin-0.1856", "margin-0.5", ALWAYS)
+USUAL = (STOCK, ALWAYS, "margin-0.1856", "margin-0.05", "margin-0.5")
 SHORT = 16  # tokens of the generation that is taken off
 COUNTED = ("steps", "flagged", "verified", "passes", "flips", "rolled_back")
 
@@ -30,41 +32,49 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     engines.add_options(parser, budget_s=400, kv_tokens=32_768)
     parser.add_argument(
-        "--modes", nargs="+", type=mode, default=USUAL, help=f"{STOCK}, {ALWAYS}, {MARGIN}RATE"
+        "--modes",
+        nargs="+",
+        type=mode,
+        default=USUAL,
+        help=f"{STOCK}, {ALWAYS}, {MARGIN}RATE, the last two with :DELAY:ROWS or without",
     )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--context", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=512, help="of the long generation")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--flip-rate", type=float, default=0.0, help="of the flagged rows")
-    parser.add_argument("--max-delay", type=int, help="--gate-max-delay of the margin modes")
-    parser.add_argument("--rows", type=int, help="--gate-rows of all gated modes")
-    parser.add_argument("--attention-backend", help="of all engines; default: triton on a GPU")
+    parser.add_argument("--attention-backend", help="of all engines")
     return parser.parse_args()
 
 
 def mode(text: str) -> str:
     """One of the modes; ValueError, which argparse turns into a message, for anything else."""
-    if text not in (STOCK, ALWAYS):
-        float(text.removeprefix(MARGIN))
+    if text != STOCK:
+        gate_options(text, 0.0)
     return text
 
 
-def options(args: argparse.Namespace, mode: str) -> dict[str, Any]:
-    """For `sglang.Engine`."""
-    backend = args.attention_backend or ("triton" if engines.on_gpu() else None)
-    base = {"attention_backend": backend} if backend else {}
-    if mode == STOCK:
-        return base
-    gate = {"deterministic_gate": True, "gate_fast_path": "stock"}
-    given: dict[str, Any] = {"gate_rows": args.rows}
-    if mode == ALWAYS:
-        given |= {"gate_policy": "always", "gate_max_delay": 0}
+def gate_options(mode: str, flip_rate: float) -> dict[str, Any]:
+    """A gated mode's options for `sglang.Engine`; ValueError for anything else."""
+    name, *numbers = mode.split(":")
+    delay, rows = (*(int(each) if each else None for each in numbers), None, None)[:2]
+    policy: dict[str, Any]
+    if name == ALWAYS:
+        policy = {"gate_policy": "always"}
     else:
-        rate = float(mode.removeprefix(MARGIN))
-        given |= {"gate_simulate_trigger_rate": rate, "gate_max_delay": args.max_delay}
-        given |= {"gate_simulate_flip_rate": args.flip_rate}
-    return base | gate | {name: value for name, value in given.items() if value is not None}
+        policy = {"gate_simulate_trigger_rate": float(name.removeprefix(MARGIN))}
+        policy |= {"gate_simulate_flip_rate": flip_rate}
+    given = {"gate_max_delay": delay, "gate_rows": rows}
+    policy |= {name: value for name, value in given.items() if value is not None}
+    return {"deterministic_gate": True, "gate_fast_path": "stock", **policy}
+
+
+def options(args: argparse.Namespace, mode: str) -> dict[str, Any]:
+    """For `sglang.Engine`. A gated one chooses its attention itself, if it is not told."""
+    usual = "flashinfer" if mode == STOCK and engines.on_gpu() else None
+    backend = args.attention_backend or usual
+    attention = {"attention_backend": backend} if backend else {}
+    return attention | ({} if mode == STOCK else gate_options(mode, args.flip_rate))
 
 
 def generate(engine: Any, batch: int, tokens: int, context: int) -> dict[str, Any]:
@@ -113,7 +123,7 @@ def measure(workers: list[engines.Worker], batch: int, tokens: int, rounds: int)
     return {
         mode: summary(runs[SHORT], runs[tokens], tokens)
         for mode, runs in found.items()
-        if runs[tokens]
+        if runs[SHORT] and runs[tokens]
     }
 
 
@@ -130,29 +140,82 @@ def summary(short: list[dict[str, Any]], long: list[dict[str, Any]], tokens: int
     }
 
 
-def compare(found: dict[str, Any]) -> None:
-    """Add to each mode its increment over stock, and how many times smaller than always's it is."""
-    base = found.get(STOCK, {}).get("step_ms")
+def compare(found: dict[str, Any], before: dict[str, Any]) -> None:
+    """Add to each mode its increment over the stock engine of its group, in milliseconds.
+
+    Args:
+        found: this group's modes, mutated.
+        before: modes of earlier groups at the same batch; their stock counts if `found` has none.
+    """
+    stock = found.get(STOCK) or before.get(STOCK)
     for each in found.values():
-        each["increment_ms"] = None if base is None else each["step_ms"] - base
-    most = found.get(ALWAYS, {}).get("increment_ms")
-    for mode, each in found.items():
-        if mode.startswith(MARGIN) and most is not None and each["increment_ms"] > 0:
-            each["always_over_this"] = most / each["increment_ms"]
+        each["stock_ms"] = stock and stock["step_ms"]
+        each["increment_ms"] = stock and each["step_ms"] - stock["step_ms"]
 
 
-def show(batch: int, found: dict[str, Any]) -> None:
-    for mode, each in found.items():
-        cells = [f"batch {batch:3}  {mode:14} {each['step_ms']:8.3f} ms"]
-        if each["increment_ms"] is not None:
-            cells.append(f"{each['increment_ms']:+8.3f}")
-        if "passes" in each:
-            rows = each["verified"] / max(each["passes"], 1)
-            cells.append(f"flagged {each['trigger_rate']:6.1%}  passes {each['passes']:5}")
-            cells.append(f"rows a pass {rows:5.1f}  flips {each['flips']:4}")
-        if "always_over_this" in each:
-            cells.append(f"always / this {each['always_over_this']:.2f}")
-        print("  ".join(cells), flush=True)
+def merit(modes: dict[str, Any], each: dict[str, Any]) -> float | None:
+    """How many times smaller a mode's increment is than that of ALWAYS, with the rows it has."""
+    most = next((found for mode, found in modes.items() if mode.startswith(ALWAYS)), None)
+    known = most and most["increment_ms"] and each["increment_ms"]
+    return most["increment_ms"] / each["increment_ms"] if most and known else None
+
+
+HEAD = (
+    f"{'batch':>5} {'mode':22} {'step ms':>8} {'over stock':>10} {'always/it':>9}"
+    f" {'flagged':>8} {'passes/step':>11} {'rows/pass':>9} {'flips':>5}"
+)
+
+
+def line(batch: int, mode: str, each: dict[str, Any], modes: dict[str, Any], tokens: int) -> str:
+    """A row of the table."""
+    increment = each["increment_ms"]
+    text = f"{batch:5} {mode:22} {each['step_ms']:8.3f} " + _cell(increment, "+10.3f")
+    if mode == STOCK or "passes" not in each:
+        return text
+    rows = each["verified"] / max(each["passes"], 1)
+    return (
+        f"{text} {_cell(merit(modes, each), '9.2f')} {each['trigger_rate']:8.1%}"
+        f" {each['passes'] / tokens:11.3f} {rows:9.1f} {each['flips']:5}"
+    )
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-".rjust(9) if value is None else format(value, form)
+
+
+def table(results: dict[int, dict[str, Any]], tokens: int) -> str:
+    """All that was measured; `results` by batch and mode."""
+    lines = [
+        line(batch, mode, each, modes, tokens)
+        for batch, modes in results.items()
+        for mode, each in modes.items()
+    ]
+    return "\n".join([HEAD, *lines])
+
+
+def run_group(
+    args: argparse.Namespace,
+    modes: list[str],
+    results: dict[int, dict[str, Any]],
+    deadline: float,
+) -> None:
+    """Start these engines, measure every batch, add to `results` and write them."""
+    workers = engines.all_up(modes, args)
+    for batch in args.batches:
+        if 1.25 * batch * (args.context + args.tokens) > args.kv_tokens:  # SGLang keeps some
+            print(f"batch {batch} is left out: it needs more --kv-tokens")
+        elif time.monotonic() > deadline:
+            print("out of time before batch", batch, *modes)
+        else:
+            found = measure(workers, batch, args.tokens, args.rounds)
+            known = results.setdefault(batch, {})
+            compare(found, known)
+            known |= {mode: each for mode, each in found.items() if mode not in known}
+            engines.write(args.out, results)
+            steps = (f"{mode} {each['step_ms']:.3f}" for mode, each in found.items())
+            print(f"batch {batch}:", *steps, flush=True)
+    for worker in workers:
+        worker.end()
 
 
 def main() -> None:
@@ -161,22 +224,12 @@ def main() -> None:
         serve(args)
         return
     begun = time.monotonic()
-    workers = engines.all_up(args.modes, args.out)
-    results: list[dict[str, Any]] = []
-    for batch in args.batches:
-        if 1.25 * batch * (args.context + args.tokens) > args.kv_tokens:  # SGLang keeps some
-            print(f"batch {batch} is left out: it needs more --kv-tokens")
-            continue
-        if time.monotonic() - begun > args.budget_s:
-            print("out of time before batch", batch)
-            continue
-        found = measure(workers, batch, args.tokens, args.rounds)
-        compare(found)
-        show(batch, found)
-        results.append({"batch": batch, "modes": found})
-        engines.write(args.out, results)
-    for worker in workers:
-        worker.end()
+    engines.settle(args, args.modes)
+    results: dict[int, dict[str, Any]] = {}
+    groups = engines.groups(args.modes, args.together)
+    for i, modes in enumerate(groups, 1):
+        run_group(args, modes, results, begun + args.budget_s * i / len(groups))
+    print(table(results, args.tokens))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,17 @@
 
     python benchmark/serving.py --model benchmark/configs/llama-3.1-8b --out serving.json
 
-Dummy weights: for speed only. All servers are started side by side and stay; then each point, a
-length mix at a request rate, is measured server by server with the same requests at the same times
-(sglang.benchmark.serving). So one server has the machine at a time. They must fit into the GPU's
-memory together: `--kv-tokens` bounds each one's K/V pool, and at rate inf there are as many
-requests as fill it twice, `--requests` at most. Ratios are to the first mode. Results are written
-after every run.
+Dummy weights: for speed only. A point is a length mix at a request rate, sent by SGLang's own
+benchmark (sglang.benchmark.serving): the same requests at the same times to each server. As many
+servers as fit are up at once (engines.py), and each point is measured server by server, so one has
+the machine at a time; with `--together 1` each has the GPU and its memory for itself, one after
+another. Ratios are to the first mode, within a group where it is up. At rate inf there are as many
+requests as `--tokens` hold, or twice what the K/V pool does, and `--requests` at most. Results are
+written after every run.
+
+On a GPU stock and SGLang's deterministic mode have FlashInfer; `stock-default` has what SGLang
+chooses. No server has CUDA graphs for prefill, which take minutes to make, but for
+`--prefill-graphs`.
 """
 
 from __future__ import annotations
@@ -19,32 +24,36 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import engines
 from serving_load import Load, lengths, requests, vocabulary
+from serving_table import ratio, short, table
 
 from margingate.client import Client
 from margingate.servers import GATE, Server, ServerError, launch
 
+FLASHINFER = ("--attention-backend", "flashinfer")
 TRITON = ("--attention-backend", "triton")
 DETERMINISTIC = "--enable-deterministic-inference"
 STOCK_PATH = (GATE, "--gate-fast-path", "stock")
 SERVERS: dict[str, tuple[str, ...]] = {
-    "stock": (),
+    "stock": FLASHINFER,
+    "stock-default": (),
     "stock-triton": TRITON,
-    "deterministic": (DETERMINISTIC,),
+    "deterministic": (DETERMINISTIC, *FLASHINFER),
     "deterministic-triton": (DETERMINISTIC, *TRITON),
     "gate": (GATE,),
-    "gate-flashinfer": (GATE, "--attention-backend", "flashinfer"),
+    "gate-flashinfer": (GATE, *FLASHINFER),
     "exact": (GATE, "--gate-guarantee", "exact"),
     "margin": (*STOCK_PATH, "--gate-simulate-trigger-rate", "0.1856"),
     "always": (*STOCK_PATH, "--gate-policy", "always"),
 }
 SHARES = {"gate-50": 0.5, "gate-10": 0.1}  # of the requests that are gated, on the server "gate"
 MODES = (*SERVERS, *SHARES)
-USUAL = ("stock", "deterministic", "gate", "gate-50", "gate-10", "exact", "always")
+USUAL = ("stock", "deterministic", "gate", "exact", "gate-50", "gate-10", "always")
 WARM_UP = ((8, 16), (1, 4))  # requests and tokens of each, of every mix, before anything counts
 COUNTED = ("steps", "flagged", "verified", "passes", "flips", "missed", "retractions")
 TALLIED = ("decode_steps", "quiet_steps", "pass_rows", "waits", "waited_s")
@@ -52,14 +61,16 @@ TALLIED = ("decode_steps", "quiet_steps", "pass_rows", "waits", "waited_s")
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    engines.add_options(parser, budget_s=300, kv_tokens=40_000)
+    engines.add_options(parser, budget_s=300, kv_tokens=65_536)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=USUAL)
     parser.add_argument("--mixes", nargs="+", default=["sharegpt", "1k-1k", "4k-1k"])
-    parser.add_argument("--rates", nargs="+", type=float, default=[math.inf, 4], help="a second")
-    parser.add_argument("--requests", type=int, default=128, help="at most, of a point")
-    parser.add_argument("--seconds", type=float, default=10, help="of arrivals at a finite rate")
-    parser.add_argument("--largest", type=int, default=128, help="requests that run at once")
-    parser.add_argument("--start-s", type=float, default=300, help="for all servers to come up")
+    parser.add_argument("--rates", nargs="+", type=float, default=[math.inf, 2], help="a second")
+    parser.add_argument("--requests", type=int, default=256, help="at most, of a point")
+    parser.add_argument("--tokens", type=int, default=200_000, help="of a point at rate inf")
+    parser.add_argument("--seconds", type=float, default=8, help="of arrivals at a finite rate")
+    parser.add_argument("--largest", type=int, default=256, help="requests that run at once")
+    parser.add_argument("--start-s", type=float, default=240, help="for servers to come up")
+    parser.add_argument("--prefill-graphs", action="store_true", help="as SGLang's defaults have")
     parser.add_argument("server_args", nargs="*", help="for all servers, after --")
     return parser.parse_args()
 
@@ -70,29 +81,41 @@ def server_of(mode: str) -> str:
 
 def common_args(args: argparse.Namespace, tokenizer: Path) -> tuple[str, ...]:
     """What all servers are given."""
-    gpu = ("--mem-fraction-static", "0.95", "--cuda-graph-backend-prefill", "disabled")
+    gpu = ("--mem-fraction-static", "0.95", "--cuda-graph-max-bs-decode", str(args.largest))
+    gpu += () if args.prefill_graphs else ("--cuda-graph-backend-prefill", "disabled")
     return (
         *("--load-format", "dummy", "--tokenizer-path", str(tokenizer)),
         *("--context-length", str(engines.context(args.model))),
         *("--max-total-tokens", str(args.kv_tokens), "--max-running-requests", str(args.largest)),
-        *("--cuda-graph-max-bs-decode", str(args.largest)),
         *(gpu if engines.on_gpu() else ("--sleep-on-idle",)),
         *args.server_args,
     )
 
 
+def own_args(name: str) -> tuple[str, ...]:
+    """What one server is given besides; attention backends of GPUs on a GPU only."""
+    own = SERVERS[name]
+    if engines.on_gpu():
+        return own
+    return tuple(each for each in own if each not in {*FLASHINFER, *TRITON})
+
+
 @contextlib.contextmanager
-def servers(args: argparse.Namespace, tokenizer: Path) -> Iterator[dict[str, Server]]:
+def servers(
+    args: argparse.Namespace, names: list[str], tokenizer: Path
+) -> Iterator[dict[str, Server]]:
     """Those that came up, by name, started side by side; all are ended afterwards."""
-    common = common_args(args, tokenizer)
+    common, begun = common_args(args, tokenizer), time.monotonic()
     made = {}
-    for name in dict.fromkeys(server_of(mode) for mode in args.modes):
-        log = args.out.with_suffix(f".{name}.log")
-        made[name] = launch(args.model, log, *common, *SERVERS[name], start_s=args.start_s)
+    for name in names:
+        log = args.logs / f"{args.out.stem}.{name}.log"
+        made[name] = launch(args.model, log, *common, *own_args(name), start_s=args.start_s)
     try:
         with ThreadPoolExecutor(len(made)) as pool:
             came_up = dict(zip(made, pool.map(_starts, made.values()), strict=True))
-        yield {name: server for name, server in made.items() if came_up[name]}
+        up = {name: server for name, server in made.items() if came_up[name]}
+        print("up:", *up, f"{time.monotonic() - begun:.0f} s, K/V {args.kv_tokens}", flush=True)
+        yield up
     finally:
         for server in made.values():
             server.stop()
@@ -110,22 +133,32 @@ def _starts(server: Server) -> bool:
 class Run:
     """The measurements of one invocation."""
 
-    def __init__(self, args: argparse.Namespace, load: Load, servers: dict[str, Server]) -> None:
+    def __init__(self, args: argparse.Namespace, load: Load) -> None:
         self.args, self.load = args, load
-        self.servers = servers
-        self.modes = [mode for mode in args.modes if server_of(mode) in servers]
         self.results: list[dict[str, Any]] = []
+        self._bases: dict[tuple[str, float], dict[str, Any]] = {}  # the first mode's last, by load
 
-    def warm_up(self) -> None:
-        """A burst and a single request of each mix to each server: kernels are compiled."""
-        for name, server in self.servers.items():
-            for mix in self.args.mixes:
-                for count, tokens in WARM_UP:
-                    rows = requests(mix, count, count, 1.0)
-                    for row in rows:
-                        row.extra_request_body["sampling_params"]["max_new_tokens"] = tokens
-                    self.load.run(server.base_url, rows, math.inf, 0)
-            print("warm:", name, flush=True)
+    def group(self, names: list[str], deadline: float) -> None:
+        """Start these servers, measure their modes at every load until `deadline`, end them."""
+        with servers(self.args, names, self.load.folder) as up:
+            for server in up.values():
+                self.warm_up(server)
+            modes = [mode for mode in self.args.modes if server_of(mode) in up]
+            for rate, mix in product(self.args.rates, self.args.mixes):
+                for mode in modes:
+                    if time.monotonic() > deadline:
+                        print("out of time before", mix, rate, mode, flush=True)
+                        return
+                    self.point(mode, up[server_of(mode)], mix, rate)
+
+    def warm_up(self, server: Server) -> None:
+        """A burst and a single request of each mix: kernels are compiled."""
+        for mix in self.args.mixes:
+            for count, tokens in WARM_UP:
+                rows = requests(mix, count, count, 1.0)
+                for row in rows:
+                    row.extra_request_body["sampling_params"]["max_new_tokens"] = tokens
+                self.load.run(server.base_url, rows, math.inf, 0)
 
     def count(self, mix: str, rate: float) -> int:
         """Requests of a point."""
@@ -133,11 +166,11 @@ class Run:
             return min(self.args.requests, max(4, int(rate * self.args.seconds)))
         some = lengths(mix, 64, 0)
         mean = sum(map(sum, some)) / len(some)
-        return min(self.args.requests, max(4, int(2 * self.args.kv_tokens / mean)))
+        tokens = min(2 * self.args.kv_tokens, self.args.tokens)
+        return min(self.args.requests, max(4, int(tokens / mean)))
 
-    def measure(self, mode: str, mix: str, rate: float) -> dict[str, Any]:
+    def measure(self, mode: str, server: Server, mix: str, rate: float) -> dict[str, Any]:
         """One server under one load, the cache empty at the start."""
-        server = self.servers[server_of(mode)]
         client = Client(server.base_url, 1)
         gated = GATE in server.args
         seed = len(mix) + int(min(rate, 1000))
@@ -151,23 +184,19 @@ class Run:
             found["gated_share"] = SHARES.get(mode, 1.0)
         return found
 
-    def point(self, mix: str, rate: float, deadline: float) -> None:
-        """Every mode at one load, as long as there is time."""
-        base: dict[str, Any] | None = None
-        for mode in self.modes:
-            if time.monotonic() > deadline:
-                print("out of time before", mix, rate, mode)
-                return
-            try:
-                found = self.measure(mode, mix, rate)
-            except Exception as error:
-                print(f"{mode} at {mix}, {rate}: {error}", flush=True)
-                continue
-            base = base or found
-            found["ratio"] = found["output_throughput"] / base["output_throughput"]
-            self.results.append(found)
-            engines.write(self.args.out, self.results)
-            print(line(found), flush=True)
+    def point(self, mode: str, server: Server, mix: str, rate: float) -> None:
+        """Measure, compare with the first mode and write; a failure is a printed line."""
+        try:
+            found = self.measure(mode, server, mix, rate)
+        except Exception as error:
+            print(f"{mode} at {mix}, {rate}: {error}", flush=True)
+            return
+        if mode == self.args.modes[0]:
+            self._bases[mix, rate] = found
+        found["ratios"] = ratio(found, self._bases.get((mix, rate)))
+        self.results.append(found)
+        engines.write(self.args.out, self.results)
+        print(short(found), flush=True)
 
 
 def gate_figures(before: dict[str, Any], after: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -176,54 +205,31 @@ def gate_figures(before: dict[str, Any], after: dict[str, Any], seconds: float) 
     tallied = {name: after["tally"][name] - before["tally"][name] for name in TALLIED}
     return {
         **counted,
-        "trigger_rate": _ratio(counted["flagged"], counted["steps"]),
-        "quiet_share": _ratio(tallied["quiet_steps"], tallied["decode_steps"]),
+        "trigger_rate": _part(counted["flagged"], counted["steps"]),
+        "quiet_share": _part(tallied["quiet_steps"], tallied["decode_steps"]),
         "passes_per_s": counted["passes"] / seconds,
-        "rows_per_pass": _ratio(tallied["pass_rows"], counted["passes"]),
-        "settle_wait_ms": _ratio(1e3 * tallied["waited_s"], tallied["waits"]),
+        "rows_per_pass": _part(tallied["pass_rows"], counted["passes"]),
+        "settle_wait_ms": _part(1e3 * tallied["waited_s"], tallied["waits"]),
         "waits": tallied["waits"],
     }
 
 
-def _ratio(part: float, whole: float) -> float | None:
+def _part(part: float, whole: float) -> float | None:
     return part / whole if whole else None
-
-
-HEAD = (
-    f"{'mix':9} {'rate':>5} {'mode':20} {'out tok/s':>9} {'ratio':>6} {'TTFT p50':>9} {'p99':>8}"
-    f" {'TPOT p50':>9} {'p99':>8}  gated, quiet steps, passes/s, rows/pass, settle wait (ms)"
-)
-
-
-def line(found: dict[str, Any]) -> str:
-    """A row of the table."""
-    text = (
-        f"{found['mix']:9} {found['rate']:>5} {found['mode']:20} {found['output_throughput']:9.1f}"
-        f" {found['ratio']:6.3f} {found['median_ttft_ms']:9.1f} {found['p99_ttft_ms']:8.1f}"
-        f" {found['median_tpot_ms']:9.2f} {found['p99_tpot_ms']:8.2f}"
-    )
-    if "gate" not in found:
-        return text
-    gate = found["gate"]
-    names = ("quiet_share", "passes_per_s", "rows_per_pass", "settle_wait_ms")
-    cells = ["-" if gate[name] is None else f"{gate[name]:.3g}" for name in names]
-    return f"{text}  {found['gated_share']:.0%}, {', '.join(cells)}"
 
 
 def main() -> None:
     args = arguments()
-    deadline = time.monotonic() + args.budget_s
     begun = time.monotonic()
+    names = list(dict.fromkeys(server_of(mode) for mode in args.modes))
+    engines.settle(args, names)
+    groups = engines.groups(names, args.together)
     with tempfile.TemporaryDirectory() as folder:
-        load = Load(Path(folder), vocabulary(args.model), args.out.with_suffix(".client.log"))
-        with servers(args, load.folder) as up:
-            print("up:", *up, f"{time.monotonic() - begun:.0f} s", flush=True)
-            run = Run(args, load, up)
-            run.warm_up()
-            print(f"warm after {time.monotonic() - begun:.0f} s\n{HEAD}", flush=True)
-            for rate in args.rates:
-                for mix in args.mixes:
-                    run.point(mix, rate, deadline)
+        load = Load(Path(folder), vocabulary(args.model), args.logs / f"{args.out.stem}.client.log")
+        run = Run(args, load)
+        for i, group in enumerate(groups, 1):
+            run.group(group, begun + args.budget_s * i / len(groups))
+    print(table(run.results), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,47 @@
+#!/bin/bash
+# Issue 4's measurements on one H100 or H200 without a network: 8B shape, dummy weights.
+#     benchmark/run_gpu_serving.sh latency   4 minutes: what verification adds to a step
+#     benchmark/run_gpu_serving.sh serving   8 minutes: throughput, TTFT and TPOT
+#     benchmark/run_gpu_serving.sh shares    4 minutes: 100, 50 and 10 % of the requests gated
+# Results go to $OUT, logs as one archive. MODES, if set, replaces the modes; what follows the
+# first word goes to the benchmark, where a later option wins over an earlier one. python3 there
+# must have sglang.
+set -u
+cd "$(dirname "$0")/.."
+OUT=${OUT:-/tmp/out}
+LOGS=/tmp/margingate-logs/$1
+mkdir -p "$OUT" "$LOGS"
+export PYTHONPATH=$PWD:$PWD/python:$PWD/sgl-kernel-patches:${PYTHONPATH:-}
+# SGLang finds the plugin by its metadata.
+python3 -c 'import importlib.metadata as m; m.distribution("margingate")' 2>/dev/null ||
+    python3 setup.py -q egg_info || exit 1
+
+what=$1
+shift
+common=(--model benchmark/configs/llama-3.1-8b --logs "$LOGS" --out "$OUT/$what.json")
+case $what in
+latency)
+    # An 80 GB card holds three engines at once: two groups, each with a stock one.
+    timeout -k 20 290 python3 benchmark/latency_increment.py "${common[@]}" \
+        --modes ${MODES:-stock always margin-0.1856 margin-0.05 margin-0.5} \
+        --batches 1 8 32 --tokens 256 --rounds 2 --kv-tokens 20000 --budget-s 220 "$@"
+    ;;
+serving)
+    # One at a time, so that each server has the memory and the probe the GPU for itself.
+    timeout -k 20 540 python3 benchmark/serving.py "${common[@]}" \
+        --modes ${MODES:-stock gate deterministic exact} --together 1 \
+        --mixes sharegpt 1k-1k 4k-1k --rates inf 2 --seconds 6 --tokens 150000 --budget-s 450 "$@"
+    ;;
+shares)
+    timeout -k 20 300 python3 benchmark/serving.py "${common[@]}" \
+        --modes ${MODES:-stock gate gate-50 gate-10} --together 1 \
+        --mixes sharegpt 1k-1k --rates inf --tokens 150000 --budget-s 240 "$@"
+    ;;
+*)
+    echo "latency, serving or shares, not '$what'" >&2
+    exit 2
+    ;;
+esac
+status=$?
+tar -czf "$OUT/$what-logs.tar.gz" -C "$LOGS" .
+exit $status
