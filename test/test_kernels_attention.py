@@ -496,6 +496,7 @@ def call(kernel: str, **given: Any) -> None:
         ("extend", {"starts": torch.zeros(2)}, "0 sequences need .* of starts, not 2"),
         ("extend", {"table_rows": torch.zeros(3)}, "as many table_rows, not 3"),
         ("extend", {"table": torch.zeros(9, 2).t()}, "page_table has gaps along its positions"),
+        ("decode", {"indptr": torch.zeros(6, dtype=torch.int32)[::2]}, "indptr has gaps; pass ind"),
         ("decode", {"indptr": torch.zeros(5)}, "indptr has 5 entries; 2 rows need one more"),
         ("decode", {"heads": 8}, r"workspace is for .* \[8, 64\], not \[4, 64\]"),
         ("decode", {"k": KV[:, :1].repeat(1, 3, 1)}, "4 heads cannot share 3"),

@@ -150,6 +150,7 @@ def decode_attention(
     _check_heads(q, out, paged.k_buffer, paged.v_buffer)
     if len(paged.indptr) != len(q) + 1:
         raise ValueError(f"indptr has {len(paged.indptr)} entries; {len(q)} rows need one more.")
+    _check_contiguous(slots=paged.slots, indptr=paged.indptr)
     if workspace.segments.means.shape[1:] != q.shape[1:]:
         raise ValueError(
             f"the workspace is for [heads, head_size] {list(workspace.segments.means.shape[1:])}, "
@@ -237,6 +238,9 @@ def extend_attention(  # noqa: PLR0917
             f"{sequences} sequences need as many table_rows, not {len(chunks.table_rows)}, and one "
             f"entry more of starts, not {len(chunks.starts)}."
         )
+    _check_contiguous(
+        table_rows=chunks.table_rows, starts=chunks.starts, prefix_lens=chunks.prefix_lens
+    )
     if chunks.page_table.stride(1) != 1:
         raise ValueError("page_table has gaps along its positions; pass it contiguous.")
     _launch_extend(q, k_buffer, v_buffer, chunks, scale, out)
@@ -300,6 +304,12 @@ def attention_reference(
 def _check_head_size(head_size: int) -> None:
     if head_size not in HEAD_SIZES:
         raise ValueError(f"head_size is {head_size}; the kernels are for {HEAD_SIZES}.")
+
+
+def _check_contiguous(**tensors: torch.Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has gaps; pass {name}.contiguous().")
 
 
 def _check_heads(
