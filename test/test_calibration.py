@@ -54,6 +54,15 @@ def test_the_threshold_is_the_smallest_that_holds(margins, data):
         assert miss_bound(fewer, len(margins), 0.95) > 0.1
 
 
+def test_headroom_is_counted_in_what_is_flagged_and_missed():
+    margins = [i / 8 for i in range(40)]
+    plain = choose_threshold(margins, [0.25, 1.0], 0.2, 0.95)
+    assert (plain.threshold, plain.missed, plain.trigger_rate) == (0.0, 2, 0.0)
+    more = choose_threshold(margins, [0.25, 1.0], 0.2, 0.95, headroom=0.5)
+    assert (more.threshold, more.missed, more.trigger_rate) == (0.5, 1, 0.1)
+    assert more.miss_bound < plain.miss_bound
+
+
 def test_too_few_steps_say_how_many_are_needed():
     with pytest.raises(TooFewStepsError) as caught:
         choose_threshold([1.0] * 100, [], 1e-3, 0.95)
@@ -97,7 +106,8 @@ def test_groups_hold_every_prompt_once(size):
 
 
 def options(**changed) -> argparse.Namespace:
-    chosen = {"batch_sizes": [8], "target_miss_rate": 0.9, "confidence": 0.95, **changed}
+    chosen = {"batch_sizes": [8], "target_miss_rate": 0.9, "confidence": 0.95}
+    chosen |= {"headroom": 0.0, **changed}
     return argparse.Namespace(**chosen)
 
 
@@ -127,6 +137,7 @@ def test_the_record_is_what_the_gate_reads(tmp_path):
         (["--batch-sizes", "1"], "--batch-sizes has 1"),
         (["--target-miss-rate", "0"], "--target-miss-rate is 0.0"),
         (["--confidence", "1"], "--confidence is 1.0"),
+        (["--headroom", "-1"], "--headroom is -1.0"),
         (["--prompts", "/nowhere"], "--prompts /nowhere cannot be read"),
     ],
 )

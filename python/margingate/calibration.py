@@ -62,15 +62,21 @@ def steps_needed(target: float, confidence: float) -> int:
 
 
 def choose_threshold(
-    margins: Sequence[float], flips: Sequence[float], target: float, confidence: float
+    margins: Sequence[float],
+    flips: Sequence[float],
+    target: float,
+    confidence: float,
+    *,
+    headroom: float = 0.0,
 ) -> Choice:
-    """The smallest threshold whose missed flips are bounded by `target` per step.
+    """The smallest threshold whose missed flips are bounded by `target` per step, and `headroom`.
 
     Args:
         margins: of all steps, logits; NaN counts as flagged by any threshold.
         flips: of those steps that flipped.
         target: missed flips per step.
         confidence: of the bound, below 1.
+        headroom: logits, added to that threshold; the rest of the choice is of the sum.
 
     Raises:
         TooFewStepsError: even without a missed flip the bound is above `target`.
@@ -81,11 +87,13 @@ def choose_threshold(
     known = sorted(margin for margin in margins if not math.isnan(margin))
     for threshold in (0.0, *sorted({above(margin) for margin in ascending})):
         missed = len(ascending) - bisect_left(ascending, threshold)
-        bound = miss_bound(missed, len(margins), confidence)
-        if bound <= target:
-            flagged = len(margins) - len(known) + bisect_left(known, threshold)
-            return Choice(threshold, missed, bound, flagged / len(margins))
-    raise AssertionError("the last threshold misses nothing")
+        if miss_bound(missed, len(margins), confidence) <= target:
+            break
+    threshold += headroom
+    missed = len(ascending) - bisect_left(ascending, threshold)
+    flagged = len(margins) - len(known) + bisect_left(known, threshold)
+    bound = miss_bound(missed, len(margins), confidence)
+    return Choice(threshold, missed, bound, flagged / len(margins))
 
 
 def above(margin: float) -> float:

@@ -47,6 +47,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--confidence", type=float, default=0.95, metavar="C", help="of that; default 0.95"
     )
     parser.add_argument(
+        "--headroom",
+        type=float,
+        default=0.0,
+        metavar="H",
+        help="logits on top of the threshold that was found; default 0",
+    )
+    parser.add_argument(
         "--out", type=Path, default=Path("calibration.json"), metavar="FILE", help="what is written"
     )
     parser.set_defaults(func=run)
@@ -72,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure what the journal lacks, choose, write the calibration file."""
     for name in ("target_miss_rate", "confidence"):
         check_share(name, getattr(args, name))
+    if not 0 <= args.headroom < float("inf"):
+        raise CliError(f"--headroom is {args.headroom}: give logits, 0 or more.")
     sets = read_sets(args)
     model = model_folder(args)
     prompts = tokenized(sets, model)
@@ -247,7 +256,11 @@ def make_record(
     found = flips(walks)
     try:
         choice = choose_threshold(
-            margins, [flip["margin"] for flip in found], args.target_miss_rate, args.confidence
+            margins,
+            [flip["margin"] for flip in found],
+            args.target_miss_rate,
+            args.confidence,
+            headroom=args.headroom,
         )
     except TooFewStepsError as err:
         raise CliError(
@@ -267,6 +280,7 @@ def make_record(
         "miss_rate_bound": choice.miss_bound,
         "target_miss_rate": args.target_miss_rate,
         "confidence": args.confidence,
+        "headroom": args.headroom,
         "batch_sizes": sizes,
         "prompts": len({name for _, name in walks}),
         "flipped_steps": found,
