@@ -156,10 +156,17 @@ def test_every_option_reaches_the_settings(prepare):
 def test_sizes_default_by_device_and_given_ones_stand(device, sizes):
     from margingate.runtime.arguments import _with_device_defaults
 
-    config = _with_device_defaults(GateConfig(), device)
+    def server(device, chunk=8192, graphs=None):
+        config = SimpleNamespace(decode=graphs)
+        return SimpleNamespace(device=device, chunked_prefill_size=chunk, cuda_graph_config=config)
+
+    config = _with_device_defaults(GateConfig(), server(device))
     assert (config.rows, config.prefill_chunk) == sizes
     given = GateConfig(rows=3, prefill_chunk=7)
-    assert _with_device_defaults(given, device) == given
+    assert _with_device_defaults(given, server(device)) == given
+    small = SimpleNamespace(backend="full", bs=[1, 8, 16], max_bs=16)
+    tight = _with_device_defaults(GateConfig(), server("cuda", 128, small))
+    assert (tight.rows, tight.prefill_chunk) == (16, 128)
 
 
 @pytest.mark.parametrize("option", sorted(OPTIONS))

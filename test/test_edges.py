@@ -9,15 +9,33 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
 from sglang.srt.managers.schedule_policy import AddReqResult
 
 from margingate.runtime import hook_table, prefill, scheduler, stream  # hook_table leads: a cycle
+from margingate.runtime.canonical_prefill import Prefill
 
 
 def unreachable(*_args, **_kwargs):
     raise AssertionError("SGLang's own code was called")
 
 
+ALONE = SimpleNamespace(prefill=Prefill())
+TOGETHER = SimpleNamespace(prefill=Prefill(together=True))
+
+
+def test_prompts_that_may_share_a_forward_are_left_to_sglang(monkeypatch):
+    monkeypatch.setattr(prefill.state, "controller", lambda: TOGETHER)
+    req = SimpleNamespace(gate=SimpleNamespace(gated=True))
+    assert prefill.add_one_req(lambda *a: a, "adder", req, False, None) == (
+        "adder",
+        req,
+        False,
+        None,
+    )
+    assert prefill.add_chunked_req(lambda *a: a, "adder", req) == ("adder", req)
+
+
 @pytest.mark.parametrize("gated", [True, False])
-def test_nothing_is_prefilled_beside_a_parked_chunk(gated):
+def test_nothing_is_prefilled_beside_a_parked_chunk(gated, monkeypatch):
     """SGLang would take the parked chunk to be in that batch, and lose the answer's first token."""
+    monkeypatch.setattr(prefill.state, "controller", lambda: ALONE)
     adder = SimpleNamespace(can_run_list=[])
     req = SimpleNamespace(gate=SimpleNamespace(gated=gated))
     assert prefill.add_one_req(unreachable, adder, req, True, None) is AddReqResult.OTHER

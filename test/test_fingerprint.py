@@ -259,15 +259,19 @@ def test_a_setting_counts_where_it_can_change_an_answer(fingerprint):
 
 
 def test_the_plan_names_shapes_and_row_classes(fingerprint, monkeypatch):
+    from margingate.runtime.canonical_prefill import Prefill
+
     found = [{"name": "down", "plan": [2, 64]}, {"name": "norm", "plan": None}]
     monkeypatch.setattr(fingerprint.invariance, "records", lambda: found)
     verifier = SimpleNamespace(
         rows=16, device="cpu", graph_sizes=lambda largest: [8, 24, 32], backend=None
     )
-    plan = fingerprint.plan(CONFIG, verifier)
-    assert (plan["rows"], plan["prefill_chunk"], plan["graph"]) == (16, 64, 24)
+    plan = fingerprint.plan(CONFIG, verifier, Prefill())
+    assert (plan["rows"], plan["prefill"], plan["graph"]) == (16, {"chunk": 64}, 24)
+    together = fingerprint.plan(CONFIG, verifier, Prefill(together=True, as_decoded=True))
+    assert together["prefill"] == {"together": True, "as_decoded": True}
     assert plan["kept"]["down"] == [2, 64] and "norm" not in plan["kept"]
-    assert fingerprint.plan(replace(CONFIG, fast_path="stock"), verifier)["kept"] is None
+    assert fingerprint.plan(replace(CONFIG, fast_path="stock"), verifier, Prefill())["kept"] is None
     assert json.loads(json.dumps(plan)) == plan
 
 

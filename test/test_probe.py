@@ -12,7 +12,7 @@ from margingate.cli import main as cli
 from margingate.cli import probe as command
 from margingate.core.rowclass import RowPlan
 from margingate.plots import plot_classes
-from margingate.runtime import probe, probe_cache
+from margingate.runtime import probe, probe_cache, probe_plans
 
 FINDINGS = [
     probe.Finding("linear", "layers.0.qkv_proj", (96, 64), 30, {1: 0, 2: 0, 8: 0}, None, 0.1),
@@ -89,7 +89,7 @@ def test_norms_are_probed_beside_linear_layers():
     found = probe.groups(model)
     kinds = {same[0].name: same[0].kind for same in found.values()}
     assert kinds == {"norm": "norm", "o_proj": "linear", "extra_proj": "linear"}
-    findings = probe.probe_groups({"n": found["norm norm [48] torch.bfloat16"]}, 8)
+    findings = probe_plans.probe_groups({"n": found["norm norm [48] torch.bfloat16"]}, 8)
     assert findings[0].classes == dict.fromkeys(range(1, 9), 0) and findings[0].plan is None
 
 
@@ -97,7 +97,7 @@ def test_plans_reach_every_module_of_their_group():
     model = torch.nn.ModuleList(torch.nn.Module() for _ in range(3))
     same = [probe.Member("linear", f"{i}.down_proj", m, None) for i, m in enumerate(model)]
     finding = probe.Finding("linear", "0.down_proj", (4, 4), 3, {1: 0, 2: 1}, RowPlan(2, 2), 0.0)
-    assert probe.plans({"g": same}, [finding]) == {id(m): RowPlan(2, 2) for m in model}
+    assert probe_plans.plans({"g": same}, [finding]) == {id(m): RowPlan(2, 2) for m in model}
 
 
 REPORT = {

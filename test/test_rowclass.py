@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from margingate.config import GateError
 from margingate.core.rowclass import RowPlan, Times, choose, runs, timed_counts
-from margingate.runtime import invariance, probe
+from margingate.runtime import invariance, probe, probe_plans
 
 
 @given(st.integers(1, 64), st.integers(0, 64), st.integers(1, 700))
@@ -97,7 +97,7 @@ class Broken(torch.nn.Module):
 
 def test_a_model_with_such_a_layer_is_refused_by_name():
     with pytest.raises(GateError, match=r"cannot use down_proj: with \d+ rows"):
-        probe.probe_groups(probe.groups(Broken()), 16)
+        probe_plans.probe_groups(probe.groups(Broken()), 16)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 16, 40])

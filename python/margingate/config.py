@@ -16,6 +16,7 @@ FAST_PATHS = ("invariant", "stock")
 DEFAULTS = ("on", "off")
 OVERLAPS = ("auto", "off", "on")
 PROBES = ("cached", "fresh")
+PREFILLS = ("auto", "alone")
 MAX_ROWS = 1024
 _SHARES = ("audit_rate", "simulate_trigger_rate", "simulate_flip_rate")
 _ENDPOINT = re.compile(r"tcp://(?:\[[0-9a-fA-F:.]+\]|[^\s/:\[\]]+):(\d{1,5})|ipc://(\S+)")
@@ -99,10 +100,16 @@ class GateConfig:
         "something is to be verified; off: switch it off; auto: on with a GPU, off on a CPU.",
         choices=OVERLAPS,
     )
+    prefill: str = _option(
+        "auto",
+        "auto: gated prompts share prefill forwards where a row's bits were found not to depend "
+        "on that, and go alone elsewhere; alone: always alone.",
+        choices=PREFILLS,
+    )
     prefill_chunk: int | None = _option(
         None,
-        "Gated prompts are prefilled alone in chunks cut at multiples of this many tokens, and "
-        "prefix hits are cut to the same grid. Default: 64 on a CPU, 512 on a GPU.",
+        "Where gated prompts are prefilled alone, chunks are cut at multiples of this many tokens, "
+        "and prefix hits to the same grid. Default: 64 on a CPU, 512 on a GPU.",
         metavar="TOKENS",
         parse=int,
     )
@@ -162,6 +169,7 @@ class GateConfig:
         _check_choice("--gate-repair", self.repair, REPAIRS)
         _check_choice("--gate-probe", self.probe, PROBES)
         _check_choice("--gate-overlap", self.overlap, OVERLAPS)
+        _check_choice("--gate-prefill", self.prefill, PREFILLS)
         number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
         if not number or not self.threshold >= 0:
             raise GateError(

@@ -62,7 +62,13 @@ class Times:
     kernel: Mapping[int, float] | None  # None: there is none, or its bits depend on the row count
 
 
-def choose(classes: Mapping[int, int], times: Times | None = None) -> RowPlan | None:
+class NoPlanError(Exception):
+    """No class holds the largest row count, and there is no kernel in the operator's place."""
+
+
+def choose(
+    classes: Mapping[int, int], times: Times | None = None, *, to_the_top: bool = False
+) -> RowPlan | None:
     """How to stay within one class; None: all row counts are in one.
 
     It is the class that leaves most of the measured row counts as they are. A plan that is clearly
@@ -72,21 +78,30 @@ def choose(classes: Mapping[int, int], times: Times | None = None) -> RowPlan | 
         classes: a class number for each measured row count; counts between two neighbours of
             one class are taken to be in it too.
         times: for some of these row counts.
+        to_the_top: only a class that holds the largest row count will do: it is a prefill's.
+
+    Raises:
+        NoPlanError: with `to_the_top`, where nothing will do.
     """
     found = runs(classes)
     if len(found) == 1:
         return None
+    if to_the_top:
+        found = [run for run in found[-1:] if run[0][0] <= MOST_PADDED]
     found.sort(key=lambda run: (-len(run[0]), run[0][0]))
     plans = [RowPlan(counts[0], counts[-1]) for counts, _ in found]
+    if times is not None and times.kernel is not None:
+        plans.append(RowPlan(1, max(classes), own_kernel=True))
+    if not plans:
+        raise NoPlanError
     if times is None:
         return plans[0]
-    if times.kernel is not None:
-        plans.append(RowPlan(1, max(classes), own_kernel=True))
     costs = [_cost(plan, times) for plan in plans]
     cheapest = costs.index(min(costs))
     return plans[cheapest if costs[cheapest] < CLEARLY * costs[0] else 0]
 
 
+MOST_PADDED = 64  # rows that a step of one row may be padded to
 CLEARLY = 0.98  # times differ from run to run; a plan should not
 CALLS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # row counts of decode graphs
 EXTRA_US = 2.5  # to pad, or to put pieces together: a small kernel each, within a graph
@@ -95,7 +110,11 @@ EXTRA_US = 2.5  # to pad, or to put pieces together: a small kernel each, within
 def timed_counts(classes: Mapping[int, int]) -> list[int]:
     """The row counts whose times `choose` asks for."""
     lows = {run[0] for run, _ in runs(classes)}
-    return sorted(lows | {count for count in CALLS if count <= max(classes)} | {max(classes)})
+    return sorted(lows | {count for count in CALLS if count <= max(classes)} | {_last(classes)})
+
+
+def _last(classes: Mapping[int, int]) -> int:
+    return min(max(classes), CALLS[-1])
 
 
 def _cost(plan: RowPlan, times: Times) -> float:

@@ -104,7 +104,7 @@ def post_init(original: Any, self: Any) -> None:
     if not self.disable_radix_cache:
         self.radix_cache_backend = RADIX_BACKEND
     original(self)
-    config = _with_device_defaults(config, self.device)
+    config = _with_device_defaults(config, self)
     object.__setattr__(self, ATTRIBUTE, config)
     refusals.refuse_server(self)
     refusals.refuse_chunks(self, config)
@@ -139,13 +139,25 @@ def _choose_attention(args: Any, config: GateConfig) -> None:
         logger.info("margingate sets --attention-backend triton, whose decode it makes invariant.")
 
 
-def _with_device_defaults(config: GateConfig, device: str) -> GateConfig:
-    defaults = DEVICE_DEFAULTS.get(device, DEFAULTS)
+def _with_device_defaults(config: GateConfig, args: Any) -> GateConfig:
+    """Rows and chunk where none are given: the device's, or what SGLang has room for."""
+    defaults = DEVICE_DEFAULTS.get(args.device, DEFAULTS)
+    chunk = args.chunked_prefill_size or -1
+    most = chunk if chunk > 0 else defaults["prefill_chunk"]
     return replace(
         config,
-        rows=config.rows or defaults["rows"],
-        prefill_chunk=config.prefill_chunk or defaults["prefill_chunk"],
+        rows=config.rows or min(defaults["rows"], _largest_graph(args) or defaults["rows"]),
+        prefill_chunk=config.prefill_chunk or min(defaults["prefill_chunk"], most),
     )
+
+
+def _largest_graph(args: Any) -> int | None:
+    """Rows of the largest decode graph; None where there are none."""
+    graphs = getattr(args.cuda_graph_config, "decode", None)
+    if args.device == "cpu" or graphs is None or graphs.backend == "disabled":
+        return None
+    largest: int | None = max(graphs.bs) if graphs.bs else graphs.max_bs
+    return largest
 
 
 def model_identity(model_path: str, options: dict[str, Any]) -> dict[str, str]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 
 from margingate.config import GateError
+from margingate.runtime import own_attention
+
+logger = logging.getLogger(__name__)
 
 SPLIT_TILE = 64  # tokens of K/V that a Triton split covers, until a row has MOST_SPLITS
 MOST_SPLITS = (
@@ -15,10 +19,11 @@ MOST_SPLITS = (
 FLASHINFER_TILE = 2048  # tokens that a FlashInfer split covers in a step without a graph
 
 
-def fix_split(backend: Any) -> None:
+def fix_split(backend: Any, runner: Any = None) -> None:
     """Make decode attention's K/V split a function of the sequence length alone.
 
-    Before its decode graphs are made.
+    Before its decode graphs are made. Triton's gets margingate's kernels where they serve the model
+    of `runner`, which are faster and do the same for prefill; elsewhere a rule for its own.
 
     Raises:
         GateError: a backend that this is not known of.
@@ -27,7 +32,12 @@ def fix_split(backend: Any) -> None:
     if name == "TorchNativeAttnBackend":
         return  # a loop over the rows, each with its own length
     if name == "TritonAttnBackend":
-        _fix_triton(backend)
+        reason = "no model runner" if runner is None else own_attention.unfit(backend, runner)
+        if reason:
+            logger.info("margingate: SGLang's Triton attention with a fixed split: %s.", reason)
+            _fix_triton(backend)
+        else:
+            own_attention.OwnAttention(backend, runner)
         return
     if name == "FlashInferAttnBackend":
         # Graphs made from here on use tensor cores and no split (FlashInfer's graphs know no
@@ -58,4 +68,7 @@ def _fix_triton(backend: Any) -> None:
 
 def split_of(backend: Any) -> list[int]:
     """What a row's split depends on besides its length, for a backend after `fix_split`."""
+    own = own_attention.of(backend)
+    if own is not None:
+        return own.record()
     return [SPLIT_TILE, getattr(backend, "max_kv_splits", 1)]

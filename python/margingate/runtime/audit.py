@@ -15,19 +15,15 @@ from contextlib import closing
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-import torch
 import zmq
-from sglang.srt.managers.overlap_utils import resolve_forward_inputs
-from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.utils import is_health_check_generate_req
-from sglang.srt.mem_cache.common import release_kv_cache
-from sglang.srt.sampling.sampling_params import SamplingParams
 
 from margingate.calibration import miss_bound
 from margingate.core.audit import Audits, Recorded
 from margingate.runtime import integrity, rollback
+from margingate.runtime.forwards import extend, internal_request, release
 from margingate.runtime.observer import Observer
-from margingate.runtime.request import GateRequest
 from margingate.runtime.verifier import RowInput
 
 if TYPE_CHECKING:
@@ -126,47 +122,23 @@ class Auditor(Observer):
 
     def _replay(self, recorded: Recorded) -> Generator[list[int]]:
         """Yields, after each forward, the tokens it chose. Frees its slots when closed."""
-        req = _internal_request(recorded)
+        req = internal_request(f"audit-{recorded.rid}", recorded.prompt)
         try:
             yield from self._prefill(req, recorded)
             yield from self._decode(req, recorded)
         finally:
-            if req.req_pool_idx is not None:
-                release_kv_cache(req, self._scheduler.tree_cache, is_insert=False)
+            release(self._scheduler, req)
 
     def _prefill(self, req: Any, recorded: Recorded) -> Iterator[list[int]]:
         """The chunks that the gate would prefill for an empty cache, each alone."""
         length, step = len(recorded.prompt), self._controller.prefill_chunk
         tail = (length - 1) // step * step  # where the last chunk starts
         for start in range(0, tail, step):
-            self._extend(req, start, start + step)
+            extend(self._scheduler, [(req, start, start + step)])
             yield []
-        logits = self._extend(req, tail, length)
+        logits = extend(self._scheduler, [(req, tail, length)])
         last = RowInput(req.req_pool_idx, length - 1, recorded.prompt[-1], draw=recorded.draw)
         yield [result.token for result in self._controller.verifier.choose(logits, [last])]
-
-    def _extend(self, req: Any, start: int, end: int) -> torch.Tensor:
-        """One prefill forward by SGLang's own means. Returns logits [1, vocab] of its last row."""
-        scheduler = self._scheduler
-        if start > 0:
-            row = scheduler.req_to_token_pool.req_to_token[req.req_pool_idx, :start]
-            req.prefix_indices = row.to(torch.int64, copy=True)
-        req.set_extend_range(start, end)
-        batch = ScheduleBatch.init_new(
-            [req],
-            scheduler.req_to_token_pool,
-            scheduler.token_to_kv_pool_allocator,
-            scheduler.tree_cache,
-            scheduler.model_config,
-            scheduler.enable_overlap,
-            scheduler.spec_algorithm,
-        )
-        batch.prepare_for_extend()
-        resolve_forward_inputs(batch, scheduler.future_map)
-        # "Verify" leaves the sampler out.
-        result = scheduler.tp_worker.forward_batch_generation(batch, is_verify=True)
-        logits: torch.Tensor = result.logits_output.next_token_logits
-        return logits
 
     def _decode(self, req: Any, recorded: Recorded) -> Iterator[list[int]]:
         """Rows 2 to the last, as verify passes."""
@@ -187,15 +159,6 @@ class Auditor(Observer):
 def observers(controller: GateController) -> tuple[Observer, ...]:
     """The auditor, where there is something to audit."""
     return (controller.auditor,) if controller.config.audit_rate > 0 else ()
-
-
-def _internal_request(recorded: Recorded) -> Any:
-    """A request that no queue, client or counter knows of; it carries the prompt."""
-    params = SamplingParams(temperature=0, max_new_tokens=1)
-    req = Req(f"audit-{recorded.rid}", "", recorded.prompt, params)
-    req.gate = GateRequest(req.rid, True)  # gated, so that its columns are freed as such
-    req.full_untruncated_fill_ids = array("q", recorded.prompt)
-    return req
 
 
 def report(audits: Audits) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,13 +12,21 @@ from margingate.core.histogram import MarginHistogram
 from margingate.core.ledger import Ledger, Outcome, Row
 from margingate.core.policy import INJECTED, GatePolicy
 from margingate.core.queue import MicroBatchQueue
-from margingate.runtime import ends, fingerprint, integrity, retraction, rollback, verifier
+from margingate.runtime import (
+    canonical_prefill,
+    ends,
+    fingerprint,
+    integrity,
+    retraction,
+    rollback,
+    verifier,
+)
 from margingate.runtime.audit import Auditor
 from margingate.runtime.canonical import CanonicalSteps, check_padding, measure
 from margingate.runtime.invariance import largest_rows
 from margingate.runtime.observer import Observer
 from margingate.runtime.overlap import InFlight, passed_over
-from margingate.runtime.radix import is_gated
+from margingate.runtime.radix import GateRadixCache, is_gated
 from margingate.runtime.request import Counts, GateRequest, now
 from margingate.runtime.rows import first_token, inject_fault, row_input
 from margingate.runtime.simulate import Simulator
@@ -49,7 +58,12 @@ class GateController:
             self.canonical = measure(self.verifier, scheduler, largest_rows(runner.device))
         elif config.policy != "observe":
             check_padding(self.verifier, scheduler)
-        self.fingerprint = fingerprint.make(scheduler, config, self.verifier)
+        self.prefill = canonical_prefill.measure(
+            scheduler, self.verifier, config.invariant and config.prefill == "auto"
+        )
+        if isinstance(scheduler.tree_cache, GateRadixCache):
+            scheduler.tree_cache.share(self.prefill)
+        self.fingerprint = fingerprint.make(scheduler, config, self.verifier, self.prefill)
         self.auditor = Auditor(self)
         self.totals = Counts()
         self.histogram = MarginHistogram()
@@ -179,8 +193,10 @@ class GateController:
         if gate.key not in self.requests:
             self.ledger.open(gate.key)
             self.requests[gate.key] = req
-        # A canonical computation on columns that are not is no better than any other.
+        # A canonical computation on columns that are not is no better than any other, and a margin
+        # that is no number says that this was none.
         canonical &= self.ledger.canonical(gate.key) == self.ledger.emitted(gate.key)
+        canonical &= not math.isnan(margin)
         simulated = self.simulator.flag(req, self.ledger.emitted(gate.key) + 1)
         verdict = self.policy.decide(margin, canonical=canonical, simulated=simulated)
         decision = INJECTED if fault else verdict

@@ -21,6 +21,7 @@ from huggingface_hub import try_to_load_from_cache
 import margingate
 from margingate.config import GateConfig
 from margingate.runtime import attention, invariance, machine, probe_cache, state, weights
+from margingate.runtime.canonical_prefill import Prefill
 from margingate.runtime.verifier import Verifier
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ class Fingerprint:
         logger.info("margingate: fingerprint %s (weights read in %.1f s)", self._value, seconds)
 
 
-def make(scheduler: Any, config: GateConfig, verifier: Verifier) -> Fingerprint:
+def make(scheduler: Any, config: GateConfig, verifier: Verifier, prefill: Prefill) -> Fingerprint:
     """The fingerprint of a scheduler whose gate is about to come up."""
     args, runner = scheduler.server_args, verifier.runner
     known = probe_cache.identity(runner, (), 0)
@@ -146,7 +147,7 @@ def make(scheduler: Any, config: GateConfig, verifier: Verifier) -> Fingerprint:
         "files": files(args.model_path, args.tokenizer_path, args.revision),
         "arguments": arguments(args),
         "guarantee": guarantee(config),
-        "plan": plan(config, verifier),
+        "plan": plan(config, verifier, prefill),
         "machine": machine.describe(args)
         | {name: known[name] for name in ("threads", "arithmetic")}
         | {"backend": known["attention"], "longest": scheduler.max_req_len},
@@ -207,14 +208,14 @@ def guarantee(config: GateConfig) -> dict[str, Any] | str:
     return {name: chosen[name] for name in ("guarantee", "policy", "threshold", "repair")}
 
 
-def plan(config: GateConfig, verifier: Verifier) -> dict[str, Any]:
+def plan(config: GateConfig, verifier: Verifier, prefill: Prefill) -> dict[str, Any]:
     """What is canonical: shapes of verify pass and prefill, and row counts of each operator."""
     graphs = [size for size in verifier.graph_sizes(1 << 20) if size >= verifier.rows]
     kept = {"limit": invariance.largest_rows(verifier.device)}
     kept |= {found["name"]: found["plan"] for found in invariance.records() if found["plan"]}
     return {
         "rows": config.rows,
-        "prefill_chunk": config.prefill_chunk,
+        "prefill": prefill.record() if prefill.together else {"chunk": config.prefill_chunk},
         "graph": min(graphs, default=None),  # rows of the graph that a verify pass replays
         "split": attention.split_of(verifier.backend),
         "kept": kept if config.invariant else None,

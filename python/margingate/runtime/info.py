@@ -43,6 +43,7 @@ def internal_state(result: Any, *_args: Any) -> None:
         "held": len(controller.held),
         "guarantee": controller.config.guarantee,
         "policy": controller.config.policy,
+        "prefill": controller.prefill.record(),
         "tally": tally.report(controller),
         "audit": audit.report(controller.auditor.audits),
         "integrity": integrity.report(controller),

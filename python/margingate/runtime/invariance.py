@@ -9,12 +9,15 @@ verifier's bits count as canonical.
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from margingate.config import GateConfig
 from margingate.core.rowclass import RowPlan
-from margingate.runtime import attention, probe, probe_cache
+from margingate.runtime import attention, own_attention, probe, probe_cache, probe_plans
 from margingate.runtime.arguments import gate_config
 from margingate.runtime.probe_attention import probe_attention
 
@@ -23,8 +26,10 @@ logger = logging.getLogger(__name__)
 LARGEST = {"cpu": 64}  # rows up to which linear layers are probed and planned, by device
 LARGEST_ON_GPU = 256
 
+MOST_PREFILLED = 16384  # rows of a prefill up to which layers are probed; more run in pieces
+
 _plans: dict[int, RowPlan] = {}
-_limit = LARGEST_ON_GPU  # of this process's device
+_limit: float = LARGEST_ON_GPU  # of this process's device; rows above it are left alone
 _findings: list[probe.Finding] = []
 
 
@@ -38,30 +43,83 @@ def records() -> list[dict[str, Any]]:
     return [finding.record() for finding in _findings]
 
 
+def covers_prefill() -> bool:
+    """Whether the plans of this process hold for prefill forwards of any size."""
+    return math.isinf(_limit)
+
+
 def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     """BEFORE ModelRunner.init_cuda_graphs: plan the operators that the graphs will hold."""
     if runner.is_draft_worker:
         return
     global _limit  # noqa: PLW0603
-    _limit = largest_rows(runner.device)
-    attention.fix_split(runner.attn_backend)
+    decoded = largest_rows(runner.device)
+    attention.fix_split(runner.attn_backend, runner)
     config = gate_config(runner.server_args)
     operators = probe.groups(runner.model)
-    _findings[:] = _find(runner, operators, fresh=config is not None and config.probe == "fresh")
-    _plans.update(probe.plans(operators, _findings))
+    prefill = _prefill_counts(runner, config, operators, decoded)
+    fresh = config is not None and config.probe == "fresh"
+    _findings[:] = _find(runner, operators, decoded, prefill, fresh=fresh)
+    _plans.update(probe_plans.plans(operators, _findings))
+    _limit = decoded
+    if prefill and all(finding.prefill for finding in _findings):
+        _limit = math.inf
+        _plans.update(_pieces(operators, decoded, prefill[-1]))
+
+
+def _prefill_counts(
+    runner: Any,
+    config: GateConfig | None,
+    operators: dict[str, list[probe.Member]],
+    decoded: int,
+) -> list[int]:
+    """The row counts of prefill to probe; none where prompts are prefilled one by one."""
+    if own_attention.of(runner.attn_backend) is None or config is None or config.prefill == "alone":
+        return []
+    args = runner.server_args
+    chunk = args.chunked_prefill_size or -1
+    largest = chunk if chunk > 0 else args.max_prefill_tokens
+    largest = min(largest, _rows_in_memory(operators))
+    return probe.prefill_counts(decoded, max(decoded + 1, min(largest, MOST_PREFILLED)))
+
+
+def _rows_in_memory(operators: dict[str, list[probe.Member]]) -> int:
+    """A power of two of rows that any linear layer can be run with in the memory that is free."""
+    first = [same[0] for same in operators.values()]
+    shapes = [m.module.weight.shape for m in first if m.kind == "linear" and m.name != probe.HEAD]
+    widest = max(map(sum, shapes), default=1)
+    free, _ = torch.cuda.mem_get_info()
+    return 1 << max(free // (2 * 2 * widest), 1).bit_length() - 1
+
+
+def _pieces(
+    operators: dict[str, list[probe.Member]], decoded: int, prefilled: int
+) -> dict[int, RowPlan]:
+    """Plans for the linear layers that need none as far as they were probed: more in pieces."""
+    members = [each for same in operators.values() for each in same if each.kind == "linear"]
+    return {
+        id(each.module): RowPlan(1, decoded if each.name == probe.HEAD else prefilled)
+        for each in members
+        if id(each.module) not in _plans
+    }
 
 
 def _find(
-    runner: Any, operators: dict[str, list[probe.Member]], *, fresh: bool
+    runner: Any,
+    operators: dict[str, list[probe.Member]],
+    decoded: int,
+    prefill: Sequence[int],
+    *,
+    fresh: bool,
 ) -> list[probe.Finding]:
     """Findings of an earlier start on the same machine with the same versions, or new ones."""
-    key = probe_cache.identity(runner, operators, _limit)
+    key = probe_cache.identity(runner, operators, decoded, prefill)
     found = None if fresh else probe_cache.load(key)
     source = f"from {probe_cache.path(key)}"
     if found is None:
         source = "measured now"
-        found = probe.probe_groups(operators, _limit)
-        found += probe_attention(runner, probe.row_counts(_limit))
+        found = probe_plans.probe_groups(operators, decoded, prefill)
+        found += probe_attention(runner, probe.row_counts(decoded))
         probe_cache.save(key, found)
     logger.info("margingate: rows that give one row the same bits, %s:", source)
     for finding in found:
@@ -73,9 +131,9 @@ def apply_linear(original: Any, method: Any, layer: Any, x: torch.Tensor, bias: 
     """AROUND UnquantizedLinearMethod.apply: stay within the operator's class of row counts."""
     plan = _plans.get(id(layer))
     if plan is None or x.dim() != 2 or x.shape[0] > _limit or plan.holds(x.shape[0]):
-        return original(method, layer, x, bias)  # more rows: a prefill, canonical by its shape
+        return original(method, layer, x, bias)  # more: a prefill that is canonical by its shape
     if plan.own_kernel:
-        return probe.invariant_matmul(x, weight=layer.weight, bias=bias)
+        return probe_plans.invariant_matmul(x, weight=layer.weight, bias=bias)
     return _in_class(plan, x, lambda piece: original(method, layer, piece, bias))
 
 
@@ -88,7 +146,7 @@ def compute_lm_head(
         return original(processor, hidden, lm_head, bias)
     if plan.own_kernel:
         weight = lm_head.weight
-        return probe.invariant_matmul(hidden.to(weight.dtype), weight=weight, bias=bias)
+        return probe_plans.invariant_matmul(hidden.to(weight.dtype), weight=weight, bias=bias)
     return _in_class(plan, hidden, lambda piece: original(processor, piece, lm_head, bias))
 
 

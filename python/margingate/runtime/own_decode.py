@@ -33,7 +33,7 @@ def build(runner: Any, rows: int) -> tuple[Any, Any]:
         )
     finally:
         runner.init_new_workspace = before
-    fix_split(backend)
+    fix_split(backend, runner)
     if runner.decode_cuda_graph_runner is None:
         return backend, None
     if rows > runner.req_to_token_pool.size:

@@ -2,6 +2,7 @@
 
 Then the forward that computes a column has the same shape and the same rows whatever waits
 beside the request and however much of its prefix was cached (hits are cut to the grid too).
+Where a row's bits were found not to depend on any of that, SGLang decides as always.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ from margingate.runtime.radix import is_gated
 def add_one_req(
     original: Any, adder: Any, req: Any, has_chunked_req: bool, truncation_align_size: int | None
 ) -> Any:
-    """AROUND PrefillAdder.add_one_req: keep gated requests apart from all others."""
+    """AROUND PrefillAdder.add_one_req: keep gated requests apart, where they must be."""
+    if state.controller().prefill.together:
+        return original(adder, req, has_chunked_req, truncation_align_size)
+    return _add_alone(original, adder, req, has_chunked_req, truncation_align_size)
+
+
+def _add_alone(
+    original: Any, adder: Any, req: Any, has_chunked_req: bool, truncation_align_size: int | None
+) -> Any:
     if has_chunked_req and not adder.can_run_list:
         return AddReqResult.OTHER  # a parked chunk; SGLang takes it to be in any batch it makes
     if any(is_gated(other) for other in adder.can_run_list):
@@ -35,7 +44,7 @@ def add_one_req(
 
 def add_chunked_req(original: Any, adder: Any, req: Any) -> Any:
     """AROUND PrefillAdder.add_chunked_req: never shrink a gated chunk; park it instead."""
-    if not is_gated(req):
+    if not is_gated(req) or state.controller().prefill.together:
         return original(adder, req)
     chunk = state.controller().prefill_chunk
     need = min(chunk, len(req.full_untruncated_fill_ids) - len(req.prefix_indices))

@@ -10,9 +10,8 @@ attention where `probe_attention` knows the backend.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any, Self
@@ -20,11 +19,12 @@ from typing import Any, Self
 import torch
 
 from margingate.config import GateError
-from margingate.core.rowclass import RowPlan, Times, choose, runs, timed_counts
+from margingate.core.rowclass import RowPlan, runs
 
 SAMPLE_ROWS = 64  # rows computed at every count; twice that from counts above it
 SEED = 20260530
-TIMED_CALLS = 20
+HEAD = "lm_head"
+SHOWN = 5  # classes of an operator in the log
 Operator = Callable[[torch.Tensor], torch.Tensor]
 Rows = Callable[[torch.Tensor], torch.Tensor]  # row indices [n] -> their results, of one call
 
@@ -40,11 +40,13 @@ class Finding:
     classes: dict[int, int]  # row count -> class, numbered from 0 in order of appearance
     plan: RowPlan | None  # linear layers; None: every measured row count is in one class
     seconds: float
+    prefill: bool = False  # the plan holds for the row counts of prefill too
 
     def __str__(self) -> str:
         groups = [f"{run[0]} to {run[-1]}" for run, _ in runs(self.classes)]
+        more = f" | {len(groups) - SHOWN} more" if len(groups) > SHOWN else ""
         kept = "" if self.plan is None else f", {self.plan}"
-        same = " | ".join(groups) + kept
+        same = " | ".join(groups[:SHOWN]) + more + kept
         return f"{self.name} {list(self.shape)} x{self.modules}: {same} ({self.seconds:.1f} s)"
 
     def record(self) -> dict[str, Any]:
@@ -82,6 +84,21 @@ def row_counts(largest: int) -> list[int]:
     """The row counts that are measured: all small ones, then multiples of 8, up to `largest`."""
     small = range(1, min(largest, 16) + 1)
     return sorted({*small, *range(24, largest + 1, 8), largest})
+
+
+def prefill_counts(above: int, largest: int) -> list[int]:
+    """Row counts of prefill forwards that are measured: those above `above`, up to `largest`.
+
+    Dense where libraries change their kernels most, with odd ones among them.
+    """
+    steps = ((1024, 64), (4096, 256), (largest, 512))
+    found = {largest}
+    low = above
+    for high, step in steps:
+        found |= set(range(low + step, min(high, largest) + 1, step))
+        low = max(low, high)
+    odd = {count - 1 - count // 64 % 7 for count in found}
+    return sorted(count for count in found | odd if count > above)
 
 
 def probe_operator(
@@ -131,6 +148,32 @@ def classify(
     return classes
 
 
+def extended(
+    operator: Operator,
+    width: int,
+    classes: dict[int, int],
+    counts: Sequence[int],
+    like: torch.Tensor,
+) -> dict[int, int]:
+    """`classes` with the larger `counts`, each in the class of the largest so far, or in its own.
+
+    Rows repeat in blocks, so that a large output is held once and compared with a small one.
+    """
+    base = max(classes)
+    generator = torch.Generator().manual_seed(SEED)
+    sample = torch.randn(base, width, generator=generator).to(like)
+    expected = operator(sample)
+    found, unused = dict(classes), max(classes.values()) + 1
+    for count in counts:
+        outputs = operator(sample.repeat(-(-count // base), 1)[:count])
+        agree = [(block == expected[: len(block)]).all() for block in outputs.split(base)]
+        if bool(torch.stack(agree).all()):
+            found[count] = classes[base]
+        else:
+            found[count], unused = unused, unused + 1
+    return found
+
+
 class RowDependenceError(Exception):
     """At this fixed row count a row's bits depend on the other rows."""
 
@@ -169,7 +212,7 @@ def members(model: Any) -> Iterator[Member]:
             yield Member("norm", name, module, partial(_normalize, module))
     head = getattr(model, "lm_head", None)
     if head is not None and hasattr(head, "weight"):
-        yield Member("linear", "lm_head", head, lambda x: torch.matmul(x, head.weight.T))
+        yield Member("linear", HEAD, head, lambda x: torch.matmul(x, head.weight.T))
 
 
 def _apply(method: Any, module: Any, x: torch.Tensor) -> torch.Tensor:
@@ -186,86 +229,6 @@ def groups(model: Any) -> dict[str, list[Member]]:
     for member in members(model):
         found.setdefault(member.group, []).append(member)
     return found
-
-
-def probe_groups(found: dict[str, list[Member]], largest: int) -> list[Finding]:
-    """Probe each distinct operator once.
-
-    Raises:
-        GateError: an operator whose rows depend on each other at a fixed row count.
-    """
-    return [_probe_group(same, row_counts(largest)) for same in found.values()]
-
-
-def plans(found: dict[str, list[Member]], findings: Sequence[Finding]) -> dict[int, RowPlan]:
-    """The plans of `probe_groups`, by id of the module that each is for."""
-    named = {finding.name: finding.plan for finding in findings if finding.plan is not None}
-    return {
-        id(member.module): named[same[0].name]
-        for same in found.values()
-        for member in same
-        if same[0].name in named
-    }
-
-
-def _probe_group(same: list[Member], counts: Sequence[int]) -> Finding:
-    first, start = same[0], time.monotonic()
-    weight = first.module.weight
-    with torch.inference_mode(), refusing(first.name):
-        classes = probe_operator(first.operator, weight.shape[-1], counts, weight)
-        plan = _plan(first, classes) if first.kind == "linear" else None
-    seconds = time.monotonic() - start
-    return Finding(first.kind, first.name, tuple(weight.shape), len(same), classes, plan, seconds)
-
-
-def _plan(member: Member, classes: dict[int, int]) -> RowPlan | None:
-    """By measured times on a GPU; elsewhere the plan must not depend on the clock."""
-    weight = member.module.weight
-    if len(set(classes.values())) == 1 or not weight.is_cuda:
-        return choose(classes)
-    counts = timed_counts(classes)
-    kernel = None
-    own = partial(invariant_matmul, weight=weight, bias=None)
-    with suppress(RowDependenceError):
-        if len(set(probe_operator(own, weight.shape[-1], list(classes), weight).values())) == 1:
-            kernel = _microseconds(own, weight, counts)
-    return choose(classes, Times(_microseconds(member.operator, weight, counts), kernel))
-
-
-def invariant_matmul(
-    x: torch.Tensor, *, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """SGLang's batch-invariant kernel: x [rows, inputs] by weight [outputs, inputs]."""
-    from sglang.srt.batch_invariant_ops import matmul_persistent
-
-    return matmul_persistent(x.contiguous(), weight.T, bias)
-
-
-def _microseconds(
-    operator: Operator, weight: torch.Tensor, counts: Sequence[int]
-) -> dict[int, float]:
-    """Time of one call by row count, in a CUDA graph as when it serves."""
-    sample = torch.randn(max(counts), weight.shape[-1], device=weight.device).to(weight)
-    found = {}
-    for count in counts:
-        rows = sample[:count]
-        operator(rows)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(TIMED_CALLS):
-                operator(rows)
-        found[count] = min(_replay_ms(graph) for _ in range(3)) / TIMED_CALLS * 1e3
-    return found
-
-
-def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    graph.replay()
-    stop.record()
-    stop.synchronize()
-    return float(start.elapsed_time(stop))
 
 
 @contextmanager

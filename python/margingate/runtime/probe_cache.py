@@ -20,16 +20,19 @@ from margingate.runtime.probe import Finding
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 2
+SCHEMA = 3
 LIBRARIES = ("torch", "sglang", "triton", "flashinfer-python", "nvidia-cublas")
 
 
-def identity(runner: Any, groups: Iterable[str], largest: int) -> dict[str, Any]:
+def identity(
+    runner: Any, groups: Iterable[str], largest: int, prefill: Sequence[int] = ()
+) -> dict[str, Any]:
     """Everything that the findings depend on; builtins only."""
     return {
         "schema": SCHEMA,
         "operators": sorted(groups),
         "rows": largest,
+        "prefill": list(prefill[-1:]),  # the rest follows from it
         "model": runner.model_config.model_path,
         "attention": type(runner.attn_backend).__name__,
         "device": machine.device_name(runner.device),

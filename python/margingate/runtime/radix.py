@@ -1,27 +1,45 @@
 """The radix tree of a gated server: gated requests share canonical prompt columns only.
 
-A column's bits depend on how it was computed. Gated prompts are prefilled alone on an absolute
-grid of C tokens, so a full chunk [kC, (k+1)C) has the same bits whoever computed it; a last,
-shorter chunk and decoded columns have not, and stay out of the tree.
+A column's bits depend on how it was computed. Where gated prompts are prefilled alone on an
+absolute grid of C tokens, a full chunk [kC, (k+1)C) has the same bits whoever computed it; a last,
+shorter chunk and decoded columns have not, and stay out of the tree. Where prefill was found to
+give a column the same bits in any forward, all of a prompt is shared; where decode does too, so is
+the canonical part of an answer.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 from sglang.srt.mem_cache.registry import TreeCacheBuildContext, default_radix_cache_factory
 
+from margingate.runtime import state
 from margingate.runtime.arguments import gate_config
+
+if TYPE_CHECKING:
+    from margingate.runtime.canonical_prefill import Prefill
 
 
 def is_gated(req: Any) -> bool:
     """Whether this SGLang request is gated; False for requests made before the gate was up."""
     gate = getattr(req, "gate", None)
     return gate is not None and gate.gated
+
+
+def canonical_columns(req: Any) -> int:
+    """Columns from the prompt's first on that are canonical; the row of token j writes that of j-1.
+
+    Of a request that the ledger does not know, none.
+    """
+    controller = state.active()
+    if controller is None or req.gate.key not in controller.requests:
+        return 0
+    rows: int = controller.ledger.canonical(req.gate.key)
+    return len(req.origin_input_ids) + rows - 1 if rows else 0
 
 
 def build(context: TreeCacheBuildContext) -> Any:
@@ -39,6 +57,13 @@ class GateRadixCache(RadixCache):
     def __init__(self, params: Any, chunk: int) -> None:
         super().__init__(params)
         self.chunk = chunk  # tokens
+        self.answers = False  # whether canonical columns of answers enter too
+
+    def share(self, prefill: Prefill) -> None:
+        """Adopt what was measured; before the first request."""
+        if prefill.together:
+            self.chunk = 1
+        self.answers = prefill.as_decoded
 
     def _grid(self, length: int) -> int:
         return length // self.chunk * self.chunk
@@ -67,6 +92,18 @@ class GateRadixCache(RadixCache):
             self._share(req, RadixKey(tokens[:shared], req.extra_key), row, chunked)
         req.prefix_indices = row[: len(tokens)].to(torch.int64, copy=True)
 
+    def _add(self, req: Any, tokens: Any, row: torch.Tensor) -> int:
+        """Give these columns to the tree, freeing those that it has already; their number."""
+        key, end = RadixKey(tokens, req.extra_key), len(tokens)
+        values = row[:end].to(torch.int64, copy=True)
+        priority = getattr(req, "priority", 0) or 0
+        inserted = self.insert(InsertParams(key=key, value=values, priority=priority))
+        owned = req.cache_protected_len
+        self.token_to_kv_pool_allocator.free_segment(
+            row[owned : inserted.prefix_len], start_pos=owned
+        )
+        return end
+
     def _share(self, req: Any, key: RadixKey, row: torch.Tensor, chunked: bool) -> None:
         """Put `key`'s columns into the tree, or take the tree's where it has them already."""
         owned, end = req.cache_protected_len, len(key)
@@ -90,12 +127,19 @@ class GateRadixCache(RadixCache):
     def cache_finished_req(
         self, req: Any, is_insert: bool = True, *, kv_len_to_handle: int
     ) -> None:
-        """A gated request's shared chunks are in the tree since prefill; free all its others."""
+        """A gated request's shared chunks are in the tree since prefill; free all its others.
+
+        Its answer's canonical columns enter now, where they have the bits of a prefill.
+        """
         if not is_gated(req) or self.disable:
             super().cache_finished_req(req, is_insert, kv_len_to_handle=kv_len_to_handle)
             return
         owned = req.cache_protected_len
         row = self.req_to_token_pool.req_to_token[req.req_pool_idx]
+        if is_insert and self.answers:
+            end = min(canonical_columns(req), kv_len_to_handle)
+            if end > owned:
+                owned = self._add(req, (req.origin_input_ids + req.output_ids)[:end], row)
         self.token_to_kv_pool_allocator.free_segment(row[owned:kv_len_to_handle], start_pos=owned)
         if req.last_node is not None:
             self.dec_lock_ref(req.last_node)

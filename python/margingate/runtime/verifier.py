@@ -8,6 +8,7 @@ the columns. With the number of rows fixed, a row's bits do not depend on the ot
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from sglang.srt.model_executor.forward_context import ForwardContext, forward_co
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from margingate.config import GateConfig, GateError
-from margingate.runtime import own_decode
+from margingate.runtime import own_attention, own_decode
 from margingate.runtime.seeds import Draw, logprob_temperature, stack
 from margingate_kernels import seeded_top2, softmax_top2
 
@@ -84,7 +85,22 @@ class Verifier:
         Rewrites the K/V columns of the rows' positions in place. Padding rows read and write the
         reserved slot 0 only.
         """
-        return self.choose(self.forward(rows, self.rows), rows)
+        found: list[RowResult] = []
+        for some in self._that_fit(rows):
+            found += self.choose(self.forward(some, self.rows), some)
+        return found
+
+    def _that_fit(self, rows: Sequence[RowInput]) -> Iterator[Sequence[RowInput]]:
+        """The rows in groups whose keys the attention's workspace has room for; mostly one."""
+        own = own_attention.of(self.backend)
+        room = math.inf if own is None else own.room
+        first = keys = 0
+        for i, row in enumerate(rows):
+            keys += row.position + 1
+            if keys > room and i > first:
+                yield rows[first:i]
+                first, keys = i, row.position + 1
+        yield rows[first:]
 
     @staticmethod
     def choose(logits: torch.Tensor, rows: Sequence[RowInput]) -> list[RowResult]:

@@ -1,0 +1,129 @@
+"""How gated prompts may be prefilled: measured on the whole model, before the first request.
+
+Where attention and linear layers give a row the same bits in a forward of any size, prompts need
+not be prefilled alone on a grid. That is looked for on made-up prompts: one alone, beside others,
+in chunks cut elsewhere, and its last rows once more as decode rows of a verify pass. What agrees in
+all of its K/V columns and in its logits holds.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from margingate.runtime import invariance, rollback
+from margingate.runtime.forwards import extend, internal_request, release
+from margingate.runtime.verifier import RowInput, Verifier
+
+logger = logging.getLogger(__name__)
+
+SEED = 20260530
+LONGEST = 900  # tokens of the prompt that is compared
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """What a gated prompt's columns depend on besides its tokens: nothing, where `together`."""
+
+    together: bool = False  # prompts may share a forward, and be cut and cached anywhere
+    as_decoded: bool = False  # decoded columns have the same bits
+
+    def record(self) -> dict[str, bool]:
+        """For `/server_info` and the fingerprint."""
+        return asdict(self)
+
+
+def measure(scheduler: Any, verifier: Verifier, wanted: bool) -> Prefill:
+    """Compare prefills of the same prompt; alone on the grid where they are not `wanted`."""
+    if not wanted or not invariance.covers_prefill():
+        return Prefill()
+    check = _Check(scheduler, verifier)
+    together = check.beside_others() and check.in_chunks()
+    found = Prefill(together, together and check.decoded())
+    logger.info(
+        "margingate: gated prompts are prefilled %s; decoded columns have %s bits.",
+        "together" if together else "alone, since their bits depend on what shares the forward",
+        "the same" if found.as_decoded else "other (or it was not asked)",
+    )
+    return found
+
+
+class _Check:
+    """The prompt, and what it gives alone and in one."""
+
+    def __init__(self, scheduler: Any, verifier: Verifier) -> None:
+        self._scheduler, self._verifier = scheduler, verifier
+        args = scheduler.server_args
+        chunk = args.chunked_prefill_size or -1
+        room = chunk if chunk > 0 else args.max_prefill_tokens
+        self._length = max(min(LONGEST, room * 2 // 3, scheduler.max_req_len - 8), 8)
+        generator = torch.Generator().manual_seed(SEED)
+        vocabulary = scheduler.model_config.vocab_size
+        tokens = torch.randint(3, vocabulary, (3, self._length), generator=generator).tolist()
+        self._prompt, self._other, self._third = tokens
+        self._alone = self._prefill([(0, self._length)])
+
+    def beside_others(self) -> bool:
+        """Whether the prompt has the same bits between two others in one forward."""
+        scheduler, length = self._scheduler, self._length
+        reqs = [
+            internal_request("margingate-other", self._other[: length // 3]),
+            internal_request("margingate-prompt", self._prompt),
+            internal_request("margingate-third", self._third[:5]),
+        ]
+        try:
+            logits = extend(scheduler, [(r, 0, len(r.full_untruncated_fill_ids)) for r in reqs])
+            return self._agrees(logits[1], self._columns(reqs[1]))
+        finally:
+            for req in reqs:
+                release(scheduler, req)
+
+    def in_chunks(self) -> bool:
+        """Whether it has them when it is cut at other places, and one row is left for the end."""
+        length = self._length
+        cuts = [0, length // 9, length // 2, length - 1, length]
+        return self._agrees(*self._prefill(list(pairwise(cuts))))
+
+    def decoded(self) -> bool:
+        """Whether its last rows have them as decode rows behind a prefill of the rest."""
+        count = min(self._verifier.rows, self._length // 2)
+        start = self._length - count
+        req = internal_request("margingate-decoded", self._prompt[:start])
+        try:
+            extend(self._scheduler, [(req, 0, start)])
+            if not rollback.extend_columns(self._scheduler, req, count):
+                return False
+            rows = [
+                RowInput(req.req_pool_idx, start + i, token)
+                for i, token in enumerate(self._prompt[start:])
+            ]
+            logits = self._verifier.forward(rows, self._verifier.rows)[count - 1]
+            return self._agrees(logits, self._columns(req))
+        finally:
+            release(self._scheduler, req)
+
+    def _prefill(self, cuts: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Logits of the last row and the columns by layer, prefilled alone in these pieces."""
+        req = internal_request("margingate-alone", self._prompt)
+        try:
+            for start, end in cuts:
+                logits = extend(self._scheduler, [(req, start, end)])
+            return logits[0].clone(), self._columns(req)
+        finally:
+            release(self._scheduler, req)
+
+    def _columns(self, req: Any) -> list[torch.Tensor]:
+        pool = self._scheduler.token_to_kv_pool_allocator.get_kvcache()
+        table = self._scheduler.req_to_token_pool.req_to_token
+        slots = table[req.req_pool_idx, : self._length].to(torch.int64)
+        layers = range(pool.start_layer, pool.start_layer + pool.layer_num)
+        return [part[slots] for i in layers for part in pool.get_kv_buffer(i)]
+
+    def _agrees(self, logits: torch.Tensor, columns: list[torch.Tensor]) -> bool:
+        pairs = zip(columns, self._alone[1], strict=True)
+        return torch.equal(logits, self._alone[0]) and all(torch.equal(*pair) for pair in pairs)

@@ -1,0 +1,143 @@
+"""Probes each operator of a model, and plans how each linear layer is kept within one class."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import partial
+
+import torch
+
+from margingate.core.rowclass import NoPlanError, RowPlan, Times, choose, timed_counts
+from margingate.runtime import probe
+
+Operator = Callable[[torch.Tensor], torch.Tensor]
+TIMED_CALLS = 20
+LARGEST_SMALL = 256  # row counts up to this are compared in windows, larger ones in blocks
+
+
+def probe_groups(
+    found: dict[str, list[probe.Member]], largest: int, prefill: Sequence[int] = ()
+) -> list[probe.Finding]:
+    """Probe each distinct operator once.
+
+    Args:
+        prefill: larger row counts; plans are to hold for them too, where that can be had.
+
+    Raises:
+        GateError: an operator whose rows depend on each other at a fixed row count.
+    """
+    return [_probe_group(same, probe.row_counts(largest), prefill) for same in found.values()]
+
+
+def plans(
+    found: dict[str, list[probe.Member]], findings: Sequence[probe.Finding]
+) -> dict[int, RowPlan]:
+    """The plans of `probe_groups`, by id of the module that each is for."""
+    named = {finding.name: finding.plan for finding in findings if finding.plan is not None}
+    return {
+        id(member.module): named[same[0].name]
+        for same in found.values()
+        for member in same
+        if same[0].name in named
+    }
+
+
+def _probe_group(
+    same: list[probe.Member], counts: Sequence[int], prefill: Sequence[int]
+) -> probe.Finding:
+    first, start = same[0], time.monotonic()
+    weight = first.module.weight
+    with torch.inference_mode(), probe.refusing(first.name):
+        width = weight.shape[-1]
+        classes = probe.probe_operator(first.operator, width, counts, weight)
+        wide = classes
+        if prefill and first.name != probe.HEAD:  # which has a row a request
+            wide = probe.extended(first.operator, width, classes, prefill, weight)
+        plan, holds = None, bool(prefill) and len(set(wide.values())) == 1
+        if first.kind == "linear":
+            plan, holds = plan_of(first.operator, weight, classes, wide if prefill else None)
+    seconds = time.monotonic() - start
+    shape = tuple(weight.shape)
+    return probe.Finding(first.kind, first.name, shape, len(same), wide, plan, seconds, holds)
+
+
+def plan_of(
+    operator: Operator,
+    weight: torch.Tensor,
+    classes: dict[int, int],
+    wide: dict[int, int] | None,
+) -> tuple[RowPlan | None, bool]:
+    """A plan for a linear layer, and whether it holds for prefill too.
+
+    Args:
+        wide: `classes` with the row counts of prefill; None: they do not matter.
+    """
+    if wide is not None:
+        with suppress(NoPlanError):
+            return _plan(operator, weight, wide, to_the_top=True), True
+    return _plan(operator, weight, classes, to_the_top=False), False
+
+
+def _plan(
+    operator: Operator, weight: torch.Tensor, classes: dict[int, int], *, to_the_top: bool
+) -> RowPlan | None:
+    """By measured times on a GPU; elsewhere the plan must not depend on the clock."""
+    if len(set(classes.values())) == 1:
+        return None
+    if not weight.is_cuda:
+        return choose(classes)
+    counts = timed_counts(classes)
+    kernel = None
+    own = partial(invariant_matmul, weight=weight, bias=None)
+    with suppress(probe.RowDependenceError):
+        if _in_one_class(own, classes, weight):
+            kernel = _microseconds(own, weight, counts)
+    times = Times(_microseconds(operator, weight, counts), kernel)
+    return choose(classes, times, to_the_top=to_the_top)
+
+
+def _in_one_class(operator: Operator, counts: Iterable[int], weight: torch.Tensor) -> bool:
+    """Whether it gives a row the same bits at all of these row counts."""
+    small = [count for count in counts if count <= LARGEST_SMALL]
+    large = [count for count in counts if count > LARGEST_SMALL]
+    width = weight.shape[-1]
+    classes = probe.probe_operator(operator, width, small, weight)
+    return len(set(probe.extended(operator, width, classes, large, weight).values())) == 1
+
+
+def invariant_matmul(
+    x: torch.Tensor, *, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """SGLang's batch-invariant kernel: x [rows, inputs] by weight [outputs, inputs]."""
+    from sglang.srt.batch_invariant_ops import matmul_persistent
+
+    return matmul_persistent(x.contiguous(), weight.T, bias)
+
+
+def _microseconds(
+    operator: Operator, weight: torch.Tensor, counts: Sequence[int]
+) -> dict[int, float]:
+    """Time of one call by row count, in a CUDA graph as when it serves."""
+    sample = torch.randn(max(counts), weight.shape[-1], device=weight.device).to(weight)
+    found = {}
+    for count in counts:
+        rows = sample[:count]
+        operator(rows)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(TIMED_CALLS):
+                operator(rows)
+        found[count] = min(_replay_ms(graph) for _ in range(3)) / TIMED_CALLS * 1e3
+    return found
+
+
+def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    graph.replay()
+    stop.record()
+    stop.synchronize()
+    return float(start.elapsed_time(stop))

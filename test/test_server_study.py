@@ -1,0 +1,89 @@
+"""`margingate study` and `calibrate` with real servers: interrupted, resumed, and loaded again."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from margingate.cli.main import main
+
+DATA = (
+    {"id": "rivers", "prompt": "Name three rivers."},
+    {"id": "sum", "prompt": "What is 17 plus 25? Think step by step."},
+    {"id": "code", "prompt": "Write a Python function that reverses a string."},
+)
+WALK = ("--tokens", "24", "--batch-sizes", "2", "3")
+STUDY = ("study", *WALK, "--no-probe", "--columns", "1")
+RESOLVE = """
+import sys
+from sglang.srt.plugins import load_plugins
+from sglang.srt.server_args import prepare_server_args
+load_plugins()
+from margingate.runtime.arguments import gate_config
+print("threshold", gate_config(prepare_server_args(sys.argv[1:])).threshold)
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two prompt files, named in main's arguments."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "one.jsonl").write_text("".join(json.dumps(line) + "\n" for line in DATA[:2]))
+    (folder / "two.jsonl").write_text(json.dumps(DATA[2]) + "\n")
+    return folder
+
+
+def arguments(place: Path, *command: str, out: str) -> list[str]:
+    prompts = ("--prompts", str(place / "one.jsonl"), str(place / "two.jsonl"))
+    return [*command, *prompts, "--out", str(place / out)]
+
+
+def interrupt_half_way(place: Path) -> int:
+    """Ctrl-C for a study once its journal has four walks of nine; its exit status."""
+    command = [sys.executable, "-m", "margingate.cli.main", *arguments(place, *STUDY, out="a.json")]
+    journal = place / "a.partial.jsonl"
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        while process.poll() is None:
+            if journal.exists() and journal.read_text().count("\n") >= 5:
+                process.send_signal(signal.SIGINT)
+                break
+            time.sleep(0.05)
+        process.communicate(timeout=60)
+    return process.returncode
+
+
+def test_a_study_goes_on_after_an_interrupt_as_if_there_had_been_none(place, capsys):
+    assert main(arguments(place, *STUDY, out="whole.json")) == 0
+    said = capsys.readouterr().out
+    assert "### Flips by data set" in said and "### Transfer: chosen on one" in said
+    record = json.loads((place / "whole.json").read_text())
+    assert len(record["walks"]) == 9
+    assert all(len(one["exact_margins"]) == len(one["tokens"]) for one in record["walks"])
+    assert {n for one in record["walks"] for n in one["rows"]} == {1, 2, 3}, "batches did form"
+    assert interrupt_half_way(place) == 130
+    journal = place / "a.partial.jsonl"
+    kept = journal.read_text().splitlines()
+    assert 5 <= len(kept) < 11 and not (place / "a.json").exists()
+    report = place / "report"
+    assert main([*arguments(place, *STUDY, out="a.json"), "--report", str(report)]) == 0
+    assert (place / "a.json").read_bytes() == (place / "whole.json").read_bytes()
+    assert not journal.exists() and (report / "index.html").stat().st_size > 50_000
+
+
+def test_a_calibration_is_what_the_gate_loads(place, model, capsys):
+    command = ("calibrate", *WALK, "--target-miss-rate", "0.05")
+    assert main(arguments(place, *command, out="c.json")) == 0
+    assert "Use it: --gate-fast-path stock --gate-threshold auto" in capsys.readouterr().out
+    record = json.loads((place / "c.json").read_text())
+    assert record["steps"] == 2 * 3 * 23 and record["miss_rate_bound"] <= 0.05
+    flags = ("--deterministic-gate", "--gate-fast-path", "stock", "--gate-threshold", "auto")
+    server = ("--model-path", str(model), "--device", "cpu", *flags)
+    command = (sys.executable, "-c", RESOLVE, *server, "--gate-calibration", str(place / "c.json"))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert f"threshold {record['threshold']}" in done.stdout, done.stderr[-2000:]
