@@ -18,8 +18,14 @@ DATA = (
     {"id": "sum", "prompt": "What is 17 plus 25? Think step by step."},
     {"id": "code", "prompt": "Write a Python function that reverses a string."},
 )
-WALK = ("--tokens", "24", "--batch-sizes", "2", "3")
+WALK = ("--tokens", "20", "--batch-sizes", "2", "3")
 STUDY = ("study", *WALK, "--no-probe", "--columns", "1")
+LISTENING = """
+import signal
+from margingate.cli.main import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where pytest itself ignores it
+raise SystemExit(main())
+"""
 RESOLVE = """
 import sys
 from sglang.srt.plugins import load_plugins
@@ -46,7 +52,7 @@ def arguments(place: Path, *command: str, out: str) -> list[str]:
 
 def interrupt_half_way(place: Path) -> int:
     """Ctrl-C for a study once its journal has four walks of nine; its exit status."""
-    command = [sys.executable, "-m", "margingate.cli.main", *arguments(place, *STUDY, out="a.json")]
+    command = [sys.executable, "-c", LISTENING, *arguments(place, *STUDY, out="a.json")]
     journal = place / "a.partial.jsonl"
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
         while process.poll() is None:
@@ -81,7 +87,7 @@ def test_a_calibration_is_what_the_gate_loads(place, model, capsys):
     assert main(arguments(place, *command, out="c.json")) == 0
     assert "Use it: --gate-fast-path stock --gate-threshold auto" in capsys.readouterr().out
     record = json.loads((place / "c.json").read_text())
-    assert record["steps"] == 2 * 3 * 23 and record["miss_rate_bound"] <= 0.05
+    assert record["steps"] == 2 * 3 * 19 and record["miss_rate_bound"] <= 0.05
     flags = ("--deterministic-gate", "--gate-fast-path", "stock", "--gate-threshold", "auto")
     server = ("--model-path", str(model), "--device", "cpu", *flags)
     command = (sys.executable, "-c", RESOLVE, *server, "--gate-calibration", str(place / "c.json"))
