@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -18,7 +19,7 @@ from margingate.calibration import (
 )
 from margingate.cli import main as cli
 from margingate.cli.calibrate import make_record, meaning
-from margingate.cli.calibrate_measure import Journal, Walk, flips, groups
+from margingate.cli.calibrate_measure import Journal, Walk, distinct, flips, groups
 from margingate.cli.errors import CliError
 from margingate.client import Prompt
 from margingate.config import GateError, load_threshold
@@ -97,6 +98,14 @@ def test_a_journal_of_something_else_is_refused(tmp_path):
         Journal(path, {"model": "n"})
 
 
+def test_a_step_with_the_same_numbers_in_two_batches_is_one_trial():
+    batched = [walk for walk in WALKS if walk.batch_size == 8]
+    again = [replace(walk, batch_size=4) for walk in batched]
+    assert distinct(batched) == distinct(batched + again) == 4
+    other = replace(again[0], margins=(2.0, 0.25, 2.75))
+    assert distinct([*batched, other]) == 5
+
+
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_groups_hold_every_prompt_once(size):
     prompts = [Prompt(str(i), (i,)) for i in range(7)]
@@ -116,7 +125,9 @@ def test_the_record_is_what_the_gate_reads(tmp_path):
     journal.add(WALKS)
     record = make_record(options(), journal, {"device": "d"}, {"config_sha256": "c"})
     assert (record["steps"], record["flips"], record["prompts"]) == (4, 1, 2)
-    assert "1 of 4 decode steps flip in batches of 8" in meaning(record, tmp_path)
+    assert "1 of 4 decode steps (4 of them distinct) flip in batches of 8" in meaning(
+        record, tmp_path
+    )
     path = tmp_path / "c.json"
     path.write_text(json.dumps(record))
     assert load_threshold(str(path), {"config_sha256": "c"}) == record["threshold"]

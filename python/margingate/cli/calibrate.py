@@ -246,7 +246,7 @@ def make_record(
 ) -> dict[str, Any]:
     """The calibration file; raises CliError where the steps are too few."""
     from margingate.calibration import TooFewStepsError, choose_threshold
-    from margingate.cli.calibrate_measure import ALONE, FIRST, flips
+    from margingate.cli.calibrate_measure import ALONE, FIRST, distinct, flips
 
     sizes = sorted(set(args.batch_sizes))
     walks: dict[tuple[int, str], Walk]
@@ -275,6 +275,7 @@ def make_record(
         "threshold": choice.threshold,
         "trigger_rate": choice.trigger_rate,
         "steps": len(margins),
+        "distinct_steps": distinct(batched),
         "flips": len(found),
         "missed": choice.missed,
         "miss_rate_bound": choice.miss_bound,
@@ -290,7 +291,8 @@ def make_record(
 def meaning(record: dict[str, Any], out: Path) -> str:
     """The result in plain sentences."""
     sizes = ", ".join(map(str, record["batch_sizes"]))
-    seen = f"{record['flips']} of {record['steps']} decode steps flip in batches of {sizes}."
+    steps = f"{record['steps']} decode steps ({record['distinct_steps']} of them distinct)"
+    seen = f"{record['flips']} of {steps} flip in batches of {sizes}."
     flags = f"{record['threshold']:g} flags {record['trigger_rate']:.1%} of the steps"
     misses = f"misses {record['missed']} of the flips seen"
     bound = f"{record['miss_rate_bound']:.1e} per step, with {record['confidence']:.0%} confidence"

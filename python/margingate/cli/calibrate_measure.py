@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -197,6 +197,16 @@ def check_lengths(client: Client, prompts: Sequence[Prompt], tokens: int) -> Non
                 f"takes {room} with an answer of {tokens}: drop it, or give the server more "
                 "after -- (--context-length, --max-total-tokens)."
             )
+
+
+def distinct(walks: Iterable[Walk]) -> int:
+    """Decode steps, less those whose numbers another batch gave the same step."""
+    seen: set[tuple[Any, ...]] = set()
+    for walk in walks:
+        lists = (walk.tokens, walk.margins, walk.tops, walk.exact_tokens, walk.exact_margins)
+        rows = enumerate(zip(*filter(None, lists), strict=True), 1)
+        seen.update((walk.name, row, *numbers) for row, numbers in rows if row >= FIRST)
+    return len(seen)
 
 
 def flips(walks: Mapping[tuple[int, str], Walk]) -> list[dict[str, Any]]:
