@@ -158,7 +158,12 @@ def test_sizes_default_by_device_and_given_ones_stand(device, sizes):
 
     def server(device, chunk=8192, graphs=None):
         config = SimpleNamespace(decode=graphs)
-        return SimpleNamespace(device=device, chunked_prefill_size=chunk, cuda_graph_config=config)
+        return SimpleNamespace(
+            device=device,
+            chunked_prefill_size=chunk,
+            cuda_graph_config=config,
+            max_running_requests=None,
+        )
 
     config = _with_device_defaults(GateConfig(), server(device))
     assert (config.rows, config.prefill_chunk) == sizes
@@ -167,6 +172,8 @@ def test_sizes_default_by_device_and_given_ones_stand(device, sizes):
     small = SimpleNamespace(backend="full", bs=[1, 8, 16], max_bs=16)
     tight = _with_device_defaults(GateConfig(), server("cuda", 128, small))
     assert (tight.rows, tight.prefill_chunk) == (16, 128)
+    stock = _with_device_defaults(GateConfig(fast_path="stock"), server("cuda", 128, small))
+    assert stock.rows == 256
 
 
 @pytest.mark.parametrize("option", sorted(OPTIONS))

@@ -48,7 +48,7 @@ def test_defaults_are_what_the_dataclass_says():
     config = make_config({}, {})
     assert config == GateConfig()
     assert (config.policy, config.threshold, config.guarantee) == ("margin", 0.5, "sparse")
-    assert (config.rows, config.prefill_chunk, config.max_delay) == (None, None, 0)
+    assert (config.rows, config.prefill_chunk, config.max_delay) == (None, None, None)
     assert (config.debug, config.inject_faults) == (False, False)
 
 
@@ -163,8 +163,8 @@ def test_a_count_in_words_is_refused(name, value):
     assert "whole number" in text
 
 
-def test_the_delay_has_no_default_to_fall_back_on():
-    assert refused({"max_delay": None}).startswith("--gate-max-delay is None: ")
+def test_the_delay_may_be_left_to_the_gate():
+    assert make_config({"max_delay": "auto"}, {}).max_delay is GateConfig().max_delay is None
 
 
 @pytest.mark.parametrize("name", ["debug", "inject_faults"])

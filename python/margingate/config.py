@@ -83,16 +83,16 @@ class GateConfig:
     rows: int | None = _option(
         None,
         "Rows of a verifier micro-batch; fixed, because it is part of what is canonical. "
-        "Default: 16 on a CPU, 64 on a GPU.",
+        "Default: 16 on a CPU, 64 on a GPU, 256 there with --gate-fast-path stock.",
         metavar="V",
         parse=int,
     )
-    max_delay: int = _option(
-        0,
+    max_delay: int | None = _option(
+        None,
         "Flagged rows wait at most this many decode steps to share a micro-batch; 0 verifies at "
-        "once.",
-        metavar="STEPS",
-        parse=int,
+        "once. Default, or auto: 0 on a CPU; on a GPU by measured latencies and the flips seen.",
+        metavar="STEPS|auto",
+        parse=str,
     )
     overlap: str = _option(
         "auto",
@@ -182,7 +182,8 @@ class GateConfig:
             )
         if self.rows is not None:
             _check_range("--gate-rows", self.rows, 1, MAX_ROWS)
-        _check_range("--gate-max-delay", self.max_delay, 0, 1 << 20)
+        if self.max_delay is not None:
+            _check_range("--gate-max-delay", self.max_delay, 0, 1 << 20)
         if self.prefill_chunk is not None:
             _check_range("--gate-prefill-chunk", self.prefill_chunk, 1, 1 << 20)
         if self.events_endpoint is not None:
@@ -293,6 +294,8 @@ def _parse(name: str, value: Any) -> Any:
             return value if value == "auto" else float(value)
         if name in _SHARES:
             return float(value)
+        if name == "max_delay" and value == "auto":
+            return None
         if name in ("rows", "max_delay", "prefill_chunk"):
             return int(value)
     except ValueError:

@@ -23,6 +23,7 @@ _pending: ContextVar[dict[str, Any] | None] = ContextVar("margingate_pending", d
 
 DEVICE_DEFAULTS = {"cpu": {"rows": 16, "prefill_chunk": 64}}
 DEFAULTS = {"rows": 64, "prefill_chunk": 512}
+STOCK_PATH_ROWS = 256  # of a verify pass on a GPU
 
 
 def gate_config(server_args: Any) -> GateConfig | None:
@@ -142,19 +143,29 @@ def _choose_attention(args: Any, config: GateConfig) -> None:
 def _with_device_defaults(config: GateConfig, args: Any) -> GateConfig:
     """Rows and chunk where none are given: the device's, or what SGLang has room for."""
     defaults = DEVICE_DEFAULTS.get(args.device, DEFAULTS)
+    rows = defaults["rows"]
+    if args.device != "cpu":
+        rows = _rows_on_a_gpu(config, args)
     chunk = args.chunked_prefill_size or -1
     most = chunk if chunk > 0 else defaults["prefill_chunk"]
     return replace(
         config,
-        rows=config.rows or min(defaults["rows"], _largest_graph(args) or defaults["rows"]),
+        rows=config.rows or rows,
         prefill_chunk=config.prefill_chunk or min(defaults["prefill_chunk"], most),
     )
+
+
+def _rows_on_a_gpu(config: GateConfig, args: Any) -> int:
+    """On the stock path the verifier has a graph of its own: larger, since spans fill it."""
+    if not config.invariant:
+        return min(STOCK_PATH_ROWS, args.max_running_requests or STOCK_PATH_ROWS)
+    return min(DEFAULTS["rows"], _largest_graph(args) or DEFAULTS["rows"])
 
 
 def _largest_graph(args: Any) -> int | None:
     """Rows of the largest decode graph; None where there are none."""
     graphs = getattr(args.cuda_graph_config, "decode", None)
-    if args.device == "cpu" or graphs is None or graphs.backend == "disabled":
+    if graphs is None or graphs.backend == "disabled":
         return None
     largest: int | None = max(graphs.bs) if graphs.bs else graphs.max_bs
     return largest

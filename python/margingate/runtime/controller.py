@@ -50,7 +50,7 @@ class GateController:
         self.policy = GatePolicy(config.policy, config.threshold)
         self.simulator = Simulator(config)
         self.ledger = Ledger(config.guarantee, config.repair)
-        self.queue = MicroBatchQueue(config.rows, config.max_delay)
+        self.queue = MicroBatchQueue(config.rows, config.max_delay or 0)
         runner = scheduler.tp_worker.model_runner
         self.verifier = verifier.build(runner, config)
         self.canonical: CanonicalSteps | None = None  # None: no decode step is taken to be

@@ -19,6 +19,7 @@ from margingate.runtime import (
     hook_table,
     hooks,
     metrics,
+    pacing,
     radix,
     request,
     state,
@@ -50,6 +51,7 @@ def init(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) 
     controller.observers += metrics.observers(controller)
     controller.observers += events.observers(controller)
     controller.observers += audit.observers(controller)
+    controller.observers += pacing.observers(controller)
     controller.observers += (Tally(exact=config.guarantee == "exact"),)
     state.set_controller(controller)
     logger.info("margingate: the deterministic gate is up: %s", config)

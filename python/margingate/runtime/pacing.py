@@ -1,0 +1,109 @@
+"""`--gate-max-delay auto`: the delay follows from measured latencies and the load seen.
+
+Where decode steps are not canonical on a GPU. Answers do not depend on it, only their speed does.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from margingate.core.costs import Costs, Load, best_delay, overhead
+from margingate.runtime.observer import Observer
+from margingate.runtime.verifier import RowInput, Verifier
+
+if TYPE_CHECKING:
+    from margingate.runtime.controller import GateController
+
+logger = logging.getLogger(__name__)
+
+EVERY = 256  # decode steps with gated requests between two looks
+FIRST = Load(requests=8, trigger_rate=0.15, flip_rate=0.005)  # until there is something to see
+PRIOR_ROWS = 1000  # that FIRST's rates count as
+TIMED = 5  # forwards
+
+
+class Pacer(Observer):
+    """Sets the queue's delay from what the last steps looked like."""
+
+    def __init__(self, controller: GateController, costs: Costs) -> None:
+        self._controller, self._costs = controller, costs
+        self._steps = self._requests = 0
+        self._seen = (0, 0, 0)  # rows, flags and flips so far
+        self._choose(FIRST, "at start")
+
+    def stepped(self, batch: Any, gated: int, canonical: bool) -> None:
+        if gated == 0 or not batch.forward_mode.is_decode():
+            return
+        self._steps += 1
+        self._requests += gated
+        if self._steps == EVERY:
+            self._look()
+
+    def _look(self) -> None:
+        now = self._counts()
+        rows, flagged, flips = (a - b for a, b in zip(now, self._seen, strict=True))
+        weight = rows + PRIOR_ROWS
+        load = Load(
+            self._requests / self._steps,
+            (flagged + FIRST.trigger_rate * PRIOR_ROWS) / weight,
+            (flips + FIRST.flip_rate * PRIOR_ROWS) / weight,
+        )
+        self._seen, self._steps, self._requests = now, 0, 0
+        self._choose(load, f"after {rows} rows")
+
+    def _counts(self) -> tuple[int, int, int]:
+        controller = self._controller
+        open_counts = [req.gate.counts for req in controller.requests.values()]
+        every = [controller.totals, *open_counts]
+        return (
+            sum(one.steps for one in every),
+            sum(one.flagged for one in every),
+            sum(one.flips for one in every),
+        )
+
+    def _choose(self, load: Load, when: str) -> None:
+        queue, costs = self._controller.queue, self._costs
+        chosen = best_delay(load, costs)
+        if chosen == queue.max_delay and when != "at start":
+            return
+        queue.max_delay = chosen
+        logger.info(
+            "margingate: flagged rows wait %d steps (%s: %.1f requests a step, %.1f %% flagged, "
+            "%.2f %% flips, a step %.2f ms, a pass of %d rows %.2f ms; expected overhead %.0f %%)",
+            *(chosen, when, load.requests, 100 * load.trigger_rate, 100 * load.flip_rate),
+            *(costs.step_ms, costs.rows, costs.pass_ms),
+            100 * overhead(chosen, load, costs),
+        )
+
+
+def observers(controller: GateController) -> tuple[Observer, ...]:
+    """A pacer, where passes are to be spaced; the delay is 0 elsewhere."""
+    config, verifier = controller.config, controller.verifier
+    canonical = controller.canonical is not None or controller.observes_only
+    if config.max_delay is not None or canonical or verifier.device == "cpu":
+        return ()
+    return (Pacer(controller, measure(verifier)),)
+
+
+def measure(verifier: Verifier) -> Costs:
+    """Times a verify pass, and SGLang's decode step of a few rows, on padding alone."""
+    graphs = verifier.runner.decode_cuda_graph_runner
+    few = min((size for size in graphs.capture_bs if size >= FIRST.requests), default=1)
+    step = Verifier(verifier.runner, few, graphs=graphs)
+    return Costs(_ms(step), _ms(verifier), verifier.rows)
+
+
+def _ms(verifier: Verifier) -> float:
+    """Milliseconds of the fastest of some forwards over the reserved slot."""
+    times = []
+    for _ in range(TIMED):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        verifier.forward([RowInput(0, 0, 0)], verifier.rows)
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+    return min(times)
