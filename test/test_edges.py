@@ -9,6 +9,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
 from sglang.srt.managers.schedule_policy import AddReqResult
 
 from margingate.runtime import hook_table, prefill, scheduler, stream  # hook_table leads: a cycle
+from margingate.runtime.canonical import CanonicalSteps
 from margingate.runtime.canonical_prefill import Prefill
 
 
@@ -66,3 +67,13 @@ def test_an_abort_of_a_retracted_request_stands(monkeypatch):
 
 def test_a_retracted_request_sends_nothing_until_its_output_is_back():
     stream._send_settled(unreachable, None, retracted(None))
+
+
+def test_steps_of_any_size_are_canonical_where_prefill_gives_their_bits():
+    steps = CanonicalSteps({1: True, 8: True}, graphs=True)
+    assert steps.holds(5, True) and not steps.holds(5, False) and not steps.holds(9, True)
+    steps.extend()
+    assert steps.holds(5, False) and steps.holds(900, False)
+    some = CanonicalSteps({1: True, 8: False}, graphs=True)
+    some.extend()
+    assert not some.holds(8, True) and some.holds(1, True)

@@ -32,12 +32,21 @@ class CanonicalSteps:
         self._counts = sorted(measured)
         self._measured = measured
         self._graphs = graphs
+        self._everywhere = False
+
+    def extend(self) -> None:
+        """Prefill was found to give a row the bits that decode does, and it runs with any number of
+        rows and without a graph: so steps of any size count, if all that were measured do.
+        """
+        self._everywhere = all(self._measured.values())
 
     def holds(self, rows: int, by_graph: bool) -> bool:
         """Whether a decode step of `rows` requests is canonical.
 
         A count that was not measured is, when the measured ones around it both are.
         """
+        if self._everywhere:
+            return True
         if self._graphs and not by_graph:
             return False
         at = bisect_left(self._counts, rows)
@@ -49,7 +58,7 @@ class CanonicalSteps:
     def record(self) -> dict[str, Any]:
         """For `/server_info`: the counts that were measured, and what was found."""
         found = [[count, self._measured[count]] for count in self._counts]
-        return {"measured": found, "graphs": self._graphs}
+        return {"measured": found, "graphs": self._graphs, "everywhere": self._everywhere}
 
     def __str__(self) -> str:
         good = [str(count) for count in self._counts if self._measured[count]]

@@ -61,6 +61,8 @@ class GateController:
         self.prefill = canonical_prefill.measure(
             scheduler, self.verifier, config.invariant and config.prefill == "auto"
         )
+        if self.prefill.as_decoded and self.canonical is not None:
+            self.canonical.extend()
         if isinstance(scheduler.tree_cache, GateRadixCache):
             scheduler.tree_cache.share(self.prefill)
         self.fingerprint = fingerprint.make(scheduler, config, self.verifier, self.prefill)
