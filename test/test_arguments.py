@@ -471,7 +471,14 @@ def model_config(text: dict[str, Any] | None = None, **changes: Any) -> SimpleNa
     return SimpleNamespace(**{**values, **changes})
 
 
-@pytest.mark.parametrize("text", [{}, {"num_experts": 1}, {"num_local_experts": None}])
+WINDOWS = {"layer_types": ["sliding_attention", "full_attention"]}
+
+
+def test_windows_may_be_observed():
+    refusals.refuse_model(model_config(WINDOWS), observes=True)
+
+
+@pytest.mark.parametrize("text", [{}, {"num_experts": 1}, {"layer_types": ["full_attention"]}])
 def test_a_dense_decoder_is_served(text):
     refusals.refuse_model(model_config(text))
 
@@ -482,6 +489,7 @@ def test_a_dense_decoder_is_served(text):
         (model_config(is_generation=False), "does not generate text"),
         (model_config(attention_arch=SimpleNamespace(name="MLA")), "uses latent attention (MLA)"),
         (model_config(is_hybrid_swa=True), "mixes full and sliding-window attention"),
+        (model_config(WINDOWS), "mixes full and sliding-window attention"),
         (model_config(is_encoder_decoder=True), "is an encoder-decoder"),
         (model_config(is_multimodal=True), "is multimodal"),
         (

@@ -114,7 +114,7 @@ def post_init(original: Any, self: Any) -> None:
     publisher.refuse_endpoint(self, config)
     if self.model_path.lower() not in ("none", "dummy"):  # SGLang resolves nothing for these
         refusals.refuse_fast_path(self, config)
-        refusals.refuse_model(self.get_model_config())
+        refusals.refuse_model(self.get_model_config(), observes=config.policy == "observe")
         if config.calibration is not None:
             load_threshold(config.calibration, machine.describe(self), part="machine")
 

@@ -224,8 +224,12 @@ def refuse_fast_path(args: Any, config: GateConfig) -> None:
             )
 
 
-def refuse_model(model: Any) -> None:
-    """Check SGLang's ModelConfig. Raises GateError naming what the model has."""
+def refuse_model(model: Any, *, observes: bool = False) -> None:
+    """Check SGLang's ModelConfig. Raises GateError naming what the model has.
+
+    Args:
+        observes: margins are only looked at, as a study of a model with windows does.
+    """
     from sglang.srt.configs.hybrid_arch import mambaish_config
 
     text = model.hf_text_config
@@ -235,7 +239,10 @@ def refuse_model(model: Any) -> None:
     kinds = (
         (not model.is_generation, "does not generate text"),
         (model.attention_arch.name != "MHA", "uses latent attention (MLA)"),
-        (model.is_hybrid_swa, "mixes full and sliding-window attention"),
+        (
+            model.is_hybrid_swa or (not observes and _has_windows(text)),
+            "mixes full and sliding-window attention",
+        ),
         (model.is_encoder_decoder, "is an encoder-decoder"),
         (model.is_multimodal, "is multimodal"),
         (mambaish_config(model) is not None, "keeps recurrent state (Mamba or linear attention)"),
@@ -248,3 +255,8 @@ def refuse_model(model: Any) -> None:
                 f"--deterministic-gate does not serve this model yet, because it {what}: serve it "
                 "without the flag."
             )
+
+
+def _has_windows(text: Any) -> bool:
+    """Whether some layers see a window only; SGLang does not call all such models hybrid."""
+    return "sliding_attention" in (getattr(text, "layer_types", None) or ())
