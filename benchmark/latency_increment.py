@@ -2,14 +2,17 @@
 
     python benchmark/latency_increment.py --model benchmark/configs/llama-3.1-8b --out inc.json
 
-Dummy weights. A stock engine (FlashInfer on a GPU), and gated ones with `--gate-fast-path stock`:
-one that verifies every row at every step (`always`), and `margin-RATE`, whose flags are simulated
-at that rate. `margin-RATE:DELAY` and `margin-RATE:DELAY:ROWS` set `--gate-max-delay` and
-`--gate-rows`, `always::ROWS` the latter alone. A step's time is that of a whole batch's generation,
-from the request to the last settled token, less that of a short one, divided by the tokens between
-them: prefill and the end cancel out. The figure of merit is the increment of `always` over stock,
-divided by that of `margin`. The best of some rounds counts; each round does the same work. Where
-not all engines fit into the GPU's memory, each group has a stock one of its own (engines.py).
+Dummy weights. A stock engine (FlashInfer on a GPU), and gated ones with `--gate-fast-path stock`.
+`always` verifies every row at every step, with `--gate-max-delay 0` and a pass as small as the
+largest batch. `margin-RATE` has the gate's defaults, its flags simulated at that rate. A share
+`--flip-rate` of all rows is rolled back in each of them. `margin-RATE:DELAY` and
+`margin-RATE:DELAY:ROWS` set `--gate-max-delay` and `--gate-rows`, `always::ROWS` the latter alone.
+
+A step's time is that of a whole batch's generation, from the request to the last settled token,
+less that of a short one, divided by the tokens between them: prefill and the end cancel out. The
+figure of merit is the increment of `always` over stock, divided by that of `margin`. The best of
+some rounds counts; each round does the same work. Where not all engines fit into the GPU's memory,
+each group has a stock one of its own (engines.py).
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import engines
 
 STOCK, ALWAYS, MARGIN = "stock", "always", "margin-"
 USUAL = (STOCK, ALWAYS, "margin-0.1856", "margin-0.05", "margin-0.5")
+FLIPS = 0.0035  # per row, as SmolLM2 had (results/h200-2026-11-24, span-0.51)
 SHORT = 16  # tokens of the generation that is taken off
 COUNTED = ("steps", "flagged", "verified", "passes", "flips", "rolled_back")
 
@@ -42,7 +46,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=512, help="of the long generation")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--flip-rate", type=float, default=0.0, help="of the flagged rows")
+    parser.add_argument("--flip-rate", type=float, default=FLIPS, help="of all rows")
     parser.add_argument("--attention-backend", help="of all engines")
     return parser.parse_args()
 
@@ -50,20 +54,26 @@ def arguments() -> argparse.Namespace:
 def mode(text: str) -> str:
     """One of the modes; ValueError, which argparse turns into a message, for anything else."""
     if text != STOCK:
-        gate_options(text, 0.0)
+        gate_options(text, 0.0, 1)
     return text
 
 
-def gate_options(mode: str, flip_rate: float) -> dict[str, Any]:
-    """A gated mode's options for `sglang.Engine`; ValueError for anything else."""
+def gate_options(mode: str, flip_rate: float, largest: int) -> dict[str, Any]:
+    """A gated mode's options for `sglang.Engine`; ValueError for anything else.
+
+    Args:
+        flip_rate: flips of all rows, 0 to 1; a mode that flags fewer flips all that it flags.
+        largest: batch; the rows of a pass of ALWAYS that does not say how many.
+    """
     name, *numbers = mode.split(":")
     delay, rows = (*(int(each) if each else None for each in numbers), None, None)[:2]
-    policy: dict[str, Any]
     if name == ALWAYS:
-        policy = {"gate_policy": "always"}
+        policy: dict[str, Any] = {"gate_policy": "always", "gate_simulate_flip_rate": flip_rate}
+        delay, rows = delay or 0, rows or largest
     else:
-        policy = {"gate_simulate_trigger_rate": float(name.removeprefix(MARGIN))}
-        policy |= {"gate_simulate_flip_rate": flip_rate}
+        rate = float(name.removeprefix(MARGIN))
+        flips = min(1.0, flip_rate / rate) if rate else 0.0
+        policy = {"gate_simulate_trigger_rate": rate, "gate_simulate_flip_rate": flips}
     given = {"gate_max_delay": delay, "gate_rows": rows}
     policy |= {name: value for name, value in given.items() if value is not None}
     return {"deterministic_gate": True, "gate_fast_path": "stock", **policy}
@@ -74,7 +84,9 @@ def options(args: argparse.Namespace, mode: str) -> dict[str, Any]:
     usual = "flashinfer" if mode == STOCK and engines.on_gpu() else None
     backend = args.attention_backend or usual
     attention = {"attention_backend": backend} if backend else {}
-    return attention | ({} if mode == STOCK else gate_options(mode, args.flip_rate))
+    if mode == STOCK:
+        return attention
+    return attention | gate_options(mode, args.flip_rate, max(args.batches))
 
 
 def generate(engine: Any, batch: int, tokens: int, context: int) -> dict[str, Any]:

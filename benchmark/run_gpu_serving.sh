@@ -21,10 +21,11 @@ shift
 common=(--model benchmark/configs/llama-3.1-8b --logs "$LOGS" --out "$OUT/$what.json")
 case $what in
 latency)
-    # An 80 GB card holds three engines at once: two groups, each with a stock one.
-    timeout -k 20 290 python3 benchmark/latency_increment.py "${common[@]}" \
+    # An 80 GB card holds three engines at once: two groups, each with a stock one. Of the rounds,
+    # the first lets --gate-max-delay auto see the load (it looks every 256 steps).
+    timeout -k 20 300 python3 benchmark/latency_increment.py "${common[@]}" \
         --modes ${MODES:-stock always margin-0.1856 margin-0.05 margin-0.5} \
-        --batches 1 8 32 --tokens 256 --rounds 2 --kv-tokens 20000 --budget-s 220 "$@"
+        --batches 1 8 32 --tokens 288 --rounds 3 --kv-tokens 20000 --budget-s 230 "$@"
     ;;
 serving)
     # One at a time, so that each server has the memory and the probe the GPU for itself.

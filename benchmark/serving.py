@@ -49,7 +49,7 @@ SERVERS: dict[str, tuple[str, ...]] = {
     "gate-flashinfer": (GATE, *FLASHINFER),
     "exact": (GATE, "--gate-guarantee", "exact"),
     "margin": (*STOCK_PATH, "--gate-simulate-trigger-rate", "0.1856"),
-    "always": (*STOCK_PATH, "--gate-policy", "always"),
+    "always": (*STOCK_PATH, "--gate-policy", "always", "--gate-max-delay", "0"),
 }
 SHARES = {"gate-50": 0.5, "gate-10": 0.1}  # of the requests that are gated, on the server "gate"
 MODES = (*SERVERS, *SHARES)
