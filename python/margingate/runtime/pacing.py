@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EVERY = 256  # decode steps with gated requests between two looks
-FIRST = Load(requests=8, trigger_rate=0.15, flip_rate=0.005)  # until there is something to see
+FEW = 8  # requests in a decode step
+FIRST = Load(requests=FEW, trigger_rate=0.15, flip_rate=0.005)  # until there is something to see
 PRIOR_ROWS = 1000  # that FIRST's rates count as
 TIMED = 5  # forwards
 
@@ -91,8 +92,9 @@ def observers(controller: GateController) -> tuple[Observer, ...]:
 
 def measure(verifier: Verifier) -> Costs:
     """Times a verify pass, and SGLang's decode step of a few rows, on padding alone."""
-    graphs = verifier.runner.decode_cuda_graph_runner
-    few = min((size for size in graphs.capture_bs if size >= FIRST.requests), default=1)
+    graphs = verifier.runner.decode_cuda_graph_runner  # None: switched off
+    sizes = [FEW] if graphs is None else graphs.capture_bs
+    few = min((size for size in sizes if size >= FEW), default=max(sizes))
     step = Verifier(verifier.runner, few, graphs=graphs)
     return Costs(_ms(step), _ms(verifier), verifier.rows)
 

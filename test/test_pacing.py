@@ -1,0 +1,140 @@
+"""How long flagged rows wait, by what the last decode steps looked like."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from margingate.core.costs import DELAYS, Costs, best_delay
+from margingate.core.queue import MicroBatchQueue
+from margingate.runtime import hook_table, pacing
+from margingate.runtime.pacing import EVERY, FEW, FIRST, Pacer
+from margingate.runtime.request import Counts
+
+COSTS = Costs(step_ms=8.0, pass_ms=9.0, rows=256)
+
+
+def make_controller(**changes: Any) -> SimpleNamespace:
+    assert hook_table.RUNTIME_HOOKS
+    given = {
+        "queue": MicroBatchQueue(256, 0),
+        "totals": Counts(),
+        "requests": {},
+        "config": SimpleNamespace(max_delay=None),
+        "verifier": SimpleNamespace(device="cuda"),
+        "canonical": None,
+        "observes_only": False,
+    }
+    return SimpleNamespace(**{**given, **changes})
+
+
+def step(pacer: Pacer, gated: int, times: int = EVERY, *, decode: bool = True) -> None:
+    batch = SimpleNamespace(forward_mode=SimpleNamespace(is_decode=lambda: decode))
+    for _ in range(times):
+        pacer.stepped(batch, gated, False)
+
+
+def test_the_first_delay_is_that_of_a_load_made_up(caplog):
+    controller = make_controller()
+    with caplog.at_level(logging.INFO):
+        Pacer(controller, COSTS)
+    assert controller.queue.max_delay == best_delay(FIRST, COSTS) > 0
+    assert "(at start: 8.0 requests a step, 15.0 % flagged, 0.50 % flips" in caplog.text
+
+
+def test_flips_shorten_the_wait_and_calm_makes_it_long_again(caplog):
+    controller = make_controller()
+    pacer = Pacer(controller, COSTS)
+    first = controller.queue.max_delay
+    with caplog.at_level(logging.INFO):
+        controller.totals = Counts(steps=50_000, flagged=10_000, flips=10_000)
+        step(pacer, 2, EVERY - 1)
+        assert controller.queue.max_delay == first, "not yet"
+        step(pacer, 2, 1)
+    wild = controller.queue.max_delay
+    assert wild in DELAYS and wild < first and "after 50000 rows: 2.0 requests" in caplog.text
+    # What was seen before does not count again.
+    controller.totals = Counts(steps=150_000, flagged=11_000, flips=10_000)
+    step(pacer, 2)
+    assert controller.queue.max_delay > wild
+
+
+def test_open_requests_count_and_are_not_counted_twice_when_they_end(monkeypatch):
+    seen = []
+    monkeypatch.setattr(pacing, "best_delay", lambda load, _costs: seen.append(load) or 4)
+    open_one = SimpleNamespace(gate=SimpleNamespace(counts=Counts(steps=1000, flagged=1000)))
+    controller = make_controller(requests={"a": open_one})
+    pacer = Pacer(controller, COSTS)
+    step(pacer, 3)
+    assert seen[-1].requests == 3 and seen[-1].trigger_rate == pytest.approx((1000 + 150) / 2000)
+    controller.requests, controller.totals = {}, Counts(steps=1000, flagged=1000)
+    step(pacer, 5)
+    assert seen[-1].requests == 5 and seen[-1].trigger_rate == pytest.approx(FIRST.trigger_rate)
+    assert seen[-1].flip_rate == pytest.approx(FIRST.flip_rate)
+
+
+def test_prefills_and_steps_without_gated_requests_are_not_looked_at(monkeypatch):
+    looks = []
+    monkeypatch.setattr(pacing, "best_delay", lambda load, _costs: looks.append(load) or 4)
+    pacer = Pacer(make_controller(), COSTS)
+    step(pacer, 0, 3 * EVERY)
+    step(pacer, 4, 3 * EVERY, decode=False)
+    assert len(looks) == 1
+    step(pacer, 4)
+    assert len(looks) == 2
+
+
+def test_a_delay_that_stays_is_not_told(caplog):
+    pacer = Pacer(make_controller(), COSTS)
+    with caplog.at_level(logging.INFO):
+        step(pacer, int(FIRST.requests))
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"config": SimpleNamespace(max_delay=0)},
+        {"config": SimpleNamespace(max_delay=8)},
+        {"canonical": object()},
+        {"observes_only": True},
+        {"verifier": SimpleNamespace(device="cpu")},
+    ],
+)
+def test_there_is_no_pacer_where_passes_are_not_to_be_spaced(changes, monkeypatch):
+    monkeypatch.setattr(pacing, "measure", None)
+    controller = make_controller(**changes)
+    assert pacing.observers(controller) == () and controller.queue.max_delay == 0
+
+
+def test_the_pacer_of_a_stock_path_on_a_gpu_is_measured(monkeypatch):
+    monkeypatch.setattr(pacing, "measure", lambda _verifier: COSTS)
+    controller = make_controller()
+    (pacer,) = pacing.observers(controller)
+    assert isinstance(pacer, Pacer) and controller.queue.max_delay == best_delay(FIRST, COSTS)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "few"), [([1, 2, 4, 8, 16], 8), ([1, 12, 16], 12), ([1, 2, 4], 4), (None, FEW)]
+)
+def test_a_step_of_a_few_rows_is_timed_with_graphs_or_without(sizes, few, monkeypatch):
+    forwards = []
+
+    class Verifier:
+        def __init__(self, runner: Any, rows: int, *, graphs: Any = None) -> None:
+            self.runner, self.rows, self.graphs = runner, rows, graphs
+
+        def forward(self, rows: list[Any], count: int) -> None:
+            forwards.append((len(rows), count, self.graphs))
+
+    monkeypatch.setattr(pacing, "Verifier", Verifier)
+    monkeypatch.setattr(pacing.torch.cuda, "synchronize", lambda: None)
+    graphs = None if sizes is None else SimpleNamespace(capture_bs=sizes)
+    own = Verifier(SimpleNamespace(decode_cuda_graph_runner=graphs), 256, graphs="own")
+    costs = pacing.measure(own)
+    assert costs.rows == 256 and costs.step_ms >= 0 and costs.pass_ms >= 0
+    timed = pacing.TIMED
+    assert forwards == [(1, few, graphs)] * timed + [(1, 256, "own")] * timed
