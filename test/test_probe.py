@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from margingate.cli import main as cli
 from margingate.cli import probe as command
@@ -142,3 +144,56 @@ def test_a_url_that_does_not_answer_is_one_sentence(tmp_path, capsys):
     status = cli.main(["probe", "--url", "http://127.0.0.1:9", "--out", str(tmp_path)])
     assert status == 1
     assert capsys.readouterr().err.startswith("margingate: --url http://127.0.0.1:9 does not")
+
+
+@given(st.integers(1, 300), st.integers(1, 20_000))
+def test_prefill_is_measured_at_counts_up_to_the_largest_with_odd_ones_among_them(above, more):
+    largest = above + more
+    counts = probe.prefill_counts(above, largest)
+    assert counts == sorted(set(counts)) and counts[-1] == largest
+    assert all(above < count <= largest for count in counts)
+    if more >= 200:
+        assert any(count % 2 for count in counts) and not all(count % 2 for count in counts)
+    gaps = [(b - a) / b for a, b in zip([above, *counts], counts)]
+    assert all(b - a <= 512 for a, b in zip([above, *counts], counts))
+    assert above < 256 or max(gaps) < 0.25, "no count is far from a measured one"
+    assert len(counts) < 120
+
+
+class Wide(torch.nn.Module):
+    """Three linear layers: one order of reduction; another from 300 rows on; one at every count."""
+
+    def __init__(self, steady: bool) -> None:
+        super().__init__()
+        from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+
+        class Method(UnquantizedLinearMethod):
+            def __init__(self, breaks: int) -> None:
+                self.breaks = breaks
+
+            def apply(self, layer, x, bias=None):
+                return (x * 2).float() + (len(x) > self.breaks)
+
+        for name, breaks in (("qkv_proj", 10**6), ("down_proj", 10**6 if steady else 300)):
+            layer = torch.nn.Module()
+            layer.weight = torch.nn.Parameter(torch.ones(6, 6), requires_grad=False)
+            layer.quant_method = Method(breaks)
+            setattr(self, name, layer)
+        self.lm_head = torch.nn.Module()
+        self.lm_head.weight = torch.nn.Parameter(torch.eye(6), requires_grad=False)
+        self.norm = torch.nn.RMSNorm(6)
+
+
+@pytest.mark.parametrize("steady", [True, False])
+def test_findings_say_whether_plans_hold_for_prefill(steady):
+    found = probe.groups(Wide(steady))
+    prefill = probe.prefill_counts(64, 700)
+    findings = {f.name: f for f in probe_plans.probe_groups(found, 64, prefill)}
+    assert findings["qkv_proj"].prefill and max(findings["qkv_proj"].classes) == 700
+    assert findings["norm"].prefill and max(findings["norm"].classes) == 700
+    assert findings["lm_head"].prefill and max(findings["lm_head"].classes) == 64
+    down = findings["down_proj"]
+    assert down.prefill == steady and down.plan is None, "decode needs no plan by itself"
+    assert (len(set(down.classes.values())) == 1) == steady
+    without = probe_plans.probe_groups(found, 64)
+    assert not any(f.prefill for f in without) and max(without[0].classes) == 64

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from margingate.config import GateError
-from margingate.core.rowclass import RowPlan, Times, choose, runs, timed_counts
+from margingate.core.rowclass import (
+    MOST_PADDED,
+    NoPlanError,
+    RowPlan,
+    Times,
+    choose,
+    runs,
+    timed_counts,
+)
 from margingate.runtime import invariance, probe, probe_plans
 
 
@@ -50,6 +62,51 @@ def test_the_invariant_kernel_is_taken_where_it_is_clearly_faster():
     assert choose(CLASSES, Times(FLAT, slower)) == RowPlan(128, 256)
     assert choose(dict.fromkeys(CLASSES, 0), Times(FLAT, as_fast)) is None
     assert not RowPlan(1, 256, own_kernel=True).holds(8)
+
+
+WIDE = {**dict.fromkeys((1, 8, 16), 0), **dict.fromkeys((32, 64, 512, 4096), 1)}
+
+
+def test_a_prefill_takes_the_class_of_its_largest_forward_or_the_kernel():
+    assert choose(WIDE, to_the_top=True) == RowPlan(32, 4096)
+    few = {**dict.fromkeys((1, 8, 16, 24, 32), 0), 64: 1, 512: 1}
+    assert choose(few) == RowPlan(1, 32) and choose(few, to_the_top=True) == RowPlan(64, 512)
+    assert choose(dict.fromkeys(WIDE, 3), to_the_top=True) is None
+    from_65 = {**dict.fromkeys(range(1, MOST_PADDED + 1), 0), 65: 1, 512: 1}
+    split = {1: 0, 8: 1, 16: 0, 32: 1}  # a class that comes again is not one run
+    assert choose(split, to_the_top=True) == RowPlan(32, 32)
+    with pytest.raises(NoPlanError):
+        choose(from_65, to_the_top=True)
+    times = dict.fromkeys(timed_counts(from_65), 30.0)
+    with pytest.raises(NoPlanError):
+        choose(from_65, Times(times, None), to_the_top=True)
+    dear = {count: 9 * us for count, us in times.items()}
+    assert choose(from_65, Times(times, dear), to_the_top=True) == RowPlan(1, 512, own_kernel=True)
+
+
+def test_a_prefill_takes_the_kernel_too_where_it_is_clearly_faster():
+    times = dict.fromkeys(timed_counts(WIDE), 30.0)
+    little, less = dict.fromkeys(times, 31.0), dict.fromkeys(times, 20.0)
+    assert choose(WIDE, Times(times, little), to_the_top=True) == RowPlan(32, 4096)
+    assert choose(WIDE, Times(times, less), to_the_top=True) == RowPlan(1, 4096, own_kernel=True)
+
+
+@given(st.dictionaries(st.integers(1, 700), st.integers(0, 3), min_size=1), st.booleans())
+def test_a_plan_to_the_top_holds_its_class_and_ends_at_the_top(classes, timed):
+    kernel = dict.fromkeys(timed_counts(classes), 1e9) if timed else None
+    times = Times(dict.fromkeys(timed_counts(classes), 1.0), kernel)
+    last = runs(classes)[-1][0]
+    try:
+        plan = choose(classes, times, to_the_top=True)
+    except NoPlanError:
+        assert last[0] > MOST_PADDED and not timed
+        return
+    if plan is None:
+        assert len(set(classes.values())) == 1
+    elif plan.own_kernel:
+        assert timed and (plan.low, plan.high) == (1, max(classes)) and last[0] > MOST_PADDED
+    else:
+        assert (plan.low, plan.high) == (last[0], max(classes)) and plan.low <= MOST_PADDED
 
 
 WEIGHT = torch.randn(24, 40, generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -107,3 +164,218 @@ def test_pieces_and_padding_keep_the_bits(rows):
     assert torch.equal(invariance._in_class(RowPlan(1, 8), x, split_by_count), one_by_one)
     nine = torch.cat([split_by_count(row.expand(9, -1))[:1] for row in x])
     assert torch.equal(invariance._in_class(RowPlan(9, 64), x, split_by_count), nine)
+
+
+def in_order(x: torch.Tensor) -> torch.Tensor:
+    """Reduces in one order at every row count."""
+    return torch.cat([row @ WEIGHT.T for row in x.split(1)])
+
+
+def test_larger_counts_are_in_the_class_of_the_largest_so_far_or_in_their_own():
+    classes = {1: 0, 4: 0, 8: 0}
+    counts = [100, 257, 300]
+    assert probe.extended(in_order, 40, classes, counts, WEIGHT) == dict.fromkeys(
+        (1, 4, 8, 100, 257, 300), 0
+    )
+    found = probe.extended(split_by_count, 40, classes, counts, WEIGHT)
+    assert found == {**classes, 100: 1, 257: 2, 300: 3}, "none is compared with another"
+    assert classes == {1: 0, 4: 0, 8: 0}
+
+    def breaks(x: torch.Tensor) -> torch.Tensor:
+        return in_order(x) if x.shape[0] <= 256 else in_order(x) + 1
+
+    found = probe.extended(breaks, 40, {1: 0, 2: 1, 8: 1}, counts, WEIGHT)
+    assert found == {1: 0, 2: 1, 8: 1, 100: 1, 257: 2, 300: 3}
+
+
+def test_a_block_or_a_rest_that_differs_is_seen():
+    """Rows repeat in blocks of the largest count: each block is compared, and the rest too."""
+    for row in (0, 9, 16, 18):
+
+        def spoils(x: torch.Tensor, row: int = row) -> torch.Tensor:
+            out = in_order(x)
+            if len(out) > row and len(out) > 8:
+                out[row] += 1
+            return out
+
+        assert probe.extended(spoils, 40, {1: 0, 8: 0}, [19], WEIGHT)[19] == 1, row
+
+
+def test_rows_that_depend_on_their_neighbours_are_in_no_class_of_smaller_calls():
+    """On repeated rows only a call with others beside them shows it, hence the sum."""
+
+    def summed(x: torch.Tensor) -> torch.Tensor:
+        return in_order(x) + x.sum() / 8
+
+    assert probe.extended(summed, 40, {1: 0, 8: 0}, [24], WEIGHT)[24] == 1
+
+
+def plan_of(operator, classes, wide):
+    return probe_plans.plan_of(operator, WEIGHT, classes, wide)
+
+
+SMALL = {count: int(count > 8) for count in probe.row_counts(32)}
+ONE = dict.fromkeys(SMALL, 0)
+
+
+def test_plans_on_a_cpu_hold_for_prefill_where_the_last_class_does():
+    assert plan_of(split_by_count, ONE, None) == (None, False)
+    assert plan_of(split_by_count, SMALL, None) == (RowPlan(9, 32), False), "prefill is not asked"
+    assert plan_of(split_by_count, ONE, {**ONE, 512: 0}) == (None, True)
+    assert plan_of(split_by_count, SMALL, {**SMALL, 512: 1}) == (RowPlan(9, 512), True)
+    # Nothing holds to the top: decode is planned by itself.
+    late = dict.fromkeys(probe.row_counts(128), 0)
+    assert plan_of(split_by_count, late, {**late, 512: 1, 640: 1}) == (None, False)
+    late = {count: int(count > 8) for count in late}
+    assert plan_of(split_by_count, late, {**late, 512: 2}) == (RowPlan(9, 128), False)
+
+
+class OnCuda:
+    """A weight that says that it is on a GPU."""
+
+    is_cuda, shape, T = True, WEIGHT.shape, WEIGHT.T
+    dtype, device = WEIGHT.dtype, WEIGHT.device
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Times that no GPU took: the kernel's calls are the faster ones."""
+    taken = []
+
+    def microseconds(operator, weight, counts):
+        own = getattr(operator, "func", None) is probe_plans.invariant_matmul
+        taken.append((own, tuple(counts)))
+        return dict.fromkeys(counts, 10.0 if own else 30.0)
+
+    monkeypatch.setattr(probe_plans, "_microseconds", microseconds)
+    return taken
+
+
+@pytest.mark.parametrize("kernel_is_in_order", [True, False])
+def test_plans_on_a_gpu_are_timed_and_the_kernel_is_probed(kernel_is_in_order, timed, monkeypatch):
+    kernel = in_order if kernel_is_in_order else split_by_count
+
+    def invariant_matmul(x, *, weight, bias):
+        return kernel(x)
+
+    monkeypatch.setattr(probe_plans, "invariant_matmul", invariant_matmul)
+    probe_as = probe.probe_operator, probe.extended
+    monkeypatch.setattr(
+        probe, "probe_operator", lambda op, width, counts, _: probe_as[0](op, width, counts, WEIGHT)
+    )
+    monkeypatch.setattr(
+        probe,
+        "extended",
+        lambda op, width, known, more, _: probe_as[1](op, 40, known, more, WEIGHT),
+    )
+    late = {count: int(count > 8) for count in probe.row_counts(128)}
+    wide = {**late, 512: 2, 640: 2}
+    found = probe_plans.plan_of(split_by_count, OnCuda(), late, wide)
+    if kernel_is_in_order:
+        assert found == (RowPlan(1, 640, own_kernel=True), True)
+        assert [own for own, _ in timed] == [True, False]
+    else:
+        assert found == (RowPlan(9, 128), False), "as if there were no kernel"
+        assert not any(own for own, _ in timed)
+
+
+def test_a_kernel_whose_rows_depend_on_each_other_is_not_taken(timed, monkeypatch):
+    monkeypatch.setattr(probe_plans, "_in_one_class", unusable)
+    assert probe_plans.plan_of(split_by_count, OnCuda(), SMALL, None)[0].own_kernel is False
+
+
+def unusable(*_args: Any) -> bool:
+    raise probe.RowDependenceError(3)
+
+
+# -- calls of more rows than were planned for
+
+
+class Layer:
+    def __init__(self) -> None:
+        self.weight = WEIGHT
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """A linear method, and the plans of a process of its own; the row counts it is called with."""
+    monkeypatch.setattr(invariance, "_plans", {})
+    monkeypatch.setattr(invariance, "_limit", 64)
+    return []
+
+
+def apply(calls, layer, rows):
+    def original(_method, _layer, x, _bias):
+        calls.append(len(x))
+        return split_by_count(x)
+
+    x = torch.randn(rows, 40, generator=torch.Generator().manual_seed(3)).bfloat16()
+    found = invariance.apply_linear(original, None, layer, x)
+    head = invariance.compute_lm_head(
+        lambda _p, hidden, lm_head, bias: original(None, lm_head, hidden, bias), None, x, layer
+    )
+    assert torch.equal(found, head) and len(calls) % 2 == 0
+    half = len(calls) // 2
+    assert calls[:half] == calls[half:]
+    made, calls[:] = calls[:half], []
+    return x, found, made
+
+
+def test_calls_above_the_limit_are_left_alone_unless_plans_hold_for_prefill(calls, monkeypatch):
+    layer = Layer()
+    invariance._plans[id(layer)] = RowPlan(9, 32)
+    assert not invariance.covers_prefill()
+    assert apply(calls, layer, 100)[2] == [100]
+    assert apply(calls, layer, 64)[2] == [32, 32] and apply(calls, layer, 5)[2] == [9]
+    monkeypatch.setattr(invariance, "_limit", math.inf)
+    assert invariance.covers_prefill()
+    x, found, made = apply(calls, layer, 100)
+    assert made == [25, 25, 25, 25]
+    expected = torch.cat([split_by_count(row.expand(9, -1))[:1] for row in x])
+    assert torch.equal(found, expected) and apply(calls, layer, 32)[2] == [32]
+    assert apply(calls, Layer(), 100)[2] == [100], "a layer without a plan"
+
+
+def test_the_kernel_takes_calls_of_any_size(calls, monkeypatch):
+    layer = Layer()
+    invariance._plans[id(layer)] = RowPlan(1, 32, own_kernel=True)
+    monkeypatch.setattr(invariance, "_limit", math.inf)
+    monkeypatch.setattr(
+        probe_plans, "invariant_matmul", lambda x, *, weight, bias: in_order(x) + (bias or 0)
+    )
+    x, found, made = apply(calls, layer, 100)
+    assert made == [] and torch.equal(found, in_order(x))
+
+
+def test_layers_that_need_no_plan_run_in_pieces_of_what_was_probed(calls, monkeypatch):
+    layers = {name: Layer() for name in ("0.qkv_proj", "0.norm", "0.o_proj", probe.HEAD)}
+    kinds = {name: "norm" if "norm" in name else "linear" for name in layers}
+    operators = {
+        name: [probe.Member(kinds[name], name, layer, split_by_count)]
+        for name, layer in layers.items()
+    }
+    invariance._plans[id(layers["0.o_proj"])] = RowPlan(1, 8)
+    found = invariance._pieces(operators, 256, 8192)
+    assert found == {
+        id(layers["0.qkv_proj"]): RowPlan(1, 8192),
+        id(layers[probe.HEAD]): RowPlan(1, 256),
+    }
+
+
+def test_prefill_is_probed_where_the_gates_attention_runs_and_prompts_may_share(monkeypatch):
+    monkeypatch.setattr(invariance, "_rows_in_memory", lambda _operators: 4096)
+    args = SimpleNamespace(chunked_prefill_size=8192, max_prefill_tokens=16384)
+    runner = SimpleNamespace(attn_backend=SimpleNamespace(margingate=object()), server_args=args)
+    config = SimpleNamespace(prefill="auto")
+    counts = invariance._prefill_counts
+    assert counts(runner, config, {}, 256) == probe.prefill_counts(256, 4096)
+    monkeypatch.setattr(invariance, "_rows_in_memory", lambda _operators: 1 << 30)
+    assert max(counts(runner, config, {}, 256)) == 8192
+    args.chunked_prefill_size = -1
+    assert max(counts(runner, config, {}, 256)) == invariance.MOST_PREFILLED
+    args.chunked_prefill_size = 64
+    assert counts(runner, config, {}, 256) == [257], "no larger than what decode has anyway"
+    assert counts(runner, SimpleNamespace(prefill="alone"), {}, 256) == []
+    assert counts(runner, None, {}, 256) == []
+    runner.attn_backend = object()
+    assert counts(runner, config, {}, 256) == []

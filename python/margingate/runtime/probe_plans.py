@@ -87,7 +87,7 @@ def _plan(
     if len(set(classes.values())) == 1:
         return None
     if not weight.is_cuda:
-        return choose(classes)
+        return choose(classes, to_the_top=to_the_top)
     counts = timed_counts(classes)
     kernel = None
     own = partial(invariant_matmul, weight=weight, bias=None)

@@ -86,11 +86,11 @@ class Verifier:
         reserved slot 0 only.
         """
         found: list[RowResult] = []
-        for some in self._that_fit(rows):
+        for some in self.that_fit(rows):
             found += self.choose(self.forward(some, self.rows), some)
         return found
 
-    def _that_fit(self, rows: Sequence[RowInput]) -> Iterator[Sequence[RowInput]]:
+    def that_fit(self, rows: Sequence[RowInput]) -> Iterator[Sequence[RowInput]]:
         """The rows in groups whose keys the attention's workspace has room for; mostly one."""
         own = own_attention.of(self.backend)
         room = math.inf if own is None else own.room

@@ -1,0 +1,380 @@
+"""The gate's attention inside SGLang's Triton backend: what it replaces, plans and refuses."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+
+from margingate.runtime import attention, own_attention
+from margingate.runtime.own_attention import MOST_ROWS, OwnAttention, of, unfit
+from margingate.runtime.verifier import RowInput, Verifier
+from margingate_kernels import segments_of
+
+HEADS, KV_HEADS, SIZE = 4, 2, 64
+CONTEXT, POOL = 1000, 2000  # tokens
+SEGMENT = 256  # keys
+LAYERS = (3, 4)  # a rank of a pipeline need not begin with layer 0
+
+
+class TritonAttnBackend:
+    """As far as the gate touches it; its own forward calls the kernels as SGLang's does."""
+
+    use_mla = False
+    dcp_size = 1
+
+    def __init__(self) -> None:
+        self.max_kv_splits = 8
+        self.calls: list[Any] = []
+        self.decode_attention_fwd = self.extend_attention_fwd = None
+
+    def get_num_kv_splits(self, num_kv_splits, seq_lens):
+        raise AssertionError("its own rule was asked")
+
+    def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, sinks=None):
+        self.calls.append(("decode", save_kv_cache))
+        out = torch.empty_like(q)
+        keys = torch.zeros(POOL, KV_HEADS, SIZE)
+        scratch = (None, None, None, self.max_kv_splits)
+        self.decode_attention_fwd(
+            *(q, keys, keys, out, forward_batch.indptr, forward_batch.slots, *scratch),
+            *(layer.scaling, 1.0, 1.0),
+            logit_cap=layer.logit_cap,
+            sinks=sinks,
+            xai_temperature_len=-1,
+            page_size=1,
+        )
+        return out
+
+    def forward_extend(self, q, k, v, layer, forward_batch, **extras):
+        mask, causal = extras.pop("mask", None), extras.pop("causal", True)
+        out, keys = torch.empty_like(q), torch.zeros(POOL, KV_HEADS, SIZE)
+        self.extend_attention_fwd(
+            *(q, k, v, out, keys, keys, forward_batch.starts, None, None, mask, causal, None),
+            *(forward_batch.longest, 1.0, 1.0, layer.scaling),
+            **{"logit_cap": layer.logit_cap, "sliding_window_size": -1, "sinks": None, **extras},
+        )
+        return out
+
+
+class FlashInferAttnBackend(TritonAttnBackend):
+    pass
+
+
+def make_layer(layer_id: int, **changes: Any) -> RadixAttention:
+    given = {"num_heads": HEADS, "head_dim": SIZE, "scaling": 0.125, "num_kv_heads": KV_HEADS}
+    return RadixAttention(**{**given, **changes}, layer_id=layer_id)
+
+
+def make_runner(layers: list[Any] | None = None, **changes: Any) -> SimpleNamespace:
+    model = torch.nn.ModuleList([make_layer(i) for i in LAYERS] if layers is None else layers)
+    graphs = SimpleNamespace(decode=SimpleNamespace(max_bs=changes.pop("graphs", 32)))
+    pool = SimpleNamespace(store_dtype=torch.bfloat16, size=changes.pop("pool", POOL))
+    runner = SimpleNamespace(
+        model=model,
+        device="cpu",
+        dtype=torch.bfloat16,
+        token_to_kv_pool=pool,
+        req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(8, CONTEXT, dtype=torch.int32)),
+        model_config=SimpleNamespace(context_len=changes.pop("context", CONTEXT)),
+        server_args=SimpleNamespace(cuda_graph_config=graphs),
+    )
+    vars(runner).update(changes)
+    return runner
+
+
+# -- what does not fit
+
+
+def test_what_is_not_triton_on_cuda_does_not_fit():
+    on_cuda = make_runner(device="cuda")
+    assert unfit(TritonAttnBackend(), on_cuda) == ""
+    assert "not Triton's on CUDA" in unfit(TritonAttnBackend(), make_runner())
+    assert "not Triton's on CUDA" in unfit(FlashInferAttnBackend(), on_cuda)
+    assert "no attention layers" in unfit(TritonAttnBackend(), make_runner([], device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "store"),
+    [
+        ({"dtype": torch.float32}, torch.float32),
+        ({}, torch.float8_e4m3fn),
+        ({}, torch.float16),
+        ({}, None),
+    ],
+)
+def test_a_cache_of_another_dtype_does_not_fit(changes: dict[str, Any], store: Any):
+    runner = make_runner(device="cuda", **changes)
+    runner.token_to_kv_pool.store_dtype = store
+    assert "not the model's dtype" in unfit(TritonAttnBackend(), runner)
+    half = make_runner(device="cuda", dtype=torch.float16)
+    half.token_to_kv_pool.store_dtype = torch.float16
+    assert unfit(TritonAttnBackend(), half) == ""
+
+
+@pytest.mark.parametrize("changes", [{"use_mla": True}, {"dcp_size": 2}])
+def test_columns_that_are_latent_or_spread_do_not_fit(changes: dict[str, Any]):
+    backend = TritonAttnBackend()
+    vars(backend).update(changes)
+    assert "latent or spread" in unfit(backend, make_runner(device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"head_dim": 80}, "a head has 80 lanes"),
+        ({"v_head_dim": 128}, "a head has 64 lanes"),
+        ({"num_heads": 34}, "more than 16 heads share"),
+        ({"logit_cap": 30.0}, "a cap, a window"),
+        ({"sliding_window_size": 128}, "a cap, a window"),
+        ({"is_cross_attention": True}, "a cap, a window"),
+        ({"attn_type": AttentionType.ENCODER_ONLY}, "a cap, a window"),
+        ({"attn_type": AttentionType.DECODER_BIDIRECTIONAL}, "a cap, a window"),
+        ({}, ""),
+        ({"num_heads": 32}, ""),
+        ({"head_dim": 128}, ""),
+    ],
+)
+def test_one_layer_that_does_not_fit_is_enough(changes: dict[str, Any], reason: str):
+    found = unfit(
+        TritonAttnBackend(), make_runner([make_layer(0), make_layer(1, **changes)], device="cuda")
+    )
+    assert reason in found and bool(found) == bool(reason)
+
+
+@pytest.mark.parametrize("changes", [{"k_scale": torch.ones(1)}, {"xai_temperature_len": 8}])
+def test_scales_and_temperatures_do_not_fit(changes: dict[str, Any]):
+    layer = make_layer(0)
+    for name, value in changes.items():
+        setattr(layer, name, value)
+    assert "a cap, a window, a scale" in unfit(
+        TritonAttnBackend(), make_runner([layer], device="cuda")
+    )
+
+
+# -- in place of the backend's
+
+
+class Kernels:
+    """Records what would be launched."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.launched: list[str] = []
+        self.plans: list[Any] = []
+        self.decodes: list[Any] = []
+        self.extends: list[Any] = []
+        kernels = {"plan_decode": self.plans, "decode_attention": self.decodes}
+        kernels["extend_attention"] = self.extends
+        for name, calls in kernels.items():
+            monkeypatch.setattr(own_attention, name, partial(self._launch, name, calls))
+
+    def _launch(self, name: str, calls: list[Any], *args: Any) -> None:
+        self.launched.append(name)
+        calls.append(args)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    return Kernels(monkeypatch)
+
+
+def make(runner: SimpleNamespace | None = None) -> tuple[TritonAttnBackend, OwnAttention, Any]:
+    backend, runner = TritonAttnBackend(), runner or make_runner()
+    return backend, OwnAttention(backend, runner), runner
+
+
+def decode(backend: TritonAttnBackend, runner: Any, rows: int, **extras: Any) -> list[torch.Tensor]:
+    """A forward of all layers. In a graph the index tensors are longer than the batch."""
+    batch = SimpleNamespace(
+        indptr=torch.arange(0, rows + 4, dtype=torch.int32), slots=torch.arange(rows)
+    )
+    q = torch.zeros(rows, HEADS, SIZE)
+    return [backend.forward_decode(q, q, q, each, batch, **extras) for each in runner.model]
+
+
+def test_a_backend_without_the_kernels_has_none():
+    assert of(TritonAttnBackend()) is None and of(object()) is None
+
+
+def test_the_backend_is_told_of_one_split(kernels: Kernels):
+    backend, own, _ = make()
+    assert of(backend) is own and backend.max_kv_splits == 1
+    splits = torch.full((3,), 7, dtype=torch.int32)
+    backend.get_num_kv_splits(splits, torch.tensor([1, 500, 9]))
+    assert splits.tolist() == [1, 1, 1]
+    assert attention.split_of(backend) == own.record() == [64, SEGMENT]
+
+
+def test_a_forward_is_planned_once_and_all_its_layers_attend(kernels: Kernels):
+    backend, _, runner = make()
+    outs = decode(backend, runner, 5)
+    decode(backend, runner, 3)
+    assert [len(indptr) for indptr, _ in kernels.plans] == [6, 4], "one plan a forward, cut to it"
+    assert kernels.launched == 2 * ["plan_decode", "decode_attention", "decode_attention"]
+    assert backend.calls == [("decode", True)] * 4
+    for (q, paged, scale, out, workspace), expected in zip(kernels.decodes, outs):
+        assert out is expected and len(q) == 5 and scale == 0.125
+        assert len(paged.indptr) == 6 and paged.slots.tolist() == list(range(5))
+        assert workspace is kernels.plans[0][1]
+
+
+def test_a_larger_batch_has_another_workspace_and_the_first_stays(kernels: Kernels):
+    backend, _, runner = make()
+    for rows in (1, MOST_ROWS, MOST_ROWS + 1, MOST_ROWS + 40, MOST_ROWS + 2, 2):
+        decode(backend, runner, rows)
+    used = [workspace for _, workspace in kernels.plans]
+    first, larger, largest = used[0], used[2], used[3]
+    assert used == [first, first, larger, largest, largest, first]
+    assert len({id(each.segments.owners) for each in used}) == 3
+    assert len(largest.segments.firsts) - 1 == MOST_ROWS + 40
+    for (_, workspace), (*_, used_by_first), (*_, used_by_second) in zip(
+        kernels.plans, kernels.decodes[::2], kernels.decodes[1::2]
+    ):
+        assert workspace is used_by_first is used_by_second
+
+
+def test_the_workspace_has_rows_for_the_largest_graph(kernels: Kernels):
+    _, own, _ = make(make_runner(graphs=MOST_ROWS + 8))
+    assert len(own._workspace.segments.firsts) - 1 == MOST_ROWS + 8
+    _, without, _ = make(make_runner(graphs=None))
+    assert len(without._workspace.segments.firsts) - 1 == MOST_ROWS
+
+
+@pytest.mark.parametrize(
+    ("context", "pool"), [(1000, 2000), (100, 2000), (256, 100), (50_000, 900), (257, 10**6)]
+)
+def test_rows_that_see_as_much_as_there_is_room_for_fit(context: int, pool: int, kernels: Kernels):
+    """However they share it out: each may leave one segment nearly empty, and so may padding."""
+    _, own, _ = make(make_runner(context=context, pool=pool))
+    capacity, rows = len(own._workspace.segments.owners), MOST_ROWS
+    assert own.room >= SEGMENT
+    for length in (1, 2, 255, 256, 257, context):
+        keys = min(length, context)
+        count = min(own.room // keys, rows)
+        left = own.room - count * keys if count < rows else 0
+        needed = count * segments_of(keys, SIZE) + (rows - count)  # padding sees one key
+        needed += segments_of(left, SIZE) - 1 if left else 0
+        assert needed <= capacity, f"{count} rows of {keys} keys"
+
+
+@pytest.mark.parametrize(
+    "extras",
+    [{"logit_cap": 30.0}, {"sinks": torch.ones(4)}, {"score_mod": abs}, {"sliding_window_size": 0}],
+)
+def test_what_the_kernels_do_not_do_raises(extras: dict[str, Any], kernels: Kernels):
+    backend, _, runner = make()
+    batch = prefill_batch()
+    with pytest.raises(RuntimeError, match="sinks, a cap or a window"):
+        extend(backend, runner, batch, **extras)
+    with pytest.raises(RuntimeError, match="sinks, a cap or a window"):
+        backend.decode_attention_fwd(*[torch.zeros(1)] * 9, 1, 1.0, 1.0, 1.0, **extras)
+    assert not kernels.decodes and not kernels.extends and not kernels.plans
+
+
+def prefill_batch() -> SimpleNamespace:
+    """Two prompts: 3 tokens behind 5, and 2 behind none."""
+    return SimpleNamespace(
+        req_pool_indices=torch.tensor([4, 2]),
+        extend_prefix_lens=torch.tensor([5, 0]),
+        starts=torch.tensor([0, 3, 5, 5, 5], dtype=torch.int32),  # as long as the backend's buffer
+        longest=3,
+    )
+
+
+def extend(backend: TritonAttnBackend, runner: Any, batch: Any, **extras: Any) -> torch.Tensor:
+    q = torch.zeros(5, HEADS, SIZE)
+    return backend.forward_extend(q, q, q, runner.model[0], batch, **extras)
+
+
+def test_a_prefill_is_told_whose_each_token_is(kernels: Kernels):
+    backend, _, runner = make()
+    out = extend(backend, runner, prefill_batch())
+    ((_, keys, values, chunks, scale, given),) = kernels.extends
+    assert given is out and keys is values and scale == 0.125
+    assert chunks.page_table is runner.req_to_token_pool.req_to_token
+    assert chunks.table_rows.tolist() == [4, 2] and chunks.prefix_lens.tolist() == [5, 0]
+    assert chunks.starts.tolist() == [0, 3, 5] and chunks.longest == 3
+
+
+@pytest.mark.parametrize("extras", [{"mask": torch.ones(1)}, {"causal": False}])
+def test_a_prefill_with_a_mask_of_its_own_raises(extras: dict[str, Any], kernels: Kernels):
+    backend, _, runner = make()
+    with pytest.raises(RuntimeError, match="a mask of its own"):
+        extend(backend, runner, prefill_batch(), **extras)
+    assert not kernels.extends
+
+
+def test_the_places_of_arguments_are_those_of_sglangs_kernels():
+    """SGLang's backend passes them by place: a new one among them would be taken for another."""
+    from sglang.kernels.ops.attention import decode_attention, extend_attention
+
+    theirs = {
+        "decode": (decode_attention.decode_attention_fwd, OwnAttention._attend_rows),
+        "extend": (extend_attention.extend_attention_fwd, OwnAttention._attend_chunks),
+    }
+    same = {"o": "out", "o_extend": "out", "q_extend": "q", "k_extend": "k", "v_extend": "v"}
+    same |= {"kv_indptr": "indptr", "kv_indices": "slots", "sm_scale": "scale"}
+    same |= {"num_kv_splits": "splits", "max_kv_splits": "max_splits", "qo_indptr": "starts"}
+    same |= {"custom_mask": "mask", "is_causal": "causal", "max_len_extend": "longest"}
+    same_in_extend = {**same, "kv_indptr": "indptr", "kv_indices": "indices"}
+    for name, (their, our) in theirs.items():
+        renamed = same if name == "decode" else same_in_extend
+        expected = [renamed.get(each, each) for each in inspect.signature(their).parameters]
+        given = [each.lstrip("_") for each in inspect.signature(our).parameters][1:]
+        named = given[: given.index("scale") + 1]
+        assert named == expected[: len(named)], name
+        assert expected[len(named)] == ("k_scale" if name == "decode" else "logit_cap")
+
+
+# -- passes of no more rows than there is room for
+
+
+def groups(room: int | None, keys: list[int]) -> list[list[int]]:
+    """The numbers of the rows by group; row i sees keys[i] keys."""
+    backend = SimpleNamespace(margingate=room if room is None else SimpleNamespace(room=room))
+    runner = SimpleNamespace(device="cpu", req_to_token_pool=SimpleNamespace(req_to_token=None))
+    made = Verifier(runner, 8, backend=backend)
+    rows = [RowInput(1, each - 1, token) for token, each in enumerate(keys)]
+    return [[row.token for row in some] for some in made.that_fit(rows)]
+
+
+def test_rows_share_a_pass_where_there_is_room():
+    assert groups(None, [900] * 8) == [list(range(8))], "another backend needs none"
+    assert groups(10, [5, 5]) == [[0, 1]]
+    assert groups(10, [5, 5, 1]) == [[0, 1], [2]]
+    assert groups(10, [20, 3, 8, 30]) == [[0], [1], [2], [3]], "one row always goes"
+    assert groups(10, [3, 20, 3]) == [[0], [1], [2]]
+
+
+@given(st.integers(1, 60), st.lists(st.integers(1, 30), min_size=1, max_size=40))
+def test_every_row_goes_once_in_order_and_no_group_could_take_the_next(room, lengths):
+    found = groups(room, lengths)
+    assert [row for group in found for row in group] == list(range(len(lengths)))
+    sums = [sum(lengths[row] for row in group) for group in found]
+    assert all(total <= room or len(group) == 1 for total, group in zip(sums, found))
+    following = [lengths[group[0]] for group in found[1:]]
+    assert all(total + more > room for total, more in zip(sums, following))
+
+
+def test_a_pass_is_run_in_as_many_forwards_as_it_needs(monkeypatch: pytest.MonkeyPatch):
+    backend = SimpleNamespace(margingate=SimpleNamespace(room=10))
+    runner = SimpleNamespace(device="cpu", req_to_token_pool=SimpleNamespace(req_to_token=None))
+    made, sizes = Verifier(runner, 8, backend=backend), []
+
+    def forward(rows: list[RowInput], count: int) -> torch.Tensor:
+        sizes.append((len(rows), count))
+        logits = torch.zeros(count, 50)
+        logits[range(len(rows)), [row.token for row in rows]] = 9.0
+        return logits
+
+    monkeypatch.setattr(made, "forward", forward)
+    results = made.run([RowInput(1, 3, token) for token in (7, 8, 9, 10, 11)])
+    assert [result.token for result in results] == [7, 8, 9, 10, 11]
+    assert sizes == [(2, 8), (2, 8), (1, 8)]
