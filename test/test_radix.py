@@ -1,0 +1,457 @@
+"""The radix tree over SGLang's own pools: what enters, what is freed, and whose each slot is.
+
+There is no model. A slot holds what its column was computed from, so that a column in the wrong
+place, or one that is not canonical, is seen wherever it turns up.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sglang.srt.managers import schedule_batch
+from sglang.srt.managers.schedule_batch import Req, ReqKvInfo
+from sglang.srt.mem_cache import common
+from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from margingate.core.ledger import Ledger
+from margingate.runtime import hook_table, integrity, state
+from margingate.runtime.canonical_prefill import Prefill
+from margingate.runtime.radix import GateRadixCache, canonical_columns
+from margingate.runtime.request import CACHE_NAMESPACE, GateRequest
+
+CHUNK = 4
+SLOTS = 160
+REQUESTS = 6
+LONGEST = 40  # columns of a request
+ALONE, TOGETHER, ANSWERS = Prefill(), Prefill(together=True), Prefill(True, as_decoded=True)
+
+
+class Column(NamedTuple):
+    """What a slot holds: the column of the last of these tokens, behind the others."""
+
+    tokens: tuple[int, ...]
+    canonical: bool
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> Iterator[None]:
+    """SGLang's global settings, which a server would have published, and the gate's state."""
+    assert hook_table.RUNTIME_HOOKS
+    published = SimpleNamespace(strip_thinking_cache=False, speculative_algorithm=None)
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((common, "get_serving"), (common, "get_spec")):
+            patch.setattr(module, name, lambda: published)
+        patch.setattr(schedule_batch, "get_serving", lambda: published)
+        yield
+    state.set_controller(None)
+
+
+class World:
+    """SGLang's pools and the gate's tree and ledger, with the scheduler's part played by hand."""
+
+    def __init__(self, prefill: Prefill = ALONE) -> None:
+        self.pool = ReqToTokenPool(REQUESTS, LONGEST, "cpu", False)
+        self.allocator = TokenToKVPoolAllocator(SLOTS, torch.bfloat16, "cpu", None, False)
+        params = CacheInitParams(False, self.pool, self.allocator, page_size=1)
+        self.tree = GateRadixCache(params, CHUNK)
+        self.tree.share(prefill)
+        self.alone = not prefill.together
+        self.columns: dict[int, Column] = {}  # by slot
+        self.live: list[Any] = []
+        self.ledger = Ledger("sparse", "span")
+        self.made = 0
+        scheduler = SimpleNamespace(
+            token_to_kv_pool_allocator=self.allocator,
+            tree_cache=self.tree,
+            req_to_token_pool=self.pool,
+            running_batch=SimpleNamespace(reqs=self.live),
+            last_batch=None,
+            chunked_req=None,
+        )
+        self.controller = SimpleNamespace(
+            ledger=self.ledger,
+            requests={},
+            scheduler=scheduler,
+            batch=None,
+            held={},
+            rejoining=[],
+            in_flight=SimpleNamespace(batches=list),
+        )
+        state.set_controller(self.controller)
+
+    # -- what the scheduler does
+
+    def arrive(self, prompt: Sequence[int], gated: bool = True) -> Any:
+        """A request is matched with the tree, and its hit locked."""
+        self.made += 1
+        namespace = CACHE_NAMESPACE if gated else None
+        params = SamplingParams(temperature=0, max_new_tokens=LONGEST)
+        req = Req(str(self.made), "", array("q", prompt), params, extra_key=namespace)
+        req.gate = GateRequest(str(self.made), gated)
+        req.init_next_round_input(self.tree)
+        if gated and self.alone:
+            assert len(req.prefix_indices) % CHUNK == 0
+        self.tree.inc_lock_ref(req.last_node)
+        self.live.append(req)
+        return req
+
+    def prefill(self, req: Any, count: int = LONGEST) -> None:
+        """The next `count` tokens of the prompt, or its next chunk where that is prescribed."""
+        start, prompt = len(req.prefix_indices), len(req.origin_input_ids)
+        whole = start // CHUNK * CHUNK + CHUNK
+        end = min(whole if self.alone and req.gate.gated else start + count, prompt)
+        full = not self.alone or (start % CHUNK == 0 and end == whole)
+        if req.req_pool_idx is None:
+            self.pool.alloc([req])
+            self.pool.write((req.req_pool_idx, slice(0, start)), req.prefix_indices)
+        self._allocate(req, start, end)
+        for position in range(start, end):
+            self._compute(req, position, full)
+        req.set_extend_range(start, end)
+        if end == prompt:
+            self._emit(req, True)
+        common.maybe_cache_unfinished_req(req, self.tree, chunked=end < prompt)
+        assert len(req.prefix_indices) == end, "the next chunk begins elsewhere"
+
+    def decode(self, req: Any, canonical: bool = True) -> None:
+        end = req.kv.kv_allocated_len
+        self._allocate(req, end, end + 1)
+        self._emit(req, canonical)
+        rows = len(req.output_ids)
+        found = self.ledger.canonical(req.gate.key) == rows if req.gate.gated else canonical
+        self._compute(req, end, found)
+
+    def verify(self, req: Any) -> None:
+        """All rows that are not canonical become so."""
+        self.ledger.request_tail(req.gate.key)
+        for row in self.ledger.take(req.gate.key, LONGEST):
+            self.ledger.verdict(row, match=True)
+            self._compute(req, len(req.origin_input_ids) + row.index - 2, True)
+
+    def finish(self, req: Any, insert: bool = True, known: bool = True) -> None:
+        if not known:
+            self._forget(req)
+        common.release_kv_cache(req, self.tree, is_insert=insert)
+        assert req.req_pool_idx is None
+        self._forget(req)
+        self.live[:] = [other for other in self.live if other is not req]
+
+    def answer(self, prompt: Sequence[int], rows: Sequence[bool] = (), **how: Any) -> Any:
+        """A whole request; `rows` after the first, whether each is canonical."""
+        req = self.arrive(prompt)
+        while not self.is_prefilled(req):
+            self.prefill(req)
+        for canonical in rows:
+            self.decode(req, canonical)
+        self.finish(req, **how)
+        self.check()
+        return req
+
+    @staticmethod
+    def is_prefilled(req: Any) -> bool:
+        return len(req.output_ids) > 0
+
+    def _emit(self, req: Any, canonical: bool) -> None:
+        key = req.gate.key
+        if req.gate.gated:
+            if key not in self.controller.requests:
+                self.ledger.open(key)
+                self.controller.requests[key] = req
+            self.ledger.emit(key, flagged=False, canonical=canonical)
+        req.output_ids.append(len(req.output_ids) % 2)
+
+    def _forget(self, req: Any) -> None:
+        if self.controller.requests.pop(req.gate.key, None) is not None:
+            self.ledger.close(req.gate.key)
+
+    def _allocate(self, req: Any, start: int, end: int) -> None:
+        common.evict_from_tree_cache(self.tree, end - start)
+        slots = self.allocator.alloc(end - start)
+        self.pool.write((req.req_pool_idx, slice(start, end)), slots.to(torch.int32))
+        req.kv = ReqKvInfo(kv_allocated_len=end, swa_evicted_seqlen=0)
+        req.kv_committed_len = end
+
+    def _compute(self, req: Any, position: int, canonical: bool) -> None:
+        """One row of a forward: reads all columns before its own, and writes its own."""
+        slots, tokens = self.slots(req, position + 1), self.tokens(req)[: position + 1]
+        assert position >= req.cache_protected_len, "a shared column is rewritten"
+        self.columns[slots[-1]] = Column(tokens, canonical)
+
+    # -- what is to hold
+
+    def slots(self, req: Any, count: int) -> list[int]:
+        return self.pool.req_to_token[req.req_pool_idx, :count].tolist()
+
+    @staticmethod
+    def tokens(req: Any) -> tuple[int, ...]:
+        return (*req.origin_input_ids, *req.output_ids)
+
+    def check(self) -> None:
+        """Each slot is somebody's, each column where it belongs, each lock somebody's too."""
+        integrity.check(self.controller)
+        for req in self.live:
+            if req.kv is not None:
+                self._check_columns(self.slots(req, req.kv.kv_allocated_len), self.tokens(req))
+                prefix = req.prefix_indices.tolist()
+                assert prefix == self.slots(req, len(prefix))
+        for node, tokens, slots in self.nodes():
+            self._check_columns(slots, tokens)
+            below = [req for req in self.live if self._is_behind(req.last_node, node)]
+            assert node.lock_ref == len(below), "a lock is nobody's, or missing"
+        # Alone, a chunk that two share in part is split, and may lose one of its ends to others;
+        # what is left is canonical, but no hit ends in it.
+        for _, slots in self.gated_paths():
+            assert all(self.columns[slot].canonical for slot in slots), "not canonical"
+
+    def _check_columns(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
+        for i, slot in enumerate(slots):
+            assert self.columns[slot].tokens == tuple(tokens[: i + 1]), f"slot {slot} is another's"
+
+    def _is_behind(self, node: Any, other: Any) -> bool:
+        while node is not other and node is not None:
+            node = node.parent
+        return node is not None
+
+    def nodes(self) -> Iterator[tuple[Any, tuple[int, ...], list[int]]]:
+        """Each node with the tokens and the slots up to its end."""
+        nodes = [(child, (), []) for child in self.tree.root_node.children.values()]
+        while nodes:
+            node, tokens, slots = nodes.pop()
+            tokens, slots = (*tokens, *node.key), [*slots, *node.value.tolist()]
+            yield node, tokens, slots
+            nodes += [(child, tokens, slots) for child in node.children.values()]
+
+    def gated_paths(self) -> list[tuple[tuple[int, ...], list[int]]]:
+        """What a gated request may hit: the leaves of their namespace."""
+        found = []
+        for node, tokens, slots in self.nodes():
+            if node.key.extra_key == CACHE_NAMESPACE and not node.children:
+                found.append((tokens, slots))
+        return found
+
+    def shared(self) -> list[tuple[int, ...]]:
+        return sorted(tokens for tokens, _ in self.gated_paths())
+
+    def end(self) -> None:
+        """With every request gone nothing is locked, and all slots can be had back."""
+        for req in [*self.live]:
+            while req.kv is None:  # a request that was never prefilled has nothing to release
+                self.prefill(req)
+            self.finish(req)
+        self.check()
+        assert self.tree.protected_size() == 0
+        self.tree.evict(EvictParams(num_tokens=SLOTS))
+        assert self.allocator.available_size() == SLOTS and self.pool.available_size() == REQUESTS
+        assert self.tree.total_size() == 0 and self.tree.evictable_size() == 0
+
+
+PROMPT = tuple(range(10, 20))
+
+
+@pytest.fixture
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    made = World(getattr(request, "param", ALONE))
+    yield made
+    made.check()
+    made.end()
+
+
+@pytest.mark.parametrize("world", [TOGETHER], indirect=True)
+def test_together_all_of_a_prompt_enters_and_a_hit_has_any_length(world: World):
+    world.answer(PROMPT, [True] * 5)
+    assert world.shared() == [PROMPT]
+    other = world.arrive((*PROMPT[:7], 1, 2))
+    assert len(other.prefix_indices) == other.cache_protected_len == 7
+    world.prefill(other)
+    world.finish(other)
+    assert world.shared() == sorted([PROMPT, (*PROMPT[:7], 1, 2)])
+
+
+def test_alone_hits_and_insertions_end_on_the_grid(world: World):
+    world.answer(PROMPT, [True] * 5)
+    assert world.shared() == [PROMPT[:8]]
+    assert world.allocator.available_size() == SLOTS - 8, "the rest is free again"
+    for length, hit in ((10, 8), (8, 4), (7, 4), (4, 0), (3, 0)):  # one token is always computed
+        other = world.arrive((*PROMPT[: length - 1], 99))
+        assert len(other.prefix_indices) == other.cache_protected_len == hit
+        world.prefill(other)
+        world.check()
+        world.finish(other)
+
+
+def test_a_prompt_that_is_shorter_than_a_chunk_adds_nothing(world: World):
+    req = world.arrive(PROMPT[:3])
+    world.prefill(req)
+    world.check()
+    assert world.shared() == [] and req.cache_protected_len == 0
+    world.finish(req)
+    assert world.allocator.available_size() == SLOTS
+
+
+@pytest.mark.parametrize("world", [ALONE, TOGETHER, ANSWERS], indirect=True)
+def test_two_that_compute_the_same_at_once_share_one_copy(world: World):
+    one, two = world.arrive(PROMPT), world.arrive(PROMPT)
+    for req in (one, two, one, two, one, two):
+        if not world.is_prefilled(req):
+            world.prefill(req, CHUNK)
+            world.check()
+    end = one.cache_protected_len
+    assert end == (8 if world.alone else 10)
+    assert world.slots(one, end) == world.slots(two, end)
+    assert world.tree.protected_size() == end
+    world.finish(one)
+    assert world.tree.protected_size() == end
+    world.finish(two)
+    assert world.tree.protected_size() == 0
+
+
+@pytest.mark.parametrize("world", [ANSWERS], indirect=True)
+def test_the_canonical_run_of_an_answer_enters_and_the_rest_is_freed(world: World):
+    req = world.answer(PROMPT, [True, True, False, True, True])  # the later ones stand on a gap
+    assert world.shared() == [(*PROMPT, *req.output_ids[:2])]
+    assert world.allocator.available_size() == SLOTS - 12
+    world.answer(PROMPT, [True, True, False, True])  # not longer: all of it is there already
+    assert world.allocator.available_size() == SLOTS - 12
+    longer = world.answer(PROMPT, [True] * 5)
+    assert world.shared() == [(*PROMPT, *longer.output_ids[:5])], "the last token has no column"
+    turn = world.arrive((*PROMPT, *longer.output_ids, 7, 8))
+    assert len(turn.prefix_indices) == 15
+
+
+@pytest.mark.parametrize("world", [ANSWERS], indirect=True)
+def test_what_a_verify_pass_repaired_enters_too(world: World):
+    req = world.arrive(PROMPT)
+    world.prefill(req)
+    for canonical in (True, False, True):
+        world.decode(req, canonical)
+    assert canonical_columns(req) == 11
+    world.verify(req)
+    assert canonical_columns(req) == 13
+    world.decode(req, False)
+    world.finish(req)
+    assert world.shared() == [(*PROMPT, *req.output_ids[:3])]
+
+
+@pytest.mark.parametrize("world", [ANSWERS], indirect=True)
+@pytest.mark.parametrize("how", [{"insert": False}, {"known": False}])
+def test_what_is_not_to_enter_or_not_known_adds_nothing(world: World, how: dict[str, bool]):
+    world.answer(PROMPT, [True] * 4, **how)
+    assert world.shared() == [PROMPT]
+    assert world.allocator.available_size() == SLOTS - len(PROMPT)
+
+
+@pytest.mark.parametrize("world", [ANSWERS], indirect=True)
+def test_without_a_gate_no_column_is_canonical(world: World):
+    req = world.arrive(PROMPT)
+    world.prefill(req)
+    assert canonical_columns(req) == 10
+    state.set_controller(None)
+    assert canonical_columns(req) == 0
+    state.set_controller(world.controller)
+
+
+@pytest.mark.parametrize("world", [TOGETHER], indirect=True)
+def test_answers_stay_out_where_decode_has_other_bits(world: World):
+    world.answer(PROMPT, [True] * 4)
+    assert world.shared() == [PROMPT]
+
+
+@pytest.mark.parametrize("world", [ALONE, ANSWERS], indirect=True)
+def test_ungated_requests_are_left_to_sglang_and_kept_apart(world: World):
+    other = world.arrive(PROMPT, gated=False)
+    world.prefill(other)
+    world.decode(other, False)
+    world.finish(other)
+    assert world.shared() == [] and world.tree.total_size() == 11, "all of it entered as ever"
+    assert len(world.arrive(PROMPT).prefix_indices) == 0
+
+
+def test_what_is_left_of_a_chunk_is_no_hit(world: World):
+    """Two chunks share their first tokens; when both are evicted these may still be there."""
+    for tail in ((1, 1, 1), (2, 2, 2)):
+        world.answer((0, *tail))
+    world.tree.evict(EvictParams(num_tokens=4))
+    assert world.shared() == [(0,)]
+    world.check()
+    req = world.arrive((0, 1, 1, 1, 5))
+    assert len(req.prefix_indices) == 0
+    world.prefill(req)
+    world.prefill(req)
+    world.check()
+    assert world.shared() == [(0, 1, 1, 1)]
+
+
+PROMPTS = st.builds(  # answers go 0, 1, 0, 1 too: what one says may be what another is asked
+    lambda length, tail: (*((0, 1) * 7)[:length], *tail),
+    st.integers(1, 14),
+    st.sampled_from([(), (), (1, 1), (0, 0, 1)]),
+)
+
+
+class Step(NamedTuple):
+    """Something that happens to one of the requests; what does not fit it becomes what does."""
+
+    what: str
+    which: int
+    prompt: tuple[int, ...]
+    gated: bool
+    count: int  # of tokens in a chunk, or to be evicted
+    rows: list[bool]  # to be decoded, whether each is canonical
+    insert: bool
+    known: bool
+
+
+MOSTLY = st.sampled_from([True, True, True, False])
+KINDS = ("arrive", "arrive", "go on", "go on", "go on", "verify", "finish", "abort", "evict")
+STEPS = st.builds(
+    Step,
+    what=st.sampled_from(KINDS),
+    which=st.integers(0, REQUESTS - 1),
+    prompt=PROMPTS,
+    gated=MOSTLY,
+    count=st.integers(1, 9),
+    rows=st.lists(MOSTLY, min_size=1, max_size=4),
+    insert=MOSTLY,
+    known=MOSTLY,
+)
+
+
+def take(world: World, step: Step) -> None:
+    if step.what == "evict":
+        world.tree.evict(EvictParams(num_tokens=4 * step.count))
+        return
+    if not world.live or (step.what == "arrive" and len(world.live) < REQUESTS):
+        world.arrive(step.prompt, step.gated)
+        return
+    req = world.live[step.which % len(world.live)]
+    if not world.is_prefilled(req) and (step.what != "abort" or req.kv is None):
+        world.prefill(req, step.count)
+    elif step.what in ("finish", "abort"):  # an abort may come between two chunks
+        world.finish(req, step.insert, step.known)
+    elif step.what == "verify" and req.gate.gated:
+        world.verify(req)
+    else:
+        for canonical in step.rows[: LONGEST - len(world.tokens(req))]:
+            world.decode(req, canonical)
+
+
+@pytest.mark.parametrize("mode", [ALONE, TOGETHER, ANSWERS], ids=["alone", "together", "answers"])
+@settings(max_examples=80, deadline=None)
+@given(steps=st.lists(STEPS, min_size=15, max_size=60))
+def test_requests_that_come_and_go_in_any_order(mode: Prefill, steps: list[Step]):
+    world = World(mode)
+    for step in steps:
+        take(world, step)
+        world.check()
+    world.end()
