@@ -197,3 +197,11 @@ def test_findings_say_whether_plans_hold_for_prefill(steady):
     assert (len(set(down.classes.values())) == 1) == steady
     without = probe_plans.probe_groups(found, 64)
     assert not any(f.prefill for f in without) and max(without[0].classes) == 64
+
+
+def test_a_norm_that_changes_above_some_count_keeps_prompts_alone():
+    """Norms have no plans: nothing can be put in their place."""
+    module = torch.nn.RMSNorm(6)
+    member = probe.Member("norm", "norm", module, lambda x: x + (len(x) > 300))
+    (finding,) = probe_plans.probe_groups({"n": [member]}, 64, probe.prefill_counts(64, 700))
+    assert not finding.prefill and finding.plan is None and len(set(finding.classes.values())) > 1
