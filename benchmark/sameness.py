@@ -28,6 +28,7 @@ from determinism import GATE, HOPEFUL, STOCK_PATH, arrange, counters, environmen
 from margingate.client import Answer, Client, Prompt, chat_prompts, read_prompts
 from margingate.servers import Server, launch
 
+FLASHINFER = ("--attention-backend", "flashinfer")
 EXACT = (GATE, "--gate-guarantee", "exact")
 GATED: dict[str, tuple[str, ...]] = {
     "gate": (GATE,),
@@ -38,8 +39,8 @@ GATED: dict[str, tuple[str, ...]] = {
     "exact-little-memory": (*EXACT, *HOPEFUL),
 }
 OTHERS: dict[str, tuple[str, ...]] = {
-    "stock": (),
-    "sglang-deterministic": ("--enable-deterministic-inference",),
+    "stock": FLASHINFER,
+    "sglang-deterministic": ("--enable-deterministic-inference", *FLASHINFER),
     "gate-stock-path": STOCK_PATH,
     "exact-stock-path": (*STOCK_PATH, "--gate-guarantee", "exact"),
 }

@@ -44,3 +44,11 @@ def test_no_delay_is_better_than_the_chosen_one_by_much(load, costs):
     chosen = overhead(best_delay(load, costs), load, costs)
     assert all(chosen <= 1.03 * overhead(delay, load, costs) + 1e-9 for delay in DELAYS)
     assert chosen >= 0
+
+
+@given(LOADS, TIMES, st.sampled_from(DELAYS))
+def test_a_delay_that_is_nearly_as_good_stays(load, costs, current):
+    kept = best_delay(load, costs, current)
+    assert kept in (current, best_delay(load, costs))
+    assert 1 + overhead(kept, load, costs) <= 1.03 * (1 + overhead(current, load, costs))
+    assert best_delay(load, costs, kept) == kept

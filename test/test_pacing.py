@@ -57,14 +57,14 @@ def test_flips_shorten_the_wait_and_calm_makes_it_long_again(caplog):
     wild = controller.queue.max_delay
     assert wild in DELAYS and wild < first and "after 50000 rows: 2.0 requests" in caplog.text
     # What was seen before does not count again.
-    controller.totals = Counts(steps=150_000, flagged=11_000, flips=10_000)
+    controller.totals = Counts(steps=150_000, flagged=60_000, flips=10_000)
     step(pacer, 2)
     assert controller.queue.max_delay > wild
 
 
 def test_open_requests_count_and_are_not_counted_twice_when_they_end(monkeypatch):
     seen = []
-    monkeypatch.setattr(pacing, "best_delay", lambda load, _costs: seen.append(load) or 4)
+    monkeypatch.setattr(pacing, "best_delay", lambda load, *_: seen.append(load) or 4)
     open_one = SimpleNamespace(gate=SimpleNamespace(counts=Counts(steps=1000, flagged=1000)))
     controller = make_controller(requests={"a": open_one})
     pacer = Pacer(controller, COSTS)
@@ -78,7 +78,7 @@ def test_open_requests_count_and_are_not_counted_twice_when_they_end(monkeypatch
 
 def test_prefills_and_steps_without_gated_requests_are_not_looked_at(monkeypatch):
     looks = []
-    monkeypatch.setattr(pacing, "best_delay", lambda load, _costs: looks.append(load) or 4)
+    monkeypatch.setattr(pacing, "best_delay", lambda load, *_: looks.append(load) or 4)
     pacer = Pacer(make_controller(), COSTS)
     step(pacer, 0, 3 * EVERY)
     step(pacer, 4, 3 * EVERY, decode=False)

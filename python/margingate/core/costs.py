@@ -6,10 +6,10 @@ wait means fewer passes. But what is decoded meanwhile is thrown away where a ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 DELAYS = (0, 1, 2, 4, 8, 16, 32, 64)  # decode steps
+NEARLY = 1.02  # of the time of a step with its verification
 LATER = 0.98  # a longer wait has to be cheaper by this: tokens arrive later
 
 
@@ -48,7 +48,13 @@ def overhead(delay: int, load: Load, costs: Costs) -> float:
     return passing + load.flip_rate * waited / 2
 
 
-def best_delay(load: Load, costs: Costs, delays: Sequence[int] = DELAYS) -> int:
-    """The delay with the least overhead; of nearly equal ones the shortest."""
-    best = min(overhead(delay, load, costs) for delay in delays)
-    return next(delay for delay in delays if overhead(delay, load, costs) * LATER <= best)
+def best_delay(load: Load, costs: Costs, current: int | None = None) -> int:
+    """The delay with the least overhead; of nearly equal ones the shortest.
+
+    Args:
+        current: stays where it costs nearly as little, so that the delay does not flap.
+    """
+    best = min(overhead(delay, load, costs) for delay in DELAYS)
+    if current is not None and 1 + overhead(current, load, costs) <= NEARLY * (1 + best):
+        return current
+    return next(delay for delay in DELAYS if overhead(delay, load, costs) * LATER <= best)

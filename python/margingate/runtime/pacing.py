@@ -25,6 +25,7 @@ FEW = 8  # requests in a decode step
 FIRST = Load(requests=FEW, trigger_rate=0.15, flip_rate=0.005)  # until there is something to see
 PRIOR_ROWS = 1000  # that FIRST's rates count as
 TIMED = 5  # forwards
+AT_START = "at start"
 
 
 class Pacer(Observer):
@@ -34,7 +35,7 @@ class Pacer(Observer):
         self._controller, self._costs = controller, costs
         self._steps = self._requests = 0
         self._seen = (0, 0, 0)  # rows, flags and flips so far
-        self._choose(FIRST, "at start")
+        self._choose(FIRST, AT_START)
 
     def stepped(self, batch: Any, gated: int, canonical: bool) -> None:
         if gated == 0 or not batch.forward_mode.is_decode():
@@ -68,8 +69,9 @@ class Pacer(Observer):
 
     def _choose(self, load: Load, when: str) -> None:
         queue, costs = self._controller.queue, self._costs
-        chosen = best_delay(load, costs)
-        if chosen == queue.max_delay and when != "at start":
+        starts = when == AT_START
+        chosen = best_delay(load, costs, None if starts else queue.max_delay)
+        if chosen == queue.max_delay and not starts:
             return
         queue.max_delay = chosen
         logger.info(
