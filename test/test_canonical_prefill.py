@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from margingate.runtime import canonical_prefill, forwards, hook_table, invariance
+from margingate.runtime import canonical_prefill, forwards, hook_table, invariance, ranks
 from margingate.runtime.canonical_prefill import LONGEST, Prefill, measure
 
 VOCABULARY, LAYERS, SLOTS = 100, 2, 2000
@@ -26,7 +26,9 @@ class World:
 
     def __init__(self, noise: Callable[..., bool] = lambda *_: False, rows: int = 16) -> None:
         self.noise, self.rows = noise, rows
-        self.server_args = SimpleNamespace(chunked_prefill_size=8192, max_prefill_tokens=16384)
+        self.server_args = SimpleNamespace(
+            chunked_prefill_size=8192, max_prefill_tokens=16384, tp_size=1
+        )
         self.max_req_len = SLOTS - 1
         self.model_config = SimpleNamespace(vocab_size=VOCABULARY)
         self.req_to_token_pool = SimpleNamespace(req_to_token=torch.zeros(8, SLOTS).int())
@@ -161,7 +163,7 @@ def test_what_differs_is_not_used(differs, expected, monkeypatch, caplog):
         assert run(world, monkeypatch) == expected
     assert ("prefilled together" if expected.together else "prefilled alone") in caplog.text
     assert "other (or it was not asked)" in caplog.text
-    assert bool(world.passes) == expected.together, "decode is asked only where prefill agrees"
+    assert world.passes, "ranks run the same forwards, whatever the first ones said"
 
 
 def test_columns_of_every_layer_count_and_so_do_logits(monkeypatch):
@@ -235,3 +237,18 @@ def test_an_internal_request_is_gated_and_carries_its_prompt():
     freed: list[Any] = []
     forwards.release(SimpleNamespace(tree_cache=freed), req)
     assert req.req_pool_idx is None and not freed, "it has no slots yet"
+
+
+def test_ranks_use_what_all_of_them_found(monkeypatch):
+    world = World()
+    world.server_args.tp_size, world.tp_cpu_group = 2, "group"
+    said: list[list[bool]] = []
+
+    def gather(into: list[Any], flags: list[bool], group: str) -> None:
+        said.append(flags)
+        into[:] = [flags, [True] if len(flags) == 1 else [True, True, False]]
+
+    monkeypatch.setattr(ranks.torch.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(ranks.torch.distributed, "get_world_size", lambda _group: 2)
+    assert run(world, monkeypatch) == TOGETHER
+    assert said == [[True], [True, True, True]]

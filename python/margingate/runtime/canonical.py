@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from margingate.config import GateError
+from margingate.runtime.ranks import agreed
 from margingate.runtime.verifier import RowInput, Verifier, scratch_rows
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,8 @@ def measure(verifier: Verifier, scheduler: Any, largest: int) -> CanonicalSteps:
     rows = _made_up_rows(scheduler, max([verifier.rows, LEAST_ROWS, *counts]))
     with scratch_rows(verifier.runner, len(rows)):
         reference = _reference(verifier, rows)
-        measured = {n: _agree(reference, _logits(verifier, rows, n)) for n in counts}
+        found = [_agree(reference, _logits(verifier, rows, n)) for n in counts]
+    measured = dict(zip(counts, agreed(scheduler, found), strict=True))
     steps = CanonicalSteps(measured, bool(graphs))
     logger.info("margingate: decode steps are canonical at %s", steps)
     return steps

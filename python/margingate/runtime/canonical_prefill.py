@@ -18,6 +18,7 @@ import torch
 
 from margingate.runtime import invariance, rollback
 from margingate.runtime.forwards import extend, internal_request, release
+from margingate.runtime.ranks import agreed
 from margingate.runtime.verifier import RowInput, Verifier
 
 logger = logging.getLogger(__name__)
@@ -40,14 +41,18 @@ class Prefill:
 
 def measure(scheduler: Any, verifier: Verifier, wanted: bool) -> Prefill:
     """Compare prefills of the same prompt; alone on the grid where they are not `wanted`."""
-    if not wanted or not invariance.covers_prefill():
+    if not agreed(scheduler, [wanted and invariance.covers_prefill()])[0]:
         return Prefill()
     check = _Check(scheduler, verifier)
-    together = check.beside_others() and check.in_chunks()
-    found = Prefill(together, together and check.decoded())
+    # All of them, whatever the first says: ranks must run the same forwards.
+    seen = [check.beside_others(), check.in_chunks(), check.decoded()]
+    beside, chunks, decoded = agreed(scheduler, seen)
+    found = Prefill(beside and chunks, beside and chunks and decoded)
     logger.info(
         "margingate: gated prompts are prefilled %s; decoded columns have %s bits.",
-        "together" if together else "alone, since their bits depend on what shares the forward",
+        "together"
+        if found.together
+        else "alone, since their bits depend on what shares the forward",
         "the same" if found.as_decoded else "other (or it was not asked)",
     )
     return found

@@ -57,7 +57,9 @@ def _probe_group(
             wide = probe.extended(first.operator, width, classes, prefill, weight)
         plan, holds = None, bool(prefill) and len(set(wide.values())) == 1
         if first.kind == "linear":
-            plan, holds = plan_of(first.operator, weight, classes, wide if prefill else None)
+            many = bool(prefill) and first.name != probe.HEAD
+            plan, holds = plan_of(first.operator, weight, classes, wide if many else None)
+            holds |= bool(prefill) and first.name == probe.HEAD  # more rows run in pieces
     seconds = time.monotonic() - start
     shape = tuple(weight.shape)
     return probe.Finding(first.kind, first.name, shape, len(same), wide, plan, seconds, holds)
