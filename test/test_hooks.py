@@ -423,14 +423,30 @@ def test_the_document_is_what_the_command_prints(capsys, table):
 
 
 def test_the_document_has_a_row_with_five_cells_for_each_hook(table):
+    from margingate.runtime.instance_patches import INSTANCE_PATCHES
+
     rows = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("| `")]
     processes = [row.split(" | ")[2] for row in rows]
-    assert len(rows) == len(table.ALL_HOOKS)
+    assert len(rows) == len(table.ALL_HOOKS) + len(INSTANCE_PATCHES)
     assert all(row.count(" | ") == 4 for row in rows)
     assert processes.count("startup") == len(table.STARTUP_HOOKS)
     assert processes.count("launcher") == len(table.TOKENIZER_HOOKS)
     hooks_there = table.RUNTIME_HOOKS + table.INVARIANT_HOOKS + table.STUDY_HOOKS
-    assert processes.count("scheduler") == len(hooks_there)
+    assert processes.count("scheduler") == len(hooks_there) + len(INSTANCE_PATCHES)
+
+
+def test_what_is_replaced_on_an_instance_is_there(table):
+    """Methods of the class, or what its constructor sets (it cannot be made without a GPU)."""
+    import pkgutil
+
+    from margingate.runtime.instance_patches import INSTANCE_PATCHES, check_instance
+
+    for patch in INSTANCE_PATCHES:
+        owner = pkgutil.resolve_name("sglang.srt." + patch.owner)
+        source = inspect.getsource(owner.__init__)
+        assert hasattr(owner, patch.name) or f"self.{patch.name}" in source, patch
+    with pytest.raises(GateError, match=r"TritonAttnBackend\.decode_attention_fwd, which SGLang"):
+        check_instance(object(), INSTANCE_PATCHES[0])
 
 
 def test_the_command_without_sglang_is_one_line(capsys, monkeypatch):

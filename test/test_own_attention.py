@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
+from margingate.config import GateError
 from margingate.runtime import attention, own_attention
 from margingate.runtime.own_attention import MOST_ROWS, OwnAttention, of, unfit
 from margingate.runtime.verifier import RowInput, Verifier
@@ -378,3 +379,24 @@ def test_a_pass_is_run_in_as_many_forwards_as_it_needs(monkeypatch: pytest.Monke
     results = made.run([RowInput(1, 3, token) for token in (7, 8, 9, 10, 11)])
     assert [result.token for result in results] == [7, 8, 9, 10, 11]
     assert sizes == [(2, 8), (2, 8), (1, 8)]
+
+
+# -- fail closed
+
+
+def test_kernels_that_were_not_called_end_the_start(kernels: Kernels):
+    backend = TritonAttnBackend()
+    own = OwnAttention(backend, make_runner())
+    with pytest.raises(GateError, match="replaced decode attention, but SGLang did not call it"):
+        own.confirm(prefill=False)
+    own._ran["decode"] = True
+    own.confirm(prefill=False)
+    with pytest.raises(GateError, match="replaced prefill attention"):
+        own.confirm(prefill=True)
+
+
+def test_a_backend_without_what_is_replaced_is_refused():
+    backend = TritonAttnBackend()
+    del backend.extend_attention_fwd
+    with pytest.raises(GateError, match="extend_attention_fwd, which SGLang"):
+        OwnAttention(backend, make_runner())

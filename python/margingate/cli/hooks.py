@@ -21,14 +21,15 @@ ABOUT = """\
 
 Made by `margingate hooks > docs/hooks.md`. Targets are below `sglang.srt`. Process: `startup` is
 every process of every server, gated or not; `launcher` and `scheduler` are the processes of a
-server started with `--deterministic-gate`, and of no other.
+server started with `--deterministic-gate`, and of no other. Kind `instance`: replaced on that
+server's attention backend alone, not on the class.
 """
 
 
 def ledger() -> str:
     """The Markdown document, a row per hook. Imports SGLang; raises CliError without it."""
     try:
-        from margingate.runtime import hook_table
+        from margingate.runtime import hook_table, instance_patches
     except ImportError as err:
         raise CliError(
             f"the ledger names functions of SGLang, which cannot be imported ({err}); pip install"
@@ -44,6 +45,10 @@ def ledger() -> str:
         ),
     }
     rows = [_cells(hook, process) for process, hooks in processes.items() for hook in hooks]
+    rows += [
+        (f"`{patch.owner}.{patch.name}`", "instance", "scheduler", patch.why, patch.remove_when)
+        for patch in instance_patches.INSTANCE_PATCHES
+    ]
     return "\n".join([ABOUT, _line(COLUMNS), _line("---" for _ in COLUMNS), *map(_line, rows), ""])
 
 

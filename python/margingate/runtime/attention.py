@@ -9,6 +9,7 @@ import torch
 
 from margingate.config import GateError
 from margingate.runtime import own_attention
+from margingate.runtime.instance_patches import ON_FLASHINFER, check_instance
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ def fix_split(backend: Any, runner: Any = None) -> None:
             own_attention.OwnAttention(backend, runner)
         return
     if name == "FlashInferAttnBackend":
+        for patch in ON_FLASHINFER:
+            check_instance(backend, patch)
         # Graphs made from here on use tensor cores and no split (FlashInfer's graphs know no
         # fixed split size). Other steps give other bits, so a runner uses graphs only or none.
         if backend.decode_use_tensor_cores:  # else its wrappers outside of graphs cannot

@@ -17,6 +17,7 @@ from margingate.runtime import (
     ends,
     fingerprint,
     integrity,
+    own_attention,
     retraction,
     rollback,
     verifier,
@@ -61,6 +62,9 @@ class GateController:
         self.prefill = canonical_prefill.measure(
             scheduler, self.verifier, config.invariant and config.prefill == "auto"
         )
+        own = own_attention.of(self.verifier.backend)
+        if own is not None:
+            own.confirm(prefill=self.prefill.together)
         if self.prefill.as_decoded and self.canonical is not None:
             self.canonical.extend()
         if isinstance(scheduler.tree_cache, GateRadixCache):

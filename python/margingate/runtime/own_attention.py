@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
+from margingate.config import GateError
+from margingate.runtime.instance_patches import ON_TRITON, check_instance
 from margingate_kernels import (
     Chunks,
     DecodeWorkspace,
@@ -29,9 +31,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float16)
 MOST_ROWS = 512  # of a batch, without making room for more
-SHARED = (
-    2  # tokens that a batch may see, in pools: prefixes of several requests are one in the pool
-)
+SHARED = 2  # pools of tokens that a batch may see: what requests share is in the pool once
 
 
 class OwnAttention:
@@ -41,7 +41,12 @@ class OwnAttention:
         """Mutates `backend`: from here on its attention is these kernels.
 
         Before its decode graphs are made; `unfit` must have nothing to say.
+
+        Raises:
+            GateError: the backend lacks something that is replaced.
         """
+        for patch in ON_TRITON:
+            check_instance(backend, patch)
         layer = _layers(runner.model)[0]
         self._heads, self._head_size = layer.tp_q_head_num, layer.qk_head_dim
         self._first = min(each.layer_id for each in _layers(runner.model))
@@ -54,6 +59,7 @@ class OwnAttention:
         self._larger: DecodeWorkspace | None = None  # graphs hold addresses of the first
         self._layer: Any = None
         self._batch: Any = None
+        self._ran = {"decode": False, "prefill": False}
         self._decode, self._extend = backend.forward_decode, backend.forward_extend
         backend.forward_decode, backend.forward_extend = self.forward_decode, self.forward_extend
         backend.decode_attention_fwd = self._attend_rows
@@ -61,6 +67,15 @@ class OwnAttention:
         backend.max_kv_splits = 1  # of the buffers that its own kernels would fill
         backend.get_num_kv_splits = lambda num_kv_splits, seq_lens: num_kv_splits.fill_(1)
         backend.margingate = self
+
+    def confirm(self, *, prefill: bool) -> None:
+        """After forwards of both kinds. Raises GateError where the kernels did not run."""
+        for name in ("decode", "prefill") if prefill else ("decode",):
+            if not self._ran[name]:
+                raise GateError(
+                    f"--deterministic-gate replaced {name} attention, but SGLang did not call it: "
+                    "choose --attention-backend flashinfer, or --gate-fast-path stock."
+                )
 
     @property
     def room(self) -> int:
@@ -117,6 +132,7 @@ class OwnAttention:
     ) -> None:
         """In place of the backend's decode kernel."""
         _refuse(extras)
+        self._ran["decode"] = True
         indptr, workspace = indptr[: len(q) + 1], self._workspace_for(len(q))
         if self._layer.layer_id == self._first:
             plan_decode(indptr, workspace)
@@ -146,6 +162,7 @@ class OwnAttention:
         _refuse(extras)
         if mask is not None or not causal:
             raise RuntimeError("margingate: prefill attention with a mask of its own is not served")
+        self._ran["prefill"] = True
         batch = self._batch
         chunks = Chunks(
             self._page_table,
