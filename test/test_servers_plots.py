@@ -18,7 +18,7 @@ from margingate.cli.errors import CliError
 from margingate.cli.main import main
 from margingate.client import Answer, read_prompts
 from margingate.core.histogram import MarginHistogram
-from margingate.plots import Margins, plot_margins
+from margingate.plots import Margins, plot_margins, telling_counts
 from margingate.servers import Server, ServerError, free_port, telling_line
 
 # A launcher as SGLang's: unhealthy first, with a child that ignores SIGTERM.
@@ -287,3 +287,11 @@ def test_a_server_that_fails_is_the_demos_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(CliError, match=r"stock: the server on port .* --gate-rows is 0"):
         demo.measure(tmp_path, [("a", "b")], 1, tmp_path, {"stock": (), "gated": ()})
     assert os.path.exists(tmp_path / "logs" / "fake.log")
+
+
+def test_a_picture_of_row_counts_leaves_out_what_says_nothing_new():
+    small, large = list(range(1, 257)), list(range(300, 8192, 100))
+    same = dict.fromkeys([*small, *large], 0)
+    breaks = {count: int(count >= 1000) for count in same}
+    assert telling_counts({"qkv": same, "down": breaks}) == [*small, 900, 1000, 8100]
+    assert telling_counts({"qkv": {1: 0, 64: 1}}) == [1, 64]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +17,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+DENSE = 256  # rows of a forward up to which every measured count is shown
 CLASSES = (
     *("#9db4cc", "#c8321e", "#e0a458", "#5b8e7d", "#7a5c8e", "#4d4d4d", "#f2cc8f", "#81b29a"),
     *("#3d405b", "#d4a5a5", "#2a6f97", "#bc6c25", "#606c38", "#9d4edd", "#ff8fa3", "#014f86"),
@@ -103,13 +105,14 @@ def plot_classes(classes: Mapping[str, Mapping[int, int]], path: Path, title: st
 
     Args:
         classes: by operator, the class of each measured row count. A count that an operator was
-            not measured at stays white.
+            not measured at stays white. Of many counts those are left out that say nothing new.
     """
-    counts = sorted({count for measured in classes.values() for count in measured})
+    counts = telling_counts(classes)
     grid = np.full((len(classes), len(counts)), np.nan)
     for i, measured in enumerate(classes.values()):
-        for count, key in measured.items():
-            grid[i, counts.index(count)] = key % len(CLASSES)
+        for j, count in enumerate(counts):
+            if count in measured:
+                grid[i, j] = measured[count] % len(CLASSES)
     with matplotlib.rc_context(_STYLE):
         size = (max(7.0, 2.8 + 0.26 * len(counts)), 1.6 + 0.42 * len(classes))
         figure = Figure(figsize=size, dpi=150, layout="constrained")
@@ -125,6 +128,19 @@ def plot_classes(classes: Mapping[str, Mapping[int, int]], path: Path, title: st
         axes.set_xlabel("rows in one forward; one colour: a row has the same bits")
         figure.suptitle(title, x=0.01, horizontalalignment="left", fontweight="bold")
         figure.savefig(path)
+
+
+def telling_counts(classes: Mapping[str, Mapping[int, int]]) -> list[int]:
+    """The row counts that a picture has room for, ascending.
+
+    All of them up to DENSE; of larger ones, which prefill forwards have, those at which an operator
+    changes its class, the ones before, and the last.
+    """
+    counts = sorted({count for measured in classes.values() for count in measured})
+    columns = {n: [measured.get(n) for measured in classes.values()] for n in counts}
+    pairs = [pair for pair in pairwise(counts) if columns[pair[0]] != columns[pair[1]]]
+    shown = {count for pair in pairs for count in pair} | {counts[-1]}
+    return [count for count in counts if count <= DENSE or count in shown]
 
 
 def plot_recall(
