@@ -62,7 +62,8 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     _findings[:] = _find(runner, operators, decoded, prefill, fresh=fresh)
     _plans.update(probe_plans.plans(operators, _findings))
     _limit = decoded
-    if prefill and all(finding.prefill for finding in _findings):
+    probed = {finding.name for finding in _findings}
+    if prefill and probe.HEAD in probed and all(finding.prefill for finding in _findings):
         _limit = math.inf
         _plans.update(_pieces(operators, decoded, prefill[-1]))
 
