@@ -52,14 +52,14 @@ def _probe_group(
     with torch.inference_mode(), probe.refusing(first.name):
         width = weight.shape[-1]
         classes = probe.probe_operator(first.operator, width, counts, weight)
-        wide = classes
-        if prefill and first.name != probe.HEAD:  # which has a row a request
+        wide, head = classes, first.name == probe.HEAD  # which has a row a request
+        if prefill and not head:
             wide = probe.extended(first.operator, width, classes, prefill, weight)
         plan, holds = None, bool(prefill) and len(set(wide.values())) == 1
         if first.kind == "linear":
-            many = bool(prefill) and first.name != probe.HEAD
-            plan, holds = plan_of(first.operator, weight, classes, wide if many else None)
-            holds |= bool(prefill) and first.name == probe.HEAD  # more rows run in pieces
+            many = wide if prefill and not head else None
+            plan, holds = plan_of(first.operator, weight, classes, many)
+            holds |= bool(prefill) and head  # more rows run in pieces
     seconds = time.monotonic() - start
     shape = tuple(weight.shape)
     return probe.Finding(first.kind, first.name, shape, len(same), wide, plan, seconds, holds)

@@ -92,29 +92,22 @@ class GateRadixCache(RadixCache):
             self._share(req, RadixKey(tokens[:shared], req.extra_key), row, chunked)
         req.prefix_indices = row[: len(tokens)].to(torch.int64, copy=True)
 
-    def _add(self, req: Any, tokens: Any, row: torch.Tensor) -> int:
-        """Give these columns to the tree, freeing those that it has already; their number."""
-        key, end = RadixKey(tokens, req.extra_key), len(tokens)
-        values = row[:end].to(torch.int64, copy=True)
-        priority = getattr(req, "priority", 0) or 0
-        inserted = self.insert(InsertParams(key=key, value=values, priority=priority))
-        owned = req.cache_protected_len
-        self.token_to_kv_pool_allocator.free_segment(
-            row[owned : inserted.prefix_len], start_pos=owned
-        )
-        return end
-
-    def _share(self, req: Any, key: RadixKey, row: torch.Tensor, chunked: bool) -> None:
-        """Put `key`'s columns into the tree, or take the tree's where it has them already."""
-        owned, end = req.cache_protected_len, len(key)
-        values = row[:end].to(torch.int64, copy=True)
+    def _add(self, req: Any, key: RadixKey, row: torch.Tensor, chunked: bool = False) -> None:
+        """Give `key`'s columns to the tree; free the request's own where it has them already."""
+        values = row[: len(key)].to(torch.int64, copy=True)
         priority = getattr(req, "priority", 0) or 0
         inserted = self.insert(
             InsertParams(key=key, value=values, chunked=chunked, priority=priority)
         )
+        owned = req.cache_protected_len
         self.token_to_kv_pool_allocator.free_segment(
             row[owned : inserted.prefix_len], start_pos=owned
         )
+
+    def _share(self, req: Any, key: RadixKey, row: torch.Tensor, chunked: bool) -> None:
+        """Put `key`'s columns into the tree, or take the tree's where it has them already."""
+        owned, end = req.cache_protected_len, len(key)
+        self._add(req, key, row, chunked)
         match = self.match_prefix(MatchPrefixParams(key=key))
         assert len(match.device_indices) == end, "the tree lost columns it was just given"
         self.req_to_token_pool.write(
@@ -139,7 +132,9 @@ class GateRadixCache(RadixCache):
         if is_insert and self.answers:
             end = min(canonical_columns(req), kv_len_to_handle)
             if end > owned:
-                owned = self._add(req, (req.origin_input_ids + req.output_ids)[:end], row)
+                tokens = (req.origin_input_ids + req.output_ids)[:end]
+                self._add(req, RadixKey(tokens, req.extra_key), row)
+                owned = end
         self.token_to_kv_pool_allocator.free_segment(row[owned:kv_len_to_handle], start_pos=owned)
         if req.last_node is not None:
             self.dec_lock_ref(req.last_node)
