@@ -35,7 +35,13 @@ from unittest.mock import patch
 import torch
 import triton
 
-from margingate_kernels import attention
+from margingate_kernels import (
+    Chunks,
+    Columns,
+    attention,
+    attention_reference,
+    extend_attention,
+)
 from margingate_kernels.attention import Blocks, Cut
 
 SHAPES = {"8b": (32, 8, 128), "14b": (40, 8, 128), "smollm2": (9, 3, 64)}  # heads, K/V heads, size
@@ -197,6 +203,10 @@ class Pool:
     def queries(self, tokens: int) -> torch.Tensor:
         return torch.randn((tokens, self.heads, self.head_size), device="cuda", dtype=BF16)
 
+    def columns(self, slots: torch.Tensor) -> Columns:
+        """For a prefill of tokens that have these slots."""
+        return Columns(self.k, self.v, self.k[slots.long()], self.v[slots.long()])
+
     def paged(self) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V as FlashInfer takes them: in pages of one token."""
         return self.k.unsqueeze(1), self.v.unsqueeze(1)
@@ -236,7 +246,7 @@ def time_decode(pool: Pool, rows: int, tokens: int) -> float:
 
 def time_extend(pool: Pool, requests: int, tokens: int, cached: int) -> float:
     rows = torch.arange(requests, device="cuda")
-    chunks = attention.Chunks(
+    chunks = Chunks(
         pool.table(requests, cached + tokens),
         rows,
         indptr_of(requests, tokens),
@@ -244,10 +254,9 @@ def time_extend(pool: Pool, requests: int, tokens: int, cached: int) -> float:
         tokens,
     )
     queries = pool.queries(requests * tokens)
+    columns = pool.columns(chunks.page_table[:, cached:].flatten())
     out = torch.empty_like(queries)
-    return microseconds(
-        lambda _: attention.extend_attention(queries, pool.k, pool.v, chunks, pool.scale, out)
-    )
+    return microseconds(lambda _: extend_attention(queries, columns, chunks, pool.scale, out))
 
 
 def flashinfer_space() -> torch.Tensor:
@@ -308,7 +317,7 @@ def check(pool: Pool) -> dict[str, Any]:
     decoded = torch.cat([decode_rows(pool, table[1], queries, some) for some in rows.split(100)])
     alone = [decode_rows(pool, table[1], queries, rows[i : i + 1]) for i in ALONE]
     slots = table[1].long()
-    truth = attention.attention_reference(queries, pool.k[slots], pool.v[slots], pool.scale)
+    truth = attention_reference(queries, pool.k[slots], pool.v[slots], pool.scale)
     return {
         "chunks": torch.equal(torch.cat(pieces), whole),
         "beside others": torch.equal(beside, whole),
@@ -331,9 +340,9 @@ def extend_rows(
     rows, begins = (torch.tensor([piece[i] for piece in pieces], device="cuda") for i in (0, 1))
     counts = [b - a for _, a, b in pieces]
     starts = torch.tensor([0, *counts], device="cuda").cumsum(0)
-    chunks = attention.Chunks(table, rows, starts, begins, max(counts))
-    out = torch.empty_like(queries)
-    return attention.extend_attention(queries, pool.k, pool.v, chunks, pool.scale, out)
+    chunks = Chunks(table, rows, starts, begins, max(counts))
+    columns = pool.columns(torch.cat([table[i, a:b] for i, a, b in pieces]))
+    return extend_attention(queries, columns, chunks, pool.scale, torch.empty_like(queries))
 
 
 def decode_rows(

@@ -10,14 +10,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
-import subprocess
-import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -26,11 +23,24 @@ import triton
 import triton.language as tl
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from jit_bodies import (
+    captured,
+    checks_in,
+    for_hopper,
+    hopper_ptx,
+    needs_gpu,
+    run_checks,
+    run_in_interpreter,
+)
 
 from margingate_kernels import (
     Chunks,
+    Columns,
     Paged,
     attention,
+    attention_checks,
+    attention_prefill,
+    attention_prefill_triton,
     attention_reference,
     attention_triton,
     decode_attention,
@@ -40,6 +50,7 @@ from margingate_kernels import (
     segments_of,
 )
 
+HOPPER_SHARED, HOPPER_PER_PROGRAM = 228 * 1024, 1024  # bytes of an SM; kept for each program
 BENCHMARK = Path(__file__).parents[1] / "benchmark/attention_kernels.py"
 LENGTHS = (1, 63, 64, 65, 255, 256, 257, 600)
 SHAPES = ((2, 2, 64), (3, 1, 64), (4, 1, 128), (1, 1, 128))  # heads, K/V heads, head size
@@ -97,7 +108,9 @@ class World:
             max(*counts, longest),
         )
         out = torch.full_like(q, 7.0)
-        assert extend_attention(q, self.k, self.v, chunks, self.scale, out) is out
+        slots = torch.cat([self.slots(i)[a:b] for i, a, b in pieces] + [self.order[-1:]])
+        columns = Columns(self.k, self.v, self.k[slots], self.v[slots])
+        assert extend_attention(q, columns, chunks, self.scale, out) is out
         assert (out[-1] == 7.0).all()  # behind the last sequence
         return list(out[:-1].split(counts))
 
@@ -172,6 +185,19 @@ def check_chunks(device: str) -> None:
         assert torch.equal(torch.cat(pieces), whole), cuts
 
 
+def check_where_keys_come_from(device: str) -> None:
+    """From the pool, from the chunk by address, and by descriptor: old, mixed and new segments."""
+    world = World(device, (70, 850), (2, 1, 64))
+    pieces = ((0, 0, 70), (1, 300, 850))
+    at = [300, 511, 512, 767, 768, 800, 849]
+    decoded = world.decode([(1, position) for position in at])
+    for copies_tiles in (False, True):
+        with patch.object(attention_prefill, "_copies_tiles", lambda _, it=copies_tiles: it):
+            _, rows = world.extend(*pieces)
+        assert torch.equal(rows[[i - 300 for i in at]], decoded), copies_tiles
+        assert_close(rows, world.oracle(1)[300:])
+
+
 def check_neighbours(device: str) -> None:
     """Longer and shorter sequences before and behind; `longest` only an upper bound."""
     world = World(device, (130, 300, 7))
@@ -237,7 +263,8 @@ def check_views(device: str) -> None:
     row, starts, prefix = (torch.tensor(t, device=device) for t in ([0], [0, 70], [0]))
     chunks = Chunks(world.table[1:], row, starts, prefix, 70)
     out = torch.full_like(wide, 7.0)
-    extend_attention(wide[:, :heads], k, v, chunks, world.scale, out[:, :heads])
+    columns = Columns(k, v, k[world.slots(0)], v[world.slots(0)])
+    extend_attention(wide[:, :heads], columns, chunks, world.scale, out[:, :heads])
     assert torch.equal(out[:, :heads], want)
     assert (out[:, heads:] == 7.0).all()
     space = decode_workspace(1, 1, heads, world.size, device)
@@ -270,7 +297,7 @@ def check_random_cuts(device: str) -> None:
 @triton.jit
 def powers_of_two(x: tl.tensor, out: tl.tensor, count: tl.constexpr) -> None:
     at = tl.arange(0, count)
-    tl.store(out + at, attention_triton._power_of_two(tl.load(x + at)))
+    tl.store(out + at, attention_triton.power_of_two(tl.load(x + at)))
 
 
 def check_powers_of_two(device: str) -> None:
@@ -281,11 +308,7 @@ def check_powers_of_two(device: str) -> None:
     assert got.tolist() == want
 
 
-CHECKS: dict[str, Callable[[str], None]] = {
-    name.removeprefix("check_"): check
-    for name, check in list(globals().items())
-    if name.startswith("check_")
-}
+CHECKS = checks_in(globals())
 
 
 def exact_dot(_: object, a: Any, b: Any, d: Any, *__: object) -> Any:
@@ -297,34 +320,13 @@ def exact_dot(_: object, a: Any, b: Any, d: Any, *__: object) -> Any:
     return triton.runtime.interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
 
-def run_checks() -> dict[str, str]:
-    """Every check on CPU tensors, in the interpreter: its name and "ok" or the traceback."""
-    assert isinstance(attention_triton.extend, triton.runtime.interpreter.InterpretedFunction)
-    triton.runtime.interpreter.InterpreterBuilder.create_dot = exact_dot
-    outcome = {}
-    for name, check in CHECKS.items():
-        try:
-            check("cpu")
-            outcome[name] = "ok"
-        except Exception:
-            outcome[name] = traceback.format_exc()
-    return outcome
-
-
 # ---- the jit bodies ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # small matrices
-    command = [sys.executable, "-W", "ignore::RuntimeWarning", str(Path(__file__))]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    outcome: dict[str, str] = json.loads(done.stdout)
-    return outcome
+    threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # small matrices
+    return run_in_interpreter(__file__, **threads)
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -333,12 +335,12 @@ def test_jit_bodies_in_interpreter(name: str, interpreted: dict[str, str]) -> No
 
 
 @pytest.mark.parametrize("name", CHECKS)
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 def test_jit_bodies_on_gpu(name: str) -> None:
     CHECKS[name]("cuda")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @pytest.mark.parametrize("shape", ["8b", "smollm2"])
 def test_the_benchmarks_own_check(shape: str) -> None:
     """Every one of 1,100 positions, in bfloat16 and in the shape of a real model."""
@@ -358,7 +360,7 @@ def load_benchmark() -> Any:
     return module
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 def test_decode_replays_in_a_cuda_graph() -> None:
     """Captured once, the kernels follow the lengths and queries that are there at replay."""
     world = World("cuda", (600, 300))
@@ -372,10 +374,7 @@ def test_decode_replays_in_a_cuda_graph() -> None:
         plan_decode(paged.indptr, space)
         decode_attention(q, paged, world.scale, out, space)
 
-    step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    graph = captured(step)
     paged.indptr.copy_(torch.tensor([0, 600, 900]))
     graph.replay()
     assert torch.equal(out, world.decode([(0, 599), (1, 299)]))
@@ -408,28 +407,28 @@ def test_sums_of_rounded_weights_are_exact() -> None:
             assert torch.equal(halves[:, 0], exact)
 
 
-@pytest.mark.parametrize("head_size", attention.HEAD_SIZES)
+@pytest.mark.parametrize("head_size", attention_checks.HEAD_SIZES)
 def test_blocks_keep_what_the_bodies_assume(head_size: int) -> None:
     blocks = attention.blocks_for(head_size)
     assert blocks.keys <= 128  # so that a tile's weights sum exactly
     assert blocks.segment % blocks.keys == 0
-    assert blocks.decode.rows == attention.MOST_GROUPED
+    assert blocks.decode.rows == attention_checks.MOST_GROUPED
     tokens = (1, blocks.segment, blocks.segment + 1, 5 * blocks.segment)
     assert [segments_of(n, head_size) for n in tokens] == [1, 1, 2, 5]
 
 
-@pytest.mark.parametrize("head_size", attention.HEAD_SIZES)
+@pytest.mark.parametrize("head_size", attention_checks.HEAD_SIZES)
 def test_jit_bodies_compile_for_hopper(head_size: int) -> None:
     """Without a GPU: what the interpreter accepts the compiler may not."""
-    from test_kernels_top2 import hopper_ptx
-
     blocks = attention.blocks_for(head_size)
-    halves = dict.fromkeys(("q", "out", "k_buffer", "v_buffer"), "*bf16")
+    halves = dict.fromkeys(("q", "out", "k_buffer", "v_buffer", "k_new", "v_new"), "*bf16")
+    tile = f"tensordesc<bf16[{blocks.keys}, {head_size}]>"
+    halves |= dict.fromkeys(("k_tiles", "v_tiles"), tile)
     numbers = {"scale": "fp32", "table_stride": "i32", "rows": "i32", "capacity": "i32"}
     ints = dict.fromkeys(("page_table", "prefix_lens", "indptr", "firsts", "owners"), "*i32")
     longs = dict.fromkeys(("table_rows", "starts", "slots"), "*i64")
     types = {**halves, **numbers, **ints, **longs, "tops": "*fp32", "means": "*fp32"}
-    strides = {f"stride_{name}": 8 * head_size for name in "qokv"}
+    strides = {f"stride_{name}": 8 * head_size for name in (*"qokv", "k_new", "v_new")}
     sizes = {"head_size": head_size, "heads": 8, "group": 4, "SEGMENT": blocks.segment}
     known: dict[str, object] = {**strides, **sizes, "BLOCK_N": blocks.keys, "BLOCK": 32}
     extend, decode = ({**known, "BLOCK_M": each.rows} for each in (blocks.extend, blocks.decode))
@@ -438,7 +437,16 @@ def test_jit_bodies_compile_for_hopper(head_size: int) -> None:
         own = {name: value for name, value in constants.items() if name in kernel.arg_names}
         return hopper_ptx(kernel, types, own, warps)
 
-    assert "wgmma.mma_async" in ptx(attention_triton.extend, extend, blocks.extend.warps)
+    kernel = attention_prefill_triton.extend
+    tiles = {**extend, "KIND": attention_triton.TILES.value}
+    own = {name: value for name, value in tiles.items() if name in kernel.arg_names}
+    compiled = for_hopper(kernel, types, own, blocks.extend.warps, blocks.extend.stages)
+    assert "wgmma.mma_async" in compiled.asm["ptx"]
+    assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
+    programs = 2 if head_size <= 128 else 1  # that fit an SM's shared memory
+    assert programs * (compiled.metadata.shared + HOPPER_PER_PROGRAM) <= HOPPER_SHARED
+    types |= dict.fromkeys(("k_tiles", "v_tiles"), "*bf16")
+    assert ptx(kernel, {**extend, "KIND": attention_triton.FLAT.value}, blocks.extend.warps)
     assert "mma.sync" in ptx(attention_triton.decode, decode, blocks.decode.warps)
     assert ptx(attention_triton.add_up, known, 1)
     assert ptx(attention_triton.plan, known, 4)
@@ -483,7 +491,10 @@ def call(kernel: str, **given: Any) -> None:
         empty = torch.zeros(0, dtype=torch.int64)
         rows, starts = given.get("table_rows", empty), given.get("starts", torch.zeros(1))
         table = given.get("table", torch.zeros(1, 9, dtype=torch.int32))
-        extend_attention(q, k, v, Chunks(table, rows, starts, empty, 0), 0.1, out)
+        new = given.get("new", k[: len(q)])
+        columns = Columns(k, v, new, v[: len(q)])
+        scale = given.get("scale", 0.1)
+        extend_attention(q, columns, Chunks(table, rows, starts, empty, 0), scale, out)
     else:
         space = decode_workspace(4, 4, given["heads"], 64, "cpu")
         indptr = given.get("indptr", torch.tensor([0, 4, 9], dtype=torch.int32))
@@ -498,6 +509,9 @@ def call(kernel: str, **given: Any) -> None:
         ("extend", {"table": torch.zeros(9, 2).t()}, "page_table has gaps along its positions"),
         ("decode", {"indptr": torch.zeros(6, dtype=torch.int32)[::2]}, "indptr has gaps; pass ind"),
         ("decode", {"indptr": torch.zeros(5)}, "indptr has 5 entries; 2 rows need one more"),
+        ("extend", {"scale": 0.0}, "scale is 0.0; it must be above 0"),
+        ("extend", {"new": KV[:2, :, ::2]}, r"k is torch.float16 \[2, 2, 32\]; these tokens need"),
+        ("extend", {"new": KV[:4:2]}, "k has gaps; pass k.contiguous"),
         ("decode", {"heads": 8}, r"workspace is for .* \[8, 64\], not \[4, 64\]"),
         ("decode", {"k": KV[:, :1].repeat(1, 3, 1)}, "4 heads cannot share 3"),
     ],
@@ -523,4 +537,5 @@ def test_more_heads_than_a_group_may_have() -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run_checks()))
+    triton.runtime.interpreter.InterpreterBuilder.create_dot = exact_dot
+    print(json.dumps(run_checks(CHECKS, attention_triton.decode)))

@@ -7,18 +7,20 @@ prints one JSON object. With a GPU the same checks run on it as well.
 
 import json
 import math
-import os
-import subprocess
-import sys
-import traceback
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jit_bodies import (
+    captured,
+    checks_in,
+    hopper_ptx,
+    needs_gpu,
+    run_checks,
+    run_in_interpreter,
+)
 
 from margingate_kernels import (
     Top2,
@@ -227,24 +229,7 @@ def check_buffers(device: str) -> None:
     assert [len(field) for field in run_body(logits[:0])] == [0] * 4
 
 
-CHECKS: dict[str, Callable[[str], None]] = {
-    name.removeprefix("check_"): check
-    for name, check in list(globals().items())
-    if name.startswith("check_")
-}
-
-
-def run_checks() -> dict[str, str]:
-    """Every check on CPU tensors, in the interpreter: its name and "ok" or the traceback."""
-    assert isinstance(top2_triton.scan_parts, triton.runtime.interpreter.InterpretedFunction)
-    outcome = {}
-    for name, check in CHECKS.items():
-        try:
-            check("cpu")
-            outcome[name] = "ok"
-        except Exception:
-            outcome[name] = traceback.format_exc()
-    return outcome
+CHECKS = checks_in(globals())
 
 
 # ---- the jit body ------------------------------------------------------------------------------
@@ -252,14 +237,7 @@ def run_checks() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-W", "ignore::RuntimeWarning", str(Path(__file__))]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    outcome: dict[str, str] = json.loads(done.stdout)
-    return outcome
+    return run_in_interpreter(__file__)
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -268,19 +246,16 @@ def test_jit_body_in_interpreter(name: str, interpreted: dict[str, str]) -> None
 
 
 @pytest.mark.parametrize("name", CHECKS)
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 def test_jit_body_on_gpu(name: str) -> None:
     CHECKS[name]("cuda")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 def test_replays_in_a_cuda_graph() -> None:
     logits = random_logits(4, 49152, torch.bfloat16, "cuda")
     out, workspace = empty_top2(4, "cuda"), top2_workspace(4, 49152, "cuda")
-    softmax_top2(logits, out, workspace)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        softmax_top2(logits, out, workspace)
+    graph = captured(lambda: softmax_top2(logits, out, workspace))
     logits.copy_(logits.flip(1))
     graph.replay()
     assert_same_bits(out, softmax_top2(logits))
@@ -314,17 +289,6 @@ def test_jit_bodies_compile_for_hopper(vocab: int, group: int) -> None:
     padded = {"padded_parts": triton.next_power_of_2(parts)}
     merge = hopper_ptx(top2_triton.merge_parts, {**pointers, **out}, {**plan, **padded}, 1)
     assert merge.index("griddepcontrol.wait") < merge.index("ld.global")
-
-
-def hopper_ptx(
-    kernel: object, types: dict[str, str], constants: dict[str, object], warps: int
-) -> str:
-    names = kernel.arg_names  # type: ignore[attr-defined]
-    signature = {name: types.get(name, "constexpr") for name in names}
-    source = triton.compiler.ASTSource(kernel, signature, constants, {})
-    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-    ptx: str = triton.compile(source, target=target, options={"num_warps": warps}).asm["ptx"]
-    return ptx
 
 
 @given(st.integers(1, 2**22))
@@ -454,4 +418,4 @@ def test_errors(logits: object, keywords: dict, error: type[Exception], message:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run_checks()))
+    print(json.dumps(run_checks(CHECKS, top2_triton.scan_parts)))

@@ -18,6 +18,7 @@ from margingate.runtime import attention, own_attention
 from margingate.runtime.own_attention import MOST_ROWS, OwnAttention, of, unfit
 from margingate.runtime.verifier import RowInput, Verifier
 from margingate_kernels import segments_of
+from margingate_kernels.attention import ARITHMETIC
 
 HEADS, KV_HEADS, SIZE = 4, 2, 64
 CONTEXT, POOL = 1000, 2000  # tokens
@@ -210,7 +211,7 @@ def test_the_backend_is_told_of_one_split(kernels: Kernels):
     splits = torch.full((3,), 7, dtype=torch.int32)
     backend.get_num_kv_splits(splits, torch.tensor([1, 500, 9]))
     assert splits.tolist() == [1, 1, 1]
-    assert attention.split_of(backend) == own.record() == [64, SEGMENT]
+    assert attention.split_of(backend) == own.record() == [ARITHMETIC, 64, SEGMENT]
 
 
 def test_a_forward_is_planned_once_and_all_its_layers_attend(kernels: Kernels):
@@ -297,8 +298,9 @@ def extend(backend: TritonAttnBackend, runner: Any, batch: Any, **extras: Any) -
 def test_a_prefill_is_told_whose_each_token_is(kernels: Kernels):
     backend, _, runner = make()
     out = extend(backend, runner, prefill_batch())
-    ((_, keys, values, chunks, scale, given),) = kernels.extends
-    assert given is out and keys is values and scale == 0.125
+    ((_, (keys, values, new, new_values), chunks, scale, given),) = kernels.extends
+    assert given is out and keys is values and new is new_values and scale == 0.125
+    assert len(keys) == POOL and len(new) == 5
     assert chunks.page_table is runner.req_to_token_pool.req_to_token
     assert chunks.table_rows.tolist() == [4, 2] and chunks.prefix_lens.tolist() == [5, 0]
     assert chunks.starts.tolist() == [0, 3, 5] and chunks.longest == 3

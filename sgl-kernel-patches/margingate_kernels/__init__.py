@@ -1,16 +1,15 @@
 """Small GPU kernels for MarginGate: each is a jit body, a checked wrapper and a torch oracle."""
 
 from margingate_kernels.attention import (
-    Chunks,
     DecodeWorkspace,
     Paged,
-    attention_reference,
     decode_attention,
     decode_workspace,
-    extend_attention,
     plan_decode,
     segments_of,
 )
+from margingate_kernels.attention_checks import attention_reference
+from margingate_kernels.attention_prefill import Chunks, Columns, extend_attention
 from margingate_kernels.seeded import Draws, SeededTop2, gumbel, seeded_top2
 from margingate_kernels.top2 import (
     Top2,
@@ -23,6 +22,7 @@ from margingate_kernels.top2 import (
 
 __all__ = [
     "Chunks",
+    "Columns",
     "DecodeWorkspace",
     "Draws",
     "Paged",

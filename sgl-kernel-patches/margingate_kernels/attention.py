@@ -18,12 +18,16 @@ import torch
 import triton
 
 from margingate_kernels import attention_triton
+from margingate_kernels.attention_checks import (
+    check_contiguous,
+    check_head_size,
+    check_heads,
+    check_scale,
+)
 
-_DTYPES = (torch.bfloat16, torch.float16)
-HEAD_SIZES = (64, 128, 256)
-MOST_GROUPED = 16  # heads that share a K/V head
+ARITHMETIC = 2  # counts changes of a row's bits from version to version
 PROGRAMS_PER_SM = 16  # of decode, more than fit at once, so that none waits for long
-_LOG2_E = 1.4426950408889634
+LOG2_E = 1.4426950408889634
 
 
 class Cut(NamedTuple):
@@ -89,7 +93,7 @@ def decode_workspace(
     Raises:
         ValueError: a head size that the kernels do not know.
     """
-    _check_head_size(head_size)
+    check_head_size(head_size)
     sms = 1
     if torch.device(device).type == "cuda":
         sms = torch.cuda.get_device_properties(device).multi_processor_count
@@ -141,16 +145,17 @@ def decode_attention(
     Args:
         q: bfloat16 or float16 [R, heads, head_size], heads and lanes contiguous.
         paged: keys and values, this row's own included.
-        scale: of the scores.
+        scale: of the scores, above 0.
         out: as q; overwritten and returned.
 
     Raises:
         TypeError, ValueError: an argument of a wrong dtype or shape.
     """
-    _check_heads(q, out, paged.k_buffer, paged.v_buffer)
+    check_heads(q, out, paged.k_buffer, paged.v_buffer)
+    check_scale(scale)
     if len(paged.indptr) != len(q) + 1:
         raise ValueError(f"indptr has {len(paged.indptr)} entries; {len(q)} rows need one more.")
-    _check_contiguous(slots=paged.slots, indptr=paged.indptr)
+    check_contiguous(slots=paged.slots, indptr=paged.indptr)
     if workspace.segments.means.shape[1:] != q.shape[1:]:
         raise ValueError(
             f"the workspace is for [heads, head_size] {list(workspace.segments.means.shape[1:])}, "
@@ -172,7 +177,7 @@ def _launch_decode(
         *segments,
         rows,
         capacity,
-        scale * _LOG2_E,
+        scale * LOG2_E,
         q.stride(0),
         paged.k_buffer.stride(0),
         paged.v_buffer.stride(0),
@@ -197,143 +202,3 @@ def _launch_decode(
         32,
         num_warps=1,
     )
-
-
-class Chunks(NamedTuple):
-    """Which tokens of a prefill forward are whose: sequences behind each other."""
-
-    page_table: torch.Tensor  # int32 [requests, positions]: slots
-    table_rows: torch.Tensor  # int64 [sequences]: rows of the page table
-    starts: torch.Tensor  # int32 or int64 [sequences + 1]: first token of each
-    prefix_lens: torch.Tensor  # int32 or int64 [sequences]: positions before that token
-    longest: int  # at least the tokens of the longest sequence
-
-
-def extend_attention(  # noqa: PLR0917
-    q: torch.Tensor,
-    k_buffer: torch.Tensor,
-    v_buffer: torch.Tensor,
-    chunks: Chunks,
-    scale: float,
-    out: torch.Tensor,
-) -> torch.Tensor:
-    """Attend the tokens of some chunks of prompts, each to its own and all earlier keys.
-
-    Neither allocates nor synchronises.
-
-    Args:
-        q: bfloat16 or float16 [tokens, heads, head_size], heads and lanes contiguous.
-        k_buffer: [pool slots, K/V heads, head_size], the chunks' own keys included.
-        v_buffer: as k_buffer.
-        scale: of the scores.
-        out: as q; overwritten and returned. Tokens behind the last sequence are left alone.
-
-    Raises:
-        TypeError, ValueError: an argument of a wrong dtype or shape.
-    """
-    _check_heads(q, out, k_buffer, v_buffer)
-    sequences = len(chunks.prefix_lens)
-    if len(chunks.starts) != sequences + 1 or len(chunks.table_rows) != sequences:
-        raise ValueError(
-            f"{sequences} sequences need as many table_rows, not {len(chunks.table_rows)}, and one "
-            f"entry more of starts, not {len(chunks.starts)}."
-        )
-    _check_contiguous(
-        table_rows=chunks.table_rows, starts=chunks.starts, prefix_lens=chunks.prefix_lens
-    )
-    if chunks.page_table.stride(1) != 1:
-        raise ValueError("page_table has gaps along its positions; pass it contiguous.")
-    _launch_extend(q, k_buffer, v_buffer, chunks, scale, out)
-    return out
-
-
-def _launch_extend(  # noqa: PLR0917
-    q: torch.Tensor,
-    k_buffer: torch.Tensor,
-    v_buffer: torch.Tensor,
-    chunks: Chunks,
-    scale: float,
-    out: torch.Tensor,
-) -> None:
-    heads, head_size = q.shape[1:]
-    blocks = blocks_for(head_size)
-    row_blocks = triton.cdiv(chunks.longest, blocks.extend.rows)
-    attention_triton.extend[(row_blocks, heads, len(chunks.prefix_lens))](
-        q,
-        out,
-        k_buffer,
-        v_buffer,
-        chunks.page_table,
-        chunks.page_table.stride(0),
-        chunks.table_rows,
-        chunks.starts,
-        chunks.prefix_lens,
-        scale * _LOG2_E,
-        q.stride(0),
-        out.stride(0),
-        k_buffer.stride(0),
-        v_buffer.stride(0),
-        heads // k_buffer.shape[1],
-        head_size,
-        blocks.extend.rows,
-        blocks.keys,
-        blocks.segment,
-        num_warps=blocks.extend.warps,
-        num_stages=blocks.extend.stages,
-    )
-
-
-def attention_reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """The oracle, in float64: the last len(q) positions of a sequence of len(k).
-
-    Args:
-        q: [tokens, heads, head_size]; k, v: [positions, K/V heads, head_size].
-    """
-    group = q.shape[1] // k.shape[1]
-    keys, values = (t.double().repeat_interleave(group, 1) for t in (k, v))
-    scores = torch.einsum("thd,phd->htp", q.double(), keys) * scale
-    tokens, positions = scores.shape[1:]
-    last = torch.arange(positions - tokens, positions, device=q.device)
-    seen = torch.arange(positions, device=q.device)[None, :] <= last[:, None]
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-    return torch.einsum("htp,phd->thd", weights, values)
-
-
-def _check_head_size(head_size: int) -> None:
-    if head_size not in HEAD_SIZES:
-        raise ValueError(f"head_size is {head_size}; the kernels are for {HEAD_SIZES}.")
-
-
-def _check_contiguous(**tensors: torch.Tensor) -> None:
-    for name, tensor in tensors.items():
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} has gaps; pass {name}.contiguous().")
-
-
-def _check_heads(
-    q: torch.Tensor, out: torch.Tensor, k_buffer: torch.Tensor, v_buffer: torch.Tensor
-) -> None:
-    if q.dtype not in _DTYPES:
-        raise TypeError(f"q has dtype {q.dtype}; cast to bfloat16 or float16.")
-    for name, tensor in (("out", out), ("k_buffer", k_buffer), ("v_buffer", v_buffer)):
-        if tensor.dtype != q.dtype:
-            raise TypeError(f"{name} has dtype {tensor.dtype}, q {q.dtype}; they must agree.")
-    for name, tensor in (("q", q), ("out", out), ("k_buffer", k_buffer), ("v_buffer", v_buffer)):
-        if tensor.dim() != 3 or tensor.stride()[1:] != (tensor.shape[2], 1):
-            raise ValueError(
-                f"{name} has shape {list(tensor.shape)} and strides {list(tensor.stride())}; pass "
-                "[tokens, heads, head_size] with contiguous heads."
-            )
-    if out.shape != q.shape:
-        raise ValueError(f"out has shape {list(out.shape)}, q {list(q.shape)}; they must agree.")
-    _check_head_size(q.shape[2])
-    heads, kv_heads = q.shape[1], k_buffer.shape[1]
-    if heads % kv_heads or heads // kv_heads > MOST_GROUPED:
-        raise ValueError(f"{heads} heads cannot share {kv_heads} K/V heads.")
-    if not q.shape[2] == k_buffer.shape[2] == v_buffer.shape[2] or v_buffer.shape[1] != kv_heads:
-        raise ValueError(
-            f"k_buffer is {list(k_buffer.shape)} and v_buffer {list(v_buffer.shape)}; both must "
-            f"have the K/V heads and head_size of {q.shape[2]}."
-        )

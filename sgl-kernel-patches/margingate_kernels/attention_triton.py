@@ -12,132 +12,89 @@ is done. What is masked is multiplied in as exactly 1 and added as exactly 0.
 import triton
 import triton.language as tl
 
-_NEG_INF = tl.constexpr(float("-inf"))
+NEG_INF = tl.constexpr(float("-inf"))
 _GRID = tl.constexpr(96.0)  # float32 from 64 to 128 are multiples of 2**-17
+_GRID_BITS = tl.constexpr(0x42C00000)  # of _GRID as a whole number; 1 more is 2**-17 more
+PAGED, FLAT, TILES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # see `columns`
 _OWNERS = tl.constexpr(128)  # segments that `plan` writes at a time
 _UNROLLED = tl.constexpr(8)  # segments that `add_up` reads at a time
 
 
 @triton.jit
-def _power_of_two(x: tl.tensor) -> tl.tensor:
+def power_of_two(x: tl.tensor) -> tl.tensor:
     """2**x for whole x <= 0, exactly; 0 below -126 and for -inf."""
     exponent = tl.maximum(x, -127.0).to(tl.int32) + 127
     return (exponent << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _tile(  # noqa: PLR0917
+def columns_of(  # noqa: PLR0917
+    tile: tl.tensor,  # its first key
+    end: tl.tensor,  # keys from here on do not exist
+    slots: tl.tensor,  # PAGED: pointer to the slot of key 0
+    k_at: tl.tensor,  # pointer to slot 0 (PAGED) or key 0 (FLAT) of this K/V head, or a descriptor
+    v_at: tl.tensor,
+    row: tl.tensor,  # TILES: of key 0
+    column: tl.tensor,  # TILES: of this K/V head
+    stride_k: tl.constexpr,
+    stride_v: tl.constexpr,
+    head_size: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # noqa: N803
+    KIND: tl.constexpr,  # noqa: N803
+    MASKED: tl.constexpr,  # noqa: N803
+) -> tuple[tl.tensor, tl.tensor]:
+    """A tile's keys [head_size, BLOCK_N] and values [BLOCK_N, head_size]; 0 where none exist."""
+    if KIND == TILES:
+        k, v = k_at.load([row + tile, column]).T, v_at.load([row + tile, column])
+    else:
+        lanes = tl.arange(0, head_size)
+        rows = tile + tl.arange(0, BLOCK_N)
+        exists = rows < end
+        if KIND == PAGED:
+            rows = tl.load(slots + rows, mask=exists, other=0) if MASKED else tl.load(slots + rows)
+        rows = rows.to(tl.int64)
+        k_from = k_at + rows[None, :] * stride_k + lanes[:, None]
+        v_from = v_at + rows[:, None] * stride_v + lanes[None, :]
+        if MASKED:
+            k = tl.load(k_from, mask=exists[None, :], other=0.0)
+            v = tl.load(v_from, mask=exists[:, None], other=0.0)
+        else:
+            k, v = tl.load(k_from), tl.load(v_from)
+    return k, v
+
+
+@triton.jit
+def add_tile(  # noqa: PLR0917
     top: tl.tensor,  # float32 [rows]: what the scores so far were held against; whole, or -inf
     total: tl.tensor,  # float32 [rows]: sum of the weights
     mean: tl.tensor,  # float32 [rows, head_size]: sum of the weighted values
     queries: tl.tensor,  # [rows, head_size]
     positions: tl.tensor,  # int32 [rows]: the last key that each sees
-    tile: tl.tensor,  # its first key
-    end: tl.tensor,  # keys from here on do not exist
-    slots: tl.tensor,  # pointer to the slot of key 0
-    k_head: tl.tensor,  # pointers to slot 0 of this K/V head
-    v_head: tl.tensor,
-    stride_k: tl.constexpr,
-    stride_v: tl.constexpr,
-    scale: tl.float32,
-    head_size: tl.constexpr,
+    tile: tl.tensor,  # the first key
+    k: tl.tensor,  # [head_size, BLOCK_N]
+    v: tl.tensor,  # [BLOCK_N, head_size]
+    scale: tl.float32,  # above 0
     BLOCK_N: tl.constexpr,  # noqa: N803
+    MASKED: tl.constexpr,  # noqa: N803
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Add a tile of keys to a segment's sums."""
-    lanes = tl.arange(0, head_size)
-    keys = tile + tl.arange(0, BLOCK_N)
-    exists = keys < end
-    slot = tl.load(slots + keys, mask=exists, other=0).to(tl.int64)
-    k = tl.load(k_head + slot[None, :] * stride_k + lanes[:, None], mask=exists[None, :], other=0.0)
-    scores = tl.dot(queries, k) * scale
-    scores = tl.where(keys[None, :] <= positions[:, None], scores, _NEG_INF)
-    higher = tl.maximum(top, tl.ceil(tl.max(scores, 1)))
-    base = tl.where(higher == _NEG_INF, 0.0, higher)
-    weights = tl.exp2(scores - base[:, None])
-    carry = _power_of_two(top - base)
-    # Rounded to multiples of 2**-17, up to 128 weights sum exactly, in any order.
-    total = total * carry + tl.sum((weights + _GRID) - _GRID, 1)
-    v = tl.load(v_head + slot[:, None] * stride_v + lanes[None, :], mask=exists[:, None], other=0.0)
+    """Add a tile of keys to a segment's sums; not MASKED: all rows see all of it."""
+    scores = tl.dot(queries, k)
+    if MASKED:
+        keys = tile + tl.arange(0, BLOCK_N)
+        scores = tl.where(keys[None, :] <= positions[:, None], scores, NEG_INF)
+    higher = tl.maximum(top, tl.ceil(tl.max(scores, 1) * scale))
+    base = tl.where(higher == NEG_INF, 0.0, higher)
+    # The compiler may not choose between one rounding and two: it would differ from loop to loop.
+    scales = tl.full(scores.shape, 0.0, tl.float32) + scale
+    weights = tl.exp2(tl.fma(scores, scales, tl.broadcast_to(-base[:, None], scores.shape)))
+    carry = power_of_two(top - base)
+    # Rounded to multiples of 2**-17, up to 128 weights sum exactly, in any order: as whole numbers,
+    # modulo 2**32.
+    bits = (weights + _GRID).to(tl.int32, bitcast=True)
+    zeros: tl.constexpr = (BLOCK_N * _GRID_BITS + 2**31) % 2**32 - 2**31
+    total = total * carry + (tl.sum(bits, 1) - zeros).to(tl.float32) * (2.0**-17)
     mean = tl.dot(weights.to(v.dtype), v, mean * carry[:, None])
     return higher, total, mean
-
-
-@triton.jit(do_not_specialize=["table_stride"])
-def extend(  # noqa: PLR0917
-    q: tl.tensor,  # [tokens, heads, head_size]
-    out: tl.tensor,  # as q
-    k_buffer: tl.tensor,  # [slots, K/V heads, head_size]
-    v_buffer: tl.tensor,  # as k_buffer
-    page_table: tl.tensor,  # int32 [requests, positions]: slots
-    table_stride: tl.tensor,
-    table_rows: tl.tensor,  # int64 [sequences]: rows of the page table
-    starts: tl.tensor,  # [sequences + 1]: first token of each in q
-    prefix_lens: tl.tensor,  # [sequences]: positions before the first of these tokens
-    scale: tl.float32,  # of the scores, times log2(e)
-    stride_q: tl.constexpr,  # elements from token to token
-    stride_o: tl.constexpr,
-    stride_k: tl.constexpr,  # from slot to slot
-    stride_v: tl.constexpr,
-    group: tl.constexpr,  # heads per K/V head
-    head_size: tl.constexpr,
-    BLOCK_M: tl.constexpr,  # noqa: N803
-    BLOCK_N: tl.constexpr,  # noqa: N803
-    SEGMENT: tl.constexpr,  # noqa: N803
-) -> None:
-    """A program attends a block of one request's rows in one head."""
-    # The last blocks have most keys: they go first.
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    head, sequence = tl.program_id(1), tl.program_id(2)
-    start = tl.load(starts + sequence)
-    length = (tl.load(starts + sequence + 1) - start).to(tl.int32)
-    if block * BLOCK_M >= length:
-        return
-    prefix = tl.load(prefix_lens + sequence).to(tl.int32)
-    slots = page_table + tl.load(table_rows + sequence).to(tl.int64) * table_stride
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    positions = prefix + rows
-    lanes = tl.arange(0, head_size)
-    tokens = (start.to(tl.int64) + rows)[:, None]
-    columns = head * head_size + lanes[None, :]
-    queries = tl.load(q + tokens * stride_q + columns, mask=rows[:, None] < length, other=0.0)
-    offset = (head // group) * head_size
-    end = prefix + tl.minimum(length, (block + 1) * BLOCK_M)
-
-    top = tl.full([BLOCK_M], _NEG_INF, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    mean = tl.zeros([BLOCK_M, head_size], tl.float32)
-    for segment in range(0, end, SEGMENT):
-        own_top = tl.full([BLOCK_M], _NEG_INF, tl.float32)
-        own_total = tl.zeros([BLOCK_M], tl.float32)
-        own_mean = tl.zeros([BLOCK_M, head_size], tl.float32)
-        for tile in range(segment, tl.minimum(segment + SEGMENT, end), BLOCK_N):
-            own_top, own_total, own_mean = _tile(
-                own_top,
-                own_total,
-                own_mean,
-                queries,
-                positions,
-                tile,
-                end,
-                slots,
-                k_buffer + offset,
-                v_buffer + offset,
-                stride_k,
-                stride_v,
-                scale,
-                head_size,
-                BLOCK_N,
-            )
-        higher = tl.maximum(top, own_top)
-        before, now = _power_of_two(top - higher), _power_of_two(own_top - higher)
-        total = total * before + own_total * now
-        mean = mean * before[:, None] + own_mean * now[:, None]
-        top = higher
-    tl.store(
-        out + tokens * stride_o + columns,
-        (mean / total[:, None]).to(out.dtype.element_ty),
-        mask=rows[:, None] < length,
-    )
 
 
 @triton.jit(do_not_specialize=["rows", "capacity"])
@@ -212,26 +169,16 @@ def decode(  # noqa: PLR0917
             other=0.0,
         )
         positions = tl.full([BLOCK_M], length - 1, tl.int32)
-        top = tl.full([BLOCK_M], _NEG_INF, tl.float32)
+        top = tl.full([BLOCK_M], NEG_INF, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         mean = tl.zeros([BLOCK_M, head_size], tl.float32)
         for tile in range(first, end, BLOCK_N):
-            top, total, mean = _tile(
-                top,
-                total,
-                mean,
-                queries,
-                positions,
-                tile,
-                end,
-                slots + start,
-                k_buffer + of * head_size,
-                v_buffer + of * head_size,
-                stride_k,
-                stride_v,
-                scale,
-                head_size,
-                BLOCK_N,
+            k, v = columns_of(
+                *(tile, end, slots + start, k_buffer + of * head_size, v_buffer + of * head_size),
+                *(0, 0, stride_k, stride_v, head_size, BLOCK_N, PAGED, True),
+            )
+            top, total, mean = add_tile(
+                *(top, total, mean, queries, positions, tile, k, v, scale, BLOCK_N, True)
             )
         at = (segment * heads + its_heads).to(tl.int64)
         tl.store(tops + at * 2, top, mask=real)
@@ -262,18 +209,18 @@ def add_up(  # noqa: PLR0917
     if last > capacity:
         tl.store(target, tl.full([head_size], float("nan"), tl.float32).to(out.dtype.element_ty))
         return
-    top = tl.full([], _NEG_INF, tl.float32)
+    top = tl.full([], NEG_INF, tl.float32)
     for i in range(first, last, BLOCK):
         at = ((i + tl.arange(0, BLOCK)) * heads + head).to(tl.int64)
         inside = i + tl.arange(0, BLOCK) < last
-        top = tl.maximum(top, tl.max(tl.load(tops + at * 2, mask=inside, other=_NEG_INF), 0))
+        top = tl.maximum(top, tl.max(tl.load(tops + at * 2, mask=inside, other=NEG_INF), 0))
     total = tl.zeros([], tl.float32)
     mean = tl.zeros([head_size], tl.float32)
     for i in range(first, last, _UNROLLED):
         for j in tl.static_range(_UNROLLED):
             at = ((i + j) * heads + head).to(tl.int64)
             inside = i + j < last
-            now = _power_of_two(tl.load(tops + at * 2, mask=inside, other=_NEG_INF) - top)
+            now = power_of_two(tl.load(tops + at * 2, mask=inside, other=NEG_INF) - top)
             total += now * tl.load(tops + at * 2 + 1, mask=inside, other=0.0)
             mean += now * tl.load(means + at * head_size + lanes, mask=inside, other=0.0)
     tl.store(target, (mean / total).to(out.dtype.element_ty))

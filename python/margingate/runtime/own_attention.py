@@ -17,6 +17,7 @@ from margingate.config import GateError
 from margingate.runtime.instance_patches import ON_TRITON, check_instance
 from margingate_kernels import (
     Chunks,
+    Columns,
     DecodeWorkspace,
     Paged,
     decode_attention,
@@ -25,7 +26,8 @@ from margingate_kernels import (
     plan_decode,
     segments_of,
 )
-from margingate_kernels.attention import HEAD_SIZES, MOST_GROUPED
+from margingate_kernels.attention import ARITHMETIC
+from margingate_kernels.attention_checks import HEAD_SIZES, MOST_GROUPED
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +89,7 @@ class OwnAttention:
 
     def record(self) -> list[int]:
         """What the bits depend on."""
-        return [self._workspace.blocks.keys, self._workspace.blocks.segment]
+        return [ARITHMETIC, self._workspace.blocks.keys, self._workspace.blocks.segment]
 
     def _make_workspace(self, rows: int) -> DecodeWorkspace:
         segments = min(rows * self._longest, SHARED * self._pool + self._longest + rows)
@@ -141,8 +143,8 @@ class OwnAttention:
     def _attend_chunks(  # noqa: PLR0917
         self,
         q: torch.Tensor,
-        _k: torch.Tensor,
-        _v: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
         out: torch.Tensor,
         k_buffer: torch.Tensor,
         v_buffer: torch.Tensor,
@@ -171,7 +173,7 @@ class OwnAttention:
             batch.extend_prefix_lens,
             longest,
         )
-        extend_attention(q, k_buffer, v_buffer, chunks, scale, out)
+        extend_attention(q, Columns(k_buffer, v_buffer, k, v), chunks, scale, out)
 
 
 def _rows(workspace: DecodeWorkspace) -> int:

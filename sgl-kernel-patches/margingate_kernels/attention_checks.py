@@ -1,0 +1,74 @@
+"""What the attention kernels take, and the oracle that they are held to."""
+
+from __future__ import annotations
+
+import torch
+
+_DTYPES = (torch.bfloat16, torch.float16)
+HEAD_SIZES = (64, 128, 256)
+MOST_GROUPED = 16  # heads that share a K/V head
+
+
+def attention_reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """The oracle, in float64: the last len(q) positions of a sequence of len(k).
+
+    Args:
+        q: [tokens, heads, head_size]; k, v: [positions, K/V heads, head_size].
+    """
+    group = q.shape[1] // k.shape[1]
+    keys, values = (t.double().repeat_interleave(group, 1) for t in (k, v))
+    scores = torch.einsum("thd,phd->htp", q.double(), keys) * scale
+    tokens, positions = scores.shape[1:]
+    last = torch.arange(positions - tokens, positions, device=q.device)
+    seen = torch.arange(positions, device=q.device)[None, :] <= last[:, None]
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.einsum("htp,phd->thd", weights, values)
+
+
+def check_head_size(head_size: int) -> None:
+    """Raises ValueError where the kernels do not know it."""
+    if head_size not in HEAD_SIZES:
+        raise ValueError(f"head_size is {head_size}; the kernels are for {HEAD_SIZES}.")
+
+
+def check_scale(scale: float) -> None:
+    """Raises ValueError."""
+    if not scale > 0:
+        raise ValueError(f"scale is {scale}; it must be above 0.")
+
+
+def check_contiguous(**tensors: torch.Tensor) -> None:
+    """Raises ValueError, naming the tensor."""
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has gaps; pass {name}.contiguous().")
+
+
+def check_heads(
+    q: torch.Tensor, out: torch.Tensor, k_buffer: torch.Tensor, v_buffer: torch.Tensor
+) -> None:
+    """Raises TypeError or ValueError where the tensors do not fit each other or the kernels."""
+    if q.dtype not in _DTYPES:
+        raise TypeError(f"q has dtype {q.dtype}; cast to bfloat16 or float16.")
+    for name, tensor in (("out", out), ("k_buffer", k_buffer), ("v_buffer", v_buffer)):
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}, q {q.dtype}; they must agree.")
+    for name, tensor in (("q", q), ("out", out), ("k_buffer", k_buffer), ("v_buffer", v_buffer)):
+        if tensor.dim() != 3 or tensor.stride()[1:] != (tensor.shape[2], 1):
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)} and strides {list(tensor.stride())}; pass "
+                "[tokens, heads, head_size] with contiguous heads."
+            )
+    if out.shape != q.shape:
+        raise ValueError(f"out has shape {list(out.shape)}, q {list(q.shape)}; they must agree.")
+    check_head_size(q.shape[2])
+    heads, kv_heads = q.shape[1], k_buffer.shape[1]
+    if heads % kv_heads or heads // kv_heads > MOST_GROUPED:
+        raise ValueError(f"{heads} heads cannot share {kv_heads} K/V heads.")
+    if not q.shape[2] == k_buffer.shape[2] == v_buffer.shape[2] or v_buffer.shape[1] != kv_heads:
+        raise ValueError(
+            f"k_buffer is {list(k_buffer.shape)} and v_buffer {list(v_buffer.shape)}; both must "
+            f"have the K/V heads and head_size of {q.shape[2]}."
+        )

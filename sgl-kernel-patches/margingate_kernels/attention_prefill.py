@@ -1,0 +1,123 @@
+"""Attention of prefill; see attention.py, whose decode gives a row the same bits."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from margingate_kernels import attention, attention_prefill_triton, attention_triton
+from margingate_kernels.attention_checks import check_contiguous, check_heads, check_scale
+
+
+class Chunks(NamedTuple):
+    """Which tokens of a prefill forward are whose: sequences behind each other."""
+
+    page_table: torch.Tensor  # int32 [requests, positions]: slots
+    table_rows: torch.Tensor  # int64 [sequences]: rows of the page table
+    starts: torch.Tensor  # int32 or int64 [sequences + 1]: first token of each
+    prefix_lens: torch.Tensor  # int32 or int64 [sequences]: positions before that token
+    longest: int  # at least the tokens of the longest sequence
+
+
+class Columns(NamedTuple):
+    """A layer's keys and values in a prefill forward."""
+
+    k_buffer: torch.Tensor  # [pool slots, K/V heads, head_size], the chunks' own included
+    v_buffer: torch.Tensor  # as k_buffer
+    k: torch.Tensor  # [tokens, K/V heads, head_size], contiguous: the chunks' own, the same bits
+    v: torch.Tensor  # as k
+
+
+def extend_attention(
+    q: torch.Tensor, columns: Columns, chunks: Chunks, scale: float, out: torch.Tensor
+) -> torch.Tensor:
+    """Attend the tokens of some chunks of prompts, each to its own and all earlier keys.
+
+    Neither allocates nor synchronises.
+
+    Args:
+        q: bfloat16 or float16 [tokens, heads, head_size], heads and lanes contiguous.
+        columns: keys and values, in the pool and beside it.
+        scale: of the scores, above 0.
+        out: as q; overwritten and returned. Tokens behind the last sequence are left alone.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong dtype or shape.
+    """
+    check_heads(q, out, columns.k_buffer, columns.v_buffer)
+    check_scale(scale)
+    own = (len(q), *columns.k_buffer.shape[1:])
+    for name, tensor in (("k", columns.k), ("v", columns.v)):
+        if tensor.shape != own or tensor.dtype != q.dtype:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)}; these tokens need {q.dtype} "
+                f"{list(own)}."
+            )
+    sequences = len(chunks.prefix_lens)
+    if len(chunks.starts) != sequences + 1 or len(chunks.table_rows) != sequences:
+        raise ValueError(
+            f"{sequences} sequences need as many table_rows, not {len(chunks.table_rows)}, and one "
+            f"entry more of starts, not {len(chunks.starts)}."
+        )
+    check_contiguous(
+        k=columns.k,
+        v=columns.v,
+        table_rows=chunks.table_rows,
+        starts=chunks.starts,
+        prefix_lens=chunks.prefix_lens,
+    )
+    if chunks.page_table.stride(1) != 1:
+        raise ValueError("page_table has gaps along its positions; pass it contiguous.")
+    _launch_extend(q, columns, chunks, scale, out)
+    return out
+
+
+def _launch_extend(
+    q: torch.Tensor, columns: Columns, chunks: Chunks, scale: float, out: torch.Tensor
+) -> None:
+    heads, head_size = q.shape[1:]
+    blocks = attention.blocks_for(head_size)
+    tiles, kind = (columns.k, columns.v), attention_triton.FLAT
+    if _copies_tiles(q.device):
+        tiles = tuple(_tiles(each, blocks.keys) for each in (columns.k, columns.v))
+        kind = attention_triton.TILES
+    row_blocks = triton.cdiv(chunks.longest, blocks.extend.rows)
+    attention_prefill_triton.extend[(row_blocks, heads, len(chunks.prefix_lens))](
+        q,
+        out,
+        *columns,
+        *tiles,
+        chunks.page_table,
+        chunks.page_table.stride(0),
+        chunks.table_rows,
+        chunks.starts,
+        chunks.prefix_lens,
+        scale * attention.LOG2_E,
+        q.stride(0),
+        out.stride(0),
+        *(each.stride(0) for each in columns),
+        heads // columns.k_buffer.shape[1],
+        head_size,
+        blocks.extend.rows,
+        blocks.keys,
+        blocks.segment,
+        kind,
+        num_warps=blocks.extend.warps,
+        num_stages=blocks.extend.stages,
+    )
+
+
+@functools.cache
+def _copies_tiles(device: torch.device) -> bool:
+    """Whether the device copies a tile to shared memory by itself, as Hopper does."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _tiles(tensor: torch.Tensor, keys: int) -> TensorDescriptor:
+    """[tokens, heads, lanes] as a matrix of which a tile of some keys of a head is copied."""
+    tokens, heads, lanes = tensor.shape
+    return TensorDescriptor(tensor, [tokens, heads * lanes], [heads * lanes, 1], [keys, lanes])

@@ -1,0 +1,154 @@
+"""Triton body of `extend_attention`. Its arithmetic is that of attention_triton.py."""
+
+import triton
+import triton.language as tl
+
+from margingate_kernels.attention_triton import (
+    FLAT,
+    NEG_INF,
+    PAGED,
+    TILES,
+    add_tile,
+    columns_of,
+    power_of_two,
+)
+
+
+@triton.jit
+def _segment(  # noqa: PLR0917
+    top: tl.tensor,  # of the segments before, as `add_tile`
+    total: tl.tensor,
+    mean: tl.tensor,
+    queries: tl.tensor,
+    positions: tl.tensor,
+    first: tl.tensor,  # key
+    end: tl.tensor,
+    slots: tl.tensor,
+    k_at: tl.tensor,
+    v_at: tl.tensor,
+    row: tl.tensor,
+    column: tl.tensor,
+    scale: tl.float32,
+    stride_k: tl.constexpr,
+    stride_v: tl.constexpr,
+    head_size: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # noqa: N803
+    BLOCK_N: tl.constexpr,  # noqa: N803
+    SEGMENT: tl.constexpr,  # noqa: N803
+    KIND: tl.constexpr,  # noqa: N803
+    MASKED: tl.constexpr,  # noqa: N803
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Sum a segment up and add it to those before; not MASKED: all of it exists and is seen."""
+    own_top = tl.full([BLOCK_M], NEG_INF, tl.float32)
+    own_total = tl.zeros([BLOCK_M], tl.float32)
+    own_mean = tl.zeros([BLOCK_M, head_size], tl.float32)
+    last = first + SEGMENT
+    if MASKED:
+        last = tl.minimum(last, end)
+    # With one tile less in flight two programs fit an SM: these segments are the last ones.
+    for tile in tl.range(first, last, BLOCK_N, num_stages=2 if KIND == FLAT else None):
+        k, v = columns_of(
+            *(tile, end, slots, k_at, v_at, row, column),
+            *(stride_k, stride_v, head_size, BLOCK_N, KIND, MASKED),
+        )
+        own_top, own_total, own_mean = add_tile(
+            *(own_top, own_total, own_mean, queries, positions, tile, k, v, scale, BLOCK_N, MASKED)
+        )
+    higher = tl.maximum(top, own_top)
+    before, now = power_of_two(top - higher), power_of_two(own_top - higher)
+    total = total * before + own_total * now
+    return higher, total, mean * before[:, None] + own_mean * now[:, None]
+
+
+@triton.jit(do_not_specialize=["table_stride"])
+def extend(  # noqa: PLR0917
+    q: tl.tensor,  # [tokens, heads, head_size]
+    out: tl.tensor,  # as q
+    k_buffer: tl.tensor,  # [slots, K/V heads, head_size]
+    v_buffer: tl.tensor,  # as k_buffer
+    k_new: tl.tensor,  # [tokens, K/V heads, head_size]: what the pool has of these tokens
+    v_new: tl.tensor,  # as k_new
+    k_tiles: tl.tensor,  # k_new [tokens, K/V heads * head_size] as a descriptor, if KIND is TILES
+    v_tiles: tl.tensor,
+    page_table: tl.tensor,  # int32 [requests, positions]: slots
+    table_stride: tl.tensor,
+    table_rows: tl.tensor,  # int64 [sequences]: rows of the page table
+    starts: tl.tensor,  # [sequences + 1]: first token of each in q
+    prefix_lens: tl.tensor,  # [sequences]: positions before the first of these tokens
+    scale: tl.float32,  # of the scores, times log2(e)
+    stride_q: tl.constexpr,  # elements from token to token
+    stride_o: tl.constexpr,
+    stride_k: tl.constexpr,  # from slot to slot
+    stride_v: tl.constexpr,
+    stride_k_new: tl.constexpr,
+    stride_v_new: tl.constexpr,
+    group: tl.constexpr,  # heads per K/V head
+    head_size: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # noqa: N803
+    BLOCK_N: tl.constexpr,  # noqa: N803
+    SEGMENT: tl.constexpr,  # noqa: N803
+    KIND: tl.constexpr,  # noqa: N803
+) -> None:
+    """A program attends a block of one request's rows in one head.
+
+    Segments of old keys come from the pool by slot; those of new keys alone from `k_new`, which
+    takes neither slots nor an address a key. Only the last ones need a mask.
+    """
+    # The last blocks have most keys: they go first.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    head, sequence = tl.program_id(1), tl.program_id(2)
+    start = tl.load(starts + sequence)
+    length = (tl.load(starts + sequence + 1) - start).to(tl.int32)
+    if block * BLOCK_M >= length:
+        return
+    prefix = tl.load(prefix_lens + sequence).to(tl.int32)
+    slots = page_table + tl.load(table_rows + sequence).to(tl.int64) * table_stride
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    positions = prefix + rows
+    lanes = tl.arange(0, head_size)
+    tokens = (start.to(tl.int64) + rows)[:, None]
+    columns = head * head_size + lanes[None, :]
+    queries = tl.load(q + tokens * stride_q + columns, mask=rows[:, None] < length, other=0.0)
+    of = (head // group) * head_size
+    end = prefix + tl.minimum(length, (block + 1) * BLOCK_M)
+    row = start.to(tl.int32) - prefix
+    k_flat = k_new + row.to(tl.int64) * stride_k_new + of
+    v_flat = v_new + row.to(tl.int64) * stride_v_new + of
+
+    count = (end + SEGMENT - 1) // SEGMENT
+    cached = prefix // SEGMENT
+    new = tl.minimum((prefix + SEGMENT - 1) // SEGMENT, count)
+    seen = tl.maximum((prefix + block * BLOCK_M + 1) // SEGMENT, new)
+    top = tl.full([BLOCK_M], NEG_INF, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    mean = tl.zeros([BLOCK_M, head_size], tl.float32)
+    for i in range(0, cached):
+        top, total, mean = _segment(
+            *(top, total, mean, queries, positions, i * SEGMENT, end, slots),
+            *(k_buffer + of, v_buffer + of, row, of, scale, stride_k, stride_v),
+            *(head_size, BLOCK_M, BLOCK_N, SEGMENT, PAGED, False),
+        )
+    for i in range(cached, new):
+        top, total, mean = _segment(
+            *(top, total, mean, queries, positions, i * SEGMENT, end, slots),
+            *(k_buffer + of, v_buffer + of, row, of, scale, stride_k, stride_v),
+            *(head_size, BLOCK_M, BLOCK_N, SEGMENT, PAGED, True),
+        )
+    for i in range(new, seen):
+        top, total, mean = _segment(
+            *(top, total, mean, queries, positions, i * SEGMENT, end, slots),
+            *(k_tiles if KIND == TILES else k_flat, v_tiles if KIND == TILES else v_flat),
+            *(row, of, scale, stride_k_new, stride_v_new),
+            *(head_size, BLOCK_M, BLOCK_N, SEGMENT, KIND, False),
+        )
+    for i in range(seen, count):
+        top, total, mean = _segment(
+            *(top, total, mean, queries, positions, i * SEGMENT, end, slots),
+            *(k_flat, v_flat, row, of, scale, stride_k_new, stride_v_new),
+            *(head_size, BLOCK_M, BLOCK_N, SEGMENT, FLAT, True),
+        )
+    tl.store(
+        out + tokens * stride_o + columns,
+        (mean / total[:, None]).to(out.dtype.element_ty),
+        mask=rows[:, None] < length,
+    )
