@@ -15,13 +15,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import try_to_load_from_cache
 
 import margingate
 from margingate.config import GateConfig
 from margingate.runtime import attention, invariance, machine, probe_cache, state, weights
 from margingate.runtime.canonical_prefill import Prefill
+from margingate.runtime.ranks import gathered
 from margingate.runtime.verifier import Verifier
 
 logger = logging.getLogger(__name__)
@@ -153,10 +153,10 @@ def make(scheduler: Any, config: GateConfig, verifier: Verifier, prefill: Prefil
         | {"backend": known["attention"], "longest": scheduler.max_req_len},
         "versions": versions | {"margingate": margingate.__version__},
     }
-    group, tree = scheduler.tp_cpu_group, scheduler.tree_cache
+    tree = scheduler.tree_cache
     return Fingerprint(
         parts,
-        lambda: _of_all_ranks(weights.digest(runner.model), group, args.tp_size),
+        lambda: _weights(scheduler, runner.model),
         lambda: not tree.evictable_size() and not tree.protected_size(),
     )
 
@@ -222,13 +222,10 @@ def plan(config: GateConfig, verifier: Verifier, prefill: Prefill) -> dict[str, 
     }
 
 
-def _of_all_ranks(digest: str, group: Any, ranks: int) -> str:
-    """Each rank holds a part of the weights; a collective where there are several."""
-    if ranks == 1:
-        return digest
-    gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(gathered, digest, group=group)
-    return _hash(gathered)
+def _weights(scheduler: Any, model: Any) -> str:
+    """Digest of the weights of all ranks, each of which holds a part of them."""
+    digests = gathered(scheduler, weights.digest(model))
+    return digests[0] if len(digests) == 1 else _hash(digests)
 
 
 def _hash(value: Any) -> str:

@@ -1,18 +1,26 @@
-"""What tensor-parallel ranks measure, each on its own part, and must decide alike."""
+"""What tensor-parallel ranks find, each on its own part, and must decide alike."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
+
+
+def gathered(scheduler: Any, value: T) -> list[T]:
+    """Each rank's value, by rank; a collective where there are several."""
+    if scheduler.server_args.tp_size == 1:
+        return [value]
+    group = scheduler.tp_cpu_group
+    values: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(values, value, group=group)
+    return values
 
 
 def agreed(scheduler: Any, flags: Sequence[bool]) -> list[bool]:
     """Each flag if it holds on every rank; a collective where there are several."""
-    if scheduler.server_args.tp_size == 1:
-        return list(flags)
-    group = scheduler.tp_cpu_group
-    gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(gathered, list(flags), group=group)
-    return [all(of_ranks) for of_ranks in zip(*gathered, strict=True)]
+    of_ranks = gathered(scheduler, list(flags))
+    return [all(flag) for flag in zip(*of_ranks, strict=True)]
