@@ -8,11 +8,17 @@ largest batch. `margin-RATE` has the gate's defaults, its flags simulated at tha
 `--flip-rate` of all rows is rolled back in each of them. `margin-RATE:DELAY` and
 `margin-RATE:DELAY:ROWS` set `--gate-max-delay` and `--gate-rows`, `always::ROWS` the latter alone.
 
-A step's time is that of a whole batch's generation, from the request to the last settled token,
-less that of a short one, divided by the tokens between them: prefill and the end cancel out. The
-figure of merit is the increment of `always` over stock, divided by that of `margin`. The best of
-some rounds counts; each round does the same work. Where not all engines fit into the GPU's memory,
-each group has a stock one of its own (engines.py).
+Two times a token are told. Each is that of a generation, less that of a short one, divided by the
+tokens between them: prefill and the end cancel out.
+
+- `step_ms`, of the whole batch: from the call to the last settled token of its slowest request.
+  That is the one that was rolled back most.
+- `request_ms`, of the mean request: each from its receipt to its own last settled token (SGLang's
+  `e2e_latency`).
+
+The figure of merit of either is the increment of `always` over stock, divided by that of `margin`.
+The best of some rounds counts; each round does the same work. Where not all engines fit into the
+GPU's memory, each group has a stock one of its own (engines.py).
 """
 
 from __future__ import annotations
@@ -29,6 +35,7 @@ STOCK, ALWAYS, MARGIN = "stock", "always", "margin-"
 USUAL = (STOCK, ALWAYS, "margin-0.1856", "margin-0.05", "margin-0.5")
 FLIPS = 0.0035  # per row, as SmolLM2 had (results/h200-2026-11-24, span-0.51)
 SHORT = 16  # tokens of the generation that is taken off
+TIMES = ("step_ms", "request_ms")  # see above
 COUNTED = ("steps", "flagged", "verified", "passes", "flips", "rolled_back")
 
 
@@ -90,7 +97,9 @@ def options(args: argparse.Namespace, mode: str) -> dict[str, Any]:
 
 
 def generate(engine: Any, batch: int, tokens: int, context: int) -> dict[str, Any]:
-    """Seconds of one generation of `batch` requests, and what the gate counted meanwhile."""
+    """Seconds of one generation of `batch` requests, of the mean one (`request_s`), and what the
+    gate counted meanwhile.
+    """
     rng = random.Random(batch)
     prompts = [[rng.randrange(10, 30000) for _ in range(context)] for _ in range(batch)]
     params = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
@@ -102,7 +111,8 @@ def generate(engine: Any, batch: int, tokens: int, context: int) -> dict[str, An
     assert all(len(answer["output_ids"]) == tokens for answer in answers)
     after = engines.gate_state(engine)
     counted = {name: after[name] - before[name] for name in COUNTED} if after and before else {}
-    return {"seconds": seconds, **counted}
+    own = [answer["meta_info"]["e2e_latency"] for answer in answers]
+    return {"seconds": seconds, "request_s": sum(own) / batch, **counted}
 
 
 def flush(engine: Any) -> None:
@@ -121,7 +131,7 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def measure(workers: list[engines.Worker], batch: int, tokens: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds a step and the gate's counts, by mode; engines that ended are left out."""
+    """Milliseconds a token and the gate's counts, by mode; engines that ended are left out."""
     found: dict[str, dict[int, list[dict[str, Any]]]] = {
         worker.mode: {SHORT: [], tokens: []} for worker in workers
     }
@@ -140,20 +150,25 @@ def measure(workers: list[engines.Worker], batch: int, tokens: int, rounds: int)
 
 
 def summary(short: list[dict[str, Any]], long: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
-    """The best runs' milliseconds a step, and the shares that the last long run had."""
-    brief, full = (min(run["seconds"] for run in runs) for runs in (short, long))
-    counts = {name: value for name, value in long[-1].items() if name != "seconds"}
+    """The best runs' milliseconds a token, and the counts that the last long run had."""
+    counts = {name: value for name, value in long[-1].items() if name in COUNTED}
+    best = {key: min(run[key] for run in long) for key in ("seconds", "request_s")}
+    brief = {key: min(run[key] for run in short) for key in best}
+    step, request = ((best[key] - brief[key]) / (tokens - SHORT) * 1e3 for key in best)
     return {
-        "step_ms": (full - brief) / (tokens - SHORT) * 1e3,
-        "whole_ms": full / tokens * 1e3,
+        "step_ms": step,
+        "request_ms": request,
+        "whole_ms": best["seconds"] / tokens * 1e3,
         "runs_s": [run["seconds"] for run in long],
+        "requests_s": [run["request_s"] for run in long],
         **counts,
         **({"trigger_rate": counts["flagged"] / counts["steps"]} if counts else {}),
     }
 
 
 def compare(found: dict[str, Any], before: dict[str, Any]) -> None:
-    """Add to each mode its increment over the stock engine of its group, in milliseconds.
+    """Add to each mode its increments over the stock engine of its group, in milliseconds: of
+    `step_ms` as `increment_ms`, of `request_ms` as `request_increment_ms`.
 
     Args:
         found: this group's modes, mutated.
@@ -161,38 +176,52 @@ def compare(found: dict[str, Any], before: dict[str, Any]) -> None:
     """
     stock = found.get(STOCK) or before.get(STOCK)
     for each in found.values():
-        each["stock_ms"] = stock and stock["step_ms"]
-        each["increment_ms"] = stock and each["step_ms"] - stock["step_ms"]
+        for time_ms in TIMES:
+            each[_stock(time_ms)] = stock and stock[time_ms]
+            each[_increment(time_ms)] = stock and each[time_ms] - stock[time_ms]
 
 
-def merit(modes: dict[str, Any], each: dict[str, Any]) -> float | None:
+def _stock(time_ms: str) -> str:
+    return "stock_" + time_ms.removeprefix("step_")
+
+
+def _increment(time_ms: str) -> str:
+    return time_ms.removeprefix("step_").replace("ms", "increment_ms")
+
+
+def merit(modes: dict[str, Any], each: dict[str, Any], time_ms: str) -> float | None:
     """How many times smaller a mode's increment is than that of ALWAYS, with the rows it has."""
     most = next((found for mode, found in modes.items() if mode.startswith(ALWAYS)), None)
-    known = most and most["increment_ms"] and each["increment_ms"]
-    return most["increment_ms"] / each["increment_ms"] if most and known else None
+    key = _increment(time_ms)
+    return most[key] / each[key] if most and most[key] and each[key] else None
 
 
 HEAD = (
-    f"{'batch':>5} {'mode':22} {'step ms':>8} {'over stock':>10} {'always/it':>9}"
-    f" {'flagged':>8} {'passes/step':>11} {'rows/pass':>9} {'flips':>5}"
+    f"{'':28} {'whole batch':^29} {'mean request':^29}\n{'batch':>5} {'mode':22}"
+    + f" {'ms/token':>8} {'over stock':>10} {'always/it':>9}" * 2
+    + f" {'flagged':>8} {'passes/step':>11} {'rows/pass':>9} {'flips':>5} {'lost':>5}"
 )
 
 
 def line(batch: int, mode: str, each: dict[str, Any], modes: dict[str, Any], tokens: int) -> str:
     """A row of the table."""
-    increment = each["increment_ms"]
-    text = f"{batch:5} {mode:22} {each['step_ms']:8.3f} " + _cell(increment, "+10.3f")
-    if mode == STOCK or "passes" not in each:
+    text = f"{batch:5} {mode:22}"
+    for time_ms in TIMES:
+        ratio = None if mode == STOCK else merit(modes, each, time_ms)
+        text += f" {each[time_ms]:8.3f} {_cell(each[_increment(time_ms)], '+10.3f')}"
+        text += f" {_cell(ratio, '9.2f')}"
+    if "passes" not in each:
         return text
     rows = each["verified"] / max(each["passes"], 1)
     return (
-        f"{text} {_cell(merit(modes, each), '9.2f')} {each['trigger_rate']:8.1%}"
-        f" {each['passes'] / tokens:11.3f} {rows:9.1f} {each['flips']:5}"
+        f"{text} {each['trigger_rate']:8.1%} {each['passes'] / tokens:11.3f} {rows:9.1f}"
+        f" {each['flips']:5} {each['rolled_back']:5}"
     )
 
 
 def _cell(value: float | None, form: str) -> str:
-    return "-".rjust(9) if value is None else format(value, form)
+    """`value` in this form, or a dash that is as wide."""
+    return "-".rjust(len(format(0.0, form))) if value is None else format(value, form)
 
 
 def table(results: dict[int, dict[str, Any]], tokens: int) -> str:
@@ -224,7 +253,10 @@ def run_group(
             compare(found, known)
             known |= {mode: each for mode, each in found.items() if mode not in known}
             engines.write(args.out, results)
-            steps = (f"{mode} {each['step_ms']:.3f}" for mode, each in found.items())
+            steps = (
+                f"{mode} {each['step_ms']:.3f} ({each['request_ms']:.3f})"
+                for mode, each in found.items()
+            )
             print(f"batch {batch}:", *steps, flush=True)
     for worker in workers:
         worker.end()

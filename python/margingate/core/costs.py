@@ -1,16 +1,20 @@
 """How long flagged rows should wait for company: a model of what a delay costs and saves.
 
 A verify pass costs what a decode step of as many rows does, however few are wanted: so a longer
-wait means fewer passes. But what is decoded meanwhile is thrown away where a row flips.
+wait means fewer passes. But what is decoded meanwhile is thrown away where a row flips. Held to the
+scheduler's own ledger and queue in test_core_costs.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-DELAYS = (0, 1, 2, 4, 8, 16, 32, 64)  # decode steps
-NEARLY = 1.02  # of the time of a step with its verification
-LATER = 0.98  # a longer wait has to be cheaper by this: tokens arrive later
+DELAYS = (0, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)  # decode steps; 1 is no other than 0
+# Shares of the time of a step with its verification. A shorter wait may cost a little: tokens
+# arrive earlier, and the request that flips the most, which is not the mean, loses less.
+SHORTER = 1.01
+NEARLY = 1.02  # what keeping the present delay may cost
+NOTCH = 1.5  # a present delay that is more times the chosen one is not kept
 
 
 @dataclass(frozen=True)
@@ -31,30 +35,55 @@ class Costs:
     rows: int
 
 
-def overhead(delay: int, load: Load, costs: Costs) -> float:
-    """Time that verification adds, as a share of the decode steps' time.
+def steps_a_pass(delay: int, load: Load, costs: Costs) -> float:
+    """Decode steps from one pass, or several that run at once, to the next."""
+    return _until_flag(load) + _waited(delay, load, costs)
 
-    A pass runs when `delay` steps went by since the first flag, or when it is full: spans bring
-    nearly every row, so that takes `rows` / `requests` steps. A flip throws away what its request
-    decoded since: half the delay on average.
+
+def lost_a_flip(delay: int, load: Load, costs: Costs) -> float:
+    """Tokens that a flip throws away, the flipped one itself not counted, on average.
+
+    All that were decoded since, if it is the first flag of its pass; half of that, if it is one of
+    the others, which come at any time until the pass.
     """
-    quiet = (1 - load.trigger_rate) ** load.requests
-    until_flag = 1 / max(1 - quiet, 1e-9)
-    until_full = costs.rows / max(load.requests, 1e-9)
-    steps_a_pass = max(min(until_flag + delay, max(until_full, 1)), 1)
-    passes = max(load.requests * steps_a_pass / costs.rows, 1)  # each time
-    passing = costs.pass_ms * passes / steps_a_pass / costs.step_ms
-    waited = min(delay, max(until_full - until_flag, 0))
-    return passing + load.flip_rate * waited / 2
+    waited = _waited(delay, load, costs)
+    others = load.trigger_rate * load.requests * waited
+    return waited * (1 + others / 2) / (1 + others)
+
+
+def overhead(delay: int, load: Load, costs: Costs) -> float:
+    """Time that verification adds to a request, as a share of the decode steps' time."""
+    steps = steps_a_pass(delay, load, costs)
+    passes = max(load.requests * steps / costs.rows, 1)  # each time
+    passing = costs.pass_ms * passes / steps / costs.step_ms
+    return passing + load.flip_rate * lost_a_flip(delay, load, costs)
 
 
 def best_delay(load: Load, costs: Costs, current: int | None = None) -> int:
-    """The delay with the least overhead; of nearly equal ones the shortest.
+    """The shortest delay that costs nearly as little as the best.
 
     Args:
-        current: stays where it costs nearly as little, so that the delay does not flap.
+        current: stays where it does too (NEARLY) and is not much longer (NOTCH): no flapping.
     """
-    best = min(overhead(delay, load, costs) for delay in DELAYS)
-    if current is not None and 1 + overhead(current, load, costs) <= NEARLY * (1 + best):
-        return current
-    return next(delay for delay in DELAYS if overhead(delay, load, costs) * LATER <= best)
+    times = {delay: 1 + overhead(delay, load, costs) for delay in DELAYS}
+    least = min(times.values())
+    best = next(delay for delay in DELAYS if times[delay] <= SHORTER * least)
+    if current is None or current > NOTCH * best:
+        return best
+    return current if 1 + overhead(current, load, costs) <= NEARLY * least else best
+
+
+def _waited(delay: int, load: Load, costs: Costs) -> float:
+    """Decode steps from the first flag to its pass: `delay`, or less where it is full before.
+
+    Spans bring nearly every row, so it is full after `rows` / `requests` steps. One step goes by in
+    any case: the result that is in flight is brought in first.
+    """
+    until_full = costs.rows / max(load.requests, 1e-9)
+    return max(min(delay, until_full - _until_flag(load)), 1)
+
+
+def _until_flag(load: Load) -> float:
+    """Decode steps until one has a flag, itself counted."""
+    quiet = (1 - load.trigger_rate) ** load.requests
+    return 1 / max(1 - quiet, 1e-9)
