@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,6 +64,16 @@ def test_a_first_flag_loses_the_whole_wait_and_later_ones_half_of_it():
 # lost a flip) was chosen there, and the slowest of the requests ended 23 % later than the first.
 H100 = Costs(step_ms=6.5, pass_ms=8.8, rows=256)
 MEASURED = Load(requests=8, trigger_rate=0.1856, flip_rate=0.0035)
+
+
+def test_a_pass_that_rides_costs_what_it_makes_a_step_longer():
+    usual = Load(requests=8, trigger_rate=0.1856, flip_rate=0.0035)
+    riding = replace(H100, rides=True)
+    alone, ridden = best_delay(usual, H100), best_delay(usual, riding)
+    assert ridden < alone and overhead(ridden, usual, riding) < overhead(alone, usual, H100) / 1.5
+    assert overhead(0, usual, riding) == overhead(0, usual, H100), "flagged rows go at once"
+    many = replace(usual, requests=H100.rows)
+    assert overhead(4, many, riding) == overhead(4, many, H100), "a step has no room for it"
 
 
 def test_the_longest_wait_is_not_chosen_for_a_trifle():

@@ -319,6 +319,12 @@ def test_install_patches_functions_methods_and_classmethods(hooks, toy, registry
     assert toy.Box.plain(1) == ("around", 1)
 
 
+def test_sglangs_log_names_the_plugin_however_late_a_hook_comes(hooks, toy, registry, caplog):
+    with caplog.at_level(logging.INFO):
+        hooks.install([make(hooks, "double", "value times")])
+    assert f"Applied 1 hook(s) to {TOY}.double (from: plugin=margingate, dist=" in caplog.text
+
+
 def test_installing_twice_wraps_once(hooks, toy, registry):
     hook = make(hooks, "double", "value times")
     for _ in range(2):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +28,7 @@ def make_controller(**changes: Any) -> SimpleNamespace:
         "verifier": SimpleNamespace(device="cuda"),
         "canonical": None,
         "observes_only": False,
+        "rides": SimpleNamespace(serves=True),
     }
     return SimpleNamespace(**{**given, **changes})
 
@@ -114,7 +116,8 @@ def test_the_pacer_of_a_stock_path_on_a_gpu_is_measured(monkeypatch):
     monkeypatch.setattr(pacing, "measure", lambda _verifier: COSTS)
     controller = make_controller()
     (pacer,) = pacing.observers(controller)
-    assert isinstance(pacer, Pacer) and controller.queue.max_delay == best_delay(FIRST, COSTS)
+    riding = replace(COSTS, rides=True)
+    assert isinstance(pacer, Pacer) and controller.queue.max_delay == best_delay(FIRST, riding)
 
 
 @pytest.mark.parametrize(

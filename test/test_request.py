@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from margingate.config import GateConfig, GateError
+from margingate.runtime.model_defaults import warn
 from margingate.runtime.request import (
     CACHE_NAMESPACE,
     LOGPROB_LISTS,
@@ -206,7 +207,44 @@ def test_what_cannot_be_rolled_back_is_answered_with_both_ways_out(name, value):
     text = refused(request(**{name: value}))
     assert text.startswith(f"this request uses {name}, which the deterministic gate cannot roll")
     assert "drop it" in text
-    assert 'custom_params={"deterministic": false}' in text
+    assert '"deterministic": false, in sampling_params or beside OpenAI\'s parameters' in text
+
+
+def test_the_models_own_penalty_is_named_with_the_ways_out():
+    req = request(repetition_penalty=1.05)
+    attach(req, CONFIG, 1.05)
+    text = req.gate.refusal
+    assert text.startswith(
+        "this request uses repetition_penalty 1.05, the default in the model's "
+        "generation_config.json, which the deterministic gate cannot roll back yet: send "
+        "repetition_penalty: 1, start the server with --sampling-defaults openai, or send "
+        '"deterministic": false, in '
+    )
+    attach(req, CONFIG, 1.1)
+    assert req.gate.refusal == refused(request(repetition_penalty=1.05)), "the client's own"
+    for served in (request(), request(OPT_OUT, repetition_penalty=1.05)):
+        attach(served, CONFIG, 1.05)
+        assert not served.gate.refusal
+
+
+class Model:
+    """Of SGLang's ModelConfig, the defaults that it gives to chat requests."""
+
+    def __init__(self, **defaults: float) -> None:
+        self.get_default_sampling_params = lambda: defaults
+
+
+def test_a_model_with_a_penalty_of_its_own_is_warned_of(caplog):
+    warn(Model(), CONFIG)
+    warn(Model(temperature=0.7, repetition_penalty=1.0), CONFIG)
+    warn(Model(repetition_penalty=1.05), GateConfig(policy="observe"))
+    assert not caplog.text
+    warn(Model(repetition_penalty=1.05), CONFIG)
+    (record,) = caplog.records
+    assert (
+        "generation_config.json gives chat requests repetition_penalty 1.05" in record.getMessage()
+    )
+    assert "--sampling-defaults openai" in record.getMessage()
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,22 @@ def test_deferred_verification_rolls_back_what_went_on(late, prompts, canonical)
         assert_gate_worked(before, after, batch=4)
         flips = after["flips"] - before["flips"]
         assert after["rolled_back"] - before["rolled_back"] > flips, "no decoded token was dropped"
+        assert after["passes_that_rode"] > before["passes_that_rode"], (
+            "no decode step carried a pass"
+        )
     assert_clean(late)
+
+
+def test_rows_with_log_probs_are_verified_in_passes_of_their_own(late, prompts):
+    alone = late.alone(prompts[:3])
+    before = late.gate_state()
+    params = forced([2, 9, 15])
+    answers = late.together(prompts[:3], sampling_params=params, return_logprob=True)
+    assert_same(alone, answers)
+    after = late.gate_state()
+    assert after["passes"] > before["passes"] and after["flips"] > before["flips"]
+    assert after["passes_that_rode"] == before["passes_that_rode"]
+    assert all(len(a.meta["output_token_logprobs"]) == len(a.tokens) for a in answers)
 
 
 def test_deferred_ends_are_held_and_streams_never_retract(late, prompts):

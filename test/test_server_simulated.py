@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from checks import assert_clean, assert_metrics, assert_same
 
 from margingate.client import Answer, Client, Prompt
@@ -15,11 +19,23 @@ PARAMS = {"ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
-def client(start) -> Client:
+def penalising(model, tmp_path_factory) -> Path:
+    """The model with a penalty among its sampling defaults; dummy weights need no file."""
+    folder = tmp_path_factory.mktemp("model") / "penalising"
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "repetition_penalty": 1.05}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def client(start, penalising) -> Client:
     rates = ("--gate-simulate-trigger-rate", str(RATE), "--gate-simulate-flip-rate", str(FLIPS))
     more = ("--gate-max-delay", "3", "--gate-debug", "--enable-metrics")
-    server = start("--load-format", "dummy", *rates, *more)
-    assert "VERDICTS ARE SIMULATED" in server.log.read_text(errors="replace")
+    server = start("--load-format", "dummy", *rates, *more, "--model-path", str(penalising))
+    said = server.log.read_text(errors="replace")
+    assert "VERDICTS ARE SIMULATED" in said
+    assert said.count("gives chat requests repetition_penalty 1.05") == 1
     return Client(server.base_url, TOKENS)
 
 
@@ -54,10 +70,12 @@ def test_flags_and_flips_are_near_their_rates_and_the_same_in_two_runs(client, m
     assert state["rolled_back"] >= state["flips"] > 0 == state["missed"]
     assert all(answer.meta["completion_tokens"] == TOKENS for answer in one)
     assert all(gates(one, "simulated")) and set(gates(one, "fingerprint")) == {None}
+    assert 0 < state["passes_that_rode"] < state["passes"]
     tally = state["tally"]
     assert 0 < tally["quiet_steps"] < tally["decode_steps"]
     assert state["verified"] <= tally["pass_rows"] <= state["passes"] * 16
     assert tally["waits"] > 0 and tally["waited_s"] > 0
+    assert client.gate_state()["max_delay"] == 3
     assert_metrics(client)
     assert_clean(client)
 
@@ -66,3 +84,18 @@ def test_one_by_one_flags_the_same_rows(client, made_up):
     """Dummy weights are small: what is flagged, and what flips, does not hang on the batch."""
     together = client.together(made_up[:3], sampling_params=PARAMS)
     assert_same(together, client.alone(made_up[:3], sampling_params=PARAMS))
+
+
+def test_a_penalty_of_the_models_own_is_refused_with_the_ways_out(client):
+    def chat(**more: Any) -> requests.Response:
+        body = {"model": "m", "messages": [{"role": "user", "content": "Three rivers?"}], **more}
+        body |= {"temperature": 0, "max_tokens": 2}
+        return requests.post(f"{client.base_url}/v1/chat/completions", json=body)
+
+    refused = chat()
+    assert refused.status_code == 400
+    assert "repetition_penalty 1.05, the default in the model's generation_config" in refused.text
+    served = [chat(**{"repetition_penalty": 1}), chat(**{"deterministic": False})]
+    gates = [reply.json()["metadata"]["gate"][0]["gated"] for reply in served]
+    assert gates == [True, False]
+    assert_clean(client)

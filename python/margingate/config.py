@@ -57,8 +57,9 @@ class GateConfig:
     )
     default: str = _option(
         "on",
-        "on: greedy requests are gated unless they set custom_params['deterministic'] to false; "
-        "off: only those that set it to true.",
+        "on: greedy requests, and those that sample with a seed, are gated unless they set "
+        "'deterministic' (or custom_params['deterministic']) to false; off: only those that set "
+        "it to true.",
         choices=DEFAULTS,
     )
     guarantee: str = _option(
@@ -82,14 +83,14 @@ class GateConfig:
     )
     rows: int | None = _option(
         None,
-        "Rows of a verifier micro-batch; fixed, because it is part of what is canonical. "
+        "Rows of a verify pass; fixed, because it is part of what is canonical. "
         "Default: 16 on a CPU, 64 on a GPU, 256 there with --gate-fast-path stock.",
         metavar="V",
         parse=int,
     )
     max_delay: int | None = _option(
         None,
-        "Flagged rows wait at most this many decode steps to share a micro-batch; 0 verifies at "
+        "Flagged rows wait at most this many decode steps to share a verify pass; 0 verifies at "
         "once. Default, or auto: 0 on a CPU; on a GPU by measured latencies and the flips seen.",
         metavar="STEPS|auto",
         parse=str,

@@ -14,6 +14,7 @@ DELAYS = (0, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)  # decode steps; 1 i
 # arrive earlier, and the request that flips the most, which is not the mean, loses less.
 SHORTER = 1.01
 NEARLY = 1.02  # what keeping the present delay may cost
+RIDING = 2  # steps more until a verdict, where its pass rides in a step and nothing waits for it
 NOTCH = 1.5  # a present delay that is more times the chosen one is not kept
 
 
@@ -33,6 +34,7 @@ class Costs:
     step_ms: float  # of a decode step
     pass_ms: float  # of a verify pass of `rows` rows
     rows: int
+    rides: bool = False  # a pass that may wait takes a decode step's place
 
 
 def steps_a_pass(delay: int, load: Load, costs: Costs) -> float:
@@ -55,8 +57,14 @@ def overhead(delay: int, load: Load, costs: Costs) -> float:
     """Time that verification adds to a request, as a share of the decode steps' time."""
     steps = steps_a_pass(delay, load, costs)
     passes = max(load.requests * steps / costs.rows, 1)  # each time
-    passing = costs.pass_ms * passes / steps / costs.step_ms
-    return passing + load.flip_rate * lost_a_flip(delay, load, costs)
+    alone = not _rides(delay, load, costs)
+    each = costs.pass_ms if alone else max(costs.pass_ms - costs.step_ms, 0)
+    lost = lost_a_flip(delay, load, costs) + (0 if alone else RIDING)
+    return each * passes / steps / costs.step_ms + load.flip_rate * lost
+
+
+def _rides(delay: int, load: Load, costs: Costs) -> bool:
+    return costs.rides and delay > 0 and 2 * load.requests <= costs.rows
 
 
 def best_delay(load: Load, costs: Costs, current: int | None = None) -> int:

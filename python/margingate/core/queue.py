@@ -63,17 +63,22 @@ class MicroBatchQueue:
             return Due.DRAINING
         return Due.IDLE if idle else None
 
-    def next_batch(self, ledger: Ledger) -> tuple[Row, ...]:
-        """Take up to `rows` rows from `ledger` (they are in flight afterwards).
+    def waiting(self, ledger: Ledger) -> list[str]:
+        """The requests that have rows to take now."""
+        return [rid for rid, _ in self._wanted(ledger)]
+
+    def next_batch(self, ledger: Ledger, room: int | None = None) -> tuple[Row, ...]:
+        """Take up to `room` rows, `rows` at most, from `ledger` (they are in flight afterwards).
 
         Draining requests first, then by oldest note; rows of one request are adjacent and
         ascending, and a span longer than what is left of the micro-batch is cut.
         """
         batch: list[Row] = []
+        room = self.rows if room is None else min(room, self.rows)
         for rid in sorted((rid for rid, _ in self._wanted(ledger)), key=self._rank):
-            if len(batch) == self.rows:
+            if len(batch) == room:
                 break
-            batch += ledger.take(rid, self.rows - len(batch))
+            batch += ledger.take(rid, room - len(batch))
         return tuple(batch)
 
     def settle(self, ledger: Ledger, rid: str, step: int) -> None:

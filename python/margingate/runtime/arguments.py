@@ -40,7 +40,8 @@ def add_options(_result: Any, parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--deterministic-gate",
         action="store_true",
-        help="Verify low-margin decode steps canonically and repair what flipped.",
+        help="Compute decode steps so that a row's bits do not depend on the batch, and where that "
+        "cannot be had, verify rows by their margin and repair what flipped.",
     )
     for option in fields(GateConfig):
         flag = "--gate-" + option.name.replace("_", "-")

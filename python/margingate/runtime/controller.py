@@ -9,7 +9,7 @@ from typing import Any
 
 from margingate.config import GateConfig
 from margingate.core.histogram import MarginHistogram
-from margingate.core.ledger import Ledger, Outcome, Row
+from margingate.core.ledger import Ledger
 from margingate.core.policy import INJECTED, GatePolicy
 from margingate.core.queue import MicroBatchQueue
 from margingate.runtime import (
@@ -20,6 +20,7 @@ from margingate.runtime import (
     own_attention,
     retraction,
     rollback,
+    verdicts,
     verifier,
 )
 from margingate.runtime.audit import Auditor
@@ -29,10 +30,10 @@ from margingate.runtime.observer import Observer
 from margingate.runtime.overlap import InFlight, passed_over
 from margingate.runtime.radix import GateRadixCache, is_gated
 from margingate.runtime.request import Counts, GateRequest, now
-from margingate.runtime.rows import first_token, inject_fault, row_input
+from margingate.runtime.rides import Rides
+from margingate.runtime.rows import inject_fault
 from margingate.runtime.simulate import Simulator
 from margingate.runtime.study import force
-from margingate.runtime.verifier import RowResult
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class GateController:
         self.largest_batch = 0  # requests in one decode step
         self.in_flight = InFlight(scheduler)
         self.observes_only = config.policy == "observe"
+        self.rides = Rides(self)
         self.processing = False  # inside SGLang's own result processing
         self.observers: tuple[Observer, ...] = ()
 
@@ -96,9 +98,10 @@ class GateController:
         if self.in_flight.is_processed(result):
             return
         gated = self._commit(original, batch, result)
+        self.rides.land(result)
         if self.in_flight.overlaps:
             self.stream(gated)
-        elif gated:
+        elif gated or self.rides.landed:
             self.settle(batch, gated)
         if self.config.debug:
             integrity.check(self)
@@ -140,15 +143,23 @@ class GateController:
             self.held
             or self.rejoining
             or self.prefilled_again
-            or self.queue.due(self.ledger, self.step, idle=False)
+            or self.rides.landed
+            or self._due(idle=False)
             or any(self._full_tails(self.requests.values()))
         )
 
+    def _due(self, idle: bool) -> str | None:
+        """Why a pass of its own is due, if one is: none that a decode step will carry."""
+        due = self.queue.due(self.ledger, self.step, idle)
+        return None if self.rides.expected(due) and not idle else due
+
     def verify_due(self, idle: bool) -> None:
-        """Run every verify pass that is due, then end the requests that waited for them."""
-        while due := self.queue.due(self.ledger, self.step, idle):
-            self.dues[due] = self.dues.get(due, 0) + 1
-            self._verify(self.queue.next_batch(self.ledger), due)
+        """With nothing in flight: enter what is known, run every pass that is due and does not
+        ride, then end the requests that waited for them.
+        """
+        self.rides.enter()
+        while due := self._due(idle):
+            verdicts.run_pass(self, self.queue.next_batch(self.ledger), due)
         for key in [key for key in self.held if not self.ledger.pending(key)]:
             ends.release(self, self.held[key])
 
@@ -244,31 +255,10 @@ class GateController:
                 if waiting >= self.verifier.rows:
                     yield req
 
-    # -- verify passes
-
-    def _verify(self, rows: tuple[Row, ...], due: str) -> None:
-        start = now()
-        inputs = [row_input(self.requests[row.rid], row) for row in rows if row.index > 1]
-        found = self.verifier.run(inputs) if inputs else []
-        results = iter(found)
-        self.totals.passes += 1
-        for key in dict.fromkeys(row.rid for row in rows):
-            self.requests[key].gate.counts.passes += 1
-        for row in rows:
-            first = first_token(self.requests[row.rid]) if row.index == 1 else None
-            result = first or next(results)
-            self._judge(row, self.simulator.verdict(self.requests[row.rid], row, result))
-        reqs = [self.requests[key] for key in dict.fromkeys(row.rid for row in rows)]
-        for req in reqs:
-            self.queue.settle(self.ledger, req.gate.key, self.step)
-            self._note_settled(req)
-        for observer in self.observers:
-            observer.passed(len(rows), len(reqs), now() - start, due)
-
     def _is_settled(self, gate: GateRequest) -> bool:
         return self.ledger.frontier(gate.key) == self.ledger.emitted(gate.key)
 
-    def _note_settled(self, req: Any) -> None:
+    def note_settled(self, req: Any) -> None:
         """A wait ends when the frontier reaches what was emitted; whatever waits on starts anew."""
         gate = req.gate
         if gate.waits_since is None or not self._is_settled(gate):
@@ -277,50 +267,6 @@ class GateController:
         gate.counts.settle_s += waited
         for observer in self.observers:
             observer.settled(req, waited)
-
-    def _judge(self, row: Row, result: RowResult) -> None:
-        req = self.requests[row.rid]
-        emitted = self.ledger.emitted(row.rid)
-        epoch_is_current = self.ledger.epoch(row.rid) == row.epoch
-        matches = epoch_is_current and req.output_ids[row.index - 1] == result.token
-        emitted_token = req.output_ids[row.index - 1] if epoch_is_current else -1
-        outcome = self.ledger.verdict(row, matches)
-        counts = req.gate.counts
-        for observer in self.observers:
-            observer.judged(req, row.index, outcome, emitted_token, result.token)
-        if outcome is Outcome.STALE:  # an earlier row of this pass flipped
-            counts.verified += 1
-            return
-        counts.verified += 1
-        counts.repaired += row.index > 1
-        counts.replayed += not req.gate.flags[row.index - 1]
-        if outcome is Outcome.FLIP:
-            counts.flips += 1
-            self.histogram.add_flip(req.gate.margins[row.index - 1])
-            req.gate.forget_rows(row.index)
-            counts.rolled_back += emitted - row.index + 1
-            self._roll_back(req, row.index, result)
-        elif outcome is Outcome.MATCH:
-            rollback.replace_logprobs(req, row.index, result)
-        elif outcome is Outcome.MISSED:
-            counts.missed += 1
-            logger.warning(
-                "margingate: token %d of request %s was sent but its replay says otherwise: "
-                "raise --gate-threshold, or use --gate-guarantee exact.",
-                row.index,
-                req.rid,
-            )
-
-    def _roll_back(self, req: Any, row: int, result: RowResult) -> None:
-        scheduler = self.scheduler
-        batches = (self.batch, scheduler.running_batch, scheduler.last_batch)
-        ejected = not rollback.to_row(scheduler, batches, req, row, result)
-        ends.let_go(self, req)
-        req.update_finish_state(1)
-        if req.finished():
-            ends.end(self, req)
-        elif ejected:
-            self.rejoining.append(req)
 
     # -- output
 

@@ -13,6 +13,7 @@ from margingate.runtime import (
     overlap,
     prefill,
     retraction,
+    rides,
     scheduler,
     seeds,
     stream,
@@ -130,6 +131,14 @@ RUNTIME_HOOKS = (
         "self logits_output forward_batch",
         "margins ride with the result; ties go to the lowest id; draws with a seed are the gate's",
         "the sampler returns margins",
+    ),
+    Hook(
+        "model_executor.model_runner.ModelRunner._forward_raw",
+        AROUND,
+        rides.forward,
+        "self forward_batch pp_proxy_tensors reinit_attn_backend split_forward_count",
+        "on the stock fast path a verify pass rides in a decode step",
+        "SGLang lets plugins add rows to a decode forward",
     ),
     Hook(
         "layers.logprob_processor.OutputLogprobProcessor.compute_logprobs",

@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
 from margingate.config import GateError
 
 SGLANG_VERSION = "0.5.17"
 _SRT = "sglang.srt."
+# SGLang sets it while a plugin loads; most hooks are registered later, and its log names it.
+_SOURCE = HookSource(plugin_name="margingate", dist_name="margingate")
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def register(hooks: Iterable[Hook]) -> None:
     for hook in hooks:
         check_target(hook)
     for hook in hooks:
-        HookRegistry.register(hook.path, hook.function, hook.kind)
+        HookRegistry.register(hook.path, hook.function, hook.kind, source=_SOURCE)
 
 
 def is_applied(hook: Hook) -> bool:

@@ -39,6 +39,8 @@ def internal_state(result: Any, *_args: Any) -> None:
         "largest_batch": controller.largest_batch,
         "margins": controller.histogram.record(),
         "passes_by_reason": dict(controller.dues),
+        "passes_that_rode": controller.rides.count,
+        "max_delay": controller.queue.max_delay,
         "open": len(controller.requests),
         "held": len(controller.held),
         "guarantee": controller.config.guarantee,

@@ -64,6 +64,8 @@ def before_copy(result: Any, *_args: Any, **_kwargs: Any) -> None:
     from is kept until then.
     """
     output = result.logits_output
+    if (ride := getattr(output, "gate_ride", None)) is not None:
+        ride.to_cpu()
     best = getattr(output, "gate", None)
     if best is not None and best.margin.is_cuda:
         output.gate_on_device = best

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,7 +90,7 @@ def observers(controller: GateController) -> tuple[Observer, ...]:
     canonical = controller.canonical is not None or controller.observes_only
     if config.max_delay is not None or canonical or verifier.device == "cpu":
         return ()
-    return (Pacer(controller, measure(verifier)),)
+    return (Pacer(controller, replace(measure(verifier), rides=controller.rides.serves)),)
 
 
 def measure(verifier: Verifier) -> Costs:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from margingate.config import GateConfig
+from margingate.runtime.model_defaults import DEFAULTS_FILE, NO_DEFAULTS, PENALTY
 from margingate.runtime.seeds import LARGEST_SEED, Draw, draw_of
 
 SWITCH = "deterministic"
@@ -135,9 +136,13 @@ def logprob_lists(req: Any) -> dict[str, list[Any]]:
     return {name: values for name, values in lists.items() if values}
 
 
-def attach(req: Any, config: GateConfig) -> None:
-    """Set `req.gate` from the request's own parameters, and its radix-tree namespace."""
-    gate = _classify(req, config)
+def attach(req: Any, config: GateConfig, default_penalty: float = 1.0) -> None:
+    """Set `req.gate` from the request's own parameters, and its radix-tree namespace.
+
+    Args:
+        default_penalty: the model's own repetition_penalty, for the sentence that refuses it.
+    """
+    gate = _classify(req, config, default_penalty)
     req.gate = gate
     if config.study:
         gate.columns_wanted = _columns_wanted(req)
@@ -147,7 +152,7 @@ def attach(req: Any, config: GateConfig) -> None:
         req.extra_key = "not-" + req.extra_key
 
 
-def _classify(req: Any, config: GateConfig) -> GateRequest:
+def _classify(req: Any, config: GateConfig, default_penalty: float) -> GateRequest:
     key = f"{next(_serial)}:{req.rid}"
     params = req.sampling_params
     custom = params.custom_params or {}
@@ -173,11 +178,7 @@ def _classify(req: Any, config: GateConfig) -> GateRequest:
     draw = draw_of(params)
     if draw is not None and (refusal := _not_drawable(draw, params.n)):
         return GateRequest(key, False, "refused", refusal)
-    if feature := _not_yet_served(req):
-        refusal = (
-            f"this request uses {feature}, which the deterministic gate cannot roll back yet: drop "
-            f'it, or send custom_params={{"{SWITCH}": false}} to be served without the gate.'
-        )
+    if refusal := _not_yet_served(req, default_penalty):
         return GateRequest(key, False, "refused", refusal)
     return GateRequest(key, True, draw=draw, faults=frozenset(faults))
 
@@ -238,12 +239,27 @@ def _outside_vocabulary(ids: Any, size: int, name: str = "input_ids") -> str:
     return f"{name} holds {bad}, but the model's vocabulary is 0 to {size - 1}."
 
 
-def _not_yet_served(req: Any) -> str:
+def _not_yet_served(req: Any, default_penalty: float) -> str:
+    feature, way_out = _unserved(req), "drop it"
+    if not feature:
+        return ""
+    if feature == PENALTY and req.sampling_params.repetition_penalty == default_penalty:
+        feature += f" {default_penalty:g}, the default in the model's {DEFAULTS_FILE}"
+        way_out = f"send {PENALTY}: 1, start the server with {NO_DEFAULTS}"
+    return (
+        f"this request uses {feature}, which the deterministic gate cannot roll back yet: "
+        f'{way_out}, or send "{SWITCH}": false, in sampling_params or beside OpenAI\'s '
+        "parameters, to be served without the gate."
+    )
+
+
+def _unserved(req: Any) -> str:
+    """The first feature of the request that the gate does not serve, or an empty string."""
     params = req.sampling_params
     features = (
         (params.frequency_penalty != 0, "frequency_penalty"),
         (params.presence_penalty != 0, "presence_penalty"),
-        (params.repetition_penalty != 1, "repetition_penalty"),
+        (params.repetition_penalty != 1, PENALTY),
         (params.min_new_tokens > 0, "min_new_tokens"),
         (bool(params.logit_bias), "logit_bias"),
         (params.json_schema is not None, "json_schema"),

@@ -19,6 +19,7 @@ from margingate.runtime import (
     hook_table,
     hooks,
     metrics,
+    model_defaults,
     pacing,
     radix,
     request,
@@ -59,11 +60,15 @@ def init(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) 
 
 def launch(original: Any, cls: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND Engine._launch_subprocesses: patch this process, then ask every scheduler."""
-    if gate_config(server_args) is None:
+    config = gate_config(server_args)
+    if config is None:
         return original(cls, server_args, *args, **kwargs)
     hooks.install(hook_table.TOKENIZER_HOOKS)
     result = original(cls, server_args, *args, **kwargs)
     confirm_schedulers(result)
+    tokenizer_manager = result[0]
+    if tokenizer_manager is not None:  # on the first node
+        model_defaults.warn(tokenizer_manager.model_config, config)
     return result
 
 
@@ -71,7 +76,8 @@ def request_init(_result: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
     """AFTER Req.__init__."""
     controller = state.active()
     if controller is not None:
-        request.attach(req, controller.config)
+        default_penalty = model_defaults.penalty(controller.scheduler.model_config)
+        request.attach(req, controller.config, default_penalty)
         req.gate.generation = controller.fingerprint.admit()
 
 

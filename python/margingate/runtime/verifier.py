@@ -113,12 +113,17 @@ class Verifier:
         return [RowResult(tokens[i], margins[i], wanted.get(i)) for i, _ in enumerate(rows)]
 
     @torch.inference_mode()
-    def forward(self, rows: Sequence[RowInput], count: int) -> torch.Tensor:
+    def forward(
+        self, rows: Sequence[RowInput], count: int, *, beside: ForwardBatch | None = None
+    ) -> torch.Tensor:
         """One decode forward of `rows`, padded to `count`. Returns logits [>= len(rows), vocab].
 
         They may be a view of a buffer that the next forward overwrites.
+
+        Args:
+            beside: a decode batch whose rows come first.
         """
-        batch = self.batch(rows, count)
+        batch = self.batch(rows, count, beside)
         if self._graphs is not None and self._graphs.can_run_graph(batch):
             logits = self._graphs.execute(batch).next_token_logits
             # The event fences the scheduler's writes behind the main forward's reads, not ours.
@@ -134,17 +139,31 @@ class Verifier:
         sizes = [] if self._graphs is None else sorted(self._graphs.capture_bs)
         return [size for size in sizes if size <= largest]
 
-    def batch(self, rows: Sequence[RowInput], count: int) -> ForwardBatch:
-        """A decode batch of `rows`, padded to `count`."""
-        padding = [RowInput(0, 0, 0)] * (count - len(rows))
-        attended = len(rows) if self._attends_row_by_row else count
-        fields = [(r.pool_index, r.position, r.token) for r in (*rows, *padding)]
-        pool, positions, tokens = (
-            column.contiguous().to(self.device)
-            for column in torch.tensor(fields, dtype=torch.int64).unbind(1)
+    @property
+    def has_graphs(self) -> bool:
+        """Whether passes replay a CUDA graph."""
+        return self._graphs is not None
+
+    def batch(
+        self, rows: Sequence[RowInput], count: int, beside: ForwardBatch | None = None
+    ) -> ForwardBatch:
+        """A decode batch of `rows`, behind those of `beside`, padded to `count`."""
+        others = 0 if beside is None else beside.batch_size
+        padding = [RowInput(0, 0, 0)] * (count - others - len(rows))
+        attended = others + len(rows) if self._attends_row_by_row else count
+        fields = torch.tensor(
+            [(r.pool_index, r.position, r.token) for r in (*rows, *padding)], dtype=torch.int64
         )
+        seq_lens_cpu = fields[:, 1] + 1
+        pool, positions, tokens = (each.contiguous().to(self.device) for each in fields.unbind(1))
+        slots = self._page_table[pool, positions].to(torch.int64)
+        if beside is not None:
+            pool = torch.cat([beside.req_pool_indices.to(torch.int64), pool])
+            positions = torch.cat([beside.positions.to(torch.int64), positions])
+            tokens = torch.cat([beside.input_ids.to(torch.int64), tokens])
+            slots = torch.cat([beside.out_cache_loc.to(torch.int64), slots])
+            seq_lens_cpu = torch.cat([beside.seq_lens_cpu.to(torch.int64), seq_lens_cpu])
         seq_lens = positions + 1
-        seq_lens_cpu = seq_lens.cpu()
         return ForwardBatch(
             forward_mode=ForwardMode.DECODE,
             batch_size=count,
@@ -154,7 +173,7 @@ class Verifier:
             seq_lens_cpu=seq_lens_cpu[:attended],
             seq_lens_sum=int(seq_lens_cpu[:attended].sum()),
             orig_seq_lens=seq_lens.to(torch.int32),
-            out_cache_loc=self._page_table[pool, positions].to(torch.int64),
+            out_cache_loc=slots,
             positions=positions,
             spec_algorithm=SpeculativeAlgorithm.NONE,
             capture_hidden_mode=CaptureHiddenMode.NULL,

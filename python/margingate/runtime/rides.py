@@ -1,0 +1,146 @@
+"""Verify passes that ride in a decode step.
+
+On the stock fast path a pass of V rows costs about what a decode step does, however few of its rows
+are wanted: both read the whole model. So a pass that is due waits for the next decode step and
+takes its place: one forward of V rows, the step's own first, then those to be verified. For these
+nothing is different, as a row of a V-row forward does not depend on the others. The step's rows are
+rows of the fast path as ever. A forward writes the columns of all its rows before it attends, so
+they see the repaired ones.
+
+With --gate-max-delay 0 nothing rides: flagged rows are verified at once. Else nothing waits for a
+pass, under overlap scheduling either: the verdicts come with the step's results. Where they agree
+they are entered at once; a flip is entered with nothing in flight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.model_executor.model_runner import ModelRunnerOutput
+
+from margingate.core.ledger import Row
+from margingate.runtime import own_attention, state, verdicts
+from margingate.runtime.request import now
+from margingate.runtime.rows import row_input
+from margingate.runtime.verifier import RowResult
+from margingate_kernels import softmax_top2
+
+if TYPE_CHECKING:
+    from margingate.runtime.controller import GateController
+
+PATIENCE = 8  # batches that a due pass waits for a decode step; prompts may come first
+
+
+@dataclass(slots=True)
+class Ride:
+    """A pass on its way; with the step's logits, as `logits_output.gate_ride`."""
+
+    rows: tuple[Row, ...]
+    due: str
+    start: float  # request.now
+    ids: torch.Tensor  # int64 [rows with an input]: the verifier's tokens
+    margins: torch.Tensor  # float32, as ids
+
+    def results(self) -> list[RowResult | None]:
+        """Of each row; None: the prefill's own choice is the verdict. On the CPU by now."""
+        found = zip(self.ids.tolist(), self.margins.tolist(), strict=True)
+        return [None if row.index == 1 else RowResult(*next(found), None) for row in self.rows]
+
+    def to_cpu(self) -> None:
+        """Copy what the CPU will read, without waiting; the step's own event covers it."""
+        if self.ids.is_cuda:
+            self.ids = self.ids.to("cpu", non_blocking=True)
+            self.margins = self.margins.to("cpu", non_blocking=True)
+
+
+class Rides:
+    """The passes of one controller that ride, and those whose verdicts are to be entered."""
+
+    def __init__(self, controller: GateController) -> None:
+        self._controller = controller
+        # Where steps are canonical there is hardly a pass; with the gate's own attention a forward
+        # has room for so many keys only.
+        self.serves = (
+            controller.canonical is None
+            and not controller.observes_only
+            and own_attention.of(controller.verifier.backend) is None
+        )
+        self.landed: list[tuple[Ride, list[RowResult | None]]] = []
+        self.count = 0  # passes that rode
+        self._due_since: int | None = None
+
+    def expected(self, due: str | None) -> bool:
+        """Whether what is due now, if anything is, will soon be carried by a decode step."""
+        controller = self._controller
+        running = controller.scheduler.running_batch
+        if (
+            due is None
+            or not self.serves
+            or all(controller.is_held(req) for req in running.reqs)
+            or not self._fits(len(running.reqs))
+        ):
+            self._due_since = None
+            return False
+        if self._due_since is None:
+            self._due_since = controller.step
+        return controller.step - self._due_since <= PATIENCE
+
+    def board(self, batch: Any) -> tuple[tuple[Row, ...], str] | None:
+        """The rows that this decode forward is to carry, and why; None if no pass is due."""
+        controller = self._controller
+        if not self.serves or not batch.forward_mode.is_decode():
+            return None
+        due = controller.queue.due(controller.ledger, controller.step, idle=False)
+        if due is None or not self._fits(batch.batch_size):
+            return None
+        self._due_since = None
+        self.count += 1
+        room = controller.verifier.rows - batch.batch_size
+        return controller.queue.next_batch(controller.ledger, room), due
+
+    def land(self, result: Any) -> None:
+        """A step's results are in: enter the verdicts it carried, unless one takes tokens back."""
+        ride: Ride | None = getattr(getattr(result, "logits_output", None), "gate_ride", None)
+        if ride is None:
+            return
+        results = ride.results()
+        pairs = zip(ride.rows, results, strict=True)
+        self.landed.append((ride, results))
+        if all(verdicts.matches(self._controller, row, each) for row, each in pairs):
+            self.enter()
+
+    def enter(self) -> None:
+        """Enter the verdicts that came. Nothing may be in flight if one of them is a flip."""
+        landed, self.landed = self.landed, []
+        for ride, results in landed:
+            verdicts.enter(self._controller, ride.rows, results, ride.start, ride.due)
+
+    def _fits(self, decoding: int) -> bool:
+        """Whether a pass may wait for a step of so many rows, and has room in it."""
+        controller = self._controller
+        if not controller.queue.max_delay or 2 * decoding > controller.verifier.rows:
+            return False
+        # What the CPU would have to wait for is verified in a pass of its own.
+        waiting = (controller.requests[key] for key in controller.queue.waiting(controller.ledger))
+        return not any(req.return_logprob or req.gate.draw is not None for req in waiting)
+
+
+def forward(original: Any, runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND ModelRunner._forward_raw: a decode step that carries a pass."""
+    controller = state.active()
+    boarded = None if controller is None else controller.rides.board(batch)
+    if controller is None or boarded is None:
+        return original(runner, batch, *args, **kwargs)
+    start = now()
+    rows, due = boarded
+    inputs = [row_input(controller.requests[row.rid], row) for row in rows if row.index > 1]
+    verifier = controller.verifier
+    logits = verifier.forward(inputs, verifier.rows, beside=batch)
+    first, last = batch.batch_size, batch.batch_size + len(inputs)
+    best = softmax_top2(logits[first:last])
+    output = LogitsProcessorOutput(next_token_logits=logits[:first])
+    output.gate_ride = Ride(rows, due, start, best.ids, best.margin)
+    return ModelRunnerOutput(logits_output=output, can_run_graph=verifier.has_graphs)
