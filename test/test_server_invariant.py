@@ -94,7 +94,7 @@ def test_logprobs_of_greedy_and_seeded_rows_alone_and_mixed(client, prompts, alo
 
 
 def test_the_probe_names_every_operator(client, tmp_path, capsys):
-    assert main(["probe", "--url", client.base_url, "--out", str(tmp_path)]) == 0
+    assert main(["probe", "--base-url", client.base_url, "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     report = json.loads((tmp_path / "probe.json").read_text())
     names = {row["name"].rsplit(".", 1)[-1] for row in report["operators"]}

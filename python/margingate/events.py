@@ -6,6 +6,7 @@ This module needs neither torch nor SGLang.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -168,7 +169,7 @@ class Subscriber:
 
     Raises:
         GateError: an endpoint of no known form.
-        EventError: an endpoint that cannot be connected to.
+        EventError: an endpoint that cannot be connected to, or whose host is unknown.
     """
 
     def __init__(self, endpoint: str) -> None:
@@ -181,10 +182,12 @@ class Subscriber:
         self._gaps = Gaps()
         try:
             self._socket.connect(endpoint)
-        except zmq.ZMQError as err:
+            _look_up(endpoint)
+        except (zmq.ZMQError, OSError, UnicodeError) as err:
             self.close()
+            why = getattr(err, "strerror", None) or "not a name of a host"
             raise EventError(
-                f"{endpoint} cannot be connected to ({err.strerror}): name the server's host."
+                f"{endpoint} cannot be connected to ({why}): name the server's host."
             ) from None
 
     def __enter__(self) -> Self:
@@ -213,6 +216,13 @@ class Subscriber:
             return None
         message = decode(self._socket.recv())
         return Received(message, self._gaps.before(message))
+
+
+def _look_up(endpoint: str) -> None:
+    """Raises OSError or UnicodeError for an unknown host, which ZeroMQ would try for ever."""
+    if endpoint.startswith("tcp://"):
+        host = endpoint.removeprefix("tcp://").rpartition(":")[0]
+        socket.getaddrinfo(host.strip("[]"), None)
 
 
 def subscribe(endpoint: str) -> Iterator[Received]:

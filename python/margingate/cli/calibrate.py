@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import margingate
 from margingate.cli.errors import CliError
+from margingate.cli.inputs import read_pairs, refuse_twins
 
 if TYPE_CHECKING:
     from margingate.cli.calibrate_measure import Journal, Walk
@@ -63,12 +64,19 @@ def add_walk_options(parser: argparse.ArgumentParser) -> None:
     """What a walk needs to know, for every command that makes one."""
     parser.add_argument("--model-path", metavar="M", help=f"default: the embedded {MODEL}")
     parser.add_argument(
-        "--prompts", nargs="+", type=Path, default=[PROMPTS], metavar="FILE", help="JSONL"
+        "--prompts",
+        nargs="+",
+        type=Path,
+        default=[PROMPTS],
+        metavar="FILE",
+        help='JSONL with a "prompt" a line; default: the demo\'s 24',
     )
     parser.add_argument("--per-file", type=int, metavar="N", help="prompts of each; default all")
-    parser.add_argument("--tokens", type=int, default=128, metavar="N", help="per answer; 128")
     parser.add_argument(
-        "--batch-sizes", nargs="+", type=int, default=[2, 8, 16], metavar="B", help="2 8 16"
+        "--tokens", type=int, default=128, metavar="N", help="per answer; default 128"
+    )
+    parser.add_argument(
+        "--batch-sizes", nargs="+", type=int, default=[2, 8, 16], metavar="B", help="default 2 8 16"
     )
     parser.add_argument(
         "server_args", nargs="*", metavar="-- ARGS", help="for the server, after --"
@@ -116,24 +124,9 @@ def read_sets(args: argparse.Namespace) -> dict[str, list[tuple[str, str]]]:
     for path in args.prompts:
         if path.stem in sets:
             raise CliError(f"--prompts has two files named {path.stem}: rename one.")
-        sets[path.stem] = _read_file(path, args.per_file)
-    names = [name for pairs in sets.values() for name, _ in pairs]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise CliError(f"--prompts has two prompts with the id {twice!r}: rename one.")
+        sets[path.stem] = read_pairs(path, args.per_file)
+    refuse_twins(pair for pairs in sets.values() for pair in pairs)
     return sets
-
-
-def _read_file(path: Path, count: int | None) -> list[tuple[str, str]]:
-    from margingate.client import read_prompts
-
-    try:
-        return read_prompts(path, count)
-    except OSError as err:
-        raise CliError(f"--prompts {err.filename} cannot be read ({err.strerror}).") from err
-    except UnicodeDecodeError as err:
-        raise CliError(f"--prompts {path} is not UTF-8 text ({err.reason}): convert it.") from err
-    except ValueError as err:
-        raise CliError(f"--prompts: {err}") from err
 
 
 def model_folder(args: argparse.Namespace) -> Path:

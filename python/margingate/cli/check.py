@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import margingate
 from margingate.cli.errors import CliError
+from margingate.cli.inputs import read_pairs, refuse_twins, server_root
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
@@ -46,8 +48,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--base-url", required=True, metavar="URL", help="with or without /v1 at its end"
     )
-    parser.add_argument("--prompts", type=Path, default=PROMPTS, metavar="FILE", help="JSONL")
-    parser.add_argument("--tokens", type=int, default=64, metavar="N", help="per answer; 64")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        default=PROMPTS,
+        metavar="FILE",
+        help='JSONL with a "prompt" a line; default: the demo\'s 24',
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=64, metavar="N", help="per answer; default 64"
+    )
     parser.add_argument("--model", help="as the server calls it; default: its first one")
     parser.add_argument("--api-key", default="none", metavar="KEY", help="if the server wants one")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")
@@ -72,16 +82,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read(args: argparse.Namespace) -> list[Pair]:
-    from margingate.client import read_prompts
-
+    """The prompts; raises CliError for what cannot work, before anything is asked."""
     if args.tokens < 1:
         raise CliError(f"--tokens is {args.tokens}: give 1 or more.")
-    try:
-        return list(dict(read_prompts(args.prompts)).items())
-    except OSError as err:
-        raise CliError(f"--prompts {args.prompts} cannot be read ({err.strerror}).") from err
-    except ValueError as err:
-        raise CliError(f"--prompts: {err}") from err
+    if args.out and not os.access(args.out.parent, os.W_OK):
+        raise CliError(f"--out {args.out} cannot be written: name a file in a folder that can.")
+    pairs = read_pairs(args.prompts)
+    refuse_twins(pairs)
+    return pairs
 
 
 async def _ask_all(args: argparse.Namespace, pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -90,7 +98,7 @@ async def _ask_all(args: argparse.Namespace, pairs: Sequence[Pair]) -> dict[str,
 
     from margingate.cli.bar import progress
 
-    root = args.base_url.rstrip("/").removesuffix("/v1")
+    root = server_root(args.base_url)
     headers = {"Authorization": f"Bearer {args.api_key}"}
     options = {
         "connector": aiohttp.TCPConnector(limit=0),
@@ -109,14 +117,13 @@ async def _ask_all(args: argparse.Namespace, pairs: Sequence[Pair]) -> dict[str,
                 for name, words in RUNS.items():
                     bar.say(words)
                     runs[name] = await asker.together(_order(pairs, name), name, bar.tick)
+    except aiohttp.ClientConnectorError as err:
+        why = err.os_error.strerror or err.os_error
+        raise CliError(
+            f"no server answers at {root} ({why}): start it, or correct --base-url."
+        ) from err
     except (aiohttp.ClientError, TimeoutError, OSError) as err:
         raise CliError(f"{args.base_url} failed a request ({err or type(err).__name__}).") from err
-    changed = {
-        name: {
-            key: _first_difference(alone[key], said[key]) for key in said if alone[key] != said[key]
-        }
-        for name, said in runs.items()
-    }
     return {
         "schema": 1,
         "base_url": args.base_url,
@@ -124,12 +131,14 @@ async def _ask_all(args: argparse.Namespace, pairs: Sequence[Pair]) -> dict[str,
         "tokens": args.tokens,
         "prompts": len(pairs),
         "fingerprint": fingerprint,
-        "changed": changed,
+        "changed": {name: _differences(alone, said) for name, said in runs.items()},
     }
 
 
 async def _first_model(session: ClientSession, root: str) -> str:
     async with session.get(f"{root}/v1/models") as response:
+        if response.status in (401, 403):
+            raise CliError(f"{root} answered {response.status}: give --api-key the server's key.")
         try:
             return str((await response.json())["data"][0]["id"])
         except (ValueError, KeyError, IndexError, TypeError):

@@ -32,6 +32,7 @@ from margingate.cli.demo_measure import (
     measure,
 )
 from margingate.cli.errors import CliError
+from margingate.cli.inputs import read_pairs, refuse_twins
 from margingate.config import FAST_PATHS
 
 if TYPE_CHECKING:
@@ -99,19 +100,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _read(path: Path, tokens: int) -> list[tuple[str, str]]:
     """The prompts, by distinct names; raises CliError for what the user gave wrongly."""
-    from margingate.client import read_prompts
-
     if tokens < 1:
         raise CliError(f"--tokens is {tokens}: give 1 or more.")
-    try:
-        pairs = read_prompts(path)
-    except OSError as err:
-        raise CliError(f"--prompts {path} cannot be read ({err.strerror}): check it.") from err
-    except ValueError as err:
-        raise CliError(f"--prompts: {err}") from err
-    names = [name for name, _ in pairs]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise CliError(f"--prompts {path} has two prompts with the id {twice!r}: rename one.")
+    pairs = read_pairs(path)
+    refuse_twins(pairs)
     return pairs
 
 

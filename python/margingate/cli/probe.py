@@ -7,12 +7,15 @@ shows what it found: a table, probe.json and probe.png.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from margingate.cli.errors import CliError
+from margingate.cli.inputs import server_root
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,7 +35,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model-path", metavar="M", help=f"default: the embedded {MODEL}")
-    source.add_argument("--url", help="ask this gated server instead of starting one")
+    source.add_argument(
+        "--base-url", metavar="URL", help="ask this gated server instead of starting one"
+    )
+    parser.add_argument("--api-key", default="none", metavar="KEY", help="if that server wants one")
     parser.add_argument(
         "--out",
         type=Path,
@@ -52,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
 
     from margingate.plots import plot_classes
 
-    _make_folder(args.out)
-    report = _ask(args.url) if args.url else _measure(args)
+    with _folder(args.out):
+        report = _ask(args.base_url, args.api_key) if args.base_url else _measure(args)
     (args.out / "probe.json").write_text(json.dumps(report, indent=1) + "\n")
     grid = {row["name"].rsplit(".", 1)[-1]: dict(row["classes"]) for row in rows(report)}
     title = f"Row counts that give a row the same bits: {Path(report['model']).name}"
@@ -65,13 +71,23 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _make_folder(out: Path) -> None:
+@contextlib.contextmanager
+def _folder(out: Path) -> Iterator[None]:
+    """Make the report's folder, and remove it if the body fails with nothing in it."""
+    new = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise CliError(
             f"--out {out} cannot be made ({err.strerror}): name another folder."
         ) from err
+    try:
+        yield
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):  # a server's log is in it
+                out.rmdir()
+        raise
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -88,17 +104,26 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
             return _ask(server.base_url)
     except ServerError as err:
         raise CliError(str(err)) from err
+    except CliError as err:
+        raise CliError(f"{str(err).removesuffix('.')}; its log is {log}.") from err
 
 
-def _ask(url: str) -> dict[str, Any]:
+def _ask(url: str, key: str = "none") -> dict[str, Any]:
     """What the gated server at `url` found; raises CliError for any other server."""
     import requests
 
+    url = server_root(url)
     try:
-        info = requests.get(url.rstrip("/") + "/server_info", timeout=60).json()
+        headers = {"Authorization": f"Bearer {key}"}
+        reply = requests.get(f"{url}/server_info", headers=headers, timeout=60)
+        if reply.status_code in (401, 403):
+            raise CliError(f"{url} answered {reply.status_code}: give --api-key the server's key.")
+        info = reply.json()
         state = info["internal_states"][0]["margingate"]
+    except requests.ConnectionError as err:
+        raise CliError(f"no server answers at {url}: start it, or correct --base-url.") from err
     except (requests.RequestException, ValueError) as err:
-        raise CliError(f"--url {url} does not answer as an SGLang server ({err}).") from err
+        raise CliError(f"{url} does not answer as an SGLang server ({err}).") from err
     except (KeyError, IndexError, TypeError):
         raise CliError(
             f"the server at {url} has no gate: start it with --deterministic-gate."

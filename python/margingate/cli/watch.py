@@ -98,14 +98,18 @@ def _show(subscriber: Subscriber, endpoint: str, until: float) -> bool:
 
     from margingate.cli.watch_view import View
 
-    view, shown_at = View(endpoint, QUIET_S), 0.0
-    with Live(view.render(time.monotonic()), console=Console(), auto_refresh=False) as live:
-        for received in _arrivals(subscriber, until):
-            at = time.monotonic()
-            if received is not None:
-                view.feed(received, at)
-            if at - shown_at >= TICK_S:
-                live.update(view.render(at), refresh=True)
-                shown_at = at
-        live.update(view.render(time.monotonic()), refresh=True)
+    view, shown_at, console = View(endpoint, QUIET_S), 0.0, Console()
+    try:
+        with Live(view.render(time.monotonic()), console=console, auto_refresh=False) as live:
+            for received in _arrivals(subscriber, until):
+                at = time.monotonic()
+                if received is not None:
+                    view.feed(received, at)
+                if at - shown_at >= TICK_S:
+                    live.update(view.render(at), refresh=True)
+                    shown_at = at
+            live.update(view.render(time.monotonic()), refresh=True)
+    finally:
+        if not console.is_terminal:
+            console.line()  # Live ends the last one on terminals only
     return view.messages > 0
