@@ -95,10 +95,11 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def run_group(
-    args: argparse.Namespace, modes: list[str], results: list[dict[str, Any]], deadline: float
+    args: argparse.Namespace, modes: list[str], results: list[dict[str, Any]], seconds: float
 ) -> None:
     """Start these engines, measure every point, add to `results` and write them."""
     workers = engines.all_up(modes, args)
+    deadline = time.monotonic() + seconds
     for context, batch in product(args.contexts, args.batches):
         if 1.25 * batch * (context + args.tokens + 64) > args.kv_tokens:  # SGLang keeps some
             continue
@@ -121,12 +122,11 @@ def main() -> None:
     if args.one:
         serve(args)
         return
-    begun = time.monotonic()
     engines.settle(args, args.modes)
     results: list[dict[str, Any]] = []
     groups = engines.groups(args.modes, args.together)
-    for i, modes in enumerate(groups, 1):
-        run_group(args, modes, results, begun + args.budget_s * i / len(groups))
+    for modes in groups:
+        run_group(args, modes, results, args.budget_s / len(groups))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,9 @@ def add_options(parser: argparse.ArgumentParser, budget_s: float, kv_tokens: int
         type=int,
         help=f"engines at once; default: as many as fit with pools of {kv_tokens} tokens",
     )
-    parser.add_argument("--budget-s", type=float, default=budget_s, help="no new point after this")
+    parser.add_argument(
+        "--budget-s", type=float, default=budget_s, help="of measuring, for all groups"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--logs", type=Path, help="folder of the logs; default: that of --out")
     parser.add_argument("--one", help=argparse.SUPPRESS)

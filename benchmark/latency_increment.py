@@ -3,8 +3,8 @@
     python benchmark/latency_increment.py --model benchmark/configs/llama-3.1-8b --out inc.json
 
 Dummy weights. A stock engine (FlashInfer on a GPU), and gated ones with `--gate-fast-path stock`.
-`always` verifies every row at every step, with `--gate-max-delay 0` and a pass as small as the
-largest batch. `margin-RATE` has the gate's defaults, its flags simulated at that rate. A share
+`always` verifies every row at every step, in passes of their own (`--gate-max-delay 0`) that are as
+small as the largest batch. `margin-RATE` has the gate's defaults, its flags simulated at that rate. A share
 `--flip-rate` of all rows is rolled back in each of them. `margin-RATE:DELAY` and
 `margin-RATE:DELAY:ROWS` set `--gate-max-delay` and `--gate-rows`, `always::ROWS` the latter alone.
 
@@ -238,10 +238,11 @@ def run_group(
     args: argparse.Namespace,
     modes: list[str],
     results: dict[int, dict[str, Any]],
-    deadline: float,
+    seconds: float,
 ) -> None:
     """Start these engines, measure every batch, add to `results` and write them."""
     workers = engines.all_up(modes, args)
+    deadline = time.monotonic() + seconds
     for batch in args.batches:
         if 1.25 * batch * (args.context + args.tokens) > args.kv_tokens:  # SGLang keeps some
             print(f"batch {batch} is left out: it needs more --kv-tokens")
@@ -267,12 +268,11 @@ def main() -> None:
     if args.one:
         serve(args)
         return
-    begun = time.monotonic()
     engines.settle(args, args.modes)
     results: dict[int, dict[str, Any]] = {}
     groups = engines.groups(args.modes, args.together)
-    for i, modes in enumerate(groups, 1):
-        run_group(args, modes, results, begun + args.budget_s * i / len(groups))
+    for modes in groups:
+        run_group(args, modes, results, args.budget_s / len(groups))
     print(table(results, args.tokens))
 
 

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Issue 4's measurements on one H100 or H200 without a network: 8B shape, dummy weights.
 #     benchmark/run_gpu_serving.sh latency   4 minutes: what verification adds to a step
-#     benchmark/run_gpu_serving.sh serving   8 minutes: throughput, TTFT and TPOT
+#     benchmark/run_gpu_serving.sh serving   9 minutes: throughput, TTFT and TPOT
 #     benchmark/run_gpu_serving.sh shares    4 minutes: 100, 50 and 10 % of the requests gated
 # Results go to $OUT, logs as one archive. MODES, if set, replaces the modes; what follows the
 # first word goes to the benchmark, where a later option wins over an earlier one. python3 there
@@ -25,18 +25,18 @@ latency)
     # the first lets --gate-max-delay auto see the load (it looks every 256 steps).
     timeout -k 20 300 python3 benchmark/latency_increment.py "${common[@]}" \
         --modes ${MODES:-stock always margin-0.1856 margin-0.05 margin-0.5} \
-        --batches 1 8 32 --tokens 288 --rounds 3 --kv-tokens 20000 --budget-s 230 "$@"
+        --batches 1 8 32 --tokens 288 --rounds 3 --kv-tokens 20000 --budget-s 130 "$@"
     ;;
 serving)
     # One at a time, so that each server has the memory and the probe the GPU for itself.
-    timeout -k 20 540 python3 benchmark/serving.py "${common[@]}" \
+    timeout -k 20 590 python3 benchmark/serving.py "${common[@]}" \
         --modes ${MODES:-stock gate deterministic exact} --together 1 \
-        --mixes sharegpt 1k-1k 4k-1k --rates inf 2 --seconds 6 --tokens 150000 --budget-s 450 "$@"
+        --mixes sharegpt 1k-1k 4k-1k --rates inf 2 --seconds 6 --tokens 130000 --budget-s 240 "$@"
     ;;
 shares)
     timeout -k 20 300 python3 benchmark/serving.py "${common[@]}" \
         --modes ${MODES:-stock gate gate-50 gate-10} --together 1 \
-        --mixes sharegpt 1k-1k --rates inf --tokens 150000 --budget-s 240 "$@"
+        --mixes sharegpt 1k-1k --rates inf --tokens 130000 --budget-s 140 "$@"
     ;;
 *)
     echo "latency, serving or shares, not '$what'" >&2

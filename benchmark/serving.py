@@ -138,8 +138,8 @@ class Run:
         self.results: list[dict[str, Any]] = []
         self._bases: dict[tuple[str, float], dict[str, Any]] = {}  # the first mode's last, by load
 
-    def group(self, names: list[str], deadline: float) -> None:
-        """Start these servers, measure their modes at every load until `deadline`, end them.
+    def group(self, names: list[str], seconds: float) -> None:
+        """Start these servers, measure their modes at every load for some time, end them.
 
         At the first load whatever the time: a group that was started shows something.
         """
@@ -147,6 +147,7 @@ class Run:
             for server in up.values():
                 self.warm_up(server)
             modes = [mode for mode in self.args.modes if server_of(mode) in up]
+            deadline = time.monotonic() + seconds
             for i, (rate, mix) in enumerate(product(self.args.rates, self.args.mixes)):
                 for mode in modes:
                     if i > 0 and time.monotonic() > deadline:
@@ -223,15 +224,14 @@ def _part(part: float, whole: float) -> float | None:
 
 def main() -> None:
     args = arguments()
-    begun = time.monotonic()
     names = list(dict.fromkeys(server_of(mode) for mode in args.modes))
     engines.settle(args, names)
     groups = engines.groups(names, args.together)
     with tempfile.TemporaryDirectory() as folder:
         load = Load(Path(folder), vocabulary(args.model), args.logs / f"{args.out.stem}.client.log")
         run = Run(args, load)
-        for i, group in enumerate(groups, 1):
-            run.group(group, begun + args.budget_s * i / len(groups))
+        for group in groups:
+            run.group(group, args.budget_s / len(groups))
     print(table(run.results), flush=True)
 
 

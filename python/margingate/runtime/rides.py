@@ -43,6 +43,7 @@ class Ride:
     start: float  # request.now
     ids: torch.Tensor  # int64 [rows with an input]: the verifier's tokens
     margins: torch.Tensor  # float32, as ids
+    on_device: tuple[torch.Tensor, ...] = ()  # what is being copied
 
     def results(self) -> list[RowResult | None]:
         """Of each row; None: the prefill's own choice is the verdict. On the CPU by now."""
@@ -52,6 +53,7 @@ class Ride:
     def to_cpu(self) -> None:
         """Copy what the CPU will read, without waiting; the step's own event covers it."""
         if self.ids.is_cuda:
+            self.on_device = (self.ids, self.margins)
             self.ids = self.ids.to("cpu", non_blocking=True)
             self.margins = self.margins.to("cpu", non_blocking=True)
 

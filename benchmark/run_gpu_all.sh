@@ -1,0 +1,54 @@
+#!/bin/bash
+# Every GPU measurement of the issues, on two cards of one host without a network; 20 minutes.
+#     benchmark/run_gpu_all.sh DATA MODEL [SECOND]
+# DATA: the four prompt files (run_gpu_study.sh); MODEL: SmolLM2; SECOND: another real model. Card 0
+# has what is timed beside stock, on cores of its own; card 1 the rest, and what is timed last, alone.
+# Results appear in $OUT as they are made, with a line each in $OUT/progress.txt. Where a command may
+# run for some minutes only, start it with setsid and come back: a machine that is left idle is lost.
+set -u
+here=$(cd "$(dirname "$0")/.." && pwd)
+data=$(cd "$1" && pwd) model=$2 second=${3:-}
+export OUT=${OUT:-/tmp/out}
+export PYTHONPATH=$here:$here/python:$here/sgl-kernel-patches:${PYTHONPATH:-}
+mkdir -p "$OUT"
+cd "$here"
+cores=$(nproc) half=$(($(nproc) * 9 / 16))
+files=("$data"/{math500,gsm8k,humaneval,sharegpt}.jsonl)
+
+# step NAME SECONDS COMMAND...
+step() {
+    local name=$1 limit=$2
+    shift 2
+    echo "$(date +%T) $name begins" >>"$OUT/progress.txt"
+    timeout -k 20 "$limit" "$@" >"$OUT/$name.txt" 2>&1
+    echo "$(date +%T) $name ends with $?" >>"$OUT/progress.txt"
+}
+
+card_0() {
+    export CUDA_VISIBLE_DEVICES=0
+    step attention 90 python3 benchmark/attention_kernels.py --out "$OUT/attention.json"
+    step serving 640 bash benchmark/run_gpu_serving.sh serving --kv-tokens 300000 --rates inf 4
+    step latency 330 bash benchmark/run_gpu_serving.sh latency --batches 32 8 1
+    step shares 330 bash benchmark/run_gpu_serving.sh shares --kv-tokens 300000 --mixes sharegpt
+}
+
+card_1() {
+    export CUDA_VISIBLE_DEVICES=1
+    local steps=(python3 benchmark/decode_step.py --modes stock gate-triton --together 1 --repeats 2)
+    step calibrate 600 bash benchmark/run_gpu_study.sh "$data" "$model" calibrate
+    step study 600 bash benchmark/run_gpu_study.sh "$data" "$model" study
+    step sameness 600 python3 benchmark/sameness.py --model "$model" --prompts "${files[@]}" \
+        --per-file 100 --others 400 --tokens 256 --servers gate exact-no-cache stock gate-stock-path \
+        --out "$OUT/sameness.json" -- --max-total-tokens 60000 --mem-fraction-static 0.5 \
+        --cuda-graph-max-bs-decode 64 --context-length 4096
+    [ -z "$second" ] || step short 500 env OUT="$OUT/second" WORK=/tmp/margingate-second \
+        bash benchmark/run_gpu_study.sh "$data" "$second" short
+    step steps-8b 300 "${steps[@]}" --model benchmark/configs/llama-3.1-8b --kv-tokens 345000 \
+        --batches 128 32 16 8 1 --contexts 2048 8192 --budget-s 120 --out "$OUT/steps-8b.json"
+    step steps-14b 300 "${steps[@]}" --model benchmark/configs/qwen2.5-14b --kv-tokens 200000 \
+        --batches 1 8 32 64 128 --contexts 256 2048 --budget-s 120 --out "$OUT/steps-14b.json"
+}
+
+(taskset -pc $half-$((cores - 1)) $BASHPID >/dev/null && card_0) &
+(taskset -pc 0-$((half - 1)) $BASHPID >/dev/null && card_1) &
+wait
