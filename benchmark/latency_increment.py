@@ -4,9 +4,10 @@
 
 Dummy weights. A stock engine (FlashInfer on a GPU), and gated ones with `--gate-fast-path stock`.
 `always` verifies every row at every step, in passes of their own (`--gate-max-delay 0`) that are as
-small as the largest batch. `margin-RATE` has the gate's defaults, its flags simulated at that rate. A share
-`--flip-rate` of all rows is rolled back in each of them. `margin-RATE:DELAY` and
-`margin-RATE:DELAY:ROWS` set `--gate-max-delay` and `--gate-rows`, `always::ROWS` the latter alone.
+small as the largest batch. `margin-RATE` has the gate's defaults, its flags simulated at that rate:
+its passes ride in decode steps. A share `--flip-rate` of all rows is rolled back in each of them.
+`margin-RATE:DELAY` and `margin-RATE:DELAY:ROWS` set `--gate-max-delay` and `--gate-rows`,
+`always::ROWS` the latter alone.
 
 Two times a token are told. Each is that of a generation, less that of a short one, divided by the
 tokens between them: prefill and the end cancel out.

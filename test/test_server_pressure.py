@@ -60,6 +60,19 @@ def test_deferred_verification_rolls_back_what_went_on(late, prompts, canonical)
     assert_clean(late)
 
 
+def test_steps_that_carry_a_pass_sample_as_ever(late, prompts):
+    """Rows without a seed are drawn from logits that SGLang scales in place."""
+    greedy, sampled = prompts[:3], prompts[3:6]
+    alone = late.alone(greedy)
+    before = late.gate_state()
+    params = {prompt.name: forced([2, 9, 15]) for prompt in greedy}
+    params |= {prompt.name: {"temperature": 0.9} for prompt in sampled}
+    answers = late.together([*greedy, *sampled], params=params)
+    assert_same(alone, answers[:3])
+    assert late.gate_state()["passes_that_rode"] > before["passes_that_rode"]
+    assert {a.meta["gate"]["because"] for a in answers[3:]} == {"sampling has no seed"}
+
+
 def test_rows_with_log_probs_are_verified_in_passes_of_their_own(late, prompts):
     alone = late.alone(prompts[:3])
     before = late.gate_state()

@@ -112,7 +112,7 @@ class Verifier:
         wanted = _logprobs(logits, rows, tokens)
         return [RowResult(tokens[i], margins[i], wanted.get(i)) for i, _ in enumerate(rows)]
 
-    @torch.inference_mode()
+    @torch.no_grad()  # logits of a step that carries a pass are scaled in place by a sampler
     def forward(
         self, rows: Sequence[RowInput], count: int, *, beside: ForwardBatch | None = None
     ) -> torch.Tensor:
