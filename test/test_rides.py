@@ -155,8 +155,12 @@ def test_a_flip_waits_for_a_moment_with_nothing_in_flight(entered):
     controller.step = 1
     land(controller, controller.board(), [101, 7, 103])
     assert not entered and len(controller.rides.landed) == 1
+    controller.add("b", 6, 4)
+    controller.step = 2
+    land(controller, controller.board(), [101, 102, 103])
+    assert not entered, "the next ones wait behind it"
     controller.rides.enter()
-    assert len(entered) == 1 and not controller.rides.landed
+    assert len(entered) == 2 and not controller.rides.landed
 
 
 @pytest.mark.parametrize("gone", ["retracted", "closed"])

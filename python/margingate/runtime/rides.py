@@ -104,14 +104,20 @@ class Rides:
         return controller.queue.next_batch(controller.ledger, room), due
 
     def land(self, result: Any) -> None:
-        """A step's results are in: enter the verdicts it carried, unless one takes tokens back."""
+        """A step's results are in: enter the verdicts it carried, unless one takes tokens back.
+
+        Behind verdicts that wait for their moment, the next ones wait too.
+        """
         ride: Ride | None = getattr(getattr(result, "logits_output", None), "gate_ride", None)
         if ride is None:
             return
         results = ride.results()
         pairs = zip(ride.rows, results, strict=True)
+        waiting = bool(self.landed)
         self.landed.append((ride, results))
-        if all(verdicts.matches(self._controller, row, each) for row, each in pairs):
+        if not waiting and all(
+            verdicts.matches(self._controller, row, each) for row, each in pairs
+        ):
             self.enter()
 
     def enter(self) -> None:
