@@ -162,7 +162,9 @@ class Verifier:
             positions = torch.cat([beside.positions.to(torch.int64), positions])
             tokens = torch.cat([beside.input_ids.to(torch.int64), tokens])
             slots = torch.cat([beside.out_cache_loc.to(torch.int64), slots])
-            seq_lens_cpu = torch.cat([beside.seq_lens_cpu.to(torch.int64), seq_lens_cpu])
+            known = beside.seq_lens_cpu
+            first = beside.seq_lens.cpu() if known is None else known
+            seq_lens_cpu = torch.cat([first.to(torch.int64), seq_lens_cpu])
         seq_lens = positions + 1
         return ForwardBatch(
             forward_mode=ForwardMode.DECODE,
