@@ -49,7 +49,10 @@ CASES: dict[str, tuple[str, ...]] = {
 }
 ARRANGEMENTS = ("batched", "shuffled1", "shuffled2", "shuffled3", "arriving", "cached")
 HOPEFUL = ("--schedule-conservativeness", "0.05")
-COUNTERS = ("steps", "flagged", "verified", "flips", "missed", "rolled_back", "passes")
+COUNTERS = (
+    *("steps", "flagged", "verified", "flips", "missed", "rolled_back", "passes"),
+    "passes_that_rode",
+)
 
 
 def arguments() -> argparse.Namespace:
