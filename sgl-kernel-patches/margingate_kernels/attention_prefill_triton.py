@@ -8,9 +8,8 @@ from margingate_kernels.attention_triton import (
     NEG_INF,
     PAGED,
     TILES,
-    add_tile,
-    columns_of,
     power_of_two,
+    sum_tiles,
 )
 
 
@@ -39,21 +38,13 @@ def _segment(  # noqa: PLR0917
     MASKED: tl.constexpr,  # noqa: N803
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Sum a segment up and add it to those before; not MASKED: all of it exists and is seen."""
-    own_top = tl.full([BLOCK_M], NEG_INF, tl.float32)
-    own_total = tl.zeros([BLOCK_M], tl.float32)
-    own_mean = tl.zeros([BLOCK_M, head_size], tl.float32)
     last = first + SEGMENT
     if MASKED:
         last = tl.minimum(last, end)
-    # With one tile less in flight two programs fit an SM: these segments are the last ones.
-    for tile in tl.range(first, last, BLOCK_N, num_stages=2 if KIND == FLAT else None):
-        k, v = columns_of(
-            *(tile, end, slots, k_at, v_at, row, column),
-            *(stride_k, stride_v, head_size, BLOCK_N, KIND, MASKED),
-        )
-        own_top, own_total, own_mean = add_tile(
-            *(own_top, own_total, own_mean, queries, positions, tile, k, v, scale, BLOCK_N, MASKED)
-        )
+    own_top, own_total, own_mean = sum_tiles(
+        *(queries, positions, first, last, end, slots, k_at, v_at, row, column, scale),
+        *(stride_k, stride_v, head_size, BLOCK_M, BLOCK_N, KIND, MASKED),
+    )
     higher = tl.maximum(top, own_top)
     before, now = power_of_two(top - higher), power_of_two(own_top - higher)
     total = total * before + own_total * now

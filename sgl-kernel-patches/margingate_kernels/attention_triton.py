@@ -15,7 +15,7 @@ import triton.language as tl
 NEG_INF = tl.constexpr(float("-inf"))
 _GRID = tl.constexpr(96.0)  # float32 from 64 to 128 are multiples of 2**-17
 _GRID_BITS = tl.constexpr(0x42C00000)  # of _GRID as a whole number; 1 more is 2**-17 more
-PAGED, FLAT, TILES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # see `columns`
+PAGED, FLAT, TILES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # see `columns_of`
 _OWNERS = tl.constexpr(128)  # segments that `plan` writes at a time
 _UNROLLED = tl.constexpr(8)  # segments that `add_up` reads at a time
 
@@ -97,6 +97,43 @@ def add_tile(  # noqa: PLR0917
     return higher, total, mean
 
 
+@triton.jit
+def sum_tiles(  # noqa: PLR0917
+    queries: tl.tensor,  # as `add_tile`
+    positions: tl.tensor,
+    first: tl.tensor,  # tile
+    last: tl.tensor,  # tiles from here on are not summed
+    end: tl.tensor,  # as `columns_of`
+    slots: tl.tensor,
+    k_at: tl.tensor,
+    v_at: tl.tensor,
+    row: tl.tensor,
+    column: tl.tensor,
+    scale: tl.float32,
+    stride_k: tl.constexpr,
+    stride_v: tl.constexpr,
+    head_size: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # noqa: N803
+    BLOCK_N: tl.constexpr,  # noqa: N803
+    KIND: tl.constexpr,  # noqa: N803
+    MASKED: tl.constexpr,  # noqa: N803
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """A segment's sums, tile by tile from nothing."""
+    top = tl.full([BLOCK_M], NEG_INF, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    mean = tl.zeros([BLOCK_M, head_size], tl.float32)
+    # With one tile less in flight two programs fit an SM; FLAT segments are mostly the last ones.
+    for tile in tl.range(first, last, BLOCK_N, num_stages=2 if KIND == FLAT else None):
+        k, v = columns_of(
+            *(tile, end, slots, k_at, v_at, row, column),
+            *(stride_k, stride_v, head_size, BLOCK_N, KIND, MASKED),
+        )
+        top, total, mean = add_tile(
+            *(top, total, mean, queries, positions, tile, k, v, scale, BLOCK_N, MASKED)
+        )
+    return top, total, mean
+
+
 @triton.jit(do_not_specialize=["rows", "capacity"])
 def plan(  # noqa: PLR0917
     indptr: tl.tensor,  # int32 [rows + 1]: where each row's slots start
@@ -169,17 +206,11 @@ def decode(  # noqa: PLR0917
             other=0.0,
         )
         positions = tl.full([BLOCK_M], length - 1, tl.int32)
-        top = tl.full([BLOCK_M], NEG_INF, tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        mean = tl.zeros([BLOCK_M, head_size], tl.float32)
-        for tile in range(first, end, BLOCK_N):
-            k, v = columns_of(
-                *(tile, end, slots + start, k_buffer + of * head_size, v_buffer + of * head_size),
-                *(0, 0, stride_k, stride_v, head_size, BLOCK_N, PAGED, True),
-            )
-            top, total, mean = add_tile(
-                *(top, total, mean, queries, positions, tile, k, v, scale, BLOCK_N, True)
-            )
+        top, total, mean = sum_tiles(
+            *(queries, positions, first, end, end, slots + start),
+            *(k_buffer + of * head_size, v_buffer + of * head_size, 0, 0, scale),
+            *(stride_k, stride_v, head_size, BLOCK_M, BLOCK_N, PAGED, True),
+        )
         at = (segment * heads + its_heads).to(tl.int64)
         tl.store(tops + at * 2, top, mask=real)
         tl.store(tops + at * 2 + 1, total, mask=real)
