@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import margingate
 from margingate.cli.errors import CliError
-from margingate.cli.inputs import read_pairs, refuse_twins, server_root
+from margingate.cli.inputs import read_pairs, refuse_key, refuse_twins, server_root
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
@@ -137,8 +137,7 @@ async def _ask_all(args: argparse.Namespace, pairs: Sequence[Pair]) -> dict[str,
 
 async def _first_model(session: ClientSession, root: str) -> str:
     async with session.get(f"{root}/v1/models") as response:
-        if response.status in (401, 403):
-            raise CliError(f"{root} answered {response.status}: give --api-key the server's key.")
+        refuse_key(root, response.status)
         try:
             return str((await response.json())["data"][0]["id"])
         except (ValueError, KeyError, IndexError, TypeError):

@@ -33,6 +33,12 @@ def refuse_twins(pairs: Iterable[tuple[str, str]]) -> None:
         seen.add(name)
 
 
+def refuse_key(root: str, status: int) -> None:
+    """Raises CliError where this HTTP status says that the server wants another key."""
+    if status in (401, 403):
+        raise CliError(f"{root} answered {status}: give --api-key the server's key.")
+
+
 def server_root(url: str) -> str:
     """--base-url without what is added to it; raises CliError where it is no HTTP address."""
     if not url.startswith(("http://", "https://")):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from margingate.cli.errors import CliError
-from margingate.cli.inputs import server_root
+from margingate.cli.inputs import refuse_key, server_root
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -116,8 +116,7 @@ def _ask(url: str, key: str = "none") -> dict[str, Any]:
     try:
         headers = {"Authorization": f"Bearer {key}"}
         reply = requests.get(f"{url}/server_info", headers=headers, timeout=60)
-        if reply.status_code in (401, 403):
-            raise CliError(f"{url} answered {reply.status_code}: give --api-key the server's key.")
+        refuse_key(url, reply.status_code)
         info = reply.json()
         state = info["internal_states"][0]["margingate"]
     except requests.ConnectionError as err:
