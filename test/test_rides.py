@@ -14,6 +14,7 @@ from margingate.runtime import hook_table, rides, verdicts
 from margingate.runtime.request import now
 from margingate.runtime.rides import PATIENCE, Ride, Rides
 from margingate.runtime.verifier import RowInput, RowResult, Verifier
+from margingate_kernels import Top2
 
 V = 8
 DECODE = SimpleNamespace(is_decode=lambda: True)
@@ -60,10 +61,14 @@ class Controller:
         return self.rides.board(SimpleNamespace(forward_mode=mode, batch_size=count))
 
 
+def best(tokens: list[int], margin: float = 1.0) -> Top2:
+    ids, margins = torch.tensor(tokens), torch.full((len(tokens),), margin)
+    return Top2(ids, ids + 1, margins, -margins)
+
+
 def land(controller: Controller, boarded: Any, tokens: list[int]) -> None:
     rows, due = boarded
-    ids = torch.tensor(tokens)
-    ride = Ride(rows, due, now(), ids, torch.ones(len(tokens)))
+    ride = Ride(rows, due, now(), best(tokens))
     controller.rides.land(SimpleNamespace(logits_output=SimpleNamespace(gate_ride=ride)))
 
 
@@ -191,7 +196,7 @@ def test_the_first_row_is_judged_by_the_prefill():
     rows.open("a")
     rows.emit("a", flagged=True)
     rows.emit("a", flagged=True)
-    ride = Ride(rows.take("a", 2), "full", now(), torch.tensor([9]), torch.tensor([0.5]))
+    ride = Ride(rows.take("a", 2), "full", now(), best([9], 0.5))
     assert ride.results() == [None, RowResult(9, 0.5, None)]
 
 

@@ -38,11 +38,7 @@ def ledger() -> str:
     processes = {
         "startup": hook_table.STARTUP_HOOKS,
         "launcher": hook_table.TOKENIZER_HOOKS,
-        "scheduler": (
-            *hook_table.RUNTIME_HOOKS,
-            *hook_table.INVARIANT_HOOKS,
-            *hook_table.STUDY_HOOKS,
-        ),
+        "scheduler": hook_table.SCHEDULER_HOOKS,
     }
     rows = [_cells(hook, process) for process, hooks in processes.items() for hook in hooks]
     rows += [

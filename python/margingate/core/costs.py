@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-DELAYS = (0, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)  # decode steps; 1 is no other than 0
+# Decode steps; where nothing rides, 1 is no other than 0.
+DELAYS = (0, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
+RIDING = 2  # steps more until a verdict, where its pass rides in a step and nothing waits for it
 # Shares of the time of a step with its verification. A shorter wait may cost a little: tokens
 # arrive earlier, and the request that flips the most, which is not the mean, loses less.
 SHORTER = 1.01
 NEARLY = 1.02  # what keeping the present delay may cost
-RIDING = 2  # steps more until a verdict, where its pass rides in a step and nothing waits for it
 NOTCH = 1.5  # a present delay that is more times the chosen one is not kept
 
 
@@ -64,7 +65,12 @@ def overhead(delay: int, load: Load, costs: Costs) -> float:
 
 
 def _rides(delay: int, load: Load, costs: Costs) -> bool:
-    return costs.rides and delay > 0 and 2 * load.requests <= costs.rows
+    return costs.rides and delay > 0 and has_room(load.requests, costs.rows)
+
+
+def has_room(requests: float, rows: int) -> bool:
+    """Whether a pass of `rows` rows may ride in a step of so many requests: half of it is left."""
+    return 2 * requests <= rows
 
 
 def best_delay(load: Load, costs: Costs, current: int | None = None) -> int:

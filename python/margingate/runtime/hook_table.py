@@ -133,14 +133,6 @@ RUNTIME_HOOKS = (
         "the sampler returns margins",
     ),
     Hook(
-        "model_executor.model_runner.ModelRunner._forward_raw",
-        AROUND,
-        rides.forward,
-        "self forward_batch pp_proxy_tensors reinit_attn_backend split_forward_count",
-        "on the stock fast path a verify pass rides in a decode step",
-        "SGLang lets plugins add rows to a decode forward",
-    ),
-    Hook(
         "layers.logprob_processor.OutputLogprobProcessor.compute_logprobs",
         AROUND,
         margins.compute_logprobs,
@@ -317,6 +309,18 @@ INVARIANT_HOOKS = (
     ),
 )
 
+# Applied, besides, where it is not.
+STOCK_HOOKS = (
+    Hook(
+        "model_executor.model_runner.ModelRunner._forward_raw",
+        AROUND,
+        rides.forward,
+        "self forward_batch pp_proxy_tensors reinit_attn_backend split_forward_count",
+        "a verify pass rides in a decode step",
+        "SGLang lets plugins add rows to a decode forward",
+    ),
+)
+
 # Applied, besides, with --gate-study.
 STUDY_HOOKS = (
     Hook(
@@ -336,4 +340,5 @@ STUDY_HOOKS = (
         _CALLBACK,
     ),
 )
-ALL_HOOKS = (*STARTUP_HOOKS, *TOKENIZER_HOOKS, *RUNTIME_HOOKS, *INVARIANT_HOOKS, *STUDY_HOOKS)
+SCHEDULER_HOOKS = (*RUNTIME_HOOKS, *INVARIANT_HOOKS, *STOCK_HOOKS, *STUDY_HOOKS)
+ALL_HOOKS = (*STARTUP_HOOKS, *TOKENIZER_HOOKS, *SCHEDULER_HOOKS)

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from margingate_kernels import Top2
+
 _PROCESSED = object()  # stands in SGLang's queue for a result that was brought in early
 
 
@@ -64,12 +66,13 @@ def before_copy(result: Any, *_args: Any, **_kwargs: Any) -> None:
     from is kept until then.
     """
     output = result.logits_output
-    if (ride := getattr(output, "gate_ride", None)) is not None:
-        ride.to_cpu()
-    best = getattr(output, "gate", None)
+    best, ride = (getattr(output, name, None) for name in ("gate", "gate_ride"))
     if best is not None and best.margin.is_cuda:
-        output.gate_on_device = best
-        output.gate = best._replace(
-            margin=best.margin.to("cpu", non_blocking=True),
-            runner_up=best.runner_up.to("cpu", non_blocking=True),
-        )
+        output.gate_on_device, output.gate = best, _on_cpu(best, "margin", "runner_up")
+    if ride is not None and ride.best.margin.is_cuda:
+        ride.on_device, ride.best = ride.best, _on_cpu(ride.best, "margin", "ids")
+
+
+def _on_cpu(best: Top2, *names: str) -> Top2:
+    copies = {name: getattr(best, name).to("cpu", non_blocking=True) for name in names}
+    return best._replace(**copies)

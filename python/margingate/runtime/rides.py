@@ -17,16 +17,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.model_runner import ModelRunnerOutput
 
+from margingate.core.costs import has_room
 from margingate.core.ledger import Row
 from margingate.runtime import own_attention, state, verdicts
 from margingate.runtime.request import now
-from margingate.runtime.rows import row_input
 from margingate.runtime.verifier import RowResult
-from margingate_kernels import softmax_top2
+from margingate_kernels import Top2, softmax_top2
 
 if TYPE_CHECKING:
     from margingate.runtime.controller import GateController
@@ -41,21 +40,13 @@ class Ride:
     rows: tuple[Row, ...]
     due: str
     start: float  # request.now
-    ids: torch.Tensor  # int64 [rows with an input]: the verifier's tokens
-    margins: torch.Tensor  # float32, as ids
-    on_device: tuple[torch.Tensor, ...] = ()  # what is being copied
+    best: Top2  # of the rows with an input, by the verifier's logits
+    on_device: Top2 | None = None  # what `best` is copied from
 
     def results(self) -> list[RowResult | None]:
-        """Of each row; None: the prefill's own choice is the verdict. On the CPU by now."""
-        found = zip(self.ids.tolist(), self.margins.tolist(), strict=True)
-        return [None if row.index == 1 else RowResult(*next(found), None) for row in self.rows]
-
-    def to_cpu(self) -> None:
-        """Copy what the CPU will read, without waiting; the step's own event covers it."""
-        if self.ids.is_cuda:
-            self.on_device = (self.ids, self.margins)
-            self.ids = self.ids.to("cpu", non_blocking=True)
-            self.margins = self.margins.to("cpu", non_blocking=True)
+        """Of each row, as `verdicts.by_row`; what they are read from is on the CPU by now."""
+        pairs = zip(self.best.ids.tolist(), self.best.margin.tolist(), strict=True)
+        return verdicts.by_row(self.rows, (RowResult(*pair, None) for pair in pairs))
 
 
 class Rides:
@@ -129,7 +120,7 @@ class Rides:
     def _fits(self, decoding: int) -> bool:
         """Whether a pass may wait for a step of so many rows, and has room in it."""
         controller = self._controller
-        if not controller.queue.max_delay or 2 * decoding > controller.verifier.rows:
+        if not controller.queue.max_delay or not has_room(decoding, controller.verifier.rows):
             return False
         # What the CPU would have to wait for is verified in a pass of its own.
         waiting = (controller.requests[key] for key in controller.queue.waiting(controller.ledger))
@@ -144,11 +135,11 @@ def forward(original: Any, runner: Any, batch: Any, *args: Any, **kwargs: Any) -
         return original(runner, batch, *args, **kwargs)
     start = now()
     rows, due = boarded
-    inputs = [row_input(controller.requests[row.rid], row) for row in rows if row.index > 1]
+    inputs = verdicts.inputs_of(controller, rows)
     verifier = controller.verifier
     logits = verifier.forward(inputs, verifier.rows, beside=batch)
     first, last = batch.batch_size, batch.batch_size + len(inputs)
     best = softmax_top2(logits[first:last])
     output = LogitsProcessorOutput(next_token_logits=logits[:first])
-    output.gate_ride = Ride(rows, due, start, best.ids, best.margin)
+    output.gate_ride = Ride(rows, due, start, best)
     return ModelRunnerOutput(logits_output=output, can_run_graph=verifier.has_graphs)

@@ -41,8 +41,7 @@ def init(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) 
 
     hooks.check_version()
     hooks.install(hook_table.RUNTIME_HOOKS)
-    if config.invariant:
-        hooks.install(hook_table.INVARIANT_HOOKS)
+    hooks.install(hook_table.INVARIANT_HOOKS if config.invariant else hook_table.STOCK_HOOKS)
     if config.study:
         hooks.install(hook_table.STUDY_HOOKS)
     if RADIX_BACKEND not in registered_radix_cache_backends():

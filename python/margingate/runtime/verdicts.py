@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from margingate.core.ledger import Outcome, Row
 from margingate.runtime import ends, rollback
 from margingate.runtime.request import now
 from margingate.runtime.rows import first_token, row_input
-from margingate.runtime.verifier import RowResult
+from margingate.runtime.verifier import RowInput, RowResult
 
 if TYPE_CHECKING:
     from margingate.runtime.controller import GateController
@@ -21,10 +21,20 @@ logger = logging.getLogger(__name__)
 def run_pass(controller: GateController, rows: Sequence[Row], due: str) -> None:
     """Verify `rows` in a forward of their own. Only with nothing in flight."""
     start = now()
-    inputs = [row_input(controller.requests[row.rid], row) for row in rows if row.index > 1]
-    found = iter(controller.verifier.run(inputs) if inputs else [])
-    results = [None if row.index == 1 else next(found) for row in rows]
-    enter(controller, rows, results, start, due)
+    inputs = inputs_of(controller, rows)
+    found = controller.verifier.run(inputs) if inputs else []
+    enter(controller, rows, by_row(rows, found), start, due)
+
+
+def inputs_of(controller: GateController, rows: Sequence[Row]) -> list[RowInput]:
+    """What a pass is given: all of `rows` but first ones, which the prefill computed."""
+    return [row_input(controller.requests[row.rid], row) for row in rows if row.index > 1]
+
+
+def by_row(rows: Sequence[Row], found: Iterable[RowResult]) -> list[RowResult | None]:
+    """The results of `inputs_of`, with None for first rows: the prefill's choice is the verdict."""
+    results = iter(found)
+    return [None if row.index == 1 else next(results) for row in rows]
 
 
 def enter(
@@ -37,7 +47,7 @@ def enter(
     """Enter the verdicts of a pass. A flip needs nothing in flight.
 
     Args:
-        results: of each row; None: the prefill's own choice is the verdict.
+        results: of each row, as `by_row`.
         start: of the pass, `request.now`.
     """
     controller.totals.passes += 1
