@@ -74,6 +74,7 @@ class Verifier:
         self.backend = backend or model_runner.attn_backend
         self.rows = rows
         self.device = model_runner.device
+        self._pins = torch.device(self.device).type == "cuda"
         self._page_table = model_runner.req_to_token_pool.req_to_token
         # SGLang's torch-native attention loops over the rows it is told of; padding rows are
         # there for the GEMMs, whose bits depend on the number of rows, and need no attention.
@@ -126,8 +127,9 @@ class Verifier:
         batch = self.batch(rows, count, beside)
         if self._graphs is not None and self._graphs.can_run_graph(batch):
             logits = self._graphs.execute(batch).next_token_logits
-            # The event fences the scheduler's writes behind the main forward's reads, not ours.
-            self.runner.war_fastpath_read_done_event = None
+            if beside is None:
+                # The event fences the scheduler's writes behind a step's reads; this was none.
+                self.runner.war_fastpath_read_done_event = None
             return logits
         with forward_context(ForwardContext(attn_backend=self.backend)):
             self.backend.init_forward_metadata(batch)
@@ -151,11 +153,19 @@ class Verifier:
         others = 0 if beside is None else beside.batch_size
         padding = [RowInput(0, 0, 0)] * (count - others - len(rows))
         attended = others + len(rows) if self._attends_row_by_row else count
+        filled = (*rows, *padding)
         fields = torch.tensor(
-            [(r.pool_index, r.position, r.token) for r in (*rows, *padding)], dtype=torch.int64
+            [
+                [row.pool_index for row in filled],
+                [row.position for row in filled],
+                [row.token for row in filled],
+            ],
+            dtype=torch.int64,
+            pin_memory=self._pins,
         )
-        seq_lens_cpu = fields[:, 1] + 1
-        pool, positions, tokens = (each.contiguous().to(self.device) for each in fields.unbind(1))
+        seq_lens_cpu = fields[1] + 1
+        # From pinned memory, so that a step that carries a pass waits for no earlier one.
+        pool, positions, tokens = fields.to(self.device, non_blocking=True).unbind()
         slots = self._page_table[pool, positions].to(torch.int64)
         if beside is not None:
             pool = torch.cat([beside.req_pool_indices.to(torch.int64), pool])
