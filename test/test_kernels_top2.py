@@ -7,6 +7,7 @@ prints one JSON object. With a GPU the same checks run on it as well.
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -277,8 +278,11 @@ def test_jit_bodies_compile_for_hopper(vocab: int, group: int) -> None:
         {"vocab": vocab, **plan, "steps": steps, "warps": warps},
         warps,
     )
-    assert ("ld.global.v4" in scan) == (group > 1)
+    loads = re.findall(r"ld\.global\S*", scan)
+    assert all("evict_first" in load for load in loads)
+    assert any(".v4." in load for load in loads) == (group > 1)
     assert "bar.sync" not in scan  # each warp has its part to itself
+    assert scan.index("griddepcontrol.wait") < scan.index("ld.global")
     assert "griddepcontrol.launch_dependents" in scan
     out = {
         "out_ids": "*i64",

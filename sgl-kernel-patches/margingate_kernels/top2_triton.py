@@ -76,10 +76,15 @@ def _load_groups(  # noqa: PLR0917
         columns = (starts + step * _LANES * group)[:, :, None] + tl.arange(0, group)[None, None, :]
         if masked:
             # Masked by the width, a multiple of the group, and only then by valid_vocab.
-            x = tl.load(row_ptr + columns, mask=columns < vocab, other=_NEG_INF).to(tl.float32)
+            x = tl.load(
+                row_ptr + columns,
+                mask=columns < vocab,
+                other=_NEG_INF,
+                eviction_policy="evict_first",  # read once
+            ).to(tl.float32)
             x = tl.where(columns < valid_vocab, x, _NEG_INF)
         else:
-            x = tl.load(row_ptr + columns).to(tl.float32)
+            x = tl.load(row_ptr + columns, eviction_policy="evict_first").to(tl.float32)
         tiles += (x,)
     return tiles
 
@@ -132,10 +137,11 @@ def scan_parts(  # noqa: PLR0917
     group: tl.constexpr,  # columns; above 1, rows start on and are multiples of 16 bytes
     steps: tl.constexpr,  # groups per lane, two or more
     warps: tl.constexpr,
-    overlap: tl.constexpr,  # let merge_parts be launched already
+    overlap: tl.constexpr,  # what is before may still run; let merge_parts be launched already
 ) -> None:
     """One program per row and `warps` of its parts: write them."""
     if overlap:
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     row = (tl.program_id(0) // (parts // warps)).to(tl.int64)
     first_part = tl.program_id(0) % (parts // warps) * warps
@@ -187,6 +193,7 @@ def merge_parts(  # noqa: PLR0917
     """One program per row: merge its parts, rank the two groups that won, write the result."""
     if overlap:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, padded_parts)
     here = part < parts
@@ -231,6 +238,7 @@ def launch(
     parts = part_count(valid_vocab)
     group = _group(logits)
     overlap = _can_overlap(logits.device)
+    early = {"launch_pdl": True} if overlap else {}
     with torch.cuda.device_of(logits):
         scan_parts[(rows * parts // WARPS,)](
             logits,
@@ -244,6 +252,7 @@ def launch(
             warps=WARPS,
             overlap=overlap,
             num_warps=WARPS,
+            **early,
         )
         merge_parts[(rows,)](
             logits,
@@ -256,7 +265,7 @@ def launch(
             group=group,
             overlap=overlap,
             num_warps=1,
-            **({"launch_pdl": True} if overlap else {}),
+            **early,
         )
 
 
@@ -268,7 +277,7 @@ def _group(logits: torch.Tensor) -> int:
 
 
 def _can_overlap(device: torch.device) -> bool:
-    """Whether the second launch may start up while the first runs (programmatic launch)."""
+    """Whether a launch may start up while the one before it runs (programmatic launch)."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)

@@ -66,6 +66,7 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     if prefill and probe.HEAD in probed and all(finding.prefill for finding in _findings):
         _limit = math.inf
         _plans.update(_pieces(operators, decoded, prefill[-1]))
+    probe_plans.settle_kernels(operators, _plans, max([decoded, *prefill]))
 
 
 def _prefill_counts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -12,9 +13,12 @@ import torch
 from margingate.core.rowclass import NoPlanError, RowPlan, Times, choose, timed_counts
 from margingate.runtime import probe
 
+logger = logging.getLogger(__name__)
+
 Operator = Callable[[torch.Tensor], torch.Tensor]
 TIMED_CALLS = 20
 LARGEST_SMALL = 256  # row counts up to this are compared in windows, larger ones in blocks
+BLOCK_ROWS = 16  # the batch-invariant kernel may choose other code at each multiple of it
 
 
 def probe_groups(
@@ -107,6 +111,44 @@ def _in_one_class(operator: Operator, counts: Iterable[int], weight: torch.Tenso
     width = weight.shape[-1]
     classes = probe.probe_operator(operator, width, small, weight)
     return len(set(probe.extended(operator, width, classes, large, weight).values())) == 1
+
+
+def settle_kernels(
+    found: dict[str, list[probe.Member]], planned: dict[int, RowPlan], largest: int
+) -> None:
+    """Run the batch-invariant kernel of each plan that has it, with all it may be asked for.
+
+    It compiles what it has not met on this machine, seconds for each: now, and not in a request.
+
+    Args:
+        largest: row count.
+
+    Raises:
+        GateError: a row count gives a row other bits than `largest` rows do.
+    """
+    for first, *_ in found.values():
+        plan = planned.get(id(first.module))
+        if plan is not None and plan.own_kernel:
+            start = time.monotonic()
+            with probe.refusing(first.name):
+                _run_at_all_sizes(first.module.weight, largest)
+            seconds = time.monotonic() - start
+            if seconds > 1:
+                logger.info("margingate: kernels for %s compiled (%.1f s)", first.name, seconds)
+
+
+def _run_at_all_sizes(weight: torch.Tensor, largest: int) -> None:
+    """Raises RowDependenceError with the first row count that is not as `largest`."""
+    with torch.inference_mode():
+        sample = torch.randn(largest, weight.shape[-1], device=weight.device).to(weight)
+        reference = invariant_matmul(sample, weight=weight, bias=None).view(torch.int16)
+        counts = range(1, largest, BLOCK_ROWS)
+        same = torch.ones(len(counts), dtype=torch.bool, device=weight.device)
+        for i, count in enumerate(counts):
+            found = invariant_matmul(sample[:count], weight=weight, bias=None)
+            same[i] = (found.view(torch.int16) == reference[:count]).all()
+    if wrong := [count for count, good in zip(counts, same.tolist(), strict=True) if not good]:
+        raise probe.RowDependenceError(wrong[0])
 
 
 def invariant_matmul(
