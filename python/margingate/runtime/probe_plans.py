@@ -124,31 +124,20 @@ def settle_kernels(
         largest: row count.
 
     Raises:
-        GateError: a row count gives a row other bits than `largest` rows do.
+        GateError: the row counts are not in one class.
     """
+    counts = [*range(1, largest, BLOCK_ROWS), largest]
     for first, *_ in found.values():
-        plan = planned.get(id(first.module))
+        plan, weight = planned.get(id(first.module)), first.module.weight
         if plan is not None and plan.own_kernel:
             start = time.monotonic()
-            with probe.refusing(first.name):
-                _run_at_all_sizes(first.module.weight, largest)
+            own = partial(invariant_matmul, weight=weight, bias=None)
+            with torch.inference_mode(), probe.refusing(first.name):
+                if not _in_one_class(own, counts, weight):
+                    raise probe.RowDependenceError(largest)
             seconds = time.monotonic() - start
             if seconds > 1:
                 logger.info("margingate: kernels for %s compiled (%.1f s)", first.name, seconds)
-
-
-def _run_at_all_sizes(weight: torch.Tensor, largest: int) -> None:
-    """Raises RowDependenceError with the first row count that is not as `largest`."""
-    with torch.inference_mode():
-        sample = torch.randn(largest, weight.shape[-1], device=weight.device).to(weight)
-        reference = invariant_matmul(sample, weight=weight, bias=None).view(torch.int16)
-        counts = range(1, largest, BLOCK_ROWS)
-        same = torch.ones(len(counts), dtype=torch.bool, device=weight.device)
-        for i, count in enumerate(counts):
-            found = invariant_matmul(sample[:count], weight=weight, bias=None)
-            same[i] = (found.view(torch.int16) == reference[:count]).all()
-    if wrong := [count for count, good in zip(counts, same.tolist(), strict=True) if not good]:
-        raise probe.RowDependenceError(wrong[0])
 
 
 def invariant_matmul(
