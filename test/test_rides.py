@@ -23,6 +23,7 @@ PREFILL = SimpleNamespace(is_decode=lambda: False)
 
 def make_request(key: str, **changes: Any) -> SimpleNamespace:
     given = {"return_logprob": False, "output_ids": list(range(100, 130)), **changes}
+    given.setdefault("origin_input_ids", [0] * 8)  # and IN_FLIGHT: a row sees at most 40 keys
     gate = SimpleNamespace(key=key, draw=given.pop("draw", None))
     return SimpleNamespace(gate=gate, rid=key, **given)
 
@@ -115,6 +116,18 @@ def test_passes_that_go_alone(delay: int, decoding: int, changes: dict[str, Any]
     running += [make_request(f"other-{i}") for i in range(decoding - 1)]
     controller.step = 1
     assert controller.board() is None and not controller.rides.expected("delay")
+
+
+@pytest.mark.parametrize(("room", "taken"), [(10_000, 5), (320, 5), (240, 3), (239, 0), (120, 0)])
+def test_with_the_gates_own_attention_a_step_has_room_for_so_many_keys(room: int, taken: int):
+    own = SimpleNamespace(margingate=SimpleNamespace(room=room))
+    controller = Controller(1, verifier=SimpleNamespace(rows=V, backend=own))
+    for key in "abc":  # a step of theirs sees up to 120 keys
+        controller.add(key, 9, 9)
+    controller.step = 1
+    assert controller.rides.expected("delay") is bool(taken)
+    rows, _ = controller.board() or ((), None)
+    assert len(rows) == taken
 
 
 @pytest.mark.parametrize(

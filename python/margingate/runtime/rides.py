@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from margingate.runtime.controller import GateController
 
 PATIENCE = 8  # batches that a due pass waits for a decode step; prompts may come first
+IN_FLIGHT = 2  # tokens of a request, at most, that the CPU does not know of yet
 
 
 @dataclass(slots=True)
@@ -54,13 +55,8 @@ class Rides:
 
     def __init__(self, controller: GateController) -> None:
         self._controller = controller
-        # Where steps are canonical there is hardly a pass; with the gate's own attention a forward
-        # has room for so many keys only.
-        self.serves = (
-            controller.canonical is None
-            and not controller.observes_only
-            and own_attention.of(controller.verifier.backend) is None
-        )
+        # Where steps are canonical there is hardly a pass.
+        self.serves = controller.canonical is None and not controller.observes_only
         self.landed: list[tuple[Ride, list[RowResult | None]]] = []
         self.count = 0  # passes that rode
         self._due_since: int | None = None
@@ -73,7 +69,7 @@ class Rides:
             due is None
             or not self.serves
             or all(controller.is_held(req) for req in running.reqs)
-            or not self._fits(len(running.reqs))
+            or not self._room(running.reqs)
         ):
             self._due_since = None
             return False
@@ -87,11 +83,12 @@ class Rides:
         if not self.serves or not batch.forward_mode.is_decode():
             return None
         due = controller.queue.due(controller.ledger, controller.step, idle=False)
-        if due is None or not self._fits(batch.batch_size):
+        room = 0 if due is None else self._room(controller.scheduler.running_batch.reqs)
+        room = min(room, controller.verifier.rows - batch.batch_size)
+        if due is None or room <= 0:
             return None
         self._due_since = None
         self.count += 1
-        room = controller.verifier.rows - batch.batch_size
         return controller.queue.next_batch(controller.ledger, room), due
 
     def land(self, result: Any) -> None:
@@ -117,14 +114,30 @@ class Rides:
         for ride, results in landed:
             verdicts.enter(self._controller, ride.rows, results, ride.start, ride.due)
 
-    def _fits(self, decoding: int) -> bool:
-        """Whether a pass may wait for a step of so many rows, and has room in it."""
+    def _room(self, decoding: list[Any]) -> int:
+        """Rows of a pass that a step of these requests has room for; 0 where it should not wait
+        for one.
+        """
         controller = self._controller
-        if not controller.queue.max_delay or not has_room(decoding, controller.verifier.rows):
-            return False
+        rows = controller.verifier.rows
+        if not controller.queue.max_delay or not has_room(len(decoding), rows):
+            return 0
         # What the CPU would have to wait for is verified in a pass of its own.
-        waiting = (controller.requests[key] for key in controller.queue.waiting(controller.ledger))
-        return not any(req.return_logprob or req.gate.draw is not None for req in waiting)
+        waiting = [controller.requests[key] for key in controller.queue.waiting(controller.ledger)]
+        if any(req.return_logprob or req.gate.draw is not None for req in waiting):
+            return 0
+        alone, room = rows, rows - len(decoding)
+        own = own_attention.of(controller.verifier.backend)
+        if own is not None:  # its forwards have room for so many keys
+            longest = max(map(_most_keys, waiting), default=1)
+            alone = min(alone, own.room // longest)
+            room = min(room, (own.room - sum(map(_most_keys, decoding))) // longest)
+        return room if 2 * room >= alone else 0
+
+
+def _most_keys(req: Any) -> int:
+    """Keys that a row of this request may see; tokens whose results are in flight come on top."""
+    return len(req.origin_input_ids) + len(req.output_ids) + IN_FLIGHT
 
 
 def forward(original: Any, runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
