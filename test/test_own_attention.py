@@ -194,8 +194,13 @@ def make(runner: SimpleNamespace | None = None) -> tuple[TritonAttnBackend, OwnA
 
 def decode(backend: TritonAttnBackend, runner: Any, rows: int, **extras: Any) -> list[torch.Tensor]:
     """A forward of all layers. In a graph the index tensors are longer than the batch."""
+    lengths = extras.pop("lengths", [1] * rows)
     batch = SimpleNamespace(
-        indptr=torch.arange(0, rows + 4, dtype=torch.int32), slots=torch.arange(rows)
+        batch_size=rows,
+        seq_lens_sum=sum(lengths),
+        seq_lens_cpu=torch.tensor(lengths),
+        indptr=torch.arange(0, rows + 4, dtype=torch.int32),
+        slots=torch.arange(rows),
     )
     q = torch.zeros(rows, HEADS, SIZE)
     return [backend.forward_decode(q, q, q, each, batch, **extras) for each in runner.model]
@@ -222,20 +227,20 @@ def test_a_forward_is_planned_once_and_all_its_layers_attend(kernels: Kernels):
     assert kernels.launched == 2 * ["plan_decode", "decode_attention", "decode_attention"]
     assert backend.calls == [("decode", True)] * 4
     for (q, paged, scale, out, workspace), expected in zip(kernels.decodes, outs):
-        assert out is expected and len(q) == 5 and scale == 0.125
+        assert out._base is expected and len(q) == len(out) == 5 and scale == 0.125
         assert len(paged.indptr) == 6 and paged.slots.tolist() == list(range(5))
         assert workspace is kernels.plans[0][1]
 
 
 def test_a_larger_batch_has_another_workspace_and_the_first_stays(kernels: Kernels):
     backend, _, runner = make()
-    for rows in (1, MOST_ROWS, MOST_ROWS + 1, MOST_ROWS + 40, MOST_ROWS + 2, 2):
+    for rows in (1, MOST_ROWS, MOST_ROWS + 1, MOST_ROWS + 40, 2 * MOST_ROWS + 1, MOST_ROWS + 2, 2):
         decode(backend, runner, rows)
     used = [workspace for _, workspace in kernels.plans]
-    first, larger, largest = used[0], used[2], used[3]
-    assert used == [first, first, larger, largest, largest, first]
+    first, larger, largest = used[0], used[2], used[4]
+    assert used == [first, first, larger, larger, largest, largest, first]
     assert len({id(each.segments.owners) for each in used}) == 3
-    assert len(largest.segments.firsts) - 1 == MOST_ROWS + 40
+    assert len(larger.segments.firsts) - 1 == 2 * MOST_ROWS, "not another one for each row more"
     for (_, workspace), (*_, used_by_first), (*_, used_by_second) in zip(
         kernels.plans, kernels.decodes[::2], kernels.decodes[1::2]
     ):
@@ -264,6 +269,43 @@ def test_rows_that_see_as_much_as_there_is_room_for_fit(context: int, pool: int,
         needed = count * segments_of(keys, SIZE) + (rows - count)  # padding sees one key
         needed += segments_of(left, SIZE) - 1 if left else 0
         assert needed <= capacity, f"{count} rows of {keys} keys"
+
+
+def test_rows_that_share_more_than_there_is_room_for_attend_some_at_a_time(kernels: Kernels):
+    backend, own, runner = make(make_runner(context=10**6, pool=900))
+    length = own.room // 2 - 3
+    outs = decode(backend, runner, 5, lengths=[length] * 5)
+    assert kernels.launched == 2 * 3 * ["plan_decode", "decode_attention"], "planned anew each time"
+    for of_layer, out in zip((kernels.decodes[:3], kernels.decodes[3:]), outs):
+        assert [len(q) for q, *_ in of_layer] == [2, 2, 1]
+        assert [paged.indptr.tolist() for _, paged, *_ in of_layer] == [
+            [0, 1, 2],
+            [2, 3, 4],
+            [4, 5],
+        ]
+        at = [given.storage_offset() for *_, given, _ in of_layer]
+        assert at == [row * HEADS * SIZE for row in (0, 2, 4)]
+        assert all(given._base is out for *_, given, _ in of_layer)
+    decode(backend, runner, 2, lengths=[length] * 2)
+    assert len(kernels.decodes) == 8, "these have room"
+
+
+def test_a_step_that_there_is_no_room_for_takes_no_graph(kernels: Kernels, caplog):
+    backend, own, _ = make()
+    graphs, asked = SimpleNamespace(attn_backend=backend), []
+    fits = SimpleNamespace(seq_lens_sum=own.room)
+    counted = SimpleNamespace(seq_lens_sum=None, seq_lens=torch.tensor([own.room, 1]))
+
+    def original(_graphs: Any, batch: Any) -> bool:
+        asked.append(batch)
+        return True
+
+    assert own_attention.can_run_graph(original, graphs, fits) and asked == [fits]
+    for _ in range(2):
+        assert not own_attention.can_run_graph(original, graphs, counted)
+    assert caplog.text.count("such decode steps run without one") == 1
+    graphs.attn_backend = object()
+    assert own_attention.can_run_graph(original, graphs, counted), "another backend has no such end"
 
 
 @pytest.mark.parametrize(

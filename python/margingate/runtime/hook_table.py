@@ -11,6 +11,7 @@ from margingate.runtime import (
     invariance,
     margins,
     overlap,
+    own_attention,
     prefill,
     retraction,
     rides,
@@ -271,12 +272,9 @@ RUNTIME_HOOKS = (
             "SGLang counts changes of weights",
         )
         for name in (
-            "update_weights_from_disk",
-            "update_weights_from_distributed",
-            "update_weights_from_tensor",
-            "update_weights_from_ipc",
-            "resume_memory_occupation",
-            "check_weights",
+            *("update_weights_from_disk", "update_weights_from_distributed"),
+            *("update_weights_from_tensor", "update_weights_from_ipc"),
+            *("resume_memory_occupation", "check_weights"),
         )
     ),
 )
@@ -290,6 +288,14 @@ INVARIANT_HOOKS = (
         "self capture_decode_cuda_graph",
         "probes the linear layers and fixes attention's split before graphs are captured",
         _CALLBACK,
+    ),
+    Hook(
+        "model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.can_run_graph",
+        AROUND,
+        own_attention.can_run_graph,
+        "self forward_batch",
+        "a step whose rows see more keys than the gate's attention has room for takes no graph",
+        "SGLang's Triton kernels give a row the same bits in any forward",
     ),
     Hook(
         "layers.quantization.unquant.UnquantizedLinearMethod.apply",

@@ -7,7 +7,9 @@ those are replaced on one instance.
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +63,7 @@ class OwnAttention:
         self._larger: DecodeWorkspace | None = None  # graphs hold addresses of the first
         self._layer: Any = None
         self._batch: Any = None
+        self._parts: list[slice] = []  # of the rows of the present decode forward
         self._ran = {"decode": False, "prefill": False}
         self._decode, self._extend = backend.forward_decode, backend.forward_extend
         backend.forward_decode, backend.forward_extend = self.forward_decode, self.forward_extend
@@ -87,6 +90,11 @@ class OwnAttention:
             return rows * self._longest * self._workspace.blocks.segment
         return max(capacity - rows, 1) * self._workspace.blocks.segment
 
+    def holds(self, batch: Any) -> bool:
+        """Whether there is room for all that the rows of a decode batch see, as in a CUDA graph."""
+        keys = batch.seq_lens_sum
+        return (int(batch.seq_lens.sum()) if keys is None else keys) <= self.room
+
     def record(self) -> list[int]:
         """What the bits depend on."""
         return [ARITHMETIC, self._workspace.blocks.keys, self._workspace.blocks.segment]
@@ -99,14 +107,22 @@ class OwnAttention:
         if rows <= _rows(self._workspace):
             return self._workspace
         if self._larger is None or rows > _rows(self._larger):
-            self._larger = self._make_workspace(rows)
+            self._larger = self._make_workspace(1 << (rows - 1).bit_length())
         return self._larger
+
+    def _parts_of(self, batch: Any, rows: int) -> list[slice]:
+        """The rows of a decode batch that attend together: all, where there is room."""
+        if rows == 1 or self.holds(batch):
+            return [slice(0, rows)]
+        return list(parts(batch.seq_lens_cpu.tolist(), self.room))
 
     def forward_decode(
         self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """In place of the backend's: notes the layer, and lets the backend do the rest."""
         self._layer = layer
+        if layer.layer_id == self._first:
+            self._parts = self._parts_of(forward_batch, forward_batch.batch_size)
         return self._decode(q, k, v, layer, forward_batch, *args, **kwargs)
 
     def forward_extend(
@@ -135,10 +151,13 @@ class OwnAttention:
         """In place of the backend's decode kernel."""
         _refuse(extras)
         self._ran["decode"] = True
-        indptr, workspace = indptr[: len(q) + 1], self._workspace_for(len(q))
-        if self._layer.layer_id == self._first:
-            plan_decode(indptr, workspace)
-        decode_attention(q, Paged(k_buffer, v_buffer, slots, indptr), scale, out, workspace)
+        workspace = self._workspace_for(len(q))
+        for part in self._parts:
+            its = indptr[part.start : part.stop + 1]
+            if self._layer.layer_id == self._first or len(self._parts) > 1:
+                plan_decode(its, workspace)
+            paged = Paged(k_buffer, v_buffer, slots, its)
+            decode_attention(q[part], paged, scale, out[part], workspace)
 
     def _attend_chunks(  # noqa: PLR0917
         self,
@@ -178,6 +197,40 @@ class OwnAttention:
 
 def _rows(workspace: DecodeWorkspace) -> int:
     return len(workspace.segments.firsts) - 1
+
+
+def parts(lengths: Sequence[int], room: float) -> Iterator[slice]:
+    """Rows in groups that see no more than `room` keys together, or of one row."""
+    first = keys = 0
+    for i, length in enumerate(lengths):
+        keys += length
+        if keys > room and i > first:
+            yield slice(first, i)
+            first, keys = i, length
+    yield slice(first, len(lengths))
+
+
+def can_run_graph(original: Any, graphs: Any, batch: Any) -> bool:
+    """AROUND DecodeCudaGraphRunner.can_run_graph: not where the rows see more than it has room for.
+
+    Requests that share a prefix may see many times what the pool holds. Such a step runs without a
+    graph, and attends to some rows at a time.
+    """
+    own = of(graphs.attn_backend)
+    if own is None or own.holds(batch):
+        return bool(original(graphs, batch))
+    _warn_once(own.room)
+    return False
+
+
+@functools.cache
+def _warn_once(room: int) -> None:
+    logger.warning(
+        "margingate: requests that share a prefix see more than %d tokens together, which is what "
+        "attention in a CUDA graph has room for: such decode steps run without one, slower. Answers "
+        "are the same; a lower --max-running-requests avoids it.",
+        room,
+    )
 
 
 def unfit(backend: Any, runner: Any) -> str:

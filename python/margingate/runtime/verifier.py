@@ -95,13 +95,8 @@ class Verifier:
         """The rows in groups whose keys the attention's workspace has room for; mostly one."""
         own = own_attention.of(self.backend)
         room = math.inf if own is None else own.room
-        first = keys = 0
-        for i, row in enumerate(rows):
-            keys += row.position + 1
-            if keys > room and i > first:
-                yield rows[first:i]
-                first, keys = i, row.position + 1
-        yield rows[first:]
+        for part in own_attention.parts([row.position + 1 for row in rows], room):
+            yield rows[part]
 
     @staticmethod
     def choose(logits: torch.Tensor, rows: Sequence[RowInput]) -> list[RowResult]:
