@@ -279,13 +279,62 @@ def test_plans_on_a_gpu_are_timed_and_the_kernel_is_probed(kernel_is_in_order, t
         assert not any(own for own, _ in timed)
 
 
-def test_a_kernel_whose_rows_depend_on_each_other_is_not_taken(timed, monkeypatch):
+@pytest.mark.parametrize("error", [probe.RowDependenceError(3), RuntimeError("no nvcc")])
+def test_a_kernel_that_cannot_be_used_is_not_taken(error: Exception, timed, monkeypatch):
+    def unusable(*_args: Any) -> bool:
+        raise error
+
     monkeypatch.setattr(probe_plans, "_in_one_class", unusable)
     assert probe_plans.plan_of(split_by_count, OnCuda(), SMALL, None)[0].own_kernel is False
 
 
-def unusable(*_args: Any) -> bool:
-    raise probe.RowDependenceError(3)
+def settled(monkeypatch, kernel: probe.Operator, plan: RowPlan, decoded: int = 256):
+    """Whether it holds, and the row counts that the kernel was called with."""
+    made: list[int] = []
+
+    def invariant_matmul(x, *, weight, bias):
+        made.append(len(x))
+        return kernel(x)
+
+    monkeypatch.setattr(probe_plans, "invariant_matmul", invariant_matmul)
+    layers = [Layer() for _ in range(3)]
+    same = [probe.Member("linear", "o_proj", layer, split_by_count) for layer in layers[:2]]
+    other = [probe.Member("linear", "qkv_proj", layers[2], split_by_count)]
+    planned = {id(layers[0]): plan, id(layers[1]): plan, id(layers[2]): RowPlan(1, 256)}
+    return probe_plans.settle_kernels({"a": same, "b": other}, planned, decoded), made
+
+
+def test_kernels_are_compiled_for_what_their_plan_reaches_and_no_more(monkeypatch):
+    holds, made = settled(monkeypatch, in_order, RowPlan(1, 256, own_kernel=True))
+    assert holds and made == [1, 16, 17, 33, 49, 65, 129, 193, 256]
+    holds, made = settled(monkeypatch, in_order, RowPlan(1, 1000, own_kernel=True))
+    assert holds and max(made) == 1000 and {321, 961}.issubset(made)
+    assert settled(monkeypatch, in_order, RowPlan(1, 8, own_kernel=True))[1] == [1, 8]
+    assert settled(monkeypatch, in_order, RowPlan(9, 256)) == (True, []), "not planned"
+
+
+def test_a_kernel_with_other_bits_in_prefill_costs_the_shared_prefill_alone(monkeypatch):
+    def late(x: torch.Tensor) -> torch.Tensor:
+        return in_order(x) + (len(x) > 512)
+
+    def crowded(x: torch.Tensor) -> torch.Tensor:
+        return in_order(x) + in_order(x.flip(0))
+
+    plan = RowPlan(1, 1000, own_kernel=True)
+    assert not settled(monkeypatch, late, plan)[0] and not settled(monkeypatch, crowded, plan)[0]
+    decode_only = RowPlan(1, 256, own_kernel=True)
+    assert settled(monkeypatch, late, decode_only)[0]
+    assert settled(monkeypatch, crowded, decode_only)[0], "the check of the whole model sees to it"
+
+
+def test_a_kernel_that_does_not_run_says_so(monkeypatch):
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("DeepGEMM failed: no nvcc\n  at file.cpp:7")
+
+    with pytest.raises(
+        GateError, match=r"run o_proj by .* \(DeepGEMM failed: no nvcc\): start once"
+    ):
+        settled(monkeypatch, broken, RowPlan(1, 256, own_kernel=True))
 
 
 # -- calls of more rows than were planned for

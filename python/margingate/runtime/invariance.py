@@ -66,7 +66,12 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     if prefill and probe.HEAD in probed and all(finding.prefill for finding in _findings):
         _limit = math.inf
         _plans.update(_pieces(operators, decoded, prefill[-1]))
-    probe_plans.settle_kernels(operators, _plans, max([decoded, *prefill]))
+    if not probe_plans.settle_kernels(operators, _plans, decoded):
+        logger.warning(
+            "margingate: the batch-invariant matmul gives a row other bits at some row counts of "
+            "prefill: gated prompts are prefilled one at a time."
+        )
+        _limit = decoded
 
 
 def _prefill_counts(

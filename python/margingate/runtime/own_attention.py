@@ -226,8 +226,8 @@ def can_run_graph(original: Any, graphs: Any, batch: Any) -> bool:
 @functools.cache
 def _warn_once(room: int) -> None:
     logger.warning(
-        "margingate: requests that share a prefix see more than %d tokens together, which is what "
-        "attention in a CUDA graph has room for: such decode steps run without one, slower. Answers "
+        "margingate: requests that share a prefix see more than the %d tokens that attention in a "
+        "CUDA graph has room for: such decode steps run without one, which is slower, and answers "
         "are the same; a lower --max-running-requests avoids it.",
         room,
     )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import torch
 
+from margingate.config import GateError
 from margingate.core.rowclass import NoPlanError, RowPlan, Times, choose, timed_counts
 from margingate.runtime import probe
 
@@ -18,7 +19,6 @@ logger = logging.getLogger(__name__)
 Operator = Callable[[torch.Tensor], torch.Tensor]
 TIMED_CALLS = 20
 LARGEST_SMALL = 256  # row counts up to this are compared in windows, larger ones in blocks
-BLOCK_ROWS = 16  # the batch-invariant kernel may choose other code at each multiple of it
 
 
 def probe_groups(
@@ -97,7 +97,8 @@ def _plan(
     counts = timed_counts(classes)
     kernel = None
     own = partial(invariant_matmul, weight=weight, bias=None)
-    with suppress(probe.RowDependenceError):
+    # RuntimeError: it does not run here, as where DeepGEMM has nothing to compile its kernels with
+    with suppress(probe.RowDependenceError, RuntimeError):
         if _in_one_class(own, classes, weight):
             kernel = _microseconds(own, weight, counts)
     times = Times(_microseconds(operator, weight, counts), kernel)
@@ -105,7 +106,11 @@ def _plan(
 
 
 def _in_one_class(operator: Operator, counts: Iterable[int], weight: torch.Tensor) -> bool:
-    """Whether it gives a row the same bits at all of these row counts."""
+    """Whether it gives a row the same bits at all of these row counts.
+
+    Raises:
+        RowDependenceError: not even at one of them.
+    """
     small = [count for count in counts if count <= LARGEST_SMALL]
     large = [count for count in counts if count > LARGEST_SMALL]
     width = weight.shape[-1]
@@ -114,30 +119,61 @@ def _in_one_class(operator: Operator, counts: Iterable[int], weight: torch.Tenso
 
 
 def settle_kernels(
-    found: dict[str, list[probe.Member]], planned: dict[int, RowPlan], largest: int
-) -> None:
+    found: dict[str, list[probe.Member]], planned: dict[int, RowPlan], decoded: int
+) -> bool:
     """Run the batch-invariant kernel of each plan that has it, with all it may be asked for.
 
     It compiles what it has not met on this machine, seconds for each: now, and not in a request.
 
     Args:
-        largest: row count.
+        decoded: the largest row count of decode, whose steps are checked by themselves.
+
+    Returns:
+        Whether the row counts above `decoded` are in one class with the others.
 
     Raises:
-        GateError: the row counts are not in one class.
+        GateError: a kernel does not run.
     """
-    counts = [*range(1, largest, BLOCK_ROWS), largest]
+    holds = True
     for first, *_ in found.values():
         plan, weight = planned.get(id(first.module)), first.module.weight
-        if plan is not None and plan.own_kernel:
-            start = time.monotonic()
-            own = partial(invariant_matmul, weight=weight, bias=None)
-            with torch.inference_mode(), probe.refusing(first.name):
-                if not _in_one_class(own, counts, weight):
-                    raise probe.RowDependenceError(largest)
-            seconds = time.monotonic() - start
-            if seconds > 1:
-                logger.info("margingate: kernels for %s compiled (%.1f s)", first.name, seconds)
+        if plan is None or not plan.own_kernel:
+            continue
+        start = time.monotonic()
+        own = partial(invariant_matmul, weight=weight, bias=None)
+        with torch.inference_mode(), _running(first.name):
+            for count in _kernel_counts(min(plan.high, decoded)):
+                own(weight.new_zeros(count, weight.shape[-1]))
+            if plan.high > decoded:
+                try:
+                    holds &= _in_one_class(own, _kernel_counts(plan.high), weight)
+                except probe.RowDependenceError:
+                    holds = False
+        seconds = time.monotonic() - start
+        if seconds > 1:
+            logger.info("margingate: kernels for %s are ready (%.1f s)", first.name, seconds)
+    return holds
+
+
+def _kernel_counts(largest: int) -> list[int]:
+    """Row counts up to `largest` that meet every kernel the batch-invariant matmul has for them.
+
+    Its tiles have 16 rows, 32 or a multiple of 64; Triton compiles multiples of 16 apart.
+    """
+    counts = {1, 16, 17, 33, 49, *range(65, largest, 64), largest}
+    return sorted(count for count in counts if count <= largest)
+
+
+@contextmanager
+def _running(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise GateError(
+            f"--deterministic-gate planned to run {name} by SGLang's batch-invariant matmul, which "
+            f"does not run here ({reason}): start once with --gate-probe fresh to plan without it."
+        ) from error
 
 
 def invariant_matmul(
