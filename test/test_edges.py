@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from sglang.srt.managers.schedule_policy import AddReqResult
 from margingate.runtime import hook_table, prefill, scheduler, stream  # hook_table leads: a cycle
 from margingate.runtime.canonical import CanonicalSteps
 from margingate.runtime.canonical_prefill import Prefill
+from margingate.runtime.overlap import InFlight
 
 
 def unreachable(*_args, **_kwargs):
@@ -77,3 +79,35 @@ def test_steps_of_any_size_are_canonical_where_prefill_gives_their_bits():
     some = CanonicalSteps({1: True, 8: False}, graphs=True)
     some.extend()
     assert not some.holds(8, True) and some.holds(1, True)
+
+
+@pytest.mark.parametrize(
+    ("mode", "computed", "ranks", "brought"),
+    [
+        ("extend", True, 1, True),
+        ("extend", False, 1, False),
+        ("extend", None, 1, False),
+        ("decode", True, 1, False),
+        ("extend", True, 2, False),
+    ],
+)
+def test_a_computed_prefill_is_brought_in_before_the_next_step(mode, computed, ranks, brought):
+    """Of several ranks one may see it earlier than another, and they must go on alike."""
+    batch = SimpleNamespace(forward_mode=SimpleNamespace(is_extend=lambda: mode == "extend"))
+    event = None if computed is None else SimpleNamespace(query=lambda: computed)
+    processed: list[object] = []
+    stub = SimpleNamespace(
+        enable_overlap=True,
+        server_args=SimpleNamespace(tp_size=ranks),
+        result_queue=deque([(batch, SimpleNamespace(copy_done=event))]),
+        process_batch_result=lambda batch, _result: processed.append(batch),
+    )
+    in_flight = InFlight(stub)
+    for _ in range(2):
+        in_flight.bring_in_prefill()
+    assert processed == [batch] * brought
+    assert InFlight.is_processed(stub.result_queue[0][1]) is brought
+    stub.result_queue.clear()
+    in_flight.bring_in_prefill()
+    stub.enable_overlap = False
+    InFlight(stub).bring_in_prefill()

@@ -29,6 +29,7 @@ def make_controller(**changes: Any) -> SimpleNamespace:
         "canonical": None,
         "observes_only": False,
         "rides": SimpleNamespace(serves=True),
+        "scheduler": SimpleNamespace(server_args=SimpleNamespace(tp_size=1)),
     }
     return SimpleNamespace(**{**given, **changes})
 
@@ -113,8 +114,8 @@ def test_there_is_no_pacer_where_passes_are_not_to_be_spaced(changes, monkeypatc
 
 
 def test_the_pacer_of_a_stock_path_on_a_gpu_is_measured(monkeypatch):
-    monkeypatch.setattr(pacing, "measure", lambda _verifier: COSTS)
-    controller = make_controller()
+    monkeypatch.setattr(pacing, "measure", lambda _verifier: (COSTS.step_ms, COSTS.pass_ms))
+    controller = make_controller(verifier=SimpleNamespace(device="cuda", rows=COSTS.rows))
     (pacer,) = pacing.observers(controller)
     riding = replace(COSTS, rides=True)
     assert isinstance(pacer, Pacer) and controller.queue.max_delay == best_delay(FIRST, riding)
@@ -137,7 +138,6 @@ def test_a_step_of_a_few_rows_is_timed_with_graphs_or_without(sizes, few, monkey
     monkeypatch.setattr(pacing.torch.cuda, "synchronize", lambda: None)
     graphs = None if sizes is None else SimpleNamespace(capture_bs=sizes)
     own = Verifier(SimpleNamespace(decode_cuda_graph_runner=graphs), 256, graphs="own")
-    costs = pacing.measure(own)
-    assert costs.rows == 256 and costs.step_ms >= 0 and costs.pass_ms >= 0
+    assert all(each >= 0 for each in pacing.measure(own))
     timed = pacing.TIMED
     assert forwards == [(1, few, graphs)] * timed + [(1, 256, "own")] * timed

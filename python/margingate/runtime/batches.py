@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 def next_batch(controller: GateController, original: Any, running: Any, last: Any) -> Any:
     """AROUND Scheduler.get_next_batch_to_run: batches hold only what may decode on."""
+    controller.in_flight.bring_in_prefill()
     if controller.in_flight.overlaps and (controller.waits() or _any_kept(last)):
         controller.in_flight.bring_in()
         controller.settle(last, list(controller.requests.values()))

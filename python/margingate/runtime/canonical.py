@@ -96,9 +96,12 @@ def _reference(verifier: Verifier, rows: list[RowInput]) -> torch.Tensor:
     reference = _logits(verifier, rows, verifier.rows)
     padded = _logits(verifier, rows, max(verifier.rows // 2, 1), verifier.rows)
     if not _agree(reference, padded):
+        size = verifier.runner.server_args.tp_size
+        ranks = f", and --tp-size {size} sums in an order that depends on a row's place"
         raise GateError(
-            f"--deterministic-gate found that a verify pass of {verifier.rows} rows depends on "
-            "its padding with this model: choose other --gate-rows, or serve without the flag."
+            f"--deterministic-gate found that a verify pass of {verifier.rows} rows depends on its "
+            f"padding with this model{ranks if size > 1 else ''}: choose other --gate-rows"
+            f"{' or --tp-size 1' if size > 1 else ''}, or serve without the flag."
         )
     return reference
 

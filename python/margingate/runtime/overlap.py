@@ -41,6 +41,21 @@ class InFlight:
         self._scheduler.process_batch_result(batch, result)
         queue.appendleft((batch, _PROCESSED))
 
+    def bring_in_prefill(self) -> None:
+        """Process a prefill that is in flight, if it is computed. Only between two steps.
+
+        Its first tokens then leave before the next step is launched, and not behind it. Ranks may
+        not see it at the same time, and must go on alike: so not where there are several.
+        """
+        queue = getattr(self._scheduler, "result_queue", ()) if self.overlaps else ()
+        if not queue or self._scheduler.server_args.tp_size > 1:
+            return
+        batch, result = queue[0]
+        if result is _PROCESSED or not batch.forward_mode.is_extend():
+            return
+        if result.copy_done is not None and result.copy_done.query():
+            self.bring_in()
+
     @staticmethod
     def is_processed(result: Any) -> bool:
         """Whether this is no result, but the place of one that was brought in."""

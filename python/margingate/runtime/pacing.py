@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from margingate.core.costs import Costs, Load, best_delay, overhead
 from margingate.runtime.observer import Observer
+from margingate.runtime.ranks import slowest
 from margingate.runtime.verifier import RowInput, Verifier
 
 if TYPE_CHECKING:
@@ -90,16 +90,18 @@ def observers(controller: GateController) -> tuple[Observer, ...]:
     canonical = controller.canonical is not None or controller.observes_only
     if config.max_delay is not None or canonical or verifier.device == "cpu":
         return ()
-    return (Pacer(controller, replace(measure(verifier), rides=controller.rides.serves)),)
+    step_ms, pass_ms = slowest(controller.scheduler, measure(verifier))
+    costs = Costs(step_ms, pass_ms, verifier.rows, rides=controller.rides.serves)
+    return (Pacer(controller, costs),)
 
 
-def measure(verifier: Verifier) -> Costs:
-    """Times a verify pass, and SGLang's decode step of a few rows, on padding alone."""
+def measure(verifier: Verifier) -> tuple[float, float]:
+    """Milliseconds of SGLang's decode step of a few rows and of a verify pass, on padding alone."""
     graphs = verifier.runner.decode_cuda_graph_runner  # None: switched off
     sizes = [FEW] if graphs is None else graphs.capture_bs
     few = min((size for size in sizes if size >= FEW), default=max(sizes))
     step = Verifier(verifier.runner, few, graphs=graphs)
-    return Costs(_ms(step), _ms(verifier), verifier.rows)
+    return _ms(step), _ms(verifier)
 
 
 def _ms(verifier: Verifier) -> float:

@@ -21,7 +21,13 @@ from margingate.runtime.probe import Finding
 logger = logging.getLogger(__name__)
 
 SCHEMA = 3
-LIBRARIES = ("torch", "sglang", "triton", "flashinfer-python", "nvidia-cublas")
+LIBRARIES = ("torch", "sglang", "triton", "flashinfer-python", "nvidia-cublas", "sgl-deep-gemm")
+ENVIRONMENT = (  # which kernels run
+    "CUBLAS_WORKSPACE_CONFIG",
+    "SGLANG_ENABLE_JIT_DEEPGEMM",
+    "SGLANG_BATCH_INVARIANT_OPS_ENABLE_MM_DEEPGEMM",
+    "SGLANG_BATCH_INVARIANT_OPS_ENABLE_MM_FALLBACK_VARIANT",
+)
 
 
 def identity(
@@ -43,7 +49,7 @@ def identity(
         "arithmetic": [
             torch.get_float32_matmul_precision(),
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
-            os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+            *map(os.environ.get, ENVIRONMENT),
         ],
     }
 

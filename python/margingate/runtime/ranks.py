@@ -20,6 +20,12 @@ def gathered(scheduler: Any, value: T) -> list[T]:
     return values
 
 
+def slowest(scheduler: Any, milliseconds: Sequence[float]) -> list[float]:
+    """Each time as long as on the slowest rank; a collective where there are several."""
+    of_ranks = gathered(scheduler, list(milliseconds))
+    return [max(times) for times in zip(*of_ranks, strict=True)]
+
+
 def agreed(scheduler: Any, flags: Sequence[bool]) -> list[bool]:
     """Each flag if it holds on every rank; a collective where there are several."""
     of_ranks = gathered(scheduler, list(flags))
