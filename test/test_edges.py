@@ -6,10 +6,18 @@ from collections import deque
 from types import SimpleNamespace
 
 import pytest
+import torch
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
 from sglang.srt.managers.schedule_policy import AddReqResult
 
-from margingate.runtime import hook_table, prefill, scheduler, stream  # hook_table leads: a cycle
+from margingate.config import GateError
+from margingate.runtime import (  # hook_table leads: a cycle
+    canonical,
+    hook_table,
+    prefill,
+    scheduler,
+    stream,
+)
 from margingate.runtime.canonical import CanonicalSteps
 from margingate.runtime.canonical_prefill import Prefill
 from margingate.runtime.overlap import InFlight
@@ -111,3 +119,18 @@ def test_a_computed_prefill_is_brought_in_before_the_next_step(mode, computed, r
     in_flight.bring_in_prefill()
     stub.enable_overlap = False
     InFlight(stub).bring_in_prefill()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "said"), [(1, "choose other --gate-rows, or"), (3, "tp-size 3 ")]
+)
+def test_a_verifier_whose_rows_depend_on_its_padding_is_refused(ranks, said):
+    """So it is with several ranks where an all-reduce sums in an order that goes by the place."""
+    runner = SimpleNamespace(server_args=SimpleNamespace(tp_size=ranks))
+
+    def forward(rows, count):
+        return torch.arange(count).view(-1, 1) + float(len(rows))
+
+    stub = SimpleNamespace(runner=runner, rows=8, forward=forward)
+    with pytest.raises(GateError, match=f"8 rows depends on its padding.*{said}"):
+        canonical._reference(stub, list(range(16)))
