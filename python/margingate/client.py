@@ -27,36 +27,55 @@ class Prompt:
 class Answer:
     """What came back for one prompt."""
 
-    name: str
-    tokens: tuple[int, ...]
+    name: str  # the prompt's
+    tokens: tuple[int, ...]  # ids of the output, an end token included
     text: str
-    meta: dict[str, Any]
+    meta: dict[str, Any]  # meta_info of /generate: "gate", "cached_tokens", "finish_reason", ...
 
 
 def read_prompts(path: Path, count: int | None = None) -> list[tuple[str, str]]:
     """(id, prompt) pairs from a JSONL file whose lines have a `prompt`.
 
+    Args:
+        path: UTF-8 text, with a byte order mark or without. A line without an `id` has the file's
+            stem and its number.
+        count: read no more than so many; None: all.
+
     Raises:
-        ValueError: naming the line that is not such an object.
+        OSError: the file cannot be read.
+        ValueError: naming the line that is not such an object; UnicodeDecodeError where it is not
+            UTF-8.
     """
     pairs: list[tuple[str, str]] = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.strip() or (count is not None and len(pairs) >= count):
-            continue
-        try:
-            record = json.loads(line)
-            pairs.append((str(record.get("id", f"{path.stem}-{number}")), str(record["prompt"])))
-        except (ValueError, KeyError, AttributeError):
-            raise ValueError(
-                f'{path}, line {number}: not a JSON object with a "prompt": correct the line.'
-            ) from None
+    # Not splitlines(), which ends lines at characters that a JSON string may hold.
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if count is not None and len(pairs) >= count:
+            break
+        if line.strip():
+            pairs.append(_pair(line, f"{path}, line {number}", f"{path.stem}-{number}"))
     if not pairs:
         raise ValueError(f"{path} holds no prompts: give a JSONL file with a prompt a line.")
     return pairs
 
 
+def _pair(line: str, where: str, default: str) -> tuple[str, str]:
+    """A line's id and prompt; raises ValueError, which says `where`."""
+    try:
+        record = json.loads(line)
+        name, prompt = record.get("id"), record["prompt"]
+    except (ValueError, KeyError, AttributeError):
+        raise ValueError(f'{where}: not a JSON object with a "prompt": correct the line.') from None
+    if not isinstance(prompt, str):
+        raise ValueError(f'{where}: "prompt" is {json.dumps(prompt)[:60]}: give a text in quotes.')
+    return default if name is None else str(name), prompt
+
+
 def chat_prompts(pairs: Sequence[tuple[str, str]], model_path: Path | str) -> list[Prompt]:
-    """Apply the model's chat template to (id, text) pairs."""
+    """Apply the model's chat template to (id, text) pairs, each as a user's only message.
+
+    Raises:
+        OSError, ValueError: transformers', where no tokenizer loads or it has no chat template.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_path)
@@ -75,7 +94,18 @@ _Work = Callable[[aiohttp.ClientSession], Awaitable[list[Answer]]]
 
 
 class Client:
-    """Sends prompts to one server; every call opens and closes its own connections."""
+    """Sends prompts to one server, greedily; every call opens and closes its own connections.
+
+    Args:
+        base_url: of the server, without a path.
+        max_new_tokens: of each answer, at most.
+        timeout_s: seconds for a single request, waiting included.
+
+    Raises:
+        RuntimeError: from `alone` and `together`, with the status and what the server says, for
+            an answer other than 200.
+        aiohttp.ClientError, TimeoutError: from the same, where there is no answer.
+    """
 
     def __init__(self, base_url: str, max_new_tokens: int, timeout_s: float = 3600) -> None:
         self.base_url = base_url.rstrip("/")
@@ -86,9 +116,10 @@ class Client:
         params = {**self.params, **extra.pop("sampling_params", {})}
         body = {"input_ids": prompt.input_ids, "sampling_params": params, **extra}
         async with session.post(f"{self.base_url}/generate", json=body) as response:
-            reply = await response.json()
             if response.status != 200:
-                raise RuntimeError(f"{self.base_url} answered {response.status}: {reply}")
+                said = " ".join((await response.text()).split())[:400]
+                raise RuntimeError(f"{self.base_url} answered {response.status}: {said}")
+            reply = await response.json()
         return Answer(prompt.name, tuple(reply["output_ids"]), reply["text"], reply["meta_info"])
 
     def _run(
@@ -104,7 +135,12 @@ class Client:
     def alone(
         self, prompts: Sequence[Prompt], progress: Progress | None = None, **extra: Any
     ) -> list[Answer]:
-        """One request at a time, in order."""
+        """One request at a time, in order.
+
+        Args:
+            progress: called after each answer.
+            extra: more of the request's body; "sampling_params" are added to the client's.
+        """
 
         async def work(session: aiohttp.ClientSession) -> list[Answer]:
             answers = []
@@ -127,7 +163,14 @@ class Client:
         """All at once, or each after its own delay; answers in the order of `prompts`.
 
         Args:
-            params: sampling parameters of single prompts, by name, over those of all.
+            progress: called after each answer.
+            delays_s: seconds before each prompt is sent, as many as prompts; None: none.
+            params: sampling parameters by prompt's name, one for each, over those of all.
+            extra: as in `alone`, for all prompts.
+
+        Raises:
+            ValueError: another number of delays than of prompts.
+            KeyError: `params` lacks a prompt.
         """
 
         async def one(session: aiohttp.ClientSession, prompt: Prompt, delay: float) -> Answer:
@@ -142,13 +185,13 @@ class Client:
 
         async def work(session: aiohttp.ClientSession) -> list[Answer]:
             waits = delays_s or [0.0] * len(prompts)
-            pairs = zip(prompts, waits, strict=True)
+            pairs = list(zip(prompts, waits, strict=True))
             return list(await asyncio.gather(*(one(session, p, d) for p, d in pairs)))
 
         return self._run(work)
 
     def get(self, path: str) -> Any:
-        """GET a JSON document."""
+        """GET a JSON document; raises requests.RequestException for anything else."""
         import requests
 
         return requests.get(self.base_url + path, timeout=60).json()
@@ -172,6 +215,10 @@ class Client:
 
 
 def identical(reference: Sequence[Answer], answers: Sequence[Answer]) -> int:
-    """How many prompts have the same tokens in both, matched by name."""
+    """How many of `answers` have the tokens that `reference` has for a prompt of that name.
+
+    Raises:
+        KeyError: an answer whose prompt `reference` lacks.
+    """
     tokens = {answer.name: answer.tokens for answer in reference}
     return sum(tokens[answer.name] == answer.tokens for answer in answers)
