@@ -18,7 +18,7 @@ from margingate.calibration import (
     steps_needed,
 )
 from margingate.cli import main as cli
-from margingate.cli.calibrate import make_record, meaning
+from margingate.cli.calibrate import make_record, meaning, tokenized
 from margingate.cli.calibrate_measure import Journal, Walk, distinct, flips, groups
 from margingate.cli.errors import CliError
 from margingate.client import Prompt
@@ -55,7 +55,7 @@ def test_the_threshold_is_the_smallest_that_holds(margins, data):
         assert miss_bound(fewer, len(margins), 0.95) > 0.1
 
 
-def test_headroom_is_counted_in_what_is_flagged_and_missed():
+def test_headroom_is_counted_in_what_is_missed():
     margins = [i / 8 for i in range(40)]
     plain = choose_threshold(margins, [0.25, 1.0], 0.2, 0.95)
     assert (plain.threshold, plain.missed, plain.trigger_rate) == (0.0, 2, 0.0)
@@ -153,5 +153,17 @@ def test_the_record_is_what_the_gate_reads(tmp_path):
     ],
 )
 def test_bad_options_are_one_sentence_before_anything_starts(arguments, said, capsys):
-    assert cli.main(["calibrate", *arguments]) == 1
+    assert cli.main(["calibrate", *arguments]) == 2
     assert capsys.readouterr().err.startswith(f"margingate: {said}")
+        (["--out", "/nowhere/c.json"], "--out /nowhere/c.json cannot be written"),
+        (["--out", "/tmp"], "--out /tmp is a folder: name a file in it."),
+        (["--model-path", "Qwen/Qwen2.5-7B"], "--model-path Qwen/Qwen2.5-7B is not there: give a"),
+
+
+def test_a_tokenizer_that_does_not_load_is_one_whole_sentence(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CliError) as caught:
+        tokenized({"one": [("a", "b")]}, tmp_path)
+    said = str(caught.value)
+    assert said.startswith(f"the tokenizer in {tmp_path} cannot be used (") and "\n" not in said
+    assert said.endswith("a folder that has the tokenizer's files, and a chat template.")

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 
 from margingate.cli import check
+from margingate.cli.inputs import server_root
 from margingate.cli.main import main
 
 RESULT = {
@@ -42,21 +51,36 @@ def test_differences_name_the_first_character():
         (["--tokens", "0"], "--tokens is 0"),
         (["--prompts", "/nowhere"], "--prompts /nowhere cannot be read"),
         (["--out", "/nowhere/result.json"], "--out /nowhere/result.json cannot be written"),
+        (["--out", "/tmp"], "--out /tmp is a folder: name a file in it."),
         (["--base-url", "127.0.0.1:9"], "--base-url is '127.0.0.1:9': give http://HOST:PORT."),
+        (["--base-url", "http://"], "--base-url is 'http://': give http://HOST:PORT."),
+        (["--base-url", "http://h:99999"], "--base-url is 'http://h:99999' (Port out of range"),
+        (["--base-url", "http://[bad"], "--base-url is 'http://[bad' (Invalid IPv6 URL): give"),
+        (["--base-url", "http://h:1?x=y"], "--base-url is 'http://h:1?x=y': give"),
+        (["--api-key", "a\nb"], "--api-key has a line break, or another character that"),
+        (["--api-key", "ключ"], "--api-key has a line break, or another character that"),
         ([], "no server answers at http://127.0.0.1:9 ("),
     ],
 )
 def test_what_cannot_work_is_one_sentence(arguments, said, capsys):
-    assert main(["check", "--base-url", "http://127.0.0.1:9", *arguments]) == 1
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith(f"margingate: {said}")
+    assert main(["check", "--base-url", "http://127.0.0.1:9", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"margingate: {said}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/", "/v1/chat/completions"])
+def test_an_address_may_have_the_apis_path_at_its_end(end):
+    assert server_root(f"HTTP://Host:9/prefix{end}") == "http://Host:9/prefix"
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         (b"\xff\xfe", "is not UTF-8 text (invalid start byte): convert it."),
-        ('{"id": "x", "prompt": "a"}\n' * 2, "has two prompts with the id 'x': rename one."),
+        (
+            '{"id": "x", "prompt": "a"}\n' * 2,
+            "prompts.jsonl has two prompts with the id 'x': rename one.",
+        ),
         ("[1]", 'line 1: not a JSON object with a "prompt"'),
         ("", "holds no prompts"),
     ],
@@ -64,30 +88,139 @@ def test_what_cannot_work_is_one_sentence(arguments, said, capsys):
 def test_a_file_of_prompts_that_is_none_is_one_sentence(content, said, tmp_path, capsys):
     file = tmp_path / "prompts.jsonl"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert main(["check", "--base-url", "http://127.0.0.1:9", "--prompts", str(file)]) == 1
+    assert main(["check", "--base-url", "http://127.0.0.1:9", "--prompts", str(file)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("margingate: --prompts") and said in error
     assert error.count("\n") == 1
 
 
-class Refusing(BaseHTTPRequestHandler):
-    """A server that wants another key."""
+@contextmanager
+def serving(answers: dict[str, tuple[int, str]]) -> Iterator[str]:
+    """The address of a server with these statuses and bodies by path; 404 for others."""
 
-    def do_GET(self) -> None:
-        self.send_response(401)
-        self.end_headers()
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, text = answers.get(self.path, (404, "<html>\n no\n  such page</html>"))
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text.encode())
 
-    def log_message(self, *_args: object) -> None:
-        pass
+        def do_POST(self) -> None:
+            self.do_GET()
+
+        def log_message(self, *_args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+CHAT, MODELS = "/v1/chat/completions", "/v1/models"
+ANSWER = {"choices": [{"message": {"content": "yes"}, "finish_reason": "stop"}]}
+GOOD = {MODELS: (200, json.dumps({"data": [{"id": "m"}]})), CHAT: (200, json.dumps(ANSWER))}
 
 
 @pytest.mark.parametrize("command", ["check", "probe"])
 def test_a_server_with_a_key_asks_for_it(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        assert main([command, "--base-url", url]) == 1
-        server.shutdown()
+    with serving({MODELS: (401, ""), "/server_info": (401, "")}) as url:
+        assert main([command, "--base-url", url]) == 2
     said = f"margingate: {url} answered 401: give --api-key the server's key."
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("path", "answer", "said"),
+    [
+        (CHAT, (200, "{}"), f"{CHAT} answered without a choice ({{}}): name a server with"),
+        (CHAT, (200, "[]"), "answered without a choice ([])"),
+        (CHAT, (200, '{"choices": []}'), "answered without a choice"),
+        (CHAT, (200, "<p>\n</p>"), "answered without a choice (<p> </p>)"),
+        (CHAT, (401, ""), "answered 401: give --api-key the server's key."),
+        (CHAT, (500, "<html>\n\n<p>no"), f"{CHAT} answered 500 (<html> <p>no): see the server's"),
+        (CHAT, (500, "x" * 999), f" ({'x' * 200}...): see the server's log."),
+        (MODELS, (404, "no"), f"{MODELS} answered 404: is this a server with OpenAI's chat API?"),
+        (MODELS, (503, ""), f"{MODELS} answered 503 (nothing): see the server's log."),
+        (MODELS, (200, '{"data": []}'), f"{MODELS} lists no model, but "),
+        (MODELS, (200, "<html>"), f"{MODELS} lists no model, but '<html>': name one with --model."),
+    ],
+)
+def test_a_server_of_another_kind_is_one_sentence(path, answer, said, capsys):
+    with serving({**GOOD, path: answer}) as url:
+        assert main(["check", "--base-url", url]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"margingate: {url}") and said in error
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    return file
+
+
+def test_without_a_terminal_each_stage_is_a_line(prompts, tmp_path, capsys):
+    out = tmp_path / "result.json"
+    arguments = ["--prompts", str(prompts), "--out", str(out), "--api-key", " key\n"]
+    with serving(GOOD) as url:
+        assert main(["check", "--base-url", url, *arguments]) == 0
+    lines = [f"margingate: {words}" for words in ("alone", *check.RUNS.values())]
+    told = capsys.readouterr()
+    assert told.err.splitlines() == lines
+    assert "Every answer was the same" in told.out
+    assert json.loads(out.read_text())["prompts"] == 2
+
+
+def test_a_result_that_cannot_be_written_is_still_shown(prompts, capsys):
+    with serving(GOOD) as url:
+        arguments = ["--prompts", str(prompts), "--out", "/dev/full"]
+        assert main(["check", "--base-url", url, *arguments]) == 2
+    told = capsys.readouterr()
+    assert "Every answer was the same" in told.out
+    assert "--out /dev/full cannot be written (No space left on device)" in told.err
+
+
+def run(*arguments: str, **streams: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "margingate.cli.main", *arguments]
+    return subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True, **streams)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_stdout_is_one_sentence_and_the_result_is_in_the_file(unbuffered, prompts, tmp_path):
+    out = tmp_path / "result.json"
+    arguments = ("--prompts", str(prompts), "--out", str(out))
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with serving(GOOD) as url, open("/dev/full", "w") as full:
+        done = run("check", "--base-url", url, *arguments, stdout=full, env=env)
+    assert done.returncode == 2
+    said = (
+        "margingate: stdout cannot be written (No space left on device): make room, or send it on."
+    )
+    assert done.stderr.splitlines()[-1] == said and "Traceback" not in done.stderr
+    assert json.loads(out.read_text())["prompts"] == 2
+
+
+def test_a_reader_that_leaves_is_no_traceback(prompts):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with serving(GOOD) as url:
+        done = run("check", "--base-url", url, "--prompts", str(prompts), stdout=writing)
+    os.close(writing)
+    assert done.returncode == 141
+    assert all(line.startswith("margingate: ") for line in done.stderr.splitlines())
+
+
+def test_help_tells_an_example_and_what_the_statuses_mean(capsys):
+    for command in ("check", "demo"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        said = " ".join(capsys.readouterr().out.split())
+        assert "0 every " in said and "2 it could not be tested; 130 Ctrl-C." in said
+    for command in ("hooks", "model", "calibrate", "probe", "study", "watch"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert len(capsys.readouterr().out.split("\n\n")) > 2, f"{command} has no description"

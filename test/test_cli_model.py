@@ -222,7 +222,7 @@ def test_a_wheel_that_is_not_needed_is_told(folder):
 def test_the_cli_turns_an_error_into_one_line(folder):
     done = cli("model", "gpt5")
     sentence = "there is no model named 'gpt5'; choose one of: smollm2."
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"margingate: {sentence}\n"
 
 

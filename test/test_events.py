@@ -423,7 +423,7 @@ def test_rates_are_taken_over_the_last_seconds():
 
 @pytest.mark.parametrize("flags", [["--json"], []])
 def test_watch_says_when_nothing_came(endpoint, capsys, flags):
-    assert main(["watch", "--endpoint", endpoint, "--for", "0.4", *flags]) == 1
+    assert main(["watch", "--endpoint", endpoint, "--for", "0.4", *flags]) == 2
     out, said = capsys.readouterr()
     assert f"no events came from {endpoint} in 0.4 s" in said
     assert out == ("" if flags else f"waiting for events from {endpoint}\n")
@@ -431,13 +431,17 @@ def test_watch_says_when_nothing_came(endpoint, capsys, flags):
 
 def test_watch_refuses_what_it_cannot_subscribe_to(capsys):
     for wrong in ("5557", "tcp://*:5557"):
-        assert main(["watch", "--endpoint", wrong]) == 1
-        assert wrong in one_sentence(capsys.readouterr().err.strip())
+        assert main(["watch", "--endpoint", wrong]) == 2
+        assert wrong in one_sentence(said := capsys.readouterr().err.strip())
+    assert "* is for the server's side: give the host, such as tcp://127.0.0.1:5557." in said
+    assert main(["watch", "--endpoint", f"ipc:///{'a' * 107}"]) == 2
+    said = one_sentence(capsys.readouterr().err.strip())
+    assert "--endpoint has a path of 108 bytes, and the system takes 107 at most: start" in said
     for unknown in ("tcp://no-such-host.invalid:5557", f"tcp://{'a' * 64}.invalid:5557"):
-        assert main(["watch", "--endpoint", unknown]) == 1
+        assert main(["watch", "--endpoint", unknown]) == 2
         said = one_sentence(capsys.readouterr().err.strip())
         assert f"{unknown} cannot be connected to (" in said and "name the server's host" in said
-    assert main(["watch", "--endpoint", "tcp://h:1", "--for", "0"]) == 1
+    assert main(["watch", "--endpoint", "tcp://h:1", "--for", "0"]) == 2
     assert "--for is 0" in capsys.readouterr().err
 
 
@@ -453,7 +457,7 @@ def test_watch_refuses_another_schema(endpoint, capsys):
         thread = threading.Thread(target=talk)
         thread.start()
         try:
-            assert main(["watch", "--endpoint", endpoint, "--json", "--for", "10"]) == 1
+            assert main(["watch", "--endpoint", endpoint, "--json", "--for", "10"]) == 2
         finally:
             done.set()
             thread.join()

@@ -459,7 +459,7 @@ def test_the_command_without_sglang_is_one_line(capsys, monkeypatch):
     package = sys.modules.get("margingate.runtime")
     if package is not None:
         monkeypatch.delattr(package, "hook_table", raising=False)
-    assert main(["hooks"]) == 1
+    assert main(["hooks"]) == 2
     said = capsys.readouterr()
     assert (said.out, said.err.count("\n")) == ("", 1)
     assert said.err.startswith("margingate: the ledger names functions of SGLang, which cannot be")

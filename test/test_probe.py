@@ -151,11 +151,48 @@ def test_records_survive_json():
 )
 def test_a_url_that_does_not_answer_is_one_sentence(url, said, tmp_path, capsys):
     out = tmp_path / "report"
-    assert cli.main(["probe", "--base-url", url, "--out", str(out)]) == 1
+    assert cli.main(["probe", "--base-url", url, "--out", str(out)]) == 2
     assert capsys.readouterr().err.startswith(f"margingate: {said}")
     assert not out.exists() and tmp_path.exists()
-    assert cli.main(["probe", "--base-url", url, "--out", str(tmp_path)]) == 1
+    assert cli.main(["probe", "--base-url", url, "--out", str(tmp_path)]) == 2
     assert tmp_path.exists(), "it was there before"
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({}, "tells of no probe: use a server of this version of margingate."),
+        ({"probe": None}, "tells of no probe"),
+        ({"probe": {"operators": []}}, "did not probe: start it with --gate-fast-path invariant."),
+    ],
+)
+def test_a_gate_without_a_probe_is_one_sentence(state, said, tmp_path, capsys, monkeypatch):
+    answer(monkeypatch, {"internal_states": [{"margingate": state}]})
+    assert cli.main(["probe", "--base-url", "http://h:1", "--out", str(tmp_path / "r")]) == 2
+    assert said in capsys.readouterr().err
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, info: dict[str, Any]) -> None:
+    """Every GET of the command is answered with this."""
+    info = {"model_path": "/models/tiny", "version": "0", **info}
+    reply = SimpleNamespace(status_code=200, json=lambda: info)
+    monkeypatch.setattr("requests.get", lambda *_, **__: reply)
+
+
+def test_a_gate_that_measured_no_whole_steps_has_a_report_too(tmp_path, capsys, monkeypatch):
+    probe_of = {"operators": REPORT["operators"], "steps": None}
+    answer(monkeypatch, {"internal_states": [{"margingate": {"probe": probe_of}}]})
+    assert cli.main(["probe", "--base-url", "http://h:1", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "Whole decode steps were not measured on this server." in " ".join(said.split())
+    assert "decode step, as served" not in said
+    assert json.loads((tmp_path / "probe.json").read_text())["steps"] is None
+
+
+def test_a_server_that_runs_takes_no_arguments(tmp_path, capsys):
+    arguments = ["--base-url", "http://h:1", "--out", str(tmp_path / "r"), "--", "--dtype", "half"]
+    assert cli.main(["probe", *arguments]) == 2
+    assert "--dtype is for a server that probe starts" in capsys.readouterr().err
 
 
 def test_the_log_of_a_server_that_did_not_probe_is_kept_and_named(tmp_path, capsys, monkeypatch):
@@ -171,7 +208,7 @@ def test_the_log_of_a_server_that_did_not_probe_is_kept_and_named(tmp_path, caps
 
     monkeypatch.setattr("margingate.servers.launch", Launched)
     out = tmp_path / "report"
-    assert cli.main(["probe", "--model-path", "m", "--out", str(out)]) == 1
+    assert cli.main(["probe", "--model-path", "m", "--out", str(out)]) == 2
     assert f"give http://HOST:PORT; its log is {out / 'server.log'}.\n" in capsys.readouterr().err
     assert [file.name for file in out.iterdir()] == ["server.log"]
 

@@ -275,7 +275,7 @@ def test_demo_refuses_in_one_line_before_any_server(tmp_path, capsys, options, w
     twice = tmp_path / "twice.jsonl"
     twice.write_text('{"id": "x", "prompt": "a"}\n' * 2)
     options = [str(twice) if option == "TWICE" else option for option in options]
-    assert main(["demo", *options]) == 1
+    assert main(["demo", *options]) == 2
     err = capsys.readouterr().err
     assert words in err and err.count("\n") == 1
 

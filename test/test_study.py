@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import lzma
 import random
 import re
 from pathlib import Path
@@ -184,7 +185,7 @@ def test_calibration_and_its_test_on_other_prompts(place, record, capsys):
     assert "### The calibrated threshold, 0.140625 logits" in capsys.readouterr().out
     other = json.loads(first) | {"machine": {**MACHINE, "device": "e"}}
     (place.path / "c.json").write_text(json.dumps(other))
-    assert main([*table, str(place.path / "c.json")]) == 1
+    assert main([*table, str(place.path / "c.json")]) == 2
     assert "was made for device 'e', but the study is of 'd'" in capsys.readouterr().err
 
 
@@ -199,6 +200,8 @@ def test_calibration_and_its_test_on_other_prompts(place, record, capsys):
         ('{"prompt": "a"}\n{"prompt": \n', "one.jsonl, line 2: not a JSON object"),
         ('{"prompt": "a"}\n["prompt"]\n', "one.jsonl, line 2: not a JSON object"),
         ('\n{"text": "a"}\n', "one.jsonl, line 2: not a JSON object with a"),
+        ('\n{"prompt": 5}\n', 'one.jsonl, line 2: "prompt" is 5: give a text in quotes.'),
+        ('{"id": "two-0", "prompt": "a"}', "one.jsonl and "),
         ('{"id": "x", "prompt": "a"}\n{"id": "x", "prompt": "b"}', "two prompts with the id 'x'"),
         (b"\xff\xfe", "is not UTF-8 text"),
     ],
@@ -207,14 +210,14 @@ def test_calibration_and_its_test_on_other_prompts(place, record, capsys):
 def test_prompt_files_that_cannot_be_used_name_the_line(place, command, content, said, capsys):
     data = content if isinstance(content, bytes) else content.encode()
     (place.path / "one.jsonl").write_bytes(data)
-    assert call(place, command) == 1
+    assert call(place, command) == 2
     assert said in capsys.readouterr().err
     assert not place.started and not list(place.path.glob("*.partial.jsonl"))
 
 
 def test_a_prompt_longer_than_the_context_is_named(place, monkeypatch, capsys):
     monkeypatch.setattr(FakeServer, "get", lambda *_: {"max_req_input_len": 13})
-    assert call(place, "study") == 1
+    assert call(place, "study") == 2
     assert "the prompt one-0 has 2 tokens, and the server takes 13 with an answer of 12" in (
         capsys.readouterr().err
     )
@@ -258,7 +261,7 @@ def test_a_server_that_fails_is_one_sentence(tmp_path, monkeypatch, error, said)
 
 
 def test_a_folder_without_a_model_is_refused_before_anything_starts(place, capsys):
-    assert call(place, "study", "--model-path", str(place.path)) == 1
+    assert call(place, "study", "--model-path", str(place.path)) == 2
     assert "config.json cannot be read" in capsys.readouterr().err
     assert not place.started
 
@@ -286,7 +289,7 @@ def test_a_full_disk_keeps_what_was_measured(place, monkeypatch, full, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", limited_open)
         patch.setattr(Path, "write_bytes", limited_write)
-        assert call(place, "study", *STUDY) == 1
+        assert call(place, "study", *STUDY) == 2
     assert "No space left on device): make room" in capsys.readouterr().err
     assert call(place, "study", *STUDY) == 0
     assert (place.path / "out.json").read_bytes() == (place.path / "whole.json").read_bytes()
@@ -300,13 +303,23 @@ def test_a_full_disk_keeps_what_was_measured(place, monkeypatch, full, capsys):
         (["--thresholds", "-0.5"], "--thresholds has -0.5"),
         (["--thresholds", "inf"], "--thresholds has inf"),
         (["--report", "/dev/null/x"], "--report /dev/null/x cannot be made"),
+        (["--out", "/nowhere/s.json"], "--out /nowhere/s.json cannot be written"),
+        (["--out", "/tmp"], "--out /tmp is a folder: name a file in it."),
         (["--from", "/nowhere"], "--from /nowhere cannot be read"),
+        (["--from", "x", "--tokens", "9"], "--tokens is for measuring, and --from x measures"),
+        (["--from", "x", "--out", "y"], "--out is for measuring"),
+        (["--from", "x", "--batch-sizes", "4"], "--batch-sizes is for measuring"),
+        (["--from", "x", "--model-path", "m"], "--model-path is for measuring"),
+        (["--from", "x", "--columns", "0"], "--columns is for measuring"),
+        (["--from", "x", "--no-probe"], "--no-probe is for measuring"),
+        (["--from", "x", "--", "--dtype", "half"], "'--dtype' is for measuring"),
+        (["--calibration", __file__], f"--calibration {__file__} is not a calibration file"),
         (["--from", __file__], f"--from {__file__} is not a study"),
         (["--calibration", "/nowhere"], "--calibration /nowhere cannot be read"),
     ],
 )
 def test_bad_options_are_one_sentence(arguments, said, capsys):
-    assert main(["study", *arguments]) == 1
+    assert main(["study", *arguments]) == 2
     assert capsys.readouterr().err.startswith(f"margingate: {said}")
 
 
@@ -473,5 +486,5 @@ def test_every_table_has_a_cell_per_column(record):
 def test_a_report_that_cannot_be_written_is_one_sentence(place, record, capsys):
     (place.path / "file").write_text("")
     source = ("--from", str(place.path / "out.json"))
-    assert main(["study", *source, "--report", str(place.path / "file")]) == 1
+    assert main(["study", *source, "--report", str(place.path / "file")]) == 2
     assert "file cannot be made" in capsys.readouterr().err

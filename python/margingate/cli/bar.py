@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -16,10 +17,14 @@ class Bar(NamedTuple):
 
 @contextlib.contextmanager
 def progress(total: int) -> Iterator[Bar]:
-    """A bar on stderr over `total` requests."""
+    """A bar on stderr over `total` requests; where that is no terminal, a line per stage."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    console = Console(stderr=True)
+    if not console.is_terminal:  # rich would draw one bar, at the end
+        yield Bar(_say, lambda: None)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -27,9 +32,13 @@ def progress(total: int) -> Iterator[Bar]:
         TextColumn("requests"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=total)
         yield Bar(
             lambda text: bar.update(task, description=text),
             lambda: bar.advance(task),
         )
+
+
+def _say(text: str) -> None:
+    print(f"margingate: {text}", file=sys.stderr, flush=True)

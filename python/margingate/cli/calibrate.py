@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import margingate
 from margingate.cli.errors import CliError
-from margingate.cli.inputs import read_pairs, refuse_twins
+from margingate.cli.inputs import in_a_line, read_pairs, refuse_out, refuse_twins
 
 if TYPE_CHECKING:
     from margingate.cli.calibrate_measure import Journal, Walk
@@ -45,7 +45,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="missed flips per step, at most; default 1e-5",
     )
     parser.add_argument(
-        "--confidence", type=float, default=0.95, metavar="C", help="of that; default 0.95"
+        "--confidence",
+        type=float,
+        default=0.95,
+        metavar="C",
+        help="of that bound, 0 to 1; default 0.95",
     )
     parser.add_argument(
         "--headroom",
@@ -55,7 +59,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="logits on top of the threshold that was found; default 0",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("calibration.json"), metavar="FILE", help="what is written"
+        "--out",
+        type=Path,
+        default=Path("calibration.json"),
+        metavar="FILE",
+        help="for --gate-calibration; default calibration.json; unfinished work and the server's "
+        "log are beside it",
     )
     parser.set_defaults(func=run)
 
@@ -89,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
         check_share(name, getattr(args, name))
     if not 0 <= args.headroom < float("inf"):
         raise CliError(f"--headroom is {args.headroom}: give logits, 0 or more.")
+    refuse_out(args.out)
     sets = read_sets(args)
     model = model_folder(args)
     prompts = tokenized(sets, model)
@@ -120,13 +130,13 @@ def read_sets(args: argparse.Namespace) -> dict[str, list[tuple[str, str]]]:
             raise CliError(f"--{name.replace('_', '-')} is {value}: give {low} or more.")
     if bad := [size for size in args.batch_sizes if not 2 <= size <= 1024]:
         raise CliError(f"--batch-sizes has {bad[0]}: a batch has 2 to 1024 requests.")
-    sets: dict[str, list[tuple[str, str]]] = {}
+    files: dict[Path, list[tuple[str, str]]] = {}
     for path in args.prompts:
-        if path.stem in sets:
+        if path.stem in {other.stem for other in files}:
             raise CliError(f"--prompts has two files named {path.stem}: rename one.")
-        sets[path.stem] = read_pairs(path, args.per_file)
-    refuse_twins(pair for pairs in sets.values() for pair in pairs)
-    return sets
+        files[path] = read_pairs(path, args.per_file)
+    refuse_twins(files)
+    return {path.stem: pairs for path, pairs in files.items()}
 
 
 def model_folder(args: argparse.Namespace) -> Path:
@@ -145,8 +155,11 @@ def tokenized(sets: Mapping[str, Sequence[tuple[str, str]]], model: Path) -> lis
     try:
         return chat_prompts([pair for pairs in sets.values() for pair in pairs], model)
     except (OSError, ValueError) as err:
-        said = str(err).splitlines()[0] if str(err) else type(err).__name__
-        raise CliError(f"the tokenizer in {model} does not load: {said}") from err
+        said = in_a_line(str(err) or type(err).__name__)
+        raise CliError(
+            f"the tokenizer in {model} cannot be used ({said}): give --model-path a folder that "
+            "has the tokenizer's files, and a chat template."
+        ) from err
 
 
 @contextmanager
@@ -211,7 +224,15 @@ def identity(model: Path) -> dict[str, str]:
     try:
         config = (model / "config.json").read_bytes()
     except OSError as err:
-        raise CliError(f"{model}/config.json cannot be read: give --model-path a folder.") from err
+        if not model.exists():
+            raise CliError(
+                f"--model-path {model} is not there: give a local folder; a model of the hub has "
+                "to be downloaded first (hf download NAME --local-dir FOLDER)."
+            ) from err
+        raise CliError(
+            f"{model}/config.json cannot be read ({err.strerror}): give --model-path a model's "
+            "folder."
+        ) from err
     return {"config_sha256": hashlib.sha256(config).hexdigest()}
 
 

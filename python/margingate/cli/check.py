@@ -1,7 +1,8 @@
 """`margingate check`: does a server's answer depend on what else it serves?
 
 A client for any server with OpenAI's chat completions, gated or not, ours or another's. Each prompt
-is asked alone, then in company; an answer that changed is named. Status 1 if one did.
+is asked alone, then in company; an answer that changed is named. Status 1 if one did, and 2 if that
+could not be found out.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -17,8 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import margingate
-from margingate.cli.errors import CliError
-from margingate.cli.inputs import read_pairs, refuse_key, refuse_twins, server_root
+from margingate.cli.errors import CHANGED, CliError
+from margingate.cli.inputs import (
+    api_key,
+    in_a_line,
+    read_pairs,
+    refuse_key,
+    refuse_out,
+    refuse_twins,
+    server_root,
+)
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
@@ -42,11 +50,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "check",
         help="test whether a running server's answers depend on the batch",
         description="Ask a server with an OpenAI chat API the same prompts alone and in company, "
-        "greedily. Status 1 if an answer changed. Let nothing else use the server meanwhile, or "
-        "that is tested too.",
+        "greedily. Let nothing else use the server meanwhile, or that is tested too.",
+        epilog="Example: margingate check --base-url http://127.0.0.1:30000 --tokens 128. Exit "
+        "status: 0 every answer was the same; 1 an answer changed; 2 it could not be tested; 130 "
+        "Ctrl-C.",
     )
     parser.add_argument(
-        "--base-url", required=True, metavar="URL", help="with or without /v1 at its end"
+        "--base-url",
+        required=True,
+        metavar="URL",
+        help="http://HOST:PORT; /v1 or /v1/chat/completions at its end is no matter",
     )
     parser.add_argument(
         "--prompts",
@@ -70,25 +83,34 @@ def run(args: argparse.Namespace) -> int:
 
     pairs = _read(args)
     result = asyncio.run(_ask_all(args, pairs))
-    if args.out:
-        try:
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
-        except OSError as err:
-            raise CliError(f"--out {args.out} cannot be written ({err.strerror}).") from err
-    console = Console(file=sys.stdout)
-    console.print(make_table(result))
-    console.print(meaning(result), highlight=False)
-    return int(bool(changed_names(result)))
+    try:  # whichever of the two fails, the other tells the result
+        console = Console(file=sys.stdout)
+        console.print(make_table(result))
+        console.print(meaning(result), highlight=False)
+    finally:
+        if args.out:
+            _write(args.out, result)
+    return CHANGED if changed_names(result) else 0
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    except OSError as err:
+        raise CliError(
+            f"--out {path} cannot be written ({err.strerror}): name another file, or take the "
+            "result from the table."
+        ) from err
 
 
 def _read(args: argparse.Namespace) -> list[Pair]:
     """The prompts; raises CliError for what cannot work, before anything is asked."""
     if args.tokens < 1:
         raise CliError(f"--tokens is {args.tokens}: give 1 or more.")
-    if args.out and not os.access(args.out.parent, os.W_OK):
-        raise CliError(f"--out {args.out} cannot be written: name a file in a folder that can.")
+    if args.out:
+        refuse_out(args.out)
     pairs = read_pairs(args.prompts)
-    refuse_twins(pairs)
+    refuse_twins({args.prompts: pairs})
     return pairs
 
 
@@ -99,7 +121,7 @@ async def _ask_all(args: argparse.Namespace, pairs: Sequence[Pair]) -> dict[str,
     from margingate.cli.bar import progress
 
     root = server_root(args.base_url)
-    headers = {"Authorization": f"Bearer {args.api_key}"}
+    headers = {"Authorization": f"Bearer {api_key(args.api_key)}"}
     options = {
         "connector": aiohttp.TCPConnector(limit=0),
         "timeout": aiohttp.ClientTimeout(total=3600),
@@ -123,7 +145,8 @@ async def _ask_all(args: argparse.Namespace, pairs: Sequence[Pair]) -> dict[str,
             f"no server answers at {root} ({why}): start it, or correct --base-url."
         ) from err
     except (aiohttp.ClientError, TimeoutError, OSError) as err:
-        raise CliError(f"{args.base_url} failed a request ({err or type(err).__name__}).") from err
+        said = in_a_line(str(err) or type(err).__name__)
+        raise CliError(f"{args.base_url} failed a request ({said}): see the server's log.") from err
     return {
         "schema": 1,
         "base_url": args.base_url,
@@ -136,12 +159,27 @@ async def _ask_all(args: argparse.Namespace, pairs: Sequence[Pair]) -> dict[str,
 
 
 async def _first_model(session: ClientSession, root: str) -> str:
-    async with session.get(f"{root}/v1/models") as response:
+    url = f"{root}/v1/models"
+    async with session.get(url) as response:
         refuse_key(root, response.status)
-        try:
-            return str((await response.json())["data"][0]["id"])
-        except (ValueError, KeyError, IndexError, TypeError):
-            raise CliError(f"{root}/v1/models lists no model: name one with --model.") from None
+        text = await response.text(errors="replace")
+    if response.status == 404:
+        raise CliError(
+            f"{url} answered 404: is this a server with OpenAI's chat API? Correct --base-url, or "
+            "name its model with --model."
+        )
+    if response.status != 200:
+        raise CliError(_refused(url, response.status, text))
+    try:
+        return str(json.loads(text)["data"][0]["id"])
+    except (ValueError, KeyError, IndexError, TypeError):
+        raise CliError(
+            f"{url} lists no model, but {in_a_line(text)!r}: name one with --model."
+        ) from None
+
+
+def _refused(url: str, status: int, text: str) -> str:
+    return f"{url} answered {status} ({in_a_line(text)}): see the server's log."
 
 
 async def _fingerprint(session: ClientSession, root: str) -> str | None:
@@ -160,7 +198,7 @@ class Asker:
     """Sends chat completions of one model, greedily."""
 
     def __init__(self, session: ClientSession, root: str, model: str, tokens: int) -> None:
-        self._session, self._url = session, f"{root}/v1/chat/completions"
+        self._session, self._root, self._url = session, root, f"{root}/v1/chat/completions"
         self._body = {"model": model, "temperature": 0, "max_tokens": tokens}
 
     async def one_by_one(self, pairs: Sequence[Pair], tick: Callable[[], None]) -> Answers:
@@ -186,12 +224,20 @@ class Asker:
     async def _ask(self, text: str, tick: Callable[[], None]) -> str:
         body = {**self._body, "messages": [{"role": "user", "content": text}]}
         async with self._session.post(self._url, json=body) as response:
-            if response.status != 200:
-                said = (await response.text())[:200]
-                raise CliError(f"{self._url} answered {response.status}: {said}")
-            choice = (await response.json())["choices"][0]
+            refuse_key(self._root, response.status)
+            said = await response.text(errors="replace")
+        if response.status != 200:
+            raise CliError(_refused(self._url, response.status, said))
+        try:
+            choice = json.loads(said)["choices"][0]
+            answer = f"{choice['message']['content']}\n[{choice['finish_reason']}]"
+        except (ValueError, KeyError, IndexError, TypeError):
+            raise CliError(
+                f"{self._url} answered without a choice ({in_a_line(said)}): name a server with "
+                "OpenAI's chat API."
+            ) from None
         tick()
-        return f"{choice['message']['content']}\n[{choice['finish_reason']}]"
+        return answer
 
 
 def _order(pairs: Sequence[Pair], run: str) -> list[Pair]:

@@ -31,7 +31,7 @@ from margingate.cli.demo_measure import (
     log_path,
     measure,
 )
-from margingate.cli.errors import CliError
+from margingate.cli.errors import CHANGED, CliError
 from margingate.cli.inputs import read_pairs, refuse_twins
 from margingate.config import FAST_PATHS
 
@@ -52,13 +52,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "demo",
         help="compare the stock server with the gated one on this machine (minutes)",
         description="Serve a small model without and with the gate, send the same prompts alone "
-        "and in batches, and write a report. Status 1 if a gated answer changed.",
+        "and in batches, and write a report.",
+        epilog="Exit status: 0 every gated answer was the same; 1 one changed; 2 it could not be "
+        "tested; 130 Ctrl-C.",
     )
     parser.add_argument(
         "--tokens", type=int, default=TOKENS, metavar="N", help=f"per answer; default {TOKENS}"
     )
     parser.add_argument(
-        "--prompts", type=Path, default=PROMPTS, metavar="FILE", help='JSONL with a "prompt" a line'
+        "--prompts",
+        type=Path,
+        default=PROMPTS,
+        metavar="FILE",
+        help='JSONL with a "prompt" a line; default: 24 that come with margingate',
     )
     parser.add_argument(
         "--out",
@@ -79,7 +85,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print the table, write the report. 1 if an answer of the gated server changed."""
+    """Measure, write the report, print the table; 1 if an answer of the gated server changed."""
     from margingate.cli.model import ensure_model
 
     start = time.perf_counter()
@@ -95,7 +101,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.keep_log:
         for side in SIDES:
             log_path(args.out, side).unlink(missing_ok=True)
-    return int(any(report["sides"]["gated"]["identical"][r] < len(pairs) for r in TOGETHER))
+    same = report["sides"]["gated"]["identical"]
+    return CHANGED if any(same[run] < len(pairs) for run in TOGETHER) else 0
 
 
 def _read(path: Path, tokens: int) -> list[tuple[str, str]]:
@@ -103,7 +110,7 @@ def _read(path: Path, tokens: int) -> list[tuple[str, str]]:
     if tokens < 1:
         raise CliError(f"--tokens is {tokens}: give 1 or more.")
     pairs = read_pairs(path)
-    refuse_twins(pairs)
+    refuse_twins({path: pairs})
     return pairs
 
 

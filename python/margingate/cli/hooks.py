@@ -58,7 +58,12 @@ def _line(cells: Iterable[str]) -> str:
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register `margingate hooks`."""
-    parser = subparsers.add_parser("hooks", help="print every patch to SGLang, as Markdown")
+    parser = subparsers.add_parser(
+        "hooks",
+        help="print every patch to SGLang, as Markdown",
+        description="Print what margingate patches in SGLang, as a Markdown table: each target, in "
+        "which processes, why, and when it can go. Imports SGLang, and changes nothing.",
+    )
     parser.set_defaults(func=run)
 
 

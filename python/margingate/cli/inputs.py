@@ -1,11 +1,15 @@
-"""What several commands take from the user, checked: prompt files and addresses of servers."""
+"""What several commands take from the user, checked: prompts, addresses, keys, files to write."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from margingate.cli.errors import CliError
+
+MOST_SAID = 200  # characters of a server's answer that a sentence quotes
 
 
 def read_pairs(path: Path, count: int | None = None) -> list[tuple[str, str]]:
@@ -24,13 +28,25 @@ def read_pairs(path: Path, count: int | None = None) -> list[tuple[str, str]]:
         raise CliError(f"--prompts: {err}") from err
 
 
-def refuse_twins(pairs: Iterable[tuple[str, str]]) -> None:
-    """Raises CliError where two prompts have one id: answers are told apart by it."""
-    seen: set[str] = set()
-    for name, _ in pairs:
-        if name in seen:
-            raise CliError(f"--prompts has two prompts with the id {name!r}: rename one.")
-        seen.add(name)
+def refuse_twins(files: Mapping[Path, Sequence[tuple[str, str]]]) -> None:
+    """Raises CliError where two prompts have one id: answers are told apart by it.
+
+    Args:
+        files: (id, text) pairs by the file they came from.
+    """
+    seen: dict[str, Path] = {}
+    for path, pairs in files.items():
+        for name, _ in pairs:
+            if seen.get(name) == path:
+                raise CliError(
+                    f"--prompts {path} has two prompts with the id {name!r}: rename one."
+                )
+            if name in seen:
+                raise CliError(
+                    f"--prompts: {seen[name]} and {path} have two prompts with the id {name!r}: "
+                    "rename one."
+                )
+            seen[name] = path
 
 
 def refuse_key(root: str, status: int) -> None:
@@ -39,8 +55,40 @@ def refuse_key(root: str, status: int) -> None:
         raise CliError(f"{root} answered {status}: give --api-key the server's key.")
 
 
+def api_key(text: str) -> str:
+    """--api-key without space around it; raises CliError where no HTTP header can carry it."""
+    key = text.strip()
+    if not (key.isascii() and key.isprintable()):
+        raise CliError(
+            "--api-key has a line break, or another character that no HTTP header can carry: give "
+            "the key alone."
+        )
+    return key
+
+
 def server_root(url: str) -> str:
     """--base-url without what is added to it; raises CliError where it is no HTTP address."""
-    if not url.startswith(("http://", "https://")):
-        raise CliError(f"--base-url is {url!r}: give http://HOST:PORT.")
-    return url.rstrip("/").removesuffix("/v1")
+    why = ""
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError as err:  # .port raises too
+        known, why = None, f" ({str(err)[:80]})"
+    if not known or parts.query or parts.fragment or any(map(str.isspace, url)):
+        raise CliError(f"--base-url is {url!r}{why}: give http://HOST:PORT.")
+    path = parts.path.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1")
+    return f"{parts.scheme}://{parts.netloc}{path}"
+
+
+def in_a_line(text: str) -> str:
+    """What a server said, fit for a sentence: an HTML page or a traceback is many lines."""
+    line = " ".join(text.split()) or "nothing"
+    return line if len(line) <= MOST_SAID else f"{line[:MOST_SAID]}..."
+
+
+def refuse_out(path: Path) -> None:
+    """Raises CliError where --out cannot become a file, before anything is measured for it."""
+    if path.is_dir():
+        raise CliError(f"--out {path} is a folder: name a file in it.")
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise CliError(f"--out {path} cannot be written: name a file in a folder that can.")

@@ -2,12 +2,13 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
 
 from margingate import __version__
-from margingate.cli.errors import CliError
+from margingate.cli.errors import CUT_OFF, FAILED, INTERRUPTED, CliError
 
 # Each module has `add_parser(subparsers)`, which sets `func=run`, and imports nothing heavy when
 # it is itself imported: `margingate --help` imports them all.
@@ -15,21 +16,61 @@ COMMANDS = ("model", "hooks", "probe", "calibrate", "study", "check", "watch", "
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand. A CliError is one line on stderr and status 1; Ctrl-C is 130."""
+    """Run one subcommand; its exit status.
+
+    0 is done, and 1 that an answer changed (`check`, `demo`). A CliError is one line on stderr and
+    2, as a stdout that cannot be written is; Ctrl-C is 130, and a stdout that nobody reads any more
+    141.
+    """
     try:
         args = build_parser().parse_args(argv)
-        return int(args.func(args))
+        status = int(args.func(args))
+        _flush()
+        return status
     except CliError as err:
-        print(f"margingate: {err}", file=sys.stderr)
-        return 1
+        return _failed(str(err))
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
+    except SystemExit as err:  # argparse's, or 1 of rich, whose stdout nobody reads any more
+        if err.code != 1:
+            raise
+        return CUT_OFF
+    except OSError as err:
+        if err.filename is not None or (failed := _of_stdout()) is None:
+            raise
+        return failed
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # closed, by >&-
+        sys.stdout.flush()
+
+
+def _of_stdout() -> int | None:
+    """The status, where stdout is what failed: then it fails once more."""
+    try:
+        print(flush=True)
+    except OSError as err:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+        if isinstance(err, BrokenPipeError):
+            return CUT_OFF
+        return _failed(f"stdout cannot be written ({err.strerror}): make room, or send it on.")
+    return None
+
+
+def _failed(sentence: str) -> int:
+    print(f"margingate: {sentence}", file=sys.stderr)
+    return FAILED
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with every subcommand of COMMANDS."""
     parser = argparse.ArgumentParser(
-        prog="margingate", description="Batch-independent greedy decoding for SGLang."
+        prog="margingate",
+        description="Answers that do not depend on the batch, for SGLang: see it, check it, "
+        "measure what it takes. The gate itself is SGLang's option --deterministic-gate.",
+        epilog="Exit status: 0 done; 1 an answer changed (check and demo); 2 it could not be found "
+        "out, and stderr says why; 130 Ctrl-C.",
     )
     parser.add_argument("--version", action="version", version=versions())
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

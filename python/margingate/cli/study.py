@@ -17,12 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 from margingate.cli import calibrate
 from margingate.cli.errors import CliError
+from margingate.cli.inputs import refuse_out
 
 if TYPE_CHECKING:
     from margingate.cli.calibrate_measure import Journal
     from margingate.client import Prompt
 
 KIND = "margingate study"
+PARTS = (
+    *("name", "model", "machine", "server_args", "tokens", "batch_sizes", "sets", "walks"),
+    *("columns", "sequences", "probe"),
+)
+MEASURING = (  # options that --from has no use for
+    *("model_path", "prompts", "per_file", "tokens", "batch_sizes", "out", "columns"),
+    *("sequences", "thresholds", "no_probe", "server_args"),
+)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -36,7 +45,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     calibrate.add_walk_options(parser)
     _add_options(parser)
-    parser.set_defaults(func=run)
+    usual = {name: parser.get_default(name) for name in MEASURING}
+    parser.set_defaults(func=run, usual=usual)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -51,13 +61,17 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--report", type=Path, metavar="DIR", help="write an HTML page and plots there"
     )
     parser.add_argument(
-        "--from", dest="record", type=Path, metavar="FILE", help="measure nothing; read this"
+        "--from",
+        dest="record",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing; read this, with --report and --calibration if you like",
     )
     parser.add_argument(
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="count what the threshold that margingate calibrate wrote here misses",
+        help="count what the threshold that margingate calibrate wrote here misses; may be .xz",
     )
     parser.add_argument(
         "--columns",
@@ -93,7 +107,15 @@ def run(args: argparse.Namespace) -> int:
     from margingate.cli.study_more_tables import more_tables
     from margingate.cli.study_tables import calibrated_table, make_tables, to_markdown
 
-    tables = make_tables(record) + more_tables(record)
+    try:
+        tables = make_tables(record) + more_tables(record)
+    except (KeyError, IndexError, TypeError, ValueError) as err:
+        if args.record is None:
+            raise
+        raise CliError(
+            f"--from {args.record} is damaged ({type(err).__name__}: {err}): measure again, with "
+            "--out."
+        ) from err
     if calibration is not None:
         _check_made_for(record, calibration, args.calibration)
         tables.insert(0, calibrated_table(record, calibration))
@@ -123,17 +145,36 @@ def _packed(path: Path) -> bool:
     return path.suffix == ".xz"
 
 
+def _load(option: str, path: Path) -> Any:
+    """A JSON file's content, unpacked where the name ends in .xz; None where it is none.
+
+    Raises CliError, which names the option, where the file cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+        return json.loads(lzma.decompress(data) if _packed(path) else data)
+    except OSError as err:
+        raise CliError(f"{option} {path} cannot be read ({err.strerror}): check the path.") from err
+    except (ValueError, lzma.LZMAError, EOFError):
+        return None
+
+
 def _read_calibration(path: Path | None) -> dict[str, Any] | None:
-    """A calibration file's threshold and what it was made for; None for no file."""
+    """A calibration file; None for no file."""
     if path is None:
         return None
-    from margingate.config import GateError, load_threshold
-
-    try:
-        load_threshold(str(path), {})
-        record: dict[str, Any] = json.loads(path.read_text())
-    except GateError as err:
-        raise CliError(str(err).replace("--gate-calibration", "--calibration")) from err
+    record = _load("--calibration", path)
+    numbers = ("threshold", "trigger_rate", "steps", "target_miss_rate")
+    if (
+        not isinstance(record, dict)
+        or record.get("schema") != 1
+        or not all(isinstance(record.get(name), int | float) for name in numbers)
+        or not all(isinstance(record.get(part), dict) for part in ("model", "machine"))
+    ):
+        raise CliError(
+            f"--calibration {path} is not a calibration file of this version: make one with "
+            "margingate calibrate."
+        )
     return record
 
 
@@ -151,6 +192,10 @@ def _check_made_for(record: dict[str, Any], calibration: dict[str, Any], path: P
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse what cannot work before anything starts."""
+    if args.record is not None:
+        _refuse_measuring(args)
+    else:
+        refuse_out(args.out)
     for name in ("columns", "sequences"):
         if getattr(args, name) < 0:
             raise CliError(f"--{name} is {getattr(args, name)}: give 0 or more.")
@@ -160,23 +205,34 @@ def _check(args: argparse.Namespace) -> None:
         _make_folder(args.report)
 
 
+def _refuse_measuring(args: argparse.Namespace) -> None:
+    """Raises CliError for options that a study from a file would leave unused."""
+    for name, usual in args.usual.items():
+        if (value := getattr(args, name)) != usual and value != []:
+            option = f"{value[0]!r}" if name == "server_args" else f"--{name.replace('_', '-')}"
+            raise CliError(
+                f"{option} is for measuring, and --from {args.record} measures nothing: drop one "
+                "of them."
+            )
+
+
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as err:
-        raise CliError(f"--report {folder} cannot be made ({err.strerror}).") from err
+        raise CliError(
+            f"--report {folder} cannot be made ({err.strerror}): name another folder."
+        ) from err
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = path.read_bytes()
-        record = json.loads(lzma.decompress(data) if _packed(path) else data)
-    except OSError as err:
-        raise CliError(f"--from {path} cannot be read ({err.strerror}): check the path.") from err
-    except (ValueError, lzma.LZMAError, EOFError):
-        record = None
+    record = _load("--from", path)
     if not isinstance(record, dict) or record.get("kind") != KIND or record.get("schema") != 1:
         raise CliError(f"--from {path} is not a study of this version: make one with --out.")
+    if lacking := [part for part in PARTS if part not in record]:
+        raise CliError(
+            f"--from {path} is not whole, it lacks {', '.join(lacking)}: measure again, with --out."
+        )
     return record
 
 

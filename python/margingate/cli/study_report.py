@@ -48,7 +48,10 @@ def write_report(record: Mapping[str, Any], tables: Sequence[Table], folder: Pat
         folder.mkdir(parents=True, exist_ok=True)
         pictures = _plots(record, folder)
     except OSError as err:
-        raise CliError(f"--report {folder} cannot be written ({err.strerror}).") from err
+        raise CliError(
+            f"--report {folder} cannot be written ({err.strerror}): make room, or name another "
+            "folder."
+        ) from err
     title = f"Flips under batching: {record['name']}"
     body = "\n".join([_about(record), *map(_picture, pictures), *map(_table, tables)])
     write(folder / "index.html", PAGE.format(title=html.escape(title), body=body))

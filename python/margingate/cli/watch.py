@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from margingate.events import Received, Subscriber
 
 TICK_S = 0.25  # between two pictures
+MOST_PATH = 107  # bytes of a Unix socket's path on Linux
 QUIET_S = 3.0  # without a message, although a server sends its sums every second
 
 
@@ -41,7 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=float,
         default=math.inf,
         metavar="SECONDS",
-        help="end after this time; status 1 if nothing arrived",
+        help="end after this time; status 2 if nothing arrived",
     )
     parser.set_defaults(func=run)
 
@@ -56,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     until = time.monotonic() + args.seconds
     try:
         check_endpoint("--endpoint", args.endpoint)
+        _refuse_endpoint(args.endpoint)
         with Subscriber(args.endpoint) as subscriber:
             show = _print_lines if args.json else _show
             heard = show(subscriber, args.endpoint, until)
@@ -70,6 +72,21 @@ def run(args: argparse.Namespace) -> int:
             f"--deterministic-gate --gate-events-endpoint {args.endpoint}."
         )
     return 0
+
+
+def _refuse_endpoint(endpoint: str) -> None:
+    """Raises CliError for what a server may bind or ZeroMQ may parse, but no one can connect to."""
+    if endpoint.startswith("tcp://*:"):
+        raise CliError(
+            f"--endpoint is {endpoint!r}, where * is for the server's side: give the host, such as "
+            f"{endpoint.replace('*', '127.0.0.1')}."
+        )
+    path = os.fsencode(endpoint.removeprefix("ipc://"))
+    if endpoint.startswith("ipc://") and len(path) > MOST_PATH:
+        raise CliError(
+            f"--endpoint has a path of {len(path)} bytes, and the system takes {MOST_PATH} at "
+            f"most: start the server with a shorter ipc://PATH than {endpoint}."
+        )
 
 
 def _arrivals(subscriber: Subscriber, until: float) -> Iterator[Received | None]:
