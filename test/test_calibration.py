@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from margingate.calibration import (
     TooFewStepsError,
     choose_threshold,
+    flagged_share,
     miss_bound,
     steps_needed,
 )
@@ -48,7 +49,6 @@ def test_the_threshold_is_the_smallest_that_holds(margins, data):
     choice = choose_threshold(margins, flipped, 0.1, 0.95)
     missed = sum(margin >= choice.threshold for margin in flipped)
     assert choice.missed == missed and miss_bound(missed, len(margins), 0.95) <= 0.1
-    assert choice.trigger_rate == sum(not m >= choice.threshold for m in margins) / len(margins)
     below = choice.threshold - 1 / 64
     if below >= 0:
         fewer = sum(margin >= below for margin in flipped)
@@ -58,10 +58,14 @@ def test_the_threshold_is_the_smallest_that_holds(margins, data):
 def test_headroom_is_counted_in_what_is_missed():
     margins = [i / 8 for i in range(40)]
     plain = choose_threshold(margins, [0.25, 1.0], 0.2, 0.95)
-    assert (plain.threshold, plain.missed, plain.trigger_rate) == (0.0, 2, 0.0)
+    assert (plain.threshold, plain.missed) == (0.0, 2)
     more = choose_threshold(margins, [0.25, 1.0], 0.2, 0.95, headroom=0.5)
-    assert (more.threshold, more.missed, more.trigger_rate) == (0.5, 1, 0.1)
+    assert (more.threshold, more.missed) == (0.5, 1)
     assert more.miss_bound < plain.miss_bound
+
+
+def test_a_step_at_the_threshold_is_not_flagged_and_one_without_a_margin_is():
+    assert flagged_share([0.25, 0.5, 1.0, math.nan], 0.5) == 0.5
 
 
 def test_too_few_steps_say_how_many_are_needed():
@@ -101,9 +105,15 @@ def test_a_journal_of_something_else_is_refused(tmp_path):
 def test_a_step_with_the_same_numbers_in_two_batches_is_one_trial():
     batched = [walk for walk in WALKS if walk.batch_size == 8]
     again = [replace(walk, batch_size=4) for walk in batched]
-    assert distinct(batched) == distinct(batched + again) == 4
+    assert distinct(batched) == distinct(batched + again)
+    assert [(step.prompt, step.row) for step in distinct(batched)] == [
+        *(("a", row) for row in (2, 3)),
+        *(("b", row) for row in (2, 3)),
+    ]
     other = replace(again[0], margins=(2.0, 0.25, 2.75))
-    assert distinct([*batched, other]) == 5
+    assert len(distinct([*batched, other])) == 5
+    finer = [replace(walk, tops=(9.0, 9.0, top)) for walk, top in zip(batched[:1] * 2, (8.0, 7.0))]
+    assert len(distinct(finer)) == 3, "another best logit is another outcome"
 
 
 @pytest.mark.parametrize("size", [2, 3, 8])
@@ -125,9 +135,8 @@ def test_the_record_is_what_the_gate_reads(tmp_path):
     journal.add(WALKS)
     record = make_record(options(), journal, {"device": "d"}, {"config_sha256": "c"})
     assert (record["steps"], record["flips"], record["prompts"]) == (4, 1, 2)
-    assert "1 of 4 decode steps (4 of them distinct) flip in batches of 8" in meaning(
-        record, tmp_path
-    )
+    said = meaning(record, tmp_path)
+    assert "1 of 4 decode steps flip in batches of 8. 4 of the steps are distinct, 1 of" in said
     path = tmp_path / "c.json"
     path.write_text(json.dumps(record))
     assert load_threshold(str(path), {"config_sha256": "c"}) == record["threshold"]
@@ -135,14 +144,40 @@ def test_the_record_is_what_the_gate_reads(tmp_path):
     with pytest.raises(GateError, match="made for device 'd', but the server has 'e'"):
         load_threshold(str(path), {"device": "e"}, part="machine")
     with pytest.raises(
-        CliError, match=r"4 steps cannot show a miss rate of 0\.01, which takes 299"
+        CliError, match=r"4 distinct steps cannot show a miss rate of 0\.01, which takes 299"
     ):
         make_record(options(target_miss_rate=0.01), journal, {}, {})
+
+
+def test_the_bound_counts_a_step_that_several_batches_give_the_same_bits_once(tmp_path):
+    """Half of the batches add nothing: neither to the bound nor to the steps that are needed."""
+    one, both = Journal(tmp_path / "one.jsonl", {}), Journal(tmp_path / "both.jsonl", {})
+    one.add(WALKS)
+    both.add([*WALKS, *(replace(walk, batch_size=4) for walk in WALKS if walk.batch_size == 8)])
+    small = make_record(options(), one, {}, {})
+    large = make_record(options(batch_sizes=[4, 8]), both, {}, {})
+    assert (large["steps"], large["flips"]) == (8, 2)
+    for name in ("distinct_steps", "distinct_flips", "missed", "miss_rate_bound", "threshold"):
+        assert large[name] == small[name], name
+    assert large["miss_rate_bound"] == miss_bound(large["missed"], 4, 0.95)
+    with pytest.raises(CliError, match=r"4 distinct steps cannot show a miss rate of 0\.5, which"):
+        make_record(options(batch_sizes=[4, 8], target_miss_rate=0.5), both, {}, {})
+
+
+def test_files_of_before_still_load(tmp_path):
+    path = tmp_path / "c.json"
+    made_for = {"model": {"config_sha256": "c"}, "machine": {"device": "d"}}
+    counts = {"steps": 4, "distinct_steps": 4, "flips": 1, "missed": 0, "miss_rate_bound": 0.5}
+    path.write_text(json.dumps({"schema": 1, **made_for, "threshold": 0.5, **counts}))
+    assert load_threshold(str(path), {"config_sha256": "c"}) == 0.5
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--out", "/nowhere/c.json"], "--out /nowhere/c.json cannot be written"),
+        (["--out", "/tmp"], "--out /tmp is a folder: name a file in it."),
+        (["--model-path", "Qwen/Qwen2.5-7B"], "--model-path Qwen/Qwen2.5-7B is not there: give a"),
         (["--tokens", "0"], "--tokens is 0"),
         (["--per-file", "0"], "--per-file is 0"),
         (["--batch-sizes", "1"], "--batch-sizes has 1"),
@@ -155,9 +190,6 @@ def test_the_record_is_what_the_gate_reads(tmp_path):
 def test_bad_options_are_one_sentence_before_anything_starts(arguments, said, capsys):
     assert cli.main(["calibrate", *arguments]) == 2
     assert capsys.readouterr().err.startswith(f"margingate: {said}")
-        (["--out", "/nowhere/c.json"], "--out /nowhere/c.json cannot be written"),
-        (["--out", "/tmp"], "--out /tmp is a folder: name a file in it."),
-        (["--model-path", "Qwen/Qwen2.5-7B"], "--model-path Qwen/Qwen2.5-7B is not there: give a"),
 
 
 def test_a_tokenizer_that_does_not_load_is_one_whole_sentence(tmp_path):

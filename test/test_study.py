@@ -224,8 +224,8 @@ def test_a_prompt_longer_than_the_context_is_named(place, monkeypatch, capsys):
 
 
 def test_too_few_steps_keep_what_was_measured(place, capsys):
-    assert call(place, "calibrate", out="c.json") == 1
-    assert "220 steps cannot show a miss rate of 1e-05, which takes 299572" in (
+    assert call(place, "calibrate", out="c.json") == 2
+    assert "110 distinct steps cannot show a miss rate of 1e-05, which takes 299572" in (
         capsys.readouterr().err
     )
     assert (place.path / "c.partial.jsonl").exists() and not (place.path / "c.json").exists()
@@ -321,6 +321,35 @@ def test_a_full_disk_keeps_what_was_measured(place, monkeypatch, full, capsys):
 def test_bad_options_are_one_sentence(arguments, said, capsys):
     assert main(["study", *arguments]) == 2
     assert capsys.readouterr().err.startswith(f"margingate: {said}")
+
+
+def test_a_study_that_is_not_whole_is_one_sentence(place, record, capsys):
+    file = place.path / "cut.json"
+    whole = json.loads((place.path / "out.json").read_text())
+    for cut, said in (
+        ({key: whole[key] for key in ("kind", "schema")}, "is not whole, it lacks name, model,"),
+        (whole | {"walks": []}, "is damaged (ValueError: "),
+        (whole | {"walks": [{"name": "one-0"}]}, "is damaged (KeyError: "),
+    ):
+        file.write_text(json.dumps(cut))
+        capsys.readouterr()
+        assert main(["study", "--from", str(file)]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+
+
+def test_a_packed_calibration_reads_the_same(place, record, capsys):
+    assert call(place, "calibrate", "--target-miss-rate", "0.05", out="c.json") == 0
+    packed = place.path / "c.json.xz"
+    packed.write_bytes(lzma.compress((place.path / "c.json").read_bytes()))
+    tables = []
+    for name in ("c.json", "c.json.xz"):
+        capsys.readouterr()
+        source = ("--from", str(place.path / "out.json"))
+        assert main(["study", *source, "--calibration", str(place.path / name)]) == 0
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1]
+    assert "chosen on 220 steps (110 of them distinct), for at most 0.05 missed" in tables[0]
 
 
 # -- steps, signals, tables

@@ -30,7 +30,6 @@ class Choice:
     threshold: float  # logits
     missed: int  # flips seen with a margin at or above it
     miss_bound: float  # upper confidence bound on missed flips per step
-    trigger_rate: float  # share of the steps it flags
 
 
 def miss_bound(missed: int, steps: int, confidence: float) -> float:
@@ -71,8 +70,11 @@ def choose_threshold(
 ) -> Choice:
     """The smallest threshold whose missed flips are bounded by `target` per step, and `headroom`.
 
+    The bound takes each step for a trial, so the same numbers of one step in several batches have
+    to be given once.
+
     Args:
-        margins: of all steps, logits; NaN counts as flagged by any threshold.
+        margins: of all distinct steps, logits; NaN counts as flagged by any threshold.
         flips: of those steps that flipped.
         target: missed flips per step.
         confidence: of the bound, below 1.
@@ -81,19 +83,22 @@ def choose_threshold(
     Raises:
         TooFewStepsError: even without a missed flip the bound is above `target`.
     """
-    if miss_bound(0, max(len(margins), 1), confidence) > target:
-        raise TooFewStepsError(len(margins), steps_needed(target, confidence))
+    steps = len(margins)
+    if miss_bound(0, max(steps, 1), confidence) > target:
+        raise TooFewStepsError(steps, steps_needed(target, confidence))
     ascending = sorted(margin for margin in flips if not math.isnan(margin))
-    known = sorted(margin for margin in margins if not math.isnan(margin))
     for threshold in (0.0, *sorted({above(margin) for margin in ascending})):
         missed = len(ascending) - bisect_left(ascending, threshold)
-        if miss_bound(missed, len(margins), confidence) <= target:
+        if miss_bound(missed, steps, confidence) <= target:
             break
     threshold += headroom
     missed = len(ascending) - bisect_left(ascending, threshold)
-    flagged = len(margins) - len(known) + bisect_left(known, threshold)
-    bound = miss_bound(missed, len(margins), confidence)
-    return Choice(threshold, missed, bound, flagged / len(margins))
+    return Choice(threshold, missed, miss_bound(missed, steps, confidence))
+
+
+def flagged_share(margins: Sequence[float], threshold: float) -> float:
+    """The share of these margins, logits, that a threshold flags; NaN by any."""
+    return sum(not margin >= threshold for margin in margins) / len(margins)
 
 
 def above(margin: float) -> float:

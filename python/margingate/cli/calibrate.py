@@ -259,7 +259,7 @@ def make_record(
     args: argparse.Namespace, journal: Journal, machine: dict[str, str], model: dict[str, str]
 ) -> dict[str, Any]:
     """The calibration file; raises CliError where the steps are too few."""
-    from margingate.calibration import TooFewStepsError, choose_threshold
+    from margingate.calibration import TooFewStepsError, choose_threshold, flagged_share
     from margingate.cli.calibrate_measure import ALONE, FIRST, distinct, flips
 
     sizes = sorted(set(args.batch_sizes))
@@ -267,30 +267,34 @@ def make_record(
     walks = {k: one for k, one in journal.walks.items() if k[0] in (ALONE, *sizes)}
     batched = [one for (size, _), one in walks.items() if size != ALONE]
     margins = [margin for one in batched for margin in one.margins[FIRST - 1 :]]
-    found = flips(walks)
+    trials = distinct(batched)
+    alone = {name: one.tokens for (size, name), one in walks.items() if size == ALONE}
+    flipped = [one.margin for one in trials if one.token != alone[one.prompt][one.row - 1]]
     try:
         choice = choose_threshold(
-            margins,
-            [flip["margin"] for flip in found],
+            [step.margin for step in trials],
+            flipped,
             args.target_miss_rate,
             args.confidence,
             headroom=args.headroom,
         )
     except TooFewStepsError as err:
         raise CliError(
-            f"{err.steps} steps cannot show a miss rate of {args.target_miss_rate:g}, which takes "
-            f"{err.needed}: give more --prompts, --tokens or --batch-sizes, or a higher "
-            "--target-miss-rate; what was measured is kept."
+            f"{err.steps} distinct steps cannot show a miss rate of {args.target_miss_rate:g}, "
+            f"which takes {err.needed}: give more --prompts, --tokens or --batch-sizes, or a "
+            "higher --target-miss-rate; what was measured is kept."
         ) from err
+    found = flips(walks)
     return {
         "schema": 1,
         "model": model,
         "machine": machine,
         "threshold": choice.threshold,
-        "trigger_rate": choice.trigger_rate,
+        "trigger_rate": flagged_share(margins, choice.threshold),
         "steps": len(margins),
-        "distinct_steps": distinct(batched),
+        "distinct_steps": len(trials),
         "flips": len(found),
+        "distinct_flips": len(flipped),
         "missed": choice.missed,
         "miss_rate_bound": choice.miss_bound,
         "target_miss_rate": args.target_miss_rate,
@@ -305,12 +309,16 @@ def make_record(
 def meaning(record: dict[str, Any], out: Path) -> str:
     """The result in plain sentences."""
     sizes = ", ".join(map(str, record["batch_sizes"]))
-    steps = f"{record['steps']} decode steps ({record['distinct_steps']} of them distinct)"
-    seen = f"{record['flips']} of {steps} flip in batches of {sizes}."
+    seen = f"{record['flips']} of {record['steps']} decode steps flip in batches of {sizes}."
+    trials = (
+        f"{record['distinct_steps']} of the steps are distinct, {record['distinct_flips']} of the "
+        "flips; the same numbers in several batches are one trial."
+    )
     flags = f"{record['threshold']:g} flags {record['trigger_rate']:.1%} of the steps"
-    misses = f"misses {record['missed']} of the flips seen"
-    bound = f"{record['miss_rate_bound']:.1e} per step, with {record['confidence']:.0%} confidence"
+    misses = f"misses {record['missed']} of the distinct flips"
+    bound = f"{record['miss_rate_bound']:.1e} per distinct step"
     return (
-        f"{seen} A threshold of {flags} and {misses}: at most {bound}.\n"
+        f"{seen} {trials} A threshold of {flags} and {misses}: at most {bound}, with "
+        f"{record['confidence']:.0%} confidence.\n"
         f"Use it: --gate-fast-path stock --gate-threshold auto --gate-calibration {out}"
     )

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from margingate.cli.bar import Bar
 from margingate.cli.errors import CliError
@@ -199,14 +199,28 @@ def check_lengths(client: Client, prompts: Sequence[Prompt], tokens: int) -> Non
             )
 
 
-def distinct(walks: Iterable[Walk]) -> int:
-    """Decode steps, less those whose numbers another batch gave the same step."""
-    seen: set[tuple[Any, ...]] = set()
+class Step(NamedTuple):
+    """A decode step with its numbers: what two batches that give it the same bits agree on."""
+
+    prompt: str
+    row: int
+    token: int  # what the batched run would have chosen
+    margin: float  # logits
+    finer: tuple[float, ...]  # best logit, exact token and margin; empty where there are none
+
+
+def distinct(walks: Iterable[Walk]) -> list[Step]:
+    """Decode steps, less those whose numbers another batch gave the same step.
+
+    Steps with the same numbers are one trial: a bound on a rate may count them once.
+    """
+    seen: dict[Step, None] = {}
     for walk in walks:
-        lists = (walk.tokens, walk.margins, walk.tops, walk.exact_tokens, walk.exact_margins)
-        rows = enumerate(zip(*filter(None, lists), strict=True), 1)
-        seen.update((walk.name, row, *numbers) for row, numbers in rows if row >= FIRST)
-    return len(seen)
+        finer = [each for each in (walk.tops, walk.exact_tokens, walk.exact_margins) if each]
+        for i in range(FIRST - 1, len(walk.tokens)):
+            numbers = tuple(each[i] for each in finer)
+            seen[Step(walk.name, i + 1, walk.tokens[i], walk.margins[i], numbers)] = None
+    return list(seen)
 
 
 def flips(walks: Mapping[tuple[int, str], Walk]) -> list[dict[str, Any]]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from margingate.cli.calibrate_measure import Walk, distinct
+
 ALONE = 1
 BITS = {"torch.bfloat16": 7, "torch.float16": 10}  # of the mantissa; float32 has 23
 
@@ -54,7 +56,7 @@ def steps_of(record: Mapping[str, Any]) -> Steps:
         margins / _ulp(tops, _logits_dtype(record)) if len(tops) else tops,
         flips,
         moved,
-        _distinct(batched),
+        len(distinct(map(Walk.from_record, batched))),
         signed,
         exact_margins,
         exact_flips,
@@ -85,15 +87,6 @@ def _numbers(one: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     """All that is known of each row's logits."""
     lists = ("tokens", "margins", "tops", "exact_tokens", "exact_margins")
     return list(zip(*(one[name] for name in lists if one[name]), strict=True))
-
-
-def _distinct(batched: Sequence[Mapping[str, Any]]) -> int:
-    steps = (
-        (one["name"], row, *numbers)
-        for one in batched
-        for row, numbers in enumerate(_numbers(one)[1:])
-    )
-    return len(set(steps))
 
 
 def _logits_dtype(record: Mapping[str, Any]) -> str:

@@ -55,7 +55,7 @@ def calibrated_table(record: Mapping[str, Any], calibration: Mapping[str, Any]) 
         rows.append((*row, f"{percent(low)} to {percent(high)}"))
     return Table(
         f"The calibrated threshold, {threshold:g} logits",
-        f"It was chosen on {calibration['steps']:,} steps, for at most "
+        f"It was chosen on {calibration['steps']:,} steps{_distinct(calibration)}, for at most "
         f"{calibration['target_miss_rate']:g} missed flips per step, and flagged "
         f"{percent(calibration['trigger_rate'])} of them. Here it is tested; bounds are "
         "at 95 % confidence.",
@@ -65,6 +65,12 @@ def calibrated_table(record: Mapping[str, Any], calibration: Mapping[str, Any]) 
         ),
         rows,
     )
+
+
+def _distinct(calibration: Mapping[str, Any]) -> str:
+    """Told where the file has it."""
+    known = calibration.get("distinct_steps")
+    return f" ({known:,} of them distinct)" if isinstance(known, int) else ""
 
 
 def first_threshold(record: Mapping[str, Any]) -> float:
