@@ -34,7 +34,12 @@ START_S, ASK_S = 240, 180  # a worker that says nothing for so long is given up
 
 def add_options(parser: argparse.ArgumentParser, budget_s: float, kv_tokens: int) -> None:
     """The options that all such scripts have. `kv_tokens`: the least that is good for measuring."""
-    parser.add_argument("--model", required=True)
+    parser.add_argument(
+        "--model",
+        required=True,
+        type=model_folder,
+        help="folder with config.json; weights are made up",
+    )
     parser.add_argument(
         "--kv-tokens",
         type=int,
@@ -52,6 +57,19 @@ def add_options(parser: argparse.ArgumentParser, budget_s: float, kv_tokens: int
     parser.add_argument("--logs", type=Path, help="folder of the logs; default: that of --out")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.set_defaults(least_kv_tokens=kv_tokens)
+
+
+def model_folder(text: str) -> str:
+    """--model as it is, if its config.json can be read; argparse makes a sentence of the error."""
+    try:
+        json.loads((Path(text) / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise argparse.ArgumentTypeError(
+            f"{text}/config.json cannot be read ({why}): give a folder such as "
+            "benchmark/configs/llama-3.1-8b"
+        ) from None
+    return text
 
 
 def settle(args: argparse.Namespace, modes: Sequence[str]) -> None:
@@ -239,3 +257,10 @@ def write(out: Path, results: Any) -> None:
         "results": results,
     }
     out.write_text(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(
+        "engines.py is what decode_step.py, latency_increment.py and serving.py share: run one of "
+        "these."
+    )

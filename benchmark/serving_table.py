@@ -5,6 +5,7 @@ python benchmark/serving_table.py serving.json
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -64,5 +65,17 @@ def _figure(value: float, ratio: float | None) -> str:
     return f"{value:.4g} ({'-' if ratio is None else format(ratio, '.3f')})"
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print the table of a file that serving.py wrote.")
+    parser.add_argument("file", type=Path, help="serving.py's --out")
+    path = parser.parse_args().file
+    try:
+        print(table(json.loads(path.read_text())["results"]))
+    except OSError as error:
+        sys.exit(f"{path} cannot be read ({error.strerror}): name a file that serving.py wrote.")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        sys.exit(f"{path} holds no results of serving.py: name a file that it wrote with --out.")
+
+
 if __name__ == "__main__":
-    print(table(json.loads(Path(sys.argv[1]).read_text())["results"]))
+    main()

@@ -17,6 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+import requests
+
 from margingate.client import Answer, Client, Prompt, read_prompts
 
 
@@ -80,14 +83,46 @@ def same(cold: Sequence[Answer], other: Sequence[Answer]) -> dict[str, int]:
     }
 
 
+def read(args: argparse.Namespace) -> Chats:
+    """The conversations; ends with one sentence where a file or the tokenizer cannot be used."""
+    each = -(-args.conversations * args.turns // len(args.prompts))
+    try:
+        texts = [text for path in args.prompts for _, text in read_prompts(path, each)]
+    except OSError as error:
+        sys.exit(f"--prompts {error.filename} cannot be read ({error.strerror}): check the path.")
+    except ValueError as error:
+        sys.exit(f"--prompts: {error}")
+    if len(texts) < args.conversations * args.turns:
+        sys.exit(
+            f"--prompts have {len(texts)} lines, and {args.conversations} conversations of "
+            f"{args.turns} turns take {args.conversations * args.turns}: give more files."
+        )
+    questions = [texts[i :: args.conversations][: args.turns] for i in range(args.conversations)]
+    from transformers import AutoTokenizer  # takes seconds, so last
+
+    try:
+        return Chats(AutoTokenizer.from_pretrained(args.model), questions)
+    except (OSError, ValueError) as error:
+        said = " ".join(str(error).split())[:200]
+        sys.exit(f"--model {args.model} has no tokenizer that loads ({said}): give its folder.")
+
+
 def main() -> None:
     args = arguments()
-    from transformers import AutoTokenizer
+    chats = read(args)
+    try:
+        result = measure(args, chats)
+    except (requests.RequestException, aiohttp.ClientError, TimeoutError) as error:
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        sys.exit(f"{args.base_url} does not answer ({said}): start a server, or name another.")
+    for name, counts in result.items():
+        print(name, counts)
+    if args.out:
+        args.out.write_text(json.dumps({"command": sys.argv, **result}, indent=1))
 
-    each = -(-args.conversations * args.turns // len(args.prompts))
-    texts = [text for path in args.prompts for _, text in read_prompts(path, each)]
-    questions = [texts[i :: args.conversations][: args.turns] for i in range(args.conversations)]
-    chats = Chats(AutoTokenizer.from_pretrained(args.model), questions)
+
+def measure(args: argparse.Namespace, chats: Chats) -> dict[str, dict[str, int]]:
+    """What is the same as cold, by way of asking."""
     client = Client(args.base_url, args.tokens)
     asked: list[list[Prompt]] = []
     cold: list[list[Answer]] = []
@@ -105,14 +140,10 @@ def main() -> None:
     client.flush()
     crowded = [client.together(prompts, return_logprob=True) for prompts in asked]
     flat = [answer for turn in cold for answer in turn]
-    result = {
+    return {
         "hot": same(flat, [row[turn] for turn in range(args.turns) for row in hot]),
         "crowded": same(flat, [answer for turn in crowded for answer in turn]),
     }
-    for name, counts in result.items():
-        print(name, counts)
-    if args.out:
-        args.out.write_text(json.dumps({"command": sys.argv, **result}, indent=1))
 
 
 if __name__ == "__main__":

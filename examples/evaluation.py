@@ -1,6 +1,7 @@
 """A small evaluation, twice: question by question, and all at once in another order.
 
 On a gated server, both give the same score and the same answers, to the letter; else status 1.
+Status 2 if there was no answer. Needs the package openai, which comes with sglang.
 
 python examples/evaluation.py --base-url http://127.0.0.1:30000
 """
@@ -37,7 +38,16 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64)
     args = parser.parse_args()
     client = openai.OpenAI(base_url=f"{args.base_url}/v1", api_key="none")
+    try:
+        return compare(client, args)
+    except openai.APIConnectionError:
+        why = f"no server answers at {args.base_url}: start one with --deterministic-gate"
+    except openai.APIStatusError as error:
+        why = f"{args.base_url} answered {error.status_code}: start a server with OpenAI's chat API"
+    parser.exit(2, f"{why}, or name another with --base-url.\n")
 
+
+def compare(client: openai.OpenAI, args: argparse.Namespace) -> int:
     def ask(question: str) -> str:
         messages = [{"role": "user", "content": question}]
         options = {"model": "default", "temperature": 0, "max_tokens": args.tokens}

@@ -1,6 +1,6 @@
 """A program in SGLang's frontend language, with fork and join, alone and in a batch.
 
-Needs a server with --deterministic-gate. Status 1 if the answers differ.
+Needs a server with --deterministic-gate. Status 1 if the answers differ, 2 if there were none.
 
 python examples/frontend_program.py --base-url http://127.0.0.1:30000
 """
@@ -34,9 +34,16 @@ def main() -> int:
     parser.add_argument("--base-url", default="http://127.0.0.1:30000")
     parser.add_argument("--tokens", type=int, default=24)
     args = parser.parse_args()
+    try:
+        sgl.set_default_backend(sgl.RuntimeEndpoint(args.base_url))
+    except OSError as error:
+        parser.exit(
+            2,
+            f"no SGLang server answers at {args.base_url} ({error}): start one with "
+            "--deterministic-gate, or name another with --base-url.\n",
+        )
     jobs = [{"topic": topic, "tokens": args.tokens} for topic in TOPICS]
 
-    sgl.set_default_backend(sgl.RuntimeEndpoint(args.base_url))
     alone = [advise.run(**job, temperature=0) for job in jobs]
     batch = advise.run_batch(jobs, temperature=0, num_threads=len(jobs))
 

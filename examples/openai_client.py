@@ -1,6 +1,7 @@
 """OpenAI's client on a gated server: one question alone, then in company, then as a stream.
 
-Needs a server with --deterministic-gate. Status 1 if the answers differ.
+Needs a server with --deterministic-gate, and the package openai, which comes with sglang. Status 1
+if the answers differ, 2 if they could not be had.
 
 python examples/openai_client.py --base-url http://127.0.0.1:30000
 """
@@ -21,7 +22,16 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=48)
     args = parser.parse_args()
     client = openai.OpenAI(base_url=f"{args.base_url}/v1", api_key="none")
+    try:
+        return compare(client, args)
+    except openai.APIConnectionError:
+        why = f"no server answers at {args.base_url}: start one with --deterministic-gate"
+    except openai.APIStatusError as error:
+        why = f"{args.base_url} answered {error.status_code}: start a server with OpenAI's chat API"
+    parser.exit(2, f"{why}, or name another with --base-url.\n")
 
+
+def compare(client: openai.OpenAI, args: argparse.Namespace) -> int:
     def ask(text: str, **more):
         messages = [{"role": "user", "content": text}]
         options = {"model": "default", "temperature": 0, "max_tokens": args.tokens, **more}
@@ -42,6 +52,9 @@ def main() -> int:
     ungated = ask(QUESTION, extra_body={"deterministic": False})
 
     answers = [alone.choices[0].message.content, in_company.choices[0].message.content, text]
+    if "gate" not in ((in_company.model_extra or {}).get("metadata") or {}):
+        print(f"{args.base_url} has no gate: start it with --deterministic-gate.", file=sys.stderr)
+        return 2
     record = in_company.metadata["gate"][0]
     print(f"Q: {QUESTION}\nA: {answers[0]}")
     print("alone, in company, streamed:", "the same" if len(set(answers)) == 1 else "NOT the same")

@@ -1,0 +1,66 @@
+"""Examples and benchmark scripts where something is missing: one sentence, no traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROMPTS = ROOT / "python/margingate/data/demo_prompts.jsonl"
+NOWHERE = "http://127.0.0.1:9"
+TURNS = ("--base-url", NOWHERE, "--conversations", "2", "--prompts", str(PROMPTS))
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["openai_client", "evaluation", "frontend_program"])
+def test_an_example_without_a_server_is_one_sentence_and_status_2(name):
+    done = run(f"examples/{name}.py", "--base-url", NOWHERE)
+    said = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "server answers at http://127.0.0.1:9" in said
+    assert said.endswith("--deterministic-gate, or name another with --base-url.")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "said"),
+    [
+        ("serving_table", ["nofile"], "nofile cannot be read (No such file or directory): name"),
+        ("serving_table", [__file__], "holds no results of serving.py: name a file that it wrote"),
+        ("serving_table", [], "the following arguments are required: file"),
+        ("serving", ["--model", "no", "--out", "x"], "--model: no/config.json cannot be read (No"),
+        ("turns", [*TURNS, "--model", str(ROOT)], f"--model {ROOT} has no tokenizer that loads ("),
+        ("turns", [*TURNS, "--model", "no", "--turns", "13"], "have 24 lines, and 2 conversations"),
+        ("turns", [*TURNS, "/none", "--model", "no"], "--prompts /none cannot be read (No such"),
+        ("engines", ["--help"], "run one of these."),
+        ("serving_load", [], "makes the requests of serving.py: run that."),
+    ],
+)
+def test_a_benchmark_that_lacks_something_is_one_sentence(script, arguments, said):
+    done = run(f"benchmark/{script}.py", *arguments)
+    assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
+    assert said in done.stderr.splitlines()[-1]
+
+
+def test_turns_without_a_server_is_one_sentence(model):
+    done = run("benchmark/turns.py", *TURNS, "--model", str(model))
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"{NOWHERE} does not answer (")
+
+
+def test_the_table_of_a_serving_run_is_printed(tmp_path):
+    figures = ("output_throughput", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms")
+    found = dict.fromkeys((*figures, "p99_tpot_ms"), 2.0)
+    run_of = {"mix": "1k-1k", "rate": "inf", "mode": "stock", "completed": 4}
+    file = tmp_path / "serving.json"
+    file.write_text(json.dumps({"results": [{**run_of, **found, "ratios": dict.fromkeys(found)}]}))
+    done = run("benchmark/serving_table.py", str(file))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1].split()[:4] == ["1k-1k@inf", "x4", "stock", "2"]
