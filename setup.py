@@ -1,12 +1,30 @@
 """Two packages from two source roots: `margingate` and `margingate_kernels`."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="margingate",
     version="0.1.0",
     description="SGLang answers that do not depend on what else is in the batch",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["sglang", "llm", "inference", "determinism", "batch invariance", "reproducibility"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11,<3.13",
     package_dir={
         "margingate": "python/margingate",
@@ -14,6 +32,8 @@ setup(
     },
     packages=find_packages("python") + find_packages("sgl-kernel-patches"),
     package_data={"margingate": ["py.typed", "data/*.jsonl"], "margingate_kernels": ["py.typed"]},
+    # aiohttp, numpy, psutil, requests, torch, transformers and triton come with this SGLang, in the
+    # versions that it pins; a second pin here could only disagree.
     install_requires=[
         "sglang==0.5.17",
         "gguf>=0.10",
