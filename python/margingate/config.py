@@ -35,6 +35,9 @@ def _option(default: Any, help_text: str, **extra: Any) -> Any:
 class GateConfig:
     """What the gate does. Builtins only: it travels to the scheduler inside SGLang's arguments.
 
+    `threshold` is a number of logits here: `make_config` resolves 'auto', this class refuses it.
+    `rows` and `prefill_chunk` are None until the device is known.
+
     Raises:
         GateError: at construction, for any value that is out of range.
     """
@@ -267,10 +270,10 @@ def _check_switch(option: str, value: Any) -> None:
 
 
 def make_config(options: dict[str, Any], model: dict[str, str]) -> GateConfig:
-    """Build the record from raw options (command-line text or Python values).
+    """Build the record from raw options; a threshold of 'auto' is read from the calibration file.
 
     Args:
-        options: values by field name; absent names keep their defaults.
+        options: text or Python values by field name; absent names keep their defaults.
         model: identity of the model served, compared with a calibration file's.
 
     Raises:

@@ -81,7 +81,13 @@ class Paged(NamedTuple):
 
 
 def segments_of(tokens: int, head_size: int) -> int:
-    """Segments of a row that sees so many keys."""
+    """Segments of a row that sees `tokens` keys, its own among them: 256 keys each, the last fewer.
+
+    A decode workspace has to hold the sum of it over the rows of a batch.
+
+    Args:
+        head_size: 64, 128 or 256; not checked here.
+    """
     return -(-tokens // blocks_for(head_size).segment)
 
 
@@ -89,6 +95,14 @@ def decode_workspace(
     rows: int, segments: int, heads: int, head_size: int, device: torch.device | str
 ) -> DecodeWorkspace:
     """Scratch for batches of up to `rows` rows with up to `segments` segments together.
+
+    It takes some 4 * heads * (head_size + 2) bytes a segment, and holds nothing between forwards.
+
+    Args:
+        rows: of a batch, at most.
+        segments: the sum of `segments_of` over the rows of a batch, at most.
+        heads: of the queries, not the K/V heads.
+        device: that of the queries.
 
     Raises:
         ValueError: a head size that the kernels do not know.
@@ -114,10 +128,12 @@ def plan_decode(indptr: torch.Tensor, workspace: DecodeWorkspace) -> None:
     not fit come out as NaN.
 
     Args:
-        indptr: int32 [R + 1], R >= 1; row i has indptr[i + 1] - indptr[i] >= 1 keys.
+        indptr: int32 [R + 1], R >= 1, contiguous, on the workspace's device; row i has
+            indptr[i + 1] - indptr[i] >= 1 keys. Need not start at 0. Neither the dtype, the device
+            nor the values are checked.
 
     Raises:
-        ValueError: more rows than the workspace is for.
+        ValueError: no row, or more rows than the workspace is for.
     """
     rows = len(indptr) - 1
     if not 1 <= rows < len(workspace.segments.firsts):
@@ -138,18 +154,25 @@ def plan_decode(indptr: torch.Tensor, workspace: DecodeWorkspace) -> None:
 def decode_attention(
     q: torch.Tensor, paged: Paged, scale: float, out: torch.Tensor, workspace: DecodeWorkspace
 ) -> torch.Tensor:
-    """Attend one row per request to all of its keys, after `plan_decode` of the same `indptr`.
+    """Attend each row to all of its keys, after `plan_decode` of the same `indptr`.
 
-    Neither allocates nor synchronises; may be captured into a CUDA graph.
+    Neither allocates nor synchronises; may be captured into a CUDA graph. Overwrites the
+    workspace's sums. Two rows may belong to one request.
+
+    Not checked, since only the device could tell: that the plan is that of this `indptr`, that
+    slots are within the pool, and that the workspace holds all segments (rows that do not fit come
+    out as NaN). Nor are the dtypes of `paged.slots` and `paged.indptr`, and the devices.
 
     Args:
-        q: bfloat16 or float16 [R, heads, head_size], heads and lanes contiguous.
-        paged: keys and values, this row's own included.
+        q: bfloat16 or float16 [R, heads, head_size], heads and lanes contiguous, any row stride.
+        paged: keys and values of q's dtype, this row's own included; slots int32 or int64, indptr
+            int32 [R + 1].
         scale: of the scores, above 0.
         out: as q; overwritten and returned.
 
     Raises:
-        TypeError, ValueError: an argument of a wrong dtype or shape.
+        TypeError, ValueError: q, out or a buffer of a wrong dtype or shape, a scale that is not
+            above 0, an indptr of another length, gaps, or a workspace for other heads.
     """
     check_heads(q, out, paged.k_buffer, paged.v_buffer)
     check_scale(scale)

@@ -12,10 +12,16 @@ MOST_GROUPED = 16  # heads that share a K/V head
 def attention_reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """The oracle, in float64: the last len(q) positions of a sequence of len(k).
+    """The oracle, in float64: causal attention of the last len(q) positions of one sequence.
 
     Args:
-        q: [tokens, heads, head_size]; k, v: [positions, K/V heads, head_size].
+        q: [tokens, heads, head_size], any floating dtype; tokens <= positions.
+        k, v: [positions, K/V heads, head_size]. Heads are a multiple of the K/V heads: head h
+            reads K/V head h // (heads // K/V heads).
+        scale: of the scores.
+
+    Returns:
+        float64 [tokens, heads, head_size].
     """
     group = q.shape[1] // k.shape[1]
     keys, values = (t.double().repeat_interleave(group, 1) for t in (k, v))

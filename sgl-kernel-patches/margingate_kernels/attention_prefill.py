@@ -39,14 +39,22 @@ def extend_attention(
 
     Neither allocates nor synchronises.
 
+    Not checked, since only the device could tell: that `chunks.starts` ascend and end within q,
+    that `chunks.longest` is enough (tokens beyond it may be left alone), that slots and rows are
+    within their tables, and that `columns.k` and `columns.v` have the bits that the pool has at
+    the chunks' own slots. Nor are the dtypes of the tensors in `chunks`, and the devices.
+
     Args:
-        q: bfloat16 or float16 [tokens, heads, head_size], heads and lanes contiguous.
-        columns: keys and values, in the pool and beside it.
+        q: bfloat16 or float16 [tokens, heads, head_size], heads and lanes contiguous, any row
+            stride.
+        columns: keys and values of q's dtype, in the pool and beside it.
+        chunks: which tokens are whose, with the dtypes that are given there.
         scale: of the scores, above 0.
         out: as q; overwritten and returned. Tokens behind the last sequence are left alone.
 
     Raises:
-        TypeError, ValueError: an argument of a wrong dtype or shape.
+        TypeError, ValueError: q, out or a tensor of `columns` of a wrong dtype or shape, numbers of
+            sequences that disagree, gaps, or a scale that is not above 0.
     """
     check_heads(q, out, columns.k_buffer, columns.v_buffer)
     check_scale(scale)

@@ -56,14 +56,20 @@ def seeded_top2(logits: torch.Tensor, draws: Draws, *, filtered: bool = True) ->
     """Draw a token for each row.
 
     A row's bits depend on that row alone: sums are of integers, everything else is elementwise, and
-    on the CPU each row is worked on by itself.
+    on the CPU each row is worked on by itself. Allocates; on the CPU it looks at `draws`, and on a
+    GPU it does not synchronise. Works on 16 rows at a time there.
 
     Args:
         logits: float32, bfloat16 or float16 [R, V], not scaled by the temperature, V >= 2. NaN
             and +inf count as -inf and make the row's margin NaN. Not mutated.
-        draws: a seed, position and parameters for each row.
+        draws: a seed, position and parameters for each row. Only shapes are checked: a
+            temperature of 0, say, gives margins without meaning.
         filtered: False promises that every row keeps all tokens, which saves the sort on a GPU;
             the CPU sees for itself.
+
+    Returns:
+        Ids, and a margin in logits, before the division by the temperature: it may be held
+        against the threshold of greedy rows.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -199,6 +205,13 @@ class _Mass:
 
 def gumbel(seeds: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:
     """Standard Gumbel noise, float64 [R, vocab]; entry v of a row is a hash of (seed, position, v).
+
+    It is in units of logits over the temperature: a draw adds T times it to the logits.
+
+    Args:
+        seeds: int64 [R], any value.
+        positions: int64 [R], on the same device; of the row's input token in its sequence.
+        vocab: columns. A token's noise does not depend on it.
 
     The hash is two rounds of SplitMix64's finalizer (Steele, Lea and Flood, OOPSLA 2014), the
     second over a Weyl sequence by token id; its upper 53 bits, moved off 0 and 1, are the uniform.
