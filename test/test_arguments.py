@@ -357,6 +357,8 @@ VALUES: dict[str, Any] = {
     "--pp-size": 2,
     "--disaggregation-mode": "prefill",
     "--dcp-size": 2,
+    "--dp-size": 2,
+    "--torchao-config": "int8wo",
     "--attn-cp-size": 2,
     "--dllm-algorithm": "LowConfidence",
     "--kv-canary": "log",

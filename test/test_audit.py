@@ -139,6 +139,8 @@ class Server:
                 output_ids_through_stop=ids,
                 origin_input_ids=array("q", [1, 2, 3]),
                 gate=gate,
+                grammar=None,
+                sampling_params=SimpleNamespace(logit_bias=None),
             )
         )
         ids[:] = array("q", [0] * len(ids))  # what is recorded is a copy
@@ -219,7 +221,7 @@ def test_a_hidden_fault_is_emitted_and_not_flagged():
 
     gate = SimpleNamespace(faults=frozenset({-2, 3}), injected_first=None)
     req = SimpleNamespace(gate=gate, output_ids=[4], req_pool_idx=0)
-    output = SimpleNamespace(gate=SimpleNamespace(runner_up=[9]))
+    output = SimpleNamespace(gate=SimpleNamespace(runner_up=[9], margin=[0.5]))
     for tokens, emitted, flagged in (([4], 9, False), ([4, 9], 9, True), ([4, 9, 9], 5, False)):
         req.output_ids = tokens
         result = SimpleNamespace(logits_output=output, next_token_ids=[5])
@@ -227,6 +229,16 @@ def test_a_hidden_fault_is_emitted_and_not_flagged():
         assert inject_fault(relay, req, result, 0) is flagged
         assert result.next_token_ids == relay.output_tokens_buf == [emitted]
     assert not gate.faults
+
+
+def test_a_fault_waits_where_a_grammar_leaves_one_token():
+    from margingate.runtime.rows import inject_fault
+
+    gate = SimpleNamespace(faults=frozenset({1}), injected_first=None)
+    req = SimpleNamespace(gate=gate, output_ids=[], req_pool_idx=0)
+    best = SimpleNamespace(runner_up=[9], margin=[float("inf")])
+    result = SimpleNamespace(logits_output=SimpleNamespace(gate=best), next_token_ids=[5])
+    assert not inject_fault(None, req, result, 0) and result.next_token_ids == [5]
 
 
 # The report

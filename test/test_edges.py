@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from http import HTTPStatus
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +14,10 @@ from sglang.srt.managers.schedule_policy import AddReqResult
 from margingate.config import GateError
 from margingate.runtime import (  # hook_table leads: a cycle
     canonical,
+    ends,
     hook_table,
     prefill,
+    retraction,
     scheduler,
     stream,
 )
@@ -33,7 +36,7 @@ TOGETHER = SimpleNamespace(prefill=Prefill(together=True))
 
 def test_prompts_that_may_share_a_forward_are_left_to_sglang(monkeypatch):
     monkeypatch.setattr(prefill.state, "controller", lambda: TOGETHER)
-    req = SimpleNamespace(gate=SimpleNamespace(gated=True))
+    req = SimpleNamespace(gate=SimpleNamespace(gated=True, kept=None))
     assert prefill.add_one_req(lambda *a: a, "adder", req, False, None) == (
         "adder",
         req,
@@ -48,7 +51,7 @@ def test_nothing_is_prefilled_beside_a_parked_chunk(gated, monkeypatch):
     """SGLang would take the parked chunk to be in that batch, and lose the answer's first token."""
     monkeypatch.setattr(prefill.state, "controller", lambda: ALONE)
     adder = SimpleNamespace(can_run_list=[])
-    req = SimpleNamespace(gate=SimpleNamespace(gated=gated))
+    req = SimpleNamespace(gate=SimpleNamespace(gated=gated, kept=None))
     assert prefill.add_one_req(unreachable, adder, req, True, None) is AddReqResult.OTHER
 
 
@@ -134,3 +137,86 @@ def test_a_verifier_whose_rows_depend_on_its_padding_is_refused(ranks, said):
     stub = SimpleNamespace(runner=runner, rows=8, forward=forward)
     with pytest.raises(GateError, match=f"8 rows depends on its padding.*{said}"):
         canonical._reference(stub, list(range(16)))
+
+
+@pytest.mark.parametrize(
+    ("kept", "running", "room", "fits"),
+    [
+        (None, 3, 0, True),
+        (6000, 3, 6198, False),
+        (6000, 3, 9200, True),
+        (6000, 0, 6198, True),
+        (100, 3, 4200, False),
+        (100, 3, 4300, True),
+    ],
+)
+def test_a_retracted_request_is_admitted_where_its_answer_has_room_too(
+    kept, running, room, fits, monkeypatch
+):
+    """Else it is prefilled and retracted in turns, and nothing else decodes."""
+    monkeypatch.setattr(prefill.state, "controller", lambda: TOGETHER)
+    gate = SimpleNamespace(kept=None if kept is None else SimpleNamespace(tokens=[0] * kept))
+    req = SimpleNamespace(
+        gate=gate,
+        full_untruncated_fill_ids=[0] * 100,
+        prefix_indices=[0] * 20,
+        sampling_params=SimpleNamespace(max_new_tokens=8192),
+    )
+    adder = SimpleNamespace(
+        can_run_list=[],
+        running_batch=SimpleNamespace(is_empty=lambda: not running),
+        rem_total_tokens=room,
+    )
+    found = prefill.add_one_req(lambda *_: "SGLang's", adder, req, False, None)
+    assert found == ("SGLang's" if fits else AddReqResult.NO_TOKEN)
+
+
+def test_nothing_overtakes_a_gated_prompt_that_must_go_alone(monkeypatch):
+    """Ungated prompts in chunks, one behind another, would keep it from ever starting."""
+    monkeypatch.setattr(prefill.state, "controller", lambda: ALONE)
+    ungated = SimpleNamespace(gate=None)
+    req = SimpleNamespace(gate=SimpleNamespace(gated=True, kept=None))
+    for half_done in (True, False):
+        adder = SimpleNamespace(can_run_list=[ungated])
+        found = prefill.add_one_req(unreachable, adder, req, half_done, None)
+        assert found is AddReqResult.OTHER
+
+
+@pytest.mark.parametrize(
+    ("reason", "given_up"),
+    [
+        (None, False),
+        (FINISH_ABORT(), False),
+        (FINISH_ABORT("timeout", status_code=HTTPStatus.SERVICE_UNAVAILABLE), False),
+        (FINISH_ABORT("memory", status_code=HTTPStatus.INTERNAL_SERVER_ERROR), True),
+    ],
+)
+def test_an_abort_that_meets_a_retraction_keeps_what_was_settled(reason, given_up):
+    assert retraction._is_given_up(SimpleNamespace(to_finish=reason)) is given_up
+
+
+def test_a_retracted_request_that_left_the_queue_is_forgotten(monkeypatch):
+    def make(key: str, *, away: bool):
+        gate = SimpleNamespace(key=key, kept=None)
+        return SimpleNamespace(gate=gate, is_retracted=away)
+
+    keys = ("decoding", "queued", "chunked", "merging", "again", "dropped")
+    reqs = {key: make(key, away=key != "decoding") for key in keys}
+    reqs["again"].is_retracted, reqs["again"].gate.kept = False, object()
+    stub = SimpleNamespace(
+        requests=reqs,
+        held={},
+        rejoining=[],
+        prefilled_again=[reqs["again"]],
+        in_flight=SimpleNamespace(batches=list),
+        scheduler=SimpleNamespace(
+            running_batch=SimpleNamespace(reqs=[reqs["decoding"]]),
+            last_batch=SimpleNamespace(reqs=[reqs["merging"]]),
+            waiting_queue=[reqs["queued"]],
+            chunked_req=reqs["chunked"],
+        ),
+    )
+    forgotten: list[str] = []
+    monkeypatch.setattr(ends, "forget", lambda _, req: forgotten.append(req.gate.key))
+    ends.reap_dropped(stub)
+    assert forgotten == ["dropped"]

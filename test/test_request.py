@@ -178,6 +178,20 @@ def test_a_request_without_an_end_is_gated():
     assert classify(request(max_new_tokens=None)).gated
 
 
+@pytest.mark.parametrize("value", [[1], "x", 5])
+def test_parameters_of_the_clients_own_that_are_no_object_are_answered(value):
+    req = request()
+    req.sampling_params.custom_params = value
+    attach(req, GateConfig(study=True, policy="observe"))
+    assert req.gate.refusal == f"custom_params is {value!r}: give an object."
+
+
+@pytest.mark.parametrize("seed", ["a", [1], 1.5, True])
+def test_a_seed_that_is_no_whole_number_is_answered(seed):
+    text = refused(request(temperature=0.9, top_k=50, sampling_seed=seed))
+    assert text.startswith(f"sampling_seed is {seed!r}: give a whole number")
+
+
 @pytest.mark.parametrize("value", [0, 1, "false", "", None, [False], {}])
 def test_a_malformed_switch_is_answered(value):
     text = refused(request({"deterministic": value}))
@@ -189,11 +203,6 @@ UNSERVED = [
     ("presence_penalty", -0.1),
     ("repetition_penalty", 1.1),
     ("min_new_tokens", 1),
-    ("logit_bias", {"5": 1.0}),
-    ("json_schema", "{}"),
-    ("regex", "a+"),
-    ("ebnf", "root ::= 'a'"),
-    ("structural_tag", "{}"),
     ("custom_logit_processor", "code"),
     ("input_embeds", [[0.0]]),
     ("return_hidden_states", True),
@@ -265,8 +274,19 @@ def test_opting_out_serves_them(name, value):
     assert (gate.ungated_because, gate.refusal) == ("deterministic is false", "")
 
 
-def test_an_empty_logit_bias_is_none():
-    assert classify(request(logit_bias={})).gated
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("logit_bias", {}),
+        ("logit_bias", {"5": 1.0}),
+        ("json_schema", "{}"),
+        ("regex", "a+"),
+        ("ebnf", "root ::= 'a'"),
+        ("structural_tag", "{}"),
+    ],
+)
+def test_grammars_and_biases_are_gated(name, value):
+    assert classify(request(**{name: value})).gated
 
 
 @pytest.mark.parametrize(
@@ -340,7 +360,8 @@ def test_a_request_that_is_not_gated_cannot_ask_for_a_gated_namespace(extra):
         ({"temperature": 0, "custom_params": {"deterministic": True}}, True, ""),
         ({"temperature": 0, "custom_params": OPT_OUT}, False, ""),
         ({"temperature": 0.7}, False, ""),
-        ({"temperature": 0, "regex": "a+"}, False, "this request uses regex, "),
+        ({"temperature": 0, "regex": "a+"}, True, ""),
+        ({"temperature": 0, "min_new_tokens": 2}, False, "this request uses min_new_tokens, "),
     ],
 )
 def test_a_request_of_sglang_has_what_the_stand_in_has(params, gated, refusal):

@@ -24,7 +24,9 @@ PREFILL = SimpleNamespace(is_decode=lambda: False)
 def make_request(key: str, **changes: Any) -> SimpleNamespace:
     given = {"return_logprob": False, "output_ids": list(range(100, 130)), **changes}
     given.setdefault("origin_input_ids", [0] * 8)  # and IN_FLIGHT: a row sees at most 40 keys
-    gate = SimpleNamespace(key=key, draw=given.pop("draw", None))
+    given.setdefault("grammar", None)
+    given["sampling_params"] = SimpleNamespace(logit_bias=given.pop("bias", None))
+    gate = SimpleNamespace(key=key, draw=given.pop("draw", None), grammar_start=None)
     return SimpleNamespace(gate=gate, rid=key, **given)
 
 
@@ -107,7 +109,12 @@ def test_a_step_carries_as_many_rows_as_it_leaves_room_for():
 
 @pytest.mark.parametrize(
     ("delay", "decoding", "changes"),
-    [(0, 1, {}), (1, V // 2 + 1, {}), (1, 1, {"return_logprob": True}), (1, 1, {"draw": object()})],
+    [
+        (0, 1, {}),
+        (1, V // 2 + 1, {}),
+        *((1, 1, {"return_logprob": True}), (1, 1, {"draw": object()})),
+        *((1, 1, {"grammar": object()}), (1, 1, {"bias": {"5": 1.0}})),
+    ],
 )
 def test_passes_that_go_alone(delay: int, decoding: int, changes: dict[str, Any]):
     controller = Controller(delay)

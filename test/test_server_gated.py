@@ -333,8 +333,12 @@ BAD_REQUESTS = [
     ({"sampling_params": {"temperature": 0.7, "sampling_seed": -1}}, "sampling_seed is -1"),
     ({"sampling_params": {"temperature": 0.7, "sampling_seed": 1 << 63}}, "sampling_seed is"),
     ({"sampling_params": {"temperature": 0.7, "sampling_seed": 5, "n": 2}}, "n is 2"),
-    ({"sampling_params": {"regex": "a+"}}, "regex"),
-    ({"sampling_params": {"logit_bias": {"5": 1.0}}}, "logit_bias"),
+    ({"sampling_params": {"custom_params": [1]}}, "custom_params is [1]"),
+    ({"sampling_params": {"custom_params": "x", "deterministic": True}}, "custom_params is"),
+    ({"sampling_params": {"temperature": 0.7, "sampling_seed": "a"}}, "sampling_seed is"),
+    ({"sampling_params": {"min_new_tokens": 2}}, "min_new_tokens"),
+    ({"sampling_params": {"regex": "(a"}}, "regex"),
+    ({"sampling_params": {"logit_bias": {"49152": 1.0}}}, "logit_bias"),
 ]
 
 

@@ -12,15 +12,18 @@ from conftest import TOKENS
 from margingate.client import Client, Prompt
 
 
-@pytest.mark.parametrize(("guarantee", "overlap"), [("sparse", "off"), ("exact", "on")])
+@pytest.mark.parametrize(
+    ("guarantee", "overlap", "delay"),
+    [("sparse", "off", "0"), ("sparse", "on", "8"), ("exact", "on", "0")],
+)
 def test_retracted_requests_answer_as_if_they_had_never_been(
-    start, prompts, canonical, guarantee, overlap
+    start, prompts, canonical, guarantee, overlap, delay
 ):
     """SGLang's own switch retracts requests every few steps; alone there is nothing to retract."""
     server = start(
         "--gate-debug",
         "--gate-inject-faults",
-        *("--gate-guarantee", guarantee, "--gate-overlap", overlap),
+        *("--gate-guarantee", guarantee, "--gate-overlap", overlap, "--gate-max-delay", delay),
         env={"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"},
     )
     client = Client(server.base_url, TOKENS)

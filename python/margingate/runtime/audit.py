@@ -21,7 +21,7 @@ from sglang.srt.managers.utils import is_health_check_generate_req
 
 from margingate.calibration import miss_bound
 from margingate.core.audit import Audits, Recorded
-from margingate.runtime import integrity, rollback
+from margingate.runtime import constraints, integrity, rollback
 from margingate.runtime.forwards import extend, internal_request, release
 from margingate.runtime.observer import Observer
 from margingate.runtime.verifier import RowInput
@@ -48,11 +48,11 @@ class Auditor(Observer):
     # -- while requests are served
 
     def ended(self, req: Any) -> None:
-        """Note the request if it is chosen; not an aborted one, nor a health check."""
+        """Note the request if it is chosen; none that is constrained, aborted or a health check."""
         reason = req.finished_reason
         if reason is None or isinstance(reason, FINISH_ABORT) or is_health_check_generate_req(req):
             return
-        if not self.audits.chooses(req.rid):
+        if constraints.constrained(req) or not self.audits.chooses(req.rid):
             return
         output = array("q", req.output_ids_through_stop)
         gate = req.gate

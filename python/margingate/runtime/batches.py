@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from margingate.runtime import rollback
+from margingate.runtime import ends, rollback
 from margingate.runtime.radix import is_gated
 
 if TYPE_CHECKING:
     from margingate.runtime.controller import GateController
 
 
+REAP_EVERY = 64  # batches
+
+
 def next_batch(controller: GateController, original: Any, running: Any, last: Any) -> Any:
     """AROUND Scheduler.get_next_batch_to_run: batches hold only what may decode on."""
     controller.in_flight.bring_in_prefill()
+    if controller.step % REAP_EVERY == 0:
+        ends.reap_dropped(controller)
     if controller.in_flight.overlaps and (controller.waits() or _any_kept(last)):
         controller.in_flight.bring_in()
         controller.settle(last, list(controller.requests.values()))

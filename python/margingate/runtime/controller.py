@@ -14,6 +14,7 @@ from margingate.core.policy import INJECTED, GatePolicy
 from margingate.core.queue import MicroBatchQueue
 from margingate.runtime import (
     canonical_prefill,
+    constraints,
     ends,
     fingerprint,
     integrity,
@@ -210,6 +211,7 @@ class GateController:
         if gate.key not in self.requests:
             self.ledger.open(gate.key)
             self.requests[gate.key] = req
+            constraints.begin(req)
         # A canonical computation on columns that are not is no better than any other, and a margin
         # that is no number says that this was none.
         canonical &= self.ledger.canonical(gate.key) == self.ledger.emitted(gate.key)
@@ -250,7 +252,8 @@ class GateController:
             return
         for req in reqs:
             key = req.gate.key
-            if req.stream and key in self.requests and not self.ledger.stopped(key):
+            open_ = key in self.requests and req.gate.kept is None
+            if req.stream and open_ and not self.ledger.stopped(key):
                 waiting = self.ledger.emitted(key) - self.ledger.canonical(key)
                 if waiting >= self.verifier.rows:
                     yield req

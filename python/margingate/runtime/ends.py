@@ -78,6 +78,21 @@ def forget(controller: GateController, req: Any) -> None:
         observer.ended(req)
 
 
+def reap_dropped(controller: GateController) -> None:
+    """Drop retracted requests that left SGLang's queue without a batch: aborted, or timed out."""
+    away = [r for r in controller.requests.values() if r.is_retracted or r.gate.kept is not None]
+    if not away:
+        return
+    scheduler = controller.scheduler
+    batches = (scheduler.running_batch, scheduler.last_batch, *controller.in_flight.batches())
+    known = {id(req) for batch in batches if batch is not None for req in batch.reqs}
+    known |= {id(req) for req in (*scheduler.waiting_queue, *controller.rejoining)}
+    known |= {id(scheduler.chunked_req), *map(id, controller.prefilled_again)}
+    for req in away:
+        if id(req) not in known and req.gate.key not in controller.held:
+            forget(controller, req)
+
+
 def reap(controller: GateController) -> None:
     """When SGLang is idle nothing is open; drop what an abort in its queues left behind."""
     for req in list(controller.requests.values()):

@@ -52,7 +52,13 @@ ARGUMENTS = (
     *("disable_cuda_graph", "disable_prefill_cuda_graph", "cuda_graph_backend_prefill"),
     *("cuda_graph_bs_prefill", "cuda_graph_backend_decode", "disable_cuda_graph_padding"),
     *("tokenizer_mode", "tokenizer_backend", "hf_chat_template_name", "completion_template"),
-    *("reasoning_parser", "tool_call_parser", "default_chat_template_kwargs", "sampling_defaults"),
+    *(
+        "grammar_backend",
+        "reasoning_parser",
+        "tool_call_parser",
+        "default_chat_template_kwargs",
+        "sampling_defaults",
+    ),
     *("preferred_sampling_params", "allow_auto_truncate", "enable_strict_thinking"),
 )
 LIBRARIES = ("transformers", "tokenizers", "sglang-kernel", "sglang-kernel-cpu")

@@ -35,7 +35,17 @@ class HostPlatform(CpuDeviceMixin, SRTPlatform):
     def is_pin_memory_available(self, device: Any = None) -> bool:
         return False
 
+    def get_torch_profiler_activity_str(self) -> str:
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> Any:
+        from torch.profiler import ProfilerActivity
+
+        return ProfilerActivity.CPU
+
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        """Replace the attention default for x86, whose kernels are not in the PyPI build."""
+        """Replace defaults that need kernels which are not in the PyPI build, or a GPU."""
         if server_args.attention_backend in (None, "intel_amx"):
             server_args.attention_backend = "torch_native"
+        if server_args.grammar_backend is None:  # SGLang's default applies masks on a GPU only
+            server_args.grammar_backend = "llguidance"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang.srt.managers.schedule_policy import AddReqResult
+from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult
 
 from margingate.runtime import state
 from margingate.runtime.radix import is_gated
@@ -19,9 +19,28 @@ def add_one_req(
     original: Any, adder: Any, req: Any, has_chunked_req: bool, truncation_align_size: int | None
 ) -> Any:
     """AROUND PrefillAdder.add_one_req: keep gated requests apart, where they must be."""
+    if _lacks_room_to_replay(adder, req):
+        return AddReqResult.NO_TOKEN
     if state.controller().prefill.together:
         return original(adder, req, has_chunked_req, truncation_align_size)
     return _add_alone(original, adder, req, has_chunked_req, truncation_align_size)
+
+
+def _lacks_room_to_replay(adder: Any, req: Any) -> bool:
+    """Whether a retracted request would be retracted again: its kept tokens come on top.
+
+    SGLang counts the prompt, and of what is to come a few thousand tokens at most.
+    """
+    kept = req.gate.kept
+    if kept is None:
+        return False
+    running = adder.running_batch
+    if not adder.can_run_list and (running is None or running.is_empty()):
+        return False  # there is not more room to wait for
+    prompt = len(req.full_untruncated_fill_ids) - len(req.prefix_indices)
+    more = max(req.sampling_params.max_new_tokens - len(kept.tokens), 0)
+    needed = prompt + len(kept.tokens) + min(more, CLIP_MAX_NEW_TOKENS)
+    return bool(needed >= adder.rem_total_tokens)
 
 
 def _add_alone(
@@ -33,10 +52,10 @@ def _add_alone(
         return AddReqResult.OTHER
     if not is_gated(req):
         return original(adder, req, has_chunked_req, truncation_align_size)
-    if has_chunked_req:  # a prompt is half done: it goes first, alone or without gated ones
-        return AddReqResult.CONTINUE if adder.can_run_list else AddReqResult.OTHER
+    if has_chunked_req:  # a prompt is half done and goes first
+        return AddReqResult.OTHER
     if adder.can_run_list:
-        return AddReqResult.CONTINUE
+        return AddReqResult.OTHER  # nothing overtakes it, or it might wait for ever
     adder.rem_chunk_tokens = state.controller().prefill_chunk
     result = original(adder, req, has_chunked_req, truncation_align_size)
     return AddReqResult.OTHER if adder.can_run_list else result

@@ -72,12 +72,14 @@ class Member:
     name: str
     module: Any
     operator: Operator
+    widened: bool = False  # computed in float32 from a weight of another dtype
 
     @property
     def group(self) -> str:
         """The same for modules whose operators are one: layers of a model repeat."""
-        weight = self.module.weight
-        return f"{self.kind} {self.name.rsplit('.', 1)[-1]} {list(weight.shape)} {weight.dtype}"
+        weight, name = self.module.weight, self.name.rsplit(".", 1)[-1]
+        wide = " in float32" if self.widened else ""
+        return f"{self.kind} {name} {list(weight.shape)} {weight.dtype}{wide}"
 
 
 def row_counts(largest: int) -> list[int]:
@@ -213,11 +215,16 @@ def members(model: Any) -> Iterator[Member]:
             yield Member("norm", name, module, partial(_normalize, module))
     head = getattr(model, "lm_head", None)
     if head is not None and hasattr(head, "weight"):
-        yield Member("linear", HEAD, head, lambda x: torch.matmul(x, head.weight.T))
+        wide = bool(getattr(getattr(model, "logits_processor", None), "use_fp32_lm_head", False))
+        yield Member("linear", HEAD, head, partial(_project, head, wide), wide)
 
 
 def _apply(method: Any, module: Any, x: torch.Tensor) -> torch.Tensor:
     return method.apply(module, x, None)
+
+
+def _project(head: Any, wide: bool, x: torch.Tensor) -> torch.Tensor:
+    return x.float() @ head.weight.float().T if wide else x @ head.weight.T
 
 
 def _normalize(module: Any, x: torch.Tensor) -> torch.Tensor:

@@ -62,7 +62,7 @@ def _probe_group(
         plan, holds = None, bool(prefill) and len(set(wide.values())) == 1
         if first.kind == "linear":
             many = wide if prefill and not head else None
-            plan, holds = plan_of(first.operator, weight, classes, many)
+            plan, holds = plan_of(first.operator, weight, classes, many, widened=first.widened)
             holds |= bool(prefill) and head  # more rows run in pieces
     seconds = time.monotonic() - start
     shape = tuple(weight.shape)
@@ -74,20 +74,28 @@ def plan_of(
     weight: torch.Tensor,
     classes: dict[int, int],
     wide: dict[int, int] | None,
+    *,
+    widened: bool = False,
 ) -> tuple[RowPlan | None, bool]:
     """A plan for a linear layer, and whether it holds for prefill too.
 
     Args:
         wide: `classes` with the row counts of prefill; None: they do not matter.
+        widened: as the operator's `probe.Member`; the batch-invariant kernel does not widen.
     """
     if wide is not None:
         with suppress(NoPlanError):
-            return _plan(operator, weight, wide, to_the_top=True), True
-    return _plan(operator, weight, classes, to_the_top=False), False
+            return _plan(operator, weight, wide, to_the_top=True, widened=widened), True
+    return _plan(operator, weight, classes, to_the_top=False, widened=widened), False
 
 
 def _plan(
-    operator: Operator, weight: torch.Tensor, classes: dict[int, int], *, to_the_top: bool
+    operator: Operator,
+    weight: torch.Tensor,
+    classes: dict[int, int],
+    *,
+    to_the_top: bool,
+    widened: bool,
 ) -> RowPlan | None:
     """By measured times on a GPU; elsewhere the plan must not depend on the clock."""
     if len(set(classes.values())) == 1:
@@ -99,7 +107,7 @@ def _plan(
     own = partial(invariant_matmul, weight=weight, bias=None)
     # RuntimeError: it does not run here, as where DeepGEMM has nothing to compile its kernels with
     with suppress(probe.RowDependenceError, RuntimeError):
-        if _in_one_class(own, classes, weight):
+        if not widened and _in_one_class(own, classes, weight):
             kernel = _microseconds(own, weight, counts)
     times = Times(_microseconds(operator, weight, counts), kernel)
     return choose(classes, times, to_the_top=to_the_top)

@@ -92,6 +92,7 @@ class GateRequest:
     drift: dict[str, Any] | None = None  # --gate-study: of its columns from those kept
     generation: int = 0  # of the weights it was admitted with
     injected_first: int | None = None  # what prefill chose before a fault replaced it
+    grammar_start: Any = None  # a copy of SGLang's grammar object before the first token
 
     def forget_rows(self, kept: int) -> None:
         """Drop what is known of the rows after the first `kept`."""
@@ -156,6 +157,8 @@ def _classify(req: Any, config: GateConfig, default_penalty: float) -> GateReque
     key = f"{next(_serial)}:{req.rid}"
     params = req.sampling_params
     custom = params.custom_params or {}
+    if refusal := not_an_object(custom):
+        return GateRequest(key, False, "refused", refusal)
     wanted = custom.get(SWITCH, config.default == "on")
     faults = custom.get(FAULT_ROWS, ())
     forced = custom.get(FORCED_IDS, ())
@@ -184,14 +187,19 @@ def _classify(req: Any, config: GateConfig, default_penalty: float) -> GateReque
 
 
 def _not_drawable(draw: Draw, copies: int) -> str:
-    if not 0 <= draw.seed <= LARGEST_SEED:
-        return f"sampling_seed is {draw.seed}: give a whole number from 0 to {LARGEST_SEED}."
+    if type(draw.seed) is not int or not 0 <= draw.seed <= LARGEST_SEED:
+        return f"sampling_seed is {draw.seed!r}: give a whole number from 0 to {LARGEST_SEED}."
     if copies > 1:
         return (
             f"n is {copies} with sampling_seed {draw.seed}, which would give the same answer "
             f"{copies} times: send {copies} requests with a seed each, or drop the seed."
         )
     return ""
+
+
+def not_an_object(custom: Any) -> str:
+    """The sentence that refuses custom_params that are no object; empty for one."""
+    return "" if isinstance(custom, dict) else f"custom_params is {custom!r}: give an object."
 
 
 def not_a_switch(value: Any) -> str:
@@ -225,7 +233,8 @@ def _not_forcible(forced: Any, req: Any, config: GateConfig) -> str:
 
 def _columns_wanted(req: Any) -> ColumnsWanted | None:
     """From {"keep": key} or {"against": key}; anything else is not asking."""
-    wanted = (req.sampling_params.custom_params or {}).get(COLUMNS)
+    custom = req.sampling_params.custom_params
+    wanted = custom.get(COLUMNS) if isinstance(custom, dict) else None
     if not isinstance(wanted, dict) or len(wanted) != 1:
         return None
     ((what, key),) = wanted.items()
@@ -261,11 +270,6 @@ def _unserved(req: Any) -> str:
         (params.presence_penalty != 0, "presence_penalty"),
         (params.repetition_penalty != 1, PENALTY),
         (params.min_new_tokens > 0, "min_new_tokens"),
-        (bool(params.logit_bias), "logit_bias"),
-        (params.json_schema is not None, "json_schema"),
-        (params.regex is not None, "regex"),
-        (params.ebnf is not None, "ebnf"),
-        (params.structural_tag is not None, "structural_tag"),
         (req.custom_logit_processor is not None, "custom_logit_processor"),
         (req.input_embeds is not None, "input_embeds"),
         (req.positional_embed_overrides is not None, "embedding overrides"),

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import logging
 from array import array
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from margingate.runtime import ends, rollback, state
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+from margingate.core.queue import Due
+from margingate.runtime import constraints, ends, rollback, state, verdicts
 from margingate.runtime.radix import is_gated
 from margingate.runtime.request import Kept, logprob_lists
 
@@ -31,7 +35,7 @@ def release(original: Any, *, req: Any, **kwargs: Any) -> None:
     original(req=req, **kwargs)
     controller.queue.forget(req.gate.key)
     controller.prefilled_again = [other for other in controller.prefilled_again if other is not req]
-    if req.to_finish is not None:  # SGLang gives up on it: no memory even alone
+    if _is_given_up(req):
         ends.forget(controller, req)
         return
     req.gate.counts.retractions += 1
@@ -39,8 +43,16 @@ def release(original: Any, *, req: Any, **kwargs: Any) -> None:
         _set_aside(req, kept)
     req.output_ids = array("q")
     req.full_untruncated_fill_ids = array("q")
+    constraints.follow(req)
     req.gate.forget_rows(kept)
     req.gate.waits_since = None
+
+
+def _is_given_up(req: Any) -> bool:
+    """Whether SGLang ends it here: no memory even alone. Other aborts go back to the queue."""
+    reason = req.to_finish
+    code = HTTPStatus.INTERNAL_SERVER_ERROR
+    return isinstance(reason, FINISH_ABORT) and reason.status_code == code
 
 
 def _set_aside(req: Any, kept: int) -> None:
@@ -57,22 +69,36 @@ def give_back(req: Any) -> None:
     req.output_ids = kept.tokens
     for name, values in kept.logprobs.items():
         setattr(req.logprob, name, values)
+    constraints.follow(req)
 
 
 def restore(controller: GateController, batch: Any) -> None:
     """After the prompt's new prefill: give the output back and want its columns replayed."""
     reqs, controller.prefilled_again = controller.prefilled_again, []
+    replayed = []
     for req in reqs:
-        if req.finished():  # aborted meanwhile
-            continue
-        _restore_one(controller, batch, req)
+        if not req.finished() and _restore_one(controller, batch, req):  # not aborted meanwhile
+            replayed.append(req.gate.key)
+    if replayed:
+        _replay(controller, replayed)
 
 
-def _restore_one(controller: GateController, batch: Any, req: Any) -> None:
+def _replay(controller: GateController, keys: list[str]) -> None:
+    """Compute the columns of what was kept, whatever else waits: the next step reads them."""
+    controller.rides.enter()
+    for key in keys:
+        controller.queue.drain(key)  # first in each pass
+    while any(controller.ledger.is_open(key) and controller.ledger.wanted(key) for key in keys):
+        rows = controller.queue.next_batch(controller.ledger)
+        verdicts.run_pass(controller, rows, Due.DRAINING)
+
+
+def _restore_one(controller: GateController, batch: Any, req: Any) -> bool:
+    """Returns whether there was room."""
     tokens = req.gate.kept.tokens
     if len(tokens) > 1 and not rollback.extend_columns(controller.scheduler, req, len(tokens) - 1):
         _retract_again(controller, batch, req)
-        return
+        return False
     if req.output_ids[0] != tokens[0]:
         req.gate.counts.missed += 1
         logger.warning(
@@ -84,8 +110,10 @@ def _restore_one(controller: GateController, batch: Any, req: Any) -> None:
     req.full_untruncated_fill_ids = array("q")
     req.decode_batch_idx += len(tokens) - 1
     rollback.set_running_tail(controller.scheduler, (batch,), req)
+    rollback.recount_reasoning(controller.scheduler, req)
     controller.ledger.replay(req.gate.key)
     controller.queue.note(req.gate.key, controller.step)
+    return True
 
 
 def _retract_again(controller: GateController, batch: Any, req: Any) -> None:

@@ -22,7 +22,7 @@ from sglang.srt.model_executor.model_runner import ModelRunnerOutput
 
 from margingate.core.costs import has_room
 from margingate.core.ledger import Row
-from margingate.runtime import own_attention, state, verdicts
+from margingate.runtime import constraints, own_attention, state, verdicts
 from margingate.runtime.request import now
 from margingate.runtime.verifier import RowResult
 from margingate_kernels import Top2, softmax_top2
@@ -124,7 +124,10 @@ class Rides:
             return 0
         # What the CPU would have to wait for is verified in a pass of its own.
         waiting = [controller.requests[key] for key in controller.queue.waiting(controller.ledger)]
-        if any(req.return_logprob or req.gate.draw is not None for req in waiting):
+        if any(
+            req.return_logprob or req.gate.draw is not None or constraints.constrained(req)
+            for req in waiting
+        ):
             return 0
         alone, room = rows, rows - len(decoding)
         own = own_attention.of(controller.verifier.backend)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from margingate.runtime import constraints
 from margingate.runtime.request import logprob_lists
 from margingate.runtime.verifier import RowResult
 
@@ -26,7 +27,8 @@ def to_row(scheduler: Any, batches: Iterable[Any], req: Any, row: int, result: R
     req.full_untruncated_fill_ids = array("q")  # SGLang rebuilds it from the parts
     req.finished_reason = req.finished_len = None
     _cut_logprobs(req, row, result)
-    _recount_reasoning(scheduler, req)
+    recount_reasoning(scheduler, req)
+    constraints.follow(req)
     scheduler.future_map.output_tokens_buf[req.req_pool_idx] = result.token
     return _set_length(batches, req, columns)
 
@@ -84,7 +86,8 @@ def replace_logprobs(req: Any, row: int, result: RowResult) -> None:
         kept.output_token_ids_logprobs_val[row - 1] = found.ids
 
 
-def _recount_reasoning(scheduler: Any, req: Any) -> None:
+def recount_reasoning(scheduler: Any, req: Any) -> None:
+    """After the output was changed: the tokens of its reasoning, for `usage`."""
     if not req.require_reasoning:
         return
     req.reasoning_tokens, req._is_reasoning_over, req._think_end_match_len = 0, False, 0

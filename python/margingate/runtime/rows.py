@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from margingate.core.ledger import Row
+from margingate.runtime.constraints import Constraint
 from margingate.runtime.request import GateRequest
 from margingate.runtime.verifier import RowInput, RowResult
 
 
-def row_input(req: Any, row: Row) -> RowInput:
+def row_input(req: Any, row: Row, constraint: Constraint | None = None) -> RowInput:
     """Row j >= 2 predicts token j from token j-1, which stands at position prompt + j - 2."""
     position = len(req.origin_input_ids) + row.index - 2
     assert position >= req.cache_protected_len, "a shared column must not be rewritten"
@@ -18,7 +19,7 @@ def row_input(req: Any, row: Row) -> RowInput:
         ids = req.logprob.token_ids_logprob
         wanted = (req.logprob.top_logprobs_num, None if ids is None else tuple(ids))
     token = req.output_ids[row.index - 2]
-    return RowInput(req.req_pool_idx, position, token, wanted, req.gate.draw)
+    return RowInput(req.req_pool_idx, position, token, wanted, req.gate.draw, constraint)
 
 
 def first_token(req: Any) -> RowResult:
@@ -39,8 +40,11 @@ def inject_fault(relay: Any, req: Any, result: Any, i: int) -> bool:
     due = gate.faults & {row, -row}
     if not due:
         return False
+    best = result.logits_output.gate
+    if float(best.margin[i]) == float("inf"):
+        return False  # its grammar leaves one token
     gate.faults -= due
-    wrong = int(result.logits_output.gate.runner_up[i])
+    wrong = int(best.runner_up[i])
     if row == 1:
         gate.injected_first = int(result.next_token_ids[i])
     result.next_token_ids[i] = wrong

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from margingate.runtime.request import SWITCH, not_a_switch
+from margingate.runtime.request import SWITCH, not_a_switch, not_an_object
 
 
 def _with_switch(custom: Any, value: Any) -> dict[str, Any]:
     """`custom_params` with the switch; the plain parameter wins. Raises ValueError: HTTP 400."""
     if sentence := not_a_switch(value):
+        raise ValueError(sentence)
+    if sentence := not_an_object(custom or {}):
         raise ValueError(sentence)
     return {**(custom or {}), SWITCH: value}
 

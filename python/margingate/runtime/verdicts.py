@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from itertools import groupby, repeat
 from typing import TYPE_CHECKING, Any
 
 from margingate.core.ledger import Outcome, Row
-from margingate.runtime import ends, rollback
+from margingate.runtime import constraints, ends, rollback
 from margingate.runtime.request import now
 from margingate.runtime.rows import first_token, row_input
 from margingate.runtime.verifier import RowInput, RowResult
@@ -28,7 +29,15 @@ def run_pass(controller: GateController, rows: Sequence[Row], due: str) -> None:
 
 def inputs_of(controller: GateController, rows: Sequence[Row]) -> list[RowInput]:
     """What a pass is given: all of `rows` but first ones, which the prefill computed."""
-    return [row_input(controller.requests[row.rid], row) for row in rows if row.index > 1]
+    size = controller.scheduler.model_config.vocab_size
+    inputs = []
+    for key, span in groupby((row for row in rows if row.index > 1), lambda row: row.rid):
+        req, of_req = controller.requests[key], list(span)
+        found: Iterable[Any] = repeat(None)
+        if constraints.constrained(req):
+            found = constraints.of_rows(req, [row.index for row in of_req], size)
+        inputs += [row_input(req, *each) for each in zip(of_req, found, strict=False)]
+    return inputs
 
 
 def by_row(rows: Sequence[Row], found: Iterable[RowResult]) -> list[RowResult | None]:

@@ -25,6 +25,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from margingate.config import GateConfig, GateError
 from margingate.runtime import own_attention, own_decode
+from margingate.runtime.constraints import Constraint
 from margingate.runtime.seeds import Draw, logprob_temperature, stack
 from margingate_kernels import seeded_top2, softmax_top2
 
@@ -38,6 +39,7 @@ class RowInput:
     token: int  # the input token's id
     logprobs: tuple[int, tuple[int, ...] | None] | None = None  # top-k and token ids wanted
     draw: Draw | None = None  # None: greedy
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,13 @@ class Verifier:
 
     @staticmethod
     def choose(logits: torch.Tensor, rows: Sequence[RowInput]) -> list[RowResult]:
-        """Token, margin and log-probs of each row by its logits, [>= len(rows), vocab]."""
+        """Token, margin and log-probs of each row by its logits, [>= len(rows), vocab].
+
+        Logits of rows with a constraint are changed in place.
+        """
+        for i, row in enumerate(rows):
+            if row.constraint is not None:
+                row.constraint.apply(logits[i : i + 1])
         best = softmax_top2(logits)
         tokens, margins = best.ids.tolist(), best.margin.tolist()
         for i, token, margin in _drawn(logits, rows):
@@ -253,7 +261,7 @@ def _logprobs(
 def _row_logprobs(
     row: torch.Tensor, token: int, top: int, ids: tuple[int, ...] | None
 ) -> RowLogprobs:
-    best = row.topk(top) if top else None
+    best = row.topk(top) if top > 0 else None
     return RowLogprobs(
         row[token].item(),
         None if best is None else (best.values.tolist(), best.indices.tolist()),

@@ -1,0 +1,143 @@
+"""Masks and biases of rows that are verified, and grammars that follow their request."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from margingate.runtime import constraints, hook_table
+from margingate.runtime.verifier import RowInput, Verifier
+
+VOCABULARY = 49152
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model):
+    from transformers import AutoTokenizer
+
+    assert hook_table.RUNTIME_HOOKS
+    return AutoTokenizer.from_pretrained(model)
+
+
+@pytest.fixture(scope="module")
+def grammar(tokenizer):
+    """SGLang's own grammar object, before a token: "yes" or "yet", and three digits."""
+    from sglang.srt.constrained.llguidance_backend import GuidanceBackend
+
+    backend = GuidanceBackend(tokenizer, n_vocab=VOCABULARY)
+    return backend.dispatch_regex(r"(yes|yet) [0-9]{3}")
+
+
+def make_request(grammar: Any, output: list[int], bias: Any = None) -> SimpleNamespace:
+    gate = SimpleNamespace(grammar_start=None)
+    params = SimpleNamespace(logit_bias=bias)
+    made = SimpleNamespace(gate=gate, sampling_params=params, output_ids=[], grammar=grammar)
+    constraints.begin(made)
+    for token in output if grammar is not None else ():
+        made.grammar.accept_token(token)
+    made.output_ids = list(output)
+    return made
+
+
+def allowed(constraint: Any) -> set[int]:
+    logits = torch.zeros(1, VOCABULARY)
+    constraint.apply(logits)
+    return set(torch.isfinite(logits[0]).nonzero().flatten().tolist())
+
+
+def ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_rows_get_the_mask_that_the_fast_path_had(grammar, tokenizer):
+    output = ids(tokenizer, "yes 123")
+    req = make_request(grammar.copy(), output)
+    walk, expected = grammar.copy(), []
+    for token in output:
+        mask = walk.allocate_vocab_mask(VOCABULARY, 1, "cpu")
+        walk.fill_vocab_mask(mask, 0)
+        logits = torch.zeros(1, VOCABULARY)
+        walk.apply_vocab_mask(logits, mask)
+        expected.append(set(torch.isfinite(logits[0]).nonzero().flatten().tolist()))
+        walk.accept_token(token)
+    rows = list(range(1, len(output) + 1))
+    found = list(constraints.of_rows(req, rows, VOCABULARY))
+    assert [allowed(each) for each in found] == expected
+    assert all(token in each for token, each in zip(output, expected))
+    last = list(constraints.of_rows(req, rows[-1:], VOCABULARY))
+    assert allowed(last[0]) == expected[-1], "a span may begin anywhere"
+    assert len(req.output_ids) == len(output), "the request is left as it was"
+
+
+def test_a_request_that_is_taken_back_has_the_grammar_of_its_tokens(grammar, tokenizer):
+    output = ids(tokenizer, "yes 123")
+    req = make_request(grammar.copy(), output)
+    other = ids(tokenizer, "yet")
+    for tokens in (output[:2], other, [], output):
+        req.output_ids = list(tokens)
+        constraints.follow(req)
+        (here,) = constraints.of_rows(req, [len(tokens) + 1], VOCABULARY)
+        mask = req.grammar.allocate_vocab_mask(VOCABULARY, 1, "cpu")
+        req.grammar.fill_vocab_mask(mask, 0)
+        assert torch.equal(mask, here.mask)
+    plain = make_request(None, output)
+    constraints.follow(plain)
+    assert plain.grammar is None and not constraints.constrained(plain)
+
+
+def test_thinking_is_not_masked_and_is_walked_through(grammar, tokenizer):
+    from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObject
+
+    (end,) = ids(tokenizer, "!")[:1]
+    reasoner = ReasonerGrammarObject(grammar.copy(), [end])
+    reasoner.maybe_init_reasoning(True)
+    output = [*ids(tokenizer, "hm so"), end, *ids(tokenizer, "yes 12")]
+    req = make_request(reasoner, output)
+    rows = list(range(1, len(output) + 1))
+    found = list(constraints.of_rows(req, rows, VOCABULARY))
+    answer = output.index(end) + 1
+    free = [allowed(each) for each in found[:answer]]
+    assert all(len(each) == VOCABULARY for each in free)
+    strict = [allowed(each) for each in found[answer:]]
+    assert all(len(each) < VOCABULARY for each in strict)
+    assert all(token in each for token, each in zip(output[answer:], strict))
+    req.output_ids = output[: answer + 1]
+    constraints.follow(req)
+    assert req.grammar._is_generation()
+
+
+def test_a_token_that_the_grammar_does_not_take_ends_the_walk_and_no_server(grammar, tokenizer):
+    output = ids(tokenizer, "yes")
+    req = make_request(grammar.copy(), output)
+    req.output_ids = [*output, ids(tokenizer, "zebra")[0]]
+    assert len(list(constraints.of_rows(req, [1, 2, 3], VOCABULARY))) == 3
+    constraints.follow(req)
+
+
+def test_a_bias_changes_its_tokens_alone(grammar):
+    req = make_request(None, [7, 8], {"5": 2.5, "9": -1.0})
+    first, second = constraints.of_rows(req, [2, 3], VOCABULARY)
+    logits = torch.randn(1, VOCABULARY)
+    expected = logits.clone()
+    expected[0, 5] += 2.5
+    expected[0, 9] -= 1.0
+    first.apply(logits)
+    assert torch.equal(logits, expected) and second == first
+    assert list(constraints.of_rows(make_request(None, [7]), [2], VOCABULARY)) == [None]
+
+
+def test_the_verifier_chooses_under_the_mask(grammar, tokenizer):
+    req = make_request(grammar.copy(), ids(tokenizer, "yes 1"), {"11": 0.0})
+    rows = [2, 3]
+    made = list(constraints.of_rows(req, rows, VOCABULARY))
+    logits = torch.randn(4, VOCABULARY, generator=torch.Generator().manual_seed(3))
+    inputs = [RowInput(1, 3, 4, None, None, made[0]), RowInput(2, 9, 4)]
+    inputs += [RowInput(1, 4, 4, (2, None), None, made[1])]
+    free = Verifier.choose(logits.clone(), [RowInput(2, 9, 4)] * 3)
+    first, other, last = Verifier.choose(logits, inputs)
+    assert first.token in allowed(made[0]) and last.token in allowed(made[1])
+    assert other.token == free[1].token and other.margin == free[1].margin
+    assert last.logprobs.token <= 0 and set(last.logprobs.top[1]) <= allowed(made[1])
