@@ -26,8 +26,11 @@ class InFlight:
 
     def batches(self) -> list[Any]:
         """Their batches: at most the last one before a step is launched, two after."""
+        return [batch for batch, _ in self._pending()]
+
+    def _pending(self) -> list[tuple[Any, Any]]:
         queue = getattr(self._scheduler, "result_queue", ()) if self.overlaps else ()
-        return [batch for batch, result in queue if result is not _PROCESSED]
+        return [each for each in queue if each[1] is not _PROCESSED]
 
     def bring_in(self) -> None:
         """Process the result in flight, if there is one. Only between two steps.
@@ -47,13 +50,12 @@ class InFlight:
         Its first tokens then leave before the next step is launched, and not behind it. Ranks may
         not see it at the same time, and must go on alike: so not where there are several.
         """
-        queue = getattr(self._scheduler, "result_queue", ()) if self.overlaps else ()
-        if not queue or self._scheduler.server_args.tp_size > 1:
+        pending = self._pending()
+        if not pending or self._scheduler.server_args.tp_size > 1:
             return
-        batch, result = queue[0]
-        if result is _PROCESSED or not batch.forward_mode.is_extend():
-            return
-        if result.copy_done is not None and result.copy_done.query():
+        batch, result = pending[0]
+        computed = result.copy_done is not None and result.copy_done.query()
+        if computed and batch.forward_mode.is_extend():
             self.bring_in()
 
     @staticmethod
