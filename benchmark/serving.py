@@ -85,6 +85,7 @@ def common_args(args: argparse.Namespace, tokenizer: Path) -> tuple[str, ...]:
     gpu += () if args.prefill_graphs else ("--cuda-graph-backend-prefill", "disabled")
     return (
         *("--load-format", "dummy", "--tokenizer-path", str(tokenizer)),
+        *("--grammar-backend", "none"),  # llguidance refuses that tokenizer
         *("--context-length", str(engines.context(args.model))),
         *("--max-total-tokens", str(args.kv_tokens), "--max-running-requests", str(args.largest)),
         *(gpu if engines.on_gpu() else ("--sleep-on-idle",)),

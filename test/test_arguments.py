@@ -568,3 +568,59 @@ def test_other_attention_is_refused_on_either_path():
     refusals.refuse_fast_path(backends("cpu", "torch_native"), GateConfig(fast_path="stock"))
     refusals.refuse_fast_path(backends("cuda", "triton"), GateConfig(fast_path="stock"))
     refusals.refuse_fast_path(backends("cuda", "fa3"), GateConfig(policy="observe"))
+
+
+@pytest.mark.parametrize(
+    ("config", "flashinfer", "chosen"),
+    [
+        (GateConfig(), True, "triton"),
+        (GateConfig(fast_path="stock"), True, "flashinfer"),
+        (GateConfig(fast_path="stock"), False, "triton"),
+        (GateConfig(policy="observe", study=True, overlap="off"), True, "flashinfer"),
+        (GateConfig(policy="observe"), True, None),
+    ],
+)
+def test_the_attention_of_a_gpu_depends_on_the_path(monkeypatch, config, flashinfer, chosen):
+    from margingate.runtime import arguments
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("sglang.srt.utils.is_flashinfer_available", lambda: flashinfer)
+    names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+    args = SimpleNamespace(device="cuda", **dict.fromkeys(names))
+    arguments._choose_attention(args, config)
+    assert args.attention_backend == chosen
+    args.attention_backend = "fa3"
+    arguments._choose_attention(args, config)
+    assert args.attention_backend == "fa3"
+
+
+@pytest.mark.parametrize(
+    ("decode", "reason", "made"),
+    [
+        ("triton", "", ["triton"]),
+        ("triton", "a head has 80 lanes", ["triton"]),
+        ("flashinfer", "", ["triton"]),
+        ("flashinfer", "a head has 80 lanes", ["triton", "flashinfer"]),
+    ],
+)
+def test_the_verifier_has_the_gates_kernels_beside_other_attention(
+    monkeypatch, decode, reason, made
+):
+    from sglang.srt.model_executor.model_runner_components import attention_backend_setup
+
+    from margingate.runtime import own_attention, own_decode
+
+    built = []
+
+    def build(*, model_runner, backend_str, init_new_workspace):
+        model_runner.init_new_workspace = init_new_workspace
+        built.append(backend_str)
+        return backend_str
+
+    monkeypatch.setattr(attention_backend_setup, "_build_full_attention_backend_from_str", build)
+    monkeypatch.setattr(own_attention, "unfit", lambda backend, runner: reason)
+    args = SimpleNamespace(get_attention_backends=lambda: (decode, decode))
+    runner = SimpleNamespace(server_args=args, init_new_workspace=False)
+    assert own_decode._attention(runner) == made[-1]
+    assert built == made
+    assert runner.init_new_workspace is False

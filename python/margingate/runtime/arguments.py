@@ -129,16 +129,22 @@ def _best_overlap(args: Any, config: GateConfig) -> str:
 
 
 def _choose_attention(args: Any, config: GateConfig) -> None:
-    """On CUDA, where nothing is chosen: a backend whose decode split can be fixed."""
+    """On CUDA, where nothing is chosen: the backend that is the fastest on this path."""
     import torch
+    from sglang.srt.utils import is_flashinfer_available
 
     names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
     chosen = any(getattr(args, name) is not None for name in names)
     on_gpu = args.device in (None, "cuda") and torch.cuda.is_available()
     wanted = config.policy != "observe" or config.study  # a study is for gated servers
-    if wanted and not chosen and on_gpu:
+    if not wanted or chosen or not on_gpu:
+        return
+    if config.invariant or not is_flashinfer_available():
         args.attention_backend = "triton"
-        logger.info("margingate sets --attention-backend triton, whose decode it makes invariant.")
+        logger.info("margingate sets --attention-backend triton, inside which its kernels run.")
+    else:  # its kernels run beside it
+        args.attention_backend = "flashinfer"
+        logger.info("margingate sets --attention-backend flashinfer, with decode as SGLang's own.")
 
 
 def _with_device_defaults(config: GateConfig, args: Any) -> GateConfig:

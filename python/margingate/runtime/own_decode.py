@@ -1,17 +1,24 @@
 """The verifier's own decode on a GPU, for `--gate-fast-path stock`.
 
-SGLang's attention stays as it is; verify passes run on a second instance of the same backend whose
-K/V split depends on the sequence length alone, with a CUDA graph of exactly V rows.
+SGLang's attention stays as it is. Verify passes run on a backend of their own, with a CUDA graph of
+exactly V rows: the gate's kernels, beside SGLang's FlashInfer too, or where these do not serve the
+model a second instance of SGLang's backend whose K/V split depends on the sequence length alone.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from margingate.config import GateError
+from margingate.runtime import own_attention
 from margingate.runtime.attention import fix_split
+
+logger = logging.getLogger(__name__)
+
+CARRIER = "triton"  # SGLang's backend inside which the gate's kernels run
 
 
 def build(runner: Any, rows: int) -> tuple[Any, Any]:
@@ -22,17 +29,9 @@ def build(runner: Any, rows: int) -> tuple[Any, Any]:
     Raises:
         GateError: the pool has room for fewer requests than `rows`.
     """
-    from sglang.srt.model_executor.model_runner_components import attention_backend_setup
     from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 
-    _, decode_name = runner.server_args.get_attention_backends()
-    before = runner.init_new_workspace
-    try:
-        backend = attention_backend_setup._build_full_attention_backend_from_str(
-            model_runner=runner, backend_str=decode_name, init_new_workspace=True
-        )
-    finally:
-        runner.init_new_workspace = before
+    backend = _attention(runner)
     fix_split(backend, runner)
     if runner.decode_cuda_graph_runner is None:
         return backend, None
@@ -43,6 +42,30 @@ def build(runner: Any, rows: int) -> tuple[Any, Any]:
         )
     with _captures(runner, rows):
         return backend, DecodeCudaGraphRunner(runner, attn_backend=backend)
+
+
+def _attention(runner: Any) -> Any:
+    """What verify passes attend with: what carries the gate's kernels, if they serve the model."""
+    _, decode_name = runner.server_args.get_attention_backends()
+    backend = _instance(runner, CARRIER)
+    reason = own_attention.unfit(backend, runner)
+    if not reason or decode_name == CARRIER:
+        return backend
+    logger.info("margingate: verify passes use %s's attention: %s.", decode_name, reason)
+    return _instance(runner, decode_name)
+
+
+def _instance(runner: Any, name: str) -> Any:
+    """One more attention backend of SGLang's, with a workspace of its own."""
+    from sglang.srt.model_executor.model_runner_components import attention_backend_setup
+
+    before = runner.init_new_workspace
+    try:
+        return attention_backend_setup._build_full_attention_backend_from_str(
+            model_runner=runner, backend_str=name, init_new_workspace=True
+        )
+    finally:
+        runner.init_new_workspace = before
 
 
 @contextmanager
