@@ -3,7 +3,7 @@
     python benchmark/decode_step.py --model benchmark/configs/llama-3.1-8b --out steps.json
 
 Dummy weights: for speed only. As many engines as fit are up at once (engines.py), and every point
-is measured engine by engine; each group has the first mode, to which its ratios are. The last
+is measured engine by engine; ratios are to the first mode, within a group where it is up. The last
 request of a batch is streamed, the others are not: with all of them decoding, the time between its
 tokens is a step, scheduling and output included. Points beyond the K/V pool are left out.
 """
@@ -110,7 +110,9 @@ def run_group(
         steps = {mode: ms for mode, ms in asked.items() if ms is not None}
         results.append({"context": context, "batch": batch, "step_ms": steps})
         engines.write(args.out, results)
-        base = steps.get(args.modes[0], float("nan"))
+        point = (found for found in results if found["context"] == context)
+        known = [found["step_ms"] for found in point if found["batch"] == batch]
+        base = next((ms[args.modes[0]] for ms in known if args.modes[0] in ms), float("nan"))
         cells = [f"{mode} {ms:.2f} ({ms / base:.3f})" for mode, ms in steps.items()]
         print(f"context {context:5} batch {batch:4}:", "  ".join(cells), flush=True)
     for worker in workers:

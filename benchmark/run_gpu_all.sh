@@ -1,5 +1,5 @@
 #!/bin/bash
-# Every GPU measurement of the issues, on two cards of one host without a network; 20 minutes.
+# Every GPU measurement of the issues, on two cards of one host without a network; 40 minutes.
 #     benchmark/run_gpu_all.sh DATA MODEL [SECOND]
 # DATA: the four prompt files (run_gpu_study.sh); MODEL: SmolLM2; SECOND: another real model. Card 0
 # has what is timed beside stock, on cores of its own; card 1 the rest, and what is timed last, alone.
@@ -27,16 +27,16 @@ step() {
 card_0() {
     export CUDA_VISIBLE_DEVICES=0
     step attention 90 python3 benchmark/attention_kernels.py --out "$OUT/attention.json"
-    step serving 640 bash benchmark/run_gpu_serving.sh serving --kv-tokens 300000 --rates inf 4
+    step serving 1400 bash benchmark/run_gpu_serving.sh serving --kv-tokens 300000
     step latency 330 bash benchmark/run_gpu_serving.sh latency --batches 32 8 1
-    step shares 330 bash benchmark/run_gpu_serving.sh shares --kv-tokens 300000 --mixes sharegpt
+    step shares 600 bash benchmark/run_gpu_serving.sh shares --kv-tokens 300000 --mixes sharegpt
 }
 
 card_1() {
     export CUDA_VISIBLE_DEVICES=1
     local steps=(python3 benchmark/decode_step.py --modes stock gate-triton --together 1 --repeats 2)
-    step calibrate 600 bash benchmark/run_gpu_study.sh "$data" "$model" calibrate
-    step study 600 bash benchmark/run_gpu_study.sh "$data" "$model" study
+    step calibrate 900 bash benchmark/run_gpu_study.sh "$data" "$model" calibrate
+    step study 900 bash benchmark/run_gpu_study.sh "$data" "$model" study
     step sameness 600 python3 benchmark/sameness.py --model "$model" --prompts "${files[@]}" \
         --per-file 100 --others 400 --tokens 256 --servers gate exact-no-cache stock gate-stock-path \
         --out "$OUT/sameness.json" -- --max-total-tokens 60000 --mem-fraction-static 0.5 \

@@ -1,8 +1,8 @@
 #!/bin/bash
 # Issue 4's measurements on one H100 or H200 without a network: 8B shape, dummy weights.
 #     benchmark/run_gpu_serving.sh latency   4 minutes: what verification adds to a step
-#     benchmark/run_gpu_serving.sh serving   9 minutes: throughput, TTFT and TPOT
-#     benchmark/run_gpu_serving.sh shares    4 minutes: 100, 50 and 10 % of the requests gated
+#     benchmark/run_gpu_serving.sh serving   20 minutes: throughput, TTFT and TPOT
+#     benchmark/run_gpu_serving.sh shares    7 minutes: 100, 50 and 10 % of the requests gated
 # Results go to $OUT, logs as one archive. MODES, if set, replaces the modes; what follows the
 # first word goes to the benchmark, where a later option wins over an earlier one. python3 there
 # must have sglang.
@@ -29,13 +29,13 @@ latency)
     ;;
 serving)
     # One at a time, so that each server has the memory and the probe the GPU for itself.
-    timeout -k 20 590 python3 benchmark/serving.py "${common[@]}" \
-        --modes ${MODES:-stock gate deterministic exact} --together 1 \
-        --mixes sharegpt 1k-1k 4k-1k --rates inf 2 --seconds 6 --tokens 130000 --budget-s 240 "$@"
+    timeout -k 20 1400 python3 benchmark/serving.py "${common[@]}" \
+        --modes ${MODES:-stock gate exact deterministic} --together 1 --start-s 300 \
+        --mixes sharegpt 1k-1k 4k-1k --rates inf 4 --seconds 10 --tokens 130000 --budget-s 480 "$@"
     ;;
 shares)
-    timeout -k 20 300 python3 benchmark/serving.py "${common[@]}" \
-        --modes ${MODES:-stock gate gate-50 gate-10} --together 1 \
+    timeout -k 20 600 python3 benchmark/serving.py "${common[@]}" \
+        --modes ${MODES:-stock gate gate-50 gate-10} --together 1 --start-s 300 \
         --mixes sharegpt 1k-1k --rates inf --tokens 130000 --budget-s 140 "$@"
     ;;
 *)

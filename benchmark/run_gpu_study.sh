@@ -1,6 +1,6 @@
 #!/bin/bash
 # Issue 5's measurements on one GPU without a network.
-#     benchmark/run_gpu_study.sh DATA MODEL calibrate   on MATH500 alone, some 419,000 steps, 5 minutes
+#     benchmark/run_gpu_study.sh DATA MODEL calibrate   on MATH500 alone, some 533,000 steps, 9 minutes
 #     benchmark/run_gpu_study.sh DATA MODEL study       all four sets, 228,000 steps, and what the
 #                                                       calibrated threshold misses; 5 minutes
 #     benchmark/run_gpu_study.sh DATA MODEL short       25 prompts of each set, for another model
@@ -16,10 +16,10 @@ export PYTHONPATH=$here/python:$here/sgl-kernel-patches:${PYTHONPATH:-}
 files=("$data"/{math500,gsm8k,sharegpt,humaneval}.jsonl)
 server=(--max-total-tokens 131072 --mem-fraction-static 0.6 --cuda-graph-max-bs-decode 256
     --context-length 4096 --disable-prefill-cuda-graph)
-run=(timeout -s INT 560 python3 -m margingate.cli.main)
+run=(timeout -s INT 880 python3 -m margingate.cli.main)
 case $what in
 calibrate)
-    "${run[@]}" calibrate --model-path "$model" --prompts "$data/math500.jsonl" --tokens 128 \
+    "${run[@]}" calibrate --model-path "$model" --prompts "$data/math500.jsonl" --tokens 192 \
         --batch-sizes 8 12 16 24 32 48 64 96 128 192 256 --out calibration.json -- "${server[@]}"
     ;;
 study)

@@ -173,7 +173,7 @@ def test_sizes_default_by_device_and_given_ones_stand(device, sizes):
     tight = _with_device_defaults(GateConfig(), server("cuda", 128, small))
     assert (tight.rows, tight.prefill_chunk) == (16, 128)
     stock = _with_device_defaults(GateConfig(fast_path="stock"), server("cuda", 128, small))
-    assert stock.rows == 256
+    assert stock.rows == 128
 
 
 @pytest.mark.parametrize("option", sorted(OPTIONS))

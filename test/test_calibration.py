@@ -13,14 +13,16 @@ from hypothesis import strategies as st
 
 from margingate.calibration import (
     TooFewStepsError,
+    Trials,
     choose_threshold,
     flagged_share,
     miss_bound,
     steps_needed,
+    widest_gap,
 )
 from margingate.cli import main as cli
 from margingate.cli.calibrate import make_record, meaning, tokenized
-from margingate.cli.calibrate_measure import Journal, Walk, distinct, flips, groups
+from margingate.cli.calibrate_measure import Journal, Walk, distinct, flips, groups, moved
 from margingate.cli.errors import CliError
 from margingate.client import Prompt
 from margingate.config import GateError, load_threshold
@@ -39,29 +41,68 @@ def test_steps_needed_is_where_the_bound_reaches_the_target(target, confidence):
     assert steps == 1 or miss_bound(0, steps - 1, confidence) > target * (1 - 1e-9)
 
 
-MARGINS = st.lists(st.floats(0, 4) | st.just(math.nan), min_size=40, max_size=200)
+def test_a_bound_is_the_share_that_moves_times_what_is_missed_of_it():
+    """By hand, of 1,000 steps 100 moved to 60 distinct outcomes; each factor at 97.5 %."""
+    trials = Trials(1000, 100, 60)
+    assert trials.bound(2, 0.95) == miss_bound(100, 1000, 0.975) * miss_bound(2, 60, 0.975)
+    assert Trials(1000, 1000, 60).bound(2, 0.95) == miss_bound(2, 60, 0.975), "all move"
+    assert Trials(1000, 0, 0).bound(0, 0.95) == miss_bound(0, 1000, 0.975), "none moves, none flips"
 
 
-@given(MARGINS, st.data())
-def test_the_threshold_is_the_smallest_that_holds(margins, data):
-    picked = data.draw(st.lists(st.integers(0, len(margins) - 1), unique=True, max_size=20))
-    flipped = [margins[i] for i in picked]
-    choice = choose_threshold(margins, flipped, 0.1, 0.95)
+@given(st.integers(1, 10**6), st.data())
+def test_more_repeats_of_the_same_numbers_prove_no_more(steps, data):
+    moving = data.draw(st.integers(1, steps))
+    once = data.draw(st.integers(1, moving))
+    missed = data.draw(st.integers(0, min(once, 5)))
+    assert Trials(steps, moving, once).bound(missed, 0.95) >= (
+        Trials(steps, moving, moving).bound(missed, 0.95)
+    )
+
+
+@given(st.floats(1e-5, 0.3), st.integers(100, 10**6), st.data())
+def test_the_steps_that_are_needed_reach_the_target(target, steps, data):
+    moving = data.draw(st.integers(0, steps))
+    needed = Trials(steps, moving, 0).needed(target, 0.95)
+    assert Trials(steps, moving, needed).bound(0, 0.95) <= target * (1 + 1e-6)
+
+
+MARGINS = st.lists(st.floats(0, 4) | st.just(math.nan), max_size=20)
+
+
+@given(MARGINS, st.integers(60, 200))
+def test_the_threshold_is_the_smallest_that_holds(flipped, steps):
+    trials = Trials(steps, steps, steps)
+    choice = choose_threshold(trials, flipped, 0.1, 0.95)
     missed = sum(margin >= choice.threshold for margin in flipped)
-    assert choice.missed == missed and miss_bound(missed, len(margins), 0.95) <= 0.1
+    assert choice.missed == missed and trials.bound(missed, 0.95) <= 0.1
     below = choice.threshold - 1 / 64
     if below >= 0:
         fewer = sum(margin >= below for margin in flipped)
-        assert miss_bound(fewer, len(margins), 0.95) > 0.1
+        assert trials.bound(fewer, 0.95) > 0.1
 
 
 def test_headroom_is_counted_in_what_is_missed():
-    margins = [i / 8 for i in range(40)]
-    plain = choose_threshold(margins, [0.25, 1.0], 0.2, 0.95)
+    trials = Trials(40, 40, 40)
+    plain = choose_threshold(trials, [0.25, 1.0], 0.2, 0.95)
     assert (plain.threshold, plain.missed) == (0.0, 2)
-    more = choose_threshold(margins, [0.25, 1.0], 0.2, 0.95, headroom=0.5)
+    more = choose_threshold(trials, [0.25, 1.0], 0.2, 0.95, headroom=0.5)
     assert (more.threshold, more.missed) == (0.5, 1)
     assert more.miss_bound < plain.miss_bound
+
+
+@pytest.mark.parametrize(
+    ("best", "dtype", "step"),
+    [
+        (20.0, "torch.bfloat16", 0.125),  # 8 bits of it: 16 to 32 in steps of 1/8
+        (32.0, "torch.bfloat16", 0.25),
+        (-20.0, "torch.bfloat16", 0.125),
+        (20.0, "torch.float16", 2.0**-6),
+        (20.0, "torch.float32", 2.0**-19),
+        (0.0, "torch.bfloat16", 2.0**-107),
+    ],
+)
+def test_a_rounded_margin_may_have_been_a_step_wider(best, dtype, step):
+    assert widest_gap(0.375, best, dtype) == 0.375 + step
 
 
 def test_a_step_at_the_threshold_is_not_flagged_and_one_without_a_margin_is():
@@ -70,8 +111,8 @@ def test_a_step_at_the_threshold_is_not_flagged_and_one_without_a_margin_is():
 
 def test_too_few_steps_say_how_many_are_needed():
     with pytest.raises(TooFewStepsError) as caught:
-        choose_threshold([1.0] * 100, [], 1e-3, 0.95)
-    assert (caught.value.steps, caught.value.needed) == (100, 2995)
+        choose_threshold(Trials(1000, 1000, 100), [], 1e-3, 0.95)
+    assert (caught.value.distinct, caught.value.needed) == (100, steps_needed(1e-3, 0.975))
 
 
 WALKS = [
@@ -116,6 +157,16 @@ def test_a_step_with_the_same_numbers_in_two_batches_is_one_trial():
     assert len(distinct(finer)) == 3, "another best logit is another outcome"
 
 
+def test_a_step_with_the_numbers_it_has_alone_did_not_move():
+    alone = Walk(1, "a", (5, 6, 7), (2.0, 1.0, 3.0), exact_margins=(2.01, 1.01, 3.01))
+    same = replace(alone, batch_size=8)
+    other = replace(alone, batch_size=4, exact_margins=(2.01, 1.01, 3.02))
+    assert moved([alone], [same]) == []
+    assert [step.row for step in moved([alone], [same, other, other])] == [3, 3]
+    rounded = [replace(walk, exact_margins=(), tops=(9.0, 8.0, 7.0)) for walk in (alone, same)]
+    assert len(moved(rounded[:1], rounded[1:])) == 2, "rounded logits may hide a difference"
+
+
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_groups_hold_every_prompt_once(size):
     prompts = [Prompt(str(i), (i,)) for i in range(7)]
@@ -136,7 +187,8 @@ def test_the_record_is_what_the_gate_reads(tmp_path):
     record = make_record(options(), journal, {"device": "d"}, {"config_sha256": "c"})
     assert (record["steps"], record["flips"], record["prompts"]) == (4, 1, 2)
     said = meaning(record, tmp_path)
-    assert "1 of 4 decode steps flip in batches of 8. 4 of the steps are distinct, 1 of" in said
+    assert "1 of 4 decode steps flip in batches of 8. 4 of the steps have other numbers" in said
+    assert "4 of these are distinct, 1 of the flips" in said
     path = tmp_path / "c.json"
     path.write_text(json.dumps(record))
     assert load_threshold(str(path), {"config_sha256": "c"}) == record["threshold"]
@@ -144,9 +196,31 @@ def test_the_record_is_what_the_gate_reads(tmp_path):
     with pytest.raises(GateError, match="made for device 'd', but the server has 'e'"):
         load_threshold(str(path), {"device": "e"}, part="machine")
     with pytest.raises(
-        CliError, match=r"4 distinct steps cannot show a miss rate of 0\.01, which takes 299"
+        CliError,
+        match=r"4 distinct steps with other numbers than alone cannot show a miss rate of 0\.01, "
+        r"which takes \d+ where 4 of 4 have such",
     ):
         make_record(options(target_miss_rate=0.01), journal, {}, {})
+
+
+def test_the_threshold_is_a_rounding_step_above_the_flips_that_it_is_to_catch(tmp_path):
+    """The best logit is 20, so BF16 margins come in steps of 1/8."""
+    numbers = {"tops": (20.0,) * 3, "exact_tokens": (5, 6, 7), "exact_margins": (2.0, 1.0, 3.0)}
+    alone = Walk(1, "", (5, 6, 7), (2.0, 1.0, 3.0), **numbers)
+    moving = replace(alone, batch_size=8, exact_margins=(2.0, 1.1, 3.1))
+    walks = [replace(walk, name=str(i)) for i in range(200) for walk in (alone, moving)]
+    walks[1] = replace(walks[1], tokens=(5, 9, 7), margins=(2.0, 0.25, 3.0))
+    journal = Journal(tmp_path / "j.jsonl", {})
+    journal.add(walks)
+    for target, dtype, threshold in (
+        (0.5, "torch.bfloat16", 0.0),  # so much may be missed
+        (0.01, "torch.bfloat16", 0.390625),
+        (0.01, "torch.float32", 0.265625),
+    ):
+        record = make_record(options(target_miss_rate=target), journal, {"lm_head": dtype}, {})
+        assert record["threshold"] == threshold
+    assert (record["moved_steps"], record["distinct_steps"], record["missed"]) == (400, 400, 0)
+    assert record["miss_rate_bound"] == miss_bound(0, 400, 0.975)
 
 
 def test_the_bound_counts_a_step_that_several_batches_give_the_same_bits_once(tmp_path):
@@ -159,8 +233,8 @@ def test_the_bound_counts_a_step_that_several_batches_give_the_same_bits_once(tm
     assert (large["steps"], large["flips"]) == (8, 2)
     for name in ("distinct_steps", "distinct_flips", "missed", "miss_rate_bound", "threshold"):
         assert large[name] == small[name], name
-    assert large["miss_rate_bound"] == miss_bound(large["missed"], 4, 0.95)
-    with pytest.raises(CliError, match=r"4 distinct steps cannot show a miss rate of 0\.5, which"):
+    assert large["miss_rate_bound"] == miss_bound(large["missed"], 4, 0.975)
+    with pytest.raises(CliError, match=r"4 distinct steps with other .* rate of 0\.5, which"):
         make_record(options(batch_sizes=[4, 8], target_miss_rate=0.5), both, {}, {})
 
 

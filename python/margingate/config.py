@@ -87,7 +87,7 @@ class GateConfig:
     rows: int | None = _option(
         None,
         "Rows of a verify pass; fixed, because it is part of what is canonical. "
-        "Default: 16 on a CPU, 64 on a GPU, 256 there with --gate-fast-path stock.",
+        "Default: 16 on a CPU, 64 on a GPU, 128 there with --gate-fast-path stock.",
         metavar="V",
         parse=int,
     )

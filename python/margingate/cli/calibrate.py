@@ -259,29 +259,33 @@ def make_record(
     args: argparse.Namespace, journal: Journal, machine: dict[str, str], model: dict[str, str]
 ) -> dict[str, Any]:
     """The calibration file; raises CliError where the steps are too few."""
-    from margingate.calibration import TooFewStepsError, choose_threshold, flagged_share
-    from margingate.cli.calibrate_measure import ALONE, FIRST, distinct, flips
+    from margingate.calibration import TooFewStepsError, Trials, choose_threshold, flagged_share
+    from margingate.cli.calibrate_measure import ALONE, FIRST, flips, moved
 
     sizes = sorted(set(args.batch_sizes))
     walks: dict[tuple[int, str], Walk]
     walks = {k: one for k, one in journal.walks.items() if k[0] in (ALONE, *sizes)}
+    alone = {name: one for (size, name), one in walks.items() if size == ALONE}
     batched = [one for (size, _), one in walks.items() if size != ALONE]
     margins = [margin for one in batched for margin in one.margins[FIRST - 1 :]]
-    trials = distinct(batched)
-    alone = {name: one.tokens for (size, name), one in walks.items() if size == ALONE}
-    flipped = [one.margin for one in trials if one.token != alone[one.prompt][one.row - 1]]
+    moving = moved(alone.values(), batched)
+    once = dict.fromkeys(moving)
+    trials = Trials(len(margins), len(moving), len(once))
+    flipped = [one for one in once if one.token != alone[one.prompt].tokens[one.row - 1]]
+    dtype = machine.get("lm_head", machine.get("dtype", ""))
     try:
         choice = choose_threshold(
-            [step.margin for step in trials],
-            flipped,
+            trials,
+            [one.gap(dtype) for one in flipped],
             args.target_miss_rate,
             args.confidence,
             headroom=args.headroom,
         )
     except TooFewStepsError as err:
         raise CliError(
-            f"{err.steps} distinct steps cannot show a miss rate of {args.target_miss_rate:g}, "
-            f"which takes {err.needed}: give more --prompts, --tokens or --batch-sizes, or a "
+            f"{err.distinct} distinct steps with other numbers than alone cannot show a miss rate "
+            f"of {args.target_miss_rate:g}, which takes {err.needed} where {len(moving)} of "
+            f"{len(margins)} have such: give more --prompts, --tokens or --batch-sizes, or a "
             "higher --target-miss-rate; what was measured is kept."
         ) from err
     found = flips(walks)
@@ -292,7 +296,8 @@ def make_record(
         "threshold": choice.threshold,
         "trigger_rate": flagged_share(margins, choice.threshold),
         "steps": len(margins),
-        "distinct_steps": len(trials),
+        "moved_steps": trials.moved,
+        "distinct_steps": trials.distinct,
         "flips": len(found),
         "distinct_flips": len(flipped),
         "missed": choice.missed,
@@ -311,12 +316,13 @@ def meaning(record: dict[str, Any], out: Path) -> str:
     sizes = ", ".join(map(str, record["batch_sizes"]))
     seen = f"{record['flips']} of {record['steps']} decode steps flip in batches of {sizes}."
     trials = (
-        f"{record['distinct_steps']} of the steps are distinct, {record['distinct_flips']} of the "
-        "flips; the same numbers in several batches are one trial."
+        f"{record['moved_steps']} of the steps have other numbers than alone, so that they could; "
+        f"{record['distinct_steps']} of these are distinct, {record['distinct_flips']} of the "
+        "flips: the same numbers in several batches are one trial."
     )
     flags = f"{record['threshold']:g} flags {record['trigger_rate']:.1%} of the steps"
     misses = f"misses {record['missed']} of the distinct flips"
-    bound = f"{record['miss_rate_bound']:.1e} per distinct step"
+    bound = f"{record['miss_rate_bound']:.1e} per step"
     return (
         f"{seen} {trials} A threshold of {flags} and {misses}: at most {bound}, with "
         f"{record['confidence']:.0%} confidence.\n"

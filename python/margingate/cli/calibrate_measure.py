@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from margingate.calibration import widest_gap
 from margingate.cli.bar import Bar
 from margingate.cli.errors import CliError
 
@@ -208,19 +209,34 @@ class Step(NamedTuple):
     margin: float  # logits
     finer: tuple[float, ...]  # best logit, exact token and margin; empty where there are none
 
+    def gap(self, dtype: str) -> float:
+        """Logits: the margin, with what rounding to `dtype` may have taken from it."""
+        return widest_gap(self.margin, self.finer[0], dtype) if self.finer else self.margin
+
+
+def steps_of(walk: Walk) -> Iterator[Step]:
+    """The decode steps of a walk, with all that is known of their logits."""
+    finer = [each for each in (walk.tops, walk.exact_tokens, walk.exact_margins) if each]
+    for i in range(FIRST - 1, len(walk.tokens)):
+        numbers = tuple(each[i] for each in finer)
+        yield Step(walk.name, i + 1, walk.tokens[i], walk.margins[i], numbers)
+
 
 def distinct(walks: Iterable[Walk]) -> list[Step]:
     """Decode steps, less those whose numbers another batch gave the same step.
 
     Steps with the same numbers are one trial: a bound on a rate may count them once.
     """
-    seen: dict[Step, None] = {}
-    for walk in walks:
-        finer = [each for each in (walk.tops, walk.exact_tokens, walk.exact_margins) if each]
-        for i in range(FIRST - 1, len(walk.tokens)):
-            numbers = tuple(each[i] for each in finer)
-            seen[Step(walk.name, i + 1, walk.tokens[i], walk.margins[i], numbers)] = None
-    return list(seen)
+    return list(dict.fromkeys(step for walk in walks for step in steps_of(walk)))
+
+
+def moved(alone: Iterable[Walk], batched: Iterable[Walk]) -> list[Step]:
+    """The batched decode steps that have other numbers than alone, and so could have flipped.
+
+    All of them where no exact margins are known: rounded logits say too little.
+    """
+    same = {step for walk in alone if walk.exact_margins for step in steps_of(walk)}
+    return [step for walk in batched for step in steps_of(walk) if step not in same]
 
 
 def flips(walks: Mapping[tuple[int, str], Walk]) -> list[dict[str, Any]]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from margingate.calibration import MANTISSA
 from margingate.cli.calibrate_measure import Walk, distinct
 
 ALONE = 1
-BITS = {"torch.bfloat16": 7, "torch.float16": 10}  # of the mantissa; float32 has 23
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _logits_dtype(record: Mapping[str, Any]) -> str:
 def _ulp(tops: np.ndarray, dtype: str) -> np.ndarray:
     """The distance of neighbouring numbers of `dtype` at these magnitudes."""
     exponents = np.floor(np.log2(np.maximum(np.abs(tops), 2.0**-100)))
-    return np.exp2(exponents - BITS.get(dtype, 23))
+    return np.exp2(exponents - MANTISSA.get(dtype, 23))
 
 
 def _prefill(

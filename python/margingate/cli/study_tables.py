@@ -70,7 +70,12 @@ def calibrated_table(record: Mapping[str, Any], calibration: Mapping[str, Any]) 
 def _distinct(calibration: Mapping[str, Any]) -> str:
     """Told where the file has it."""
     known = calibration.get("distinct_steps")
-    return f" ({known:,} of them distinct)" if isinstance(known, int) else ""
+    moved = calibration.get("moved_steps")
+    if not isinstance(known, int):
+        return ""
+    if not isinstance(moved, int):  # before they were counted apart
+        return f" ({known:,} of them distinct)"
+    return f" ({moved:,} of them with other numbers than alone, {known:,} of these distinct)"
 
 
 def first_threshold(record: Mapping[str, Any]) -> float:

@@ -23,7 +23,7 @@ _pending: ContextVar[dict[str, Any] | None] = ContextVar("margingate_pending", d
 
 DEVICE_DEFAULTS = {"cpu": {"rows": 16, "prefill_chunk": 64}}
 DEFAULTS = {"rows": 64, "prefill_chunk": 512}
-STOCK_PATH_ROWS = 256  # of a verify pass on a GPU
+STOCK_PATH_ROWS = 128  # of a verify pass on a GPU: more cost more a pass, and hold more requests
 
 
 def gate_config(server_args: Any) -> GateConfig | None:
