@@ -68,6 +68,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=256, help="at most, of a point")
     parser.add_argument("--tokens", type=int, default=200_000, help="of a point at rate inf")
     parser.add_argument("--seconds", type=float, default=8, help="of arrivals at a finite rate")
+    parser.add_argument("--repeats", type=int, default=1, help="of each point, servers in turn")
     parser.add_argument("--largest", type=int, default=256, help="requests that run at once")
     parser.add_argument("--start-s", type=float, default=240, help="for servers to come up")
     parser.add_argument("--no-prefill-graphs", action="store_true", help="a faster start")
@@ -149,7 +150,8 @@ class Run:
                 self.warm_up(server)
             modes = [mode for mode in self.args.modes if server_of(mode) in up]
             deadline = time.monotonic() + seconds
-            for i, (rate, mix) in enumerate(product(self.args.rates, self.args.mixes)):
+            loads = product(self.args.rates, self.args.mixes, range(self.args.repeats))
+            for i, (rate, mix, _) in enumerate(loads):
                 for mode in modes:
                     if i > 0 and time.monotonic() > deadline:
                         print("out of time before", mix, rate, mode, flush=True)

@@ -21,6 +21,7 @@ import numpy as np
 
 BACKEND = "margingate"  # a name of our own for SGLang's /generate client
 LONGEST = 1024  # tokens of a ShareGPT-like prompt or answer
+SLOWEST = 8  # requests of a run that are told one by one
 # What SGLang's benchmark reads from its command line; its own defaults where it has some.
 SETTINGS = {
     **{"backend": BACKEND, "dataset_name": "random-ids", "output_file": os.devnull},
@@ -105,6 +106,9 @@ class Load:
     def run(self, base_url: str, rows: list[Any], rate: float, seed: int) -> dict[str, Any]:
         """Send the requests, `rate` a second in a Poisson process, or all at once (inf).
 
+        Returns FIGURES, and as `slowest_ttft` milliseconds and prompt tokens of the SLOWEST first
+        tokens with the second at which each request was sent.
+
         Raises RuntimeError naming the first request that failed.
         """
         self._outputs.clear()
@@ -113,7 +117,14 @@ class Load:
             result = asyncio.run(self._benchmark(base_url, rows, rate))
         if failed := [output.error for output in self._outputs if not output.success]:
             raise RuntimeError(f"{len(failed)} of {len(rows)} requests failed: {failed[0]}")
-        return {name: float(result[name]) for name in FIGURES}
+        figures: dict[str, Any] = {name: float(result[name]) for name in FIGURES}
+        begun = min(output.start_time for output in self._outputs)
+        slowest = sorted(self._outputs, key=lambda output: output.ttft, reverse=True)[:SLOWEST]
+        figures["slowest_ttft"] = [
+            (round(1e3 * each.ttft, 1), each.prompt_len, round(each.start_time - begun, 3))
+            for each in slowest
+        ]
+        return figures
 
     async def _benchmark(self, base_url: str, rows: list[Any], rate: float) -> dict[str, Any]:
         result: dict[str, Any] = await self._serving.benchmark(

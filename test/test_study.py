@@ -401,6 +401,7 @@ def test_steps_leave_the_prefill_out():
     assert steps.flips.tolist() == [True, *[False] * 5, True, False]
     assert steps.prefill == {"x": (1, 2), "y": (0, 2)}
     assert steps.ulps[0] == 0.25 / 2**-4, "BF16 has 7 bits: 1/16 apart from 8 on"
+    assert steps.gaps[0] == 0.25 + 2**-4
     assert steps.signed[0] == 0.0, "exact products choose another token there"
     assert steps.exact_flips.tolist() == [*[False] * 6, True, False]
     assert steps.moved.tolist() == [True, True, True, False, True, True, True, True]
@@ -449,6 +450,7 @@ def test_tables_of_a_small_record():
     transfer = cells("Transfer: chosen on x")
     assert transfer["margin"][:5] == ("0.25", "2", "1", "1", "9.7e-01")
     assert transfer["margin, times 2"][:4] == ("0.5", "2", "1", "0")
+    assert transfer["margin, and a rounding step"][:4] == ("0.3125", "2", "1", "1")
     assert transfer["float32 lm_head that also chooses"][0] == "none"
     assert first_threshold(SMALL) == 0.265625
 

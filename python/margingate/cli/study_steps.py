@@ -18,7 +18,7 @@ ALONE = 1
 class Steps:
     """One entry per batched decode step (row 2 and later), in the record's order.
 
-    The exact arrays are empty where the server could not compute exact products.
+    `ulps`, `gaps` and the exact arrays are empty where the server computed no exact products.
     """
 
     sets: np.ndarray  # str: data set
@@ -26,6 +26,7 @@ class Steps:
     rows: np.ndarray  # int: 2 and up
     margins: np.ndarray  # logits
     ulps: np.ndarray  # the margin in steps of the logits' own precision at the best logit
+    gaps: np.ndarray  # logits: the margin and one such step, as `calibration.widest_gap`
     flips: np.ndarray  # bool: another token than alone
     moved: np.ndarray  # bool: other numbers than alone, as far as they are known
     distinct: int  # steps, less those with the numbers of the same step in another batch
@@ -48,12 +49,14 @@ def steps_of(record: Mapping[str, Any]) -> Steps:
     lengths = [len(one["tokens"]) - 1 for one in batched]
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
     rows, margins, tops, flips, signed, exact_margins, exact_flips, company, moved = columns
+    step = _ulp(tops, _logits_dtype(record))
     return Steps(
         np.repeat([sets[one["name"]] for one in batched], lengths),
         np.exp2(np.ceil(np.log2(company))).astype(int),
         rows,
         margins,
-        margins / _ulp(tops, _logits_dtype(record)) if len(tops) else tops,
+        margins / step if len(tops) else tops,
+        margins + step if len(tops) else tops,
         flips,
         moved,
         len(distinct(map(Walk.from_record, batched))),

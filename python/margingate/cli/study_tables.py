@@ -228,11 +228,16 @@ def _transfer(steps: Steps, sets: Sequence[str]) -> Table:
             rows.append(_transferred(name, signal, bar * factor, shown, ~here))
         bars = bars_by_size(signal, steps, here)
         rows.append(_transferred(f"{signal.name}, by batch size", signal, bars, "-", ~here))
+        if signal.values is steps.margins and len(steps.gaps) and (here & steps.flips).any():
+            bar = float(steps.gaps[here & steps.flips].max())
+            name = f"{signal.name}, and a rounding step"
+            rows.append(_transferred(name, signal, bar, f"{bar:.4g}", ~here))
     return Table(
         f"Transfer: chosen on {sets[0]}, tested on the others",
         f"The threshold just catches every flip of {sets[0]} ({int(here.sum()):,} steps); then, "
-        "with headroom, it is multiplied. Missed flips and the bound are of the other data sets "
-        "alone.",
+        "with headroom, it is multiplied. With a rounding step it is above what may have lain "
+        "between the two best logits before they were rounded, as margingate calibrate has it. "
+        "Missed flips and the bound are of the other data sets alone.",
         ("signal", "threshold", "steps tested", "flips", "missed", "at most, 95 %", "flagged"),
         rows if len(sets) > 1 else [],
     )
