@@ -130,7 +130,7 @@ class Server:
     def end(
         self, reason: Any = "stop", output: tuple[int, ...] = (5, 6, 7), rid: str = "r"
     ) -> None:
-        gate = SimpleNamespace(draw=None, generation=2)
+        gate = SimpleNamespace(draw=None, generation=2, penalties=None)
         ids = array("q", output)
         self.auditor.ended(
             SimpleNamespace(

@@ -32,7 +32,7 @@ def grammar(tokenizer):
 
 
 def make_request(grammar: Any, output: list[int], bias: Any = None) -> SimpleNamespace:
-    gate = SimpleNamespace(grammar_start=None)
+    gate = SimpleNamespace(grammar_start=None, penalties=None)
     params = SimpleNamespace(logit_bias=bias)
     made = SimpleNamespace(gate=gate, sampling_params=params, output_ids=[], grammar=grammar)
     constraints.begin(made)

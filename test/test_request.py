@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from margingate.config import GateConfig, GateError
-from margingate.runtime.model_defaults import warn
 from margingate.runtime.request import (
     CACHE_NAMESPACE,
     LOGPROB_LISTS,
@@ -199,10 +198,6 @@ def test_a_malformed_switch_is_answered(value):
 
 
 UNSERVED = [
-    ("frequency_penalty", 0.1),
-    ("presence_penalty", -0.1),
-    ("repetition_penalty", 1.1),
-    ("min_new_tokens", 1),
     ("custom_logit_processor", "code"),
     ("input_embeds", [[0.0]]),
     ("return_hidden_states", True),
@@ -219,41 +214,27 @@ def test_what_cannot_be_rolled_back_is_answered_with_both_ways_out(name, value):
     assert '"deterministic": false, in sampling_params or beside OpenAI\'s parameters' in text
 
 
-def test_the_models_own_penalty_is_named_with_the_ways_out():
-    req = request(repetition_penalty=1.05)
-    attach(req, CONFIG, 1.05)
-    text = req.gate.refusal
-    assert text.startswith(
-        "this request uses repetition_penalty 1.05, the default in the model's "
-        "generation_config.json, which the deterministic gate cannot roll back yet: send "
-        "repetition_penalty: 1, start the server with --sampling-defaults openai, or send "
-        '"deterministic": false, in '
-    )
-    attach(req, CONFIG, 1.1)
-    assert req.gate.refusal == refused(request(repetition_penalty=1.05)), "the client's own"
-    for served in (request(), request(OPT_OUT, repetition_penalty=1.05)):
-        attach(served, CONFIG, 1.05)
-        assert not served.gate.refusal
-
-
-class Model:
-    """Of SGLang's ModelConfig, the defaults that it gives to chat requests."""
-
-    def __init__(self, **defaults: float) -> None:
-        self.get_default_sampling_params = lambda: defaults
-
-
-def test_a_model_with_a_penalty_of_its_own_is_warned_of(caplog):
-    warn(Model(), CONFIG)
-    warn(Model(temperature=0.7, repetition_penalty=1.0), CONFIG)
-    warn(Model(repetition_penalty=1.05), GateConfig(policy="observe"))
-    assert not caplog.text
-    warn(Model(repetition_penalty=1.05), CONFIG)
-    (record,) = caplog.records
-    assert (
-        "generation_config.json gives chat requests repetition_penalty 1.05" in record.getMessage()
-    )
-    assert "--sampling-defaults openai" in record.getMessage()
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("frequency_penalty", 0.1),
+        ("presence_penalty", -0.1),
+        ("repetition_penalty", 1.1),
+        ("min_new_tokens", 1),
+    ],
+)
+def test_penalties_are_the_gates_from_here_on(name, value):
+    req = request(**{name: value})
+    attach(req, CONFIG)
+    neutral = request().sampling_params
+    assert req.gate.gated and not req.gate.refusal
+    assert getattr(req.gate.penalties, name.removesuffix("_penalty")) == value
+    assert getattr(req.sampling_params, name) == getattr(neutral, name), "SGLang has none"
+    ungated = request(OPT_OUT, **{name: value})
+    attach(ungated, CONFIG)
+    assert ungated.gate.penalties is None and getattr(ungated.sampling_params, name) == value
+    attach(plain := request(), CONFIG)
+    assert plain.gate.penalties is None
 
 
 @pytest.mark.parametrize(
@@ -361,7 +342,7 @@ def test_a_request_that_is_not_gated_cannot_ask_for_a_gated_namespace(extra):
         ({"temperature": 0, "custom_params": OPT_OUT}, False, ""),
         ({"temperature": 0.7}, False, ""),
         ({"temperature": 0, "regex": "a+"}, True, ""),
-        ({"temperature": 0, "min_new_tokens": 2}, False, "this request uses min_new_tokens, "),
+        ({"temperature": 0, "min_new_tokens": 2, "repetition_penalty": 1.1}, True, ""),
     ],
 )
 def test_a_request_of_sglang_has_what_the_stand_in_has(params, gated, refusal):

@@ -27,6 +27,7 @@ def make_request(key: str, **changes: Any) -> SimpleNamespace:
     given.setdefault("grammar", None)
     given["sampling_params"] = SimpleNamespace(logit_bias=given.pop("bias", None))
     gate = SimpleNamespace(key=key, draw=given.pop("draw", None), grammar_start=None)
+    gate.penalties = None
     return SimpleNamespace(gate=gate, rid=key, **given)
 
 

@@ -32,6 +32,8 @@ def next_batch(controller: GateController, original: Any, running: Any, last: An
         reqs, controller.rejoining = controller.rejoining, []
         running = rollback.rejoin(controller.scheduler, running, reqs)
     plan = original(controller.scheduler, running_batch=running, last_batch=last)
+    if plan.batch_to_run is not None and plan.batch_to_run.forward_mode.is_extend():
+        controller.penalties.admit(plan.batch_to_run)
     if plan.batch_to_run is None and (controller.held or controller.queue_waits()):
         controller.settle_all()  # nobody will join them: verify now, decode on in the next turn
     for observer in controller.observers:

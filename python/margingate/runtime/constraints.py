@@ -1,4 +1,4 @@
-"""What a request's parameters do to its logits before a token is chosen: a grammar, a bias.
+"""What a request's parameters do to its logits before a token is chosen: penalties, grammar, bias.
 
 A grammar's state follows from the tokens so far. So a row that is verified gets the mask that the
 fast path had, and a request that is taken back gets the state that its tokens lead to: both by
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from margingate.runtime import penalties, state
+
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
@@ -21,9 +23,12 @@ class Constraint:
     grammar: Any  # SGLang's grammar object, for how its mask is applied; None: no mask
     mask: torch.Tensor | None  # [1, words], as the grammar's backend makes it
     bias: dict[int, float]  # logits by token id
+    penalty: penalties.RowPenalty | None = None
 
     def apply(self, logits: torch.Tensor) -> None:
-        """Change one row of logits, [1, vocab], in place, as SGLang does."""
+        """Change one row of logits, [1, vocab], in place, as the fast path does."""
+        if self.penalty is not None:
+            self.penalty.apply(logits)
         if self.mask is not None:
             mask = self.grammar.move_vocab_mask(self.mask, logits.device)
             self.grammar.apply_vocab_mask(logits, mask)
@@ -36,7 +41,11 @@ class Constraint:
 
 def constrained(req: Any) -> bool:
     """Whether the request has any; a grammar is there once its request is queued."""
-    return req.grammar is not None or bool(req.sampling_params.logit_bias)
+    return (
+        req.grammar is not None
+        or bool(req.sampling_params.logit_bias)
+        or req.gate.penalties is not None
+    )
 
 
 def begin(req: Any) -> None:
@@ -46,7 +55,9 @@ def begin(req: Any) -> None:
 
 
 def follow(req: Any) -> None:
-    """The output was changed: the grammar's state becomes the one that it leads to."""
+    """The output was changed: grammar and counts become those that it leads to."""
+    if req.gate.penalties is not None:
+        state.controller().penalties.recount(req)
     if req.gate.grammar_start is not None:
         req.grammar = req.gate.grammar_start.copy()
         _walk(req.grammar, req.output_ids)
@@ -69,7 +80,9 @@ def of_rows(req: Any, rows: Sequence[int], size: int) -> Iterator[Constraint | N
             mask = grammar.allocate_vocab_mask(size, 1, "cpu")
             grammar.fill_vocab_mask(mask, 0)
         done = row - 1
-        yield Constraint(grammar, mask, bias) if bias or mask is not None else None
+        penalty = penalties.of_row(req, row)
+        free = mask is None and not bias and penalty is None
+        yield None if free else Constraint(grammar, mask, bias, penalty)
 
 
 def _walk(grammar: Any, tokens: Sequence[int]) -> bool:

@@ -19,6 +19,7 @@ from margingate.runtime import (
     fingerprint,
     integrity,
     own_attention,
+    penalties,
     retraction,
     rollback,
     verdicts,
@@ -73,6 +74,9 @@ class GateController:
             scheduler.tree_cache.share(self.prefill)
         self.fingerprint = fingerprint.make(scheduler, config, self.verifier, self.prefill)
         self.auditor = Auditor(self)
+        pages = runner.req_to_token_pool.req_to_token
+        vocabulary = scheduler.model_config.vocab_size
+        self.penalties = penalties.Table(len(pages), vocabulary, pages.device)
         self.totals = Counts()
         self.histogram = MarginHistogram()
         self.reasons: dict[str, int] = {}

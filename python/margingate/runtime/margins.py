@@ -36,6 +36,9 @@ def sample(original: Any, runner: Any, logits_output: Any, forward_batch: Any) -
     a seed get the gate's own draw.
     """
     info = forward_batch.sampling_info
+    controller = state.active()
+    if controller is not None:
+        controller.penalties.apply(logits_output.next_token_logits, forward_batch)
     decode = forward_batch.forward_mode.is_decode()
     positions = forward_batch.positions if decode else forward_batch.seq_lens - 1
     forward = _Forward(info, info.sampling_seed, positions, forward_batch.return_logprob)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from margingate.config import GateConfig
-from margingate.runtime.model_defaults import DEFAULTS_FILE, NO_DEFAULTS, PENALTY
+from margingate.runtime.penalties import Penalties, take
 from margingate.runtime.seeds import LARGEST_SEED, Draw, draw_of
 
 SWITCH = "deterministic"
@@ -78,6 +78,7 @@ class GateRequest:
     ungated_because: str = ""
     refusal: str = ""
     draw: Draw | None = None  # None: greedy
+    penalties: Penalties | None = None  # SGLang's own parameters are neutral then
     faults: frozenset[int] = frozenset()
     counts: Counts = field(default_factory=Counts)
     hold: Hold | None = None
@@ -137,23 +138,23 @@ def logprob_lists(req: Any) -> dict[str, list[Any]]:
     return {name: values for name, values in lists.items() if values}
 
 
-def attach(req: Any, config: GateConfig, default_penalty: float = 1.0) -> None:
+def attach(req: Any, config: GateConfig) -> None:
     """Set `req.gate` from the request's own parameters, and its radix-tree namespace.
 
-    Args:
-        default_penalty: the model's own repetition_penalty, for the sentence that refuses it.
+    Mutates the parameters of a gated request: its penalties are the gate's from here on.
     """
-    gate = _classify(req, config, default_penalty)
+    gate = _classify(req, config)
     req.gate = gate
     if config.study:
         gate.columns_wanted = _columns_wanted(req)
     if gate.gated:
+        gate.penalties = take(req.sampling_params)
         req.extra_key = CACHE_NAMESPACE + (req.extra_key or "")
     elif (req.extra_key or "").startswith(CACHE_NAMESPACE):
         req.extra_key = "not-" + req.extra_key
 
 
-def _classify(req: Any, config: GateConfig, default_penalty: float) -> GateRequest:
+def _classify(req: Any, config: GateConfig) -> GateRequest:
     key = f"{next(_serial)}:{req.rid}"
     params = req.sampling_params
     custom = params.custom_params or {}
@@ -181,7 +182,7 @@ def _classify(req: Any, config: GateConfig, default_penalty: float) -> GateReque
     draw = draw_of(params)
     if draw is not None and (refusal := _not_drawable(draw, params.n)):
         return GateRequest(key, False, "refused", refusal)
-    if refusal := _not_yet_served(req, default_penalty):
+    if refusal := _not_yet_served(req):
         return GateRequest(key, False, "refused", refusal)
     return GateRequest(key, True, draw=draw, faults=frozenset(faults))
 
@@ -248,28 +249,20 @@ def _outside_vocabulary(ids: Any, size: int, name: str = "input_ids") -> str:
     return f"{name} holds {bad}, but the model's vocabulary is 0 to {size - 1}."
 
 
-def _not_yet_served(req: Any, default_penalty: float) -> str:
-    feature, way_out = _unserved(req), "drop it"
+def _not_yet_served(req: Any) -> str:
+    feature = _unserved(req)
     if not feature:
         return ""
-    if feature == PENALTY and req.sampling_params.repetition_penalty == default_penalty:
-        feature += f" {default_penalty:g}, the default in the model's {DEFAULTS_FILE}"
-        way_out = f"send {PENALTY}: 1, start the server with {NO_DEFAULTS}"
     return (
-        f"this request uses {feature}, which the deterministic gate cannot roll back yet: "
-        f'{way_out}, or send "{SWITCH}": false, in sampling_params or beside OpenAI\'s '
-        "parameters, to be served without the gate."
+        f"this request uses {feature}, which the deterministic gate cannot roll back yet: drop it, "
+        f'or send "{SWITCH}": false, in sampling_params or beside OpenAI\'s parameters, to be '
+        "served without the gate."
     )
 
 
 def _unserved(req: Any) -> str:
     """The first feature of the request that the gate does not serve, or an empty string."""
-    params = req.sampling_params
     features = (
-        (params.frequency_penalty != 0, "frequency_penalty"),
-        (params.presence_penalty != 0, "presence_penalty"),
-        (params.repetition_penalty != 1, PENALTY),
-        (params.min_new_tokens > 0, "min_new_tokens"),
         (req.custom_logit_processor is not None, "custom_logit_processor"),
         (req.input_embeds is not None, "input_embeds"),
         (req.positional_embed_overrides is not None, "embedding overrides"),

@@ -19,7 +19,6 @@ from margingate.runtime import (
     hook_table,
     hooks,
     metrics,
-    model_defaults,
     pacing,
     radix,
     request,
@@ -65,9 +64,6 @@ def launch(original: Any, cls: Any, server_args: Any, *args: Any, **kwargs: Any)
     hooks.install(hook_table.TOKENIZER_HOOKS)
     result = original(cls, server_args, *args, **kwargs)
     confirm_schedulers(result)
-    tokenizer_manager = result[0]
-    if tokenizer_manager is not None:  # on the first node
-        model_defaults.warn(tokenizer_manager.model_config, config)
     return result
 
 
@@ -75,8 +71,7 @@ def request_init(_result: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
     """AFTER Req.__init__."""
     controller = state.active()
     if controller is not None:
-        default_penalty = model_defaults.penalty(controller.scheduler.model_config)
-        request.attach(req, controller.config, default_penalty)
+        request.attach(req, controller.config)
         req.gate.generation = controller.fingerprint.admit()
 
 
