@@ -1,16 +1,17 @@
-"""Gated requests with a grammar or a bias: the same answers, and flips repaired under the mask."""
+"""Gated requests with a grammar, a bias or penalties: the same answers, and flips repaired."""
 
 from __future__ import annotations
 
 import json
 import random
 import re
+from collections import Counter
 
 import openai
 import pytest
 from checks import assert_clean, assert_gate_worked, assert_same, forced
 
-from margingate.client import Answer, Client, Prompt
+from margingate.client import Answer, Client
 
 TOKENS = 48
 SCHEMA = {
@@ -24,7 +25,13 @@ SCHEMA = {
     "additionalProperties": False,
 }
 REGEX = r"(yes|no|maybe), because [a-z ]{5,30}\."
-KINDS = ({"json_schema": json.dumps(SCHEMA)}, {"regex": REGEX}, {"logit_bias": {"260": 4.0}}, {})
+FORMS = ({"json_schema": json.dumps(SCHEMA)}, {"regex": REGEX}, {"logit_bias": {"260": 4.0}}, {})
+PENALTIES = (
+    {"frequency_penalty": 0.6, "presence_penalty": 0.4},
+    {"repetition_penalty": 1.25},
+    {"min_new_tokens": 40, "repetition_penalty": 1.05},
+    {},
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +42,16 @@ def client(start) -> Client:
     return Client(start(*args, env=retract).base_url, TOKENS)
 
 
+@pytest.fixture(scope="module", params=(FORMS, PENALTIES), ids=("forms", "penalties"))
+def kinds(request) -> tuple[dict, ...]:
+    """What the prompts are asked with in turn, the last ones with nothing."""
+    kinds: tuple[dict, ...] = request.param
+    return kinds
+
+
 @pytest.fixture(scope="module")
-def params(prompts) -> dict[str, dict]:
-    """Half of the prompts with a grammar, a quarter with a bias, a quarter with nothing."""
-    return {prompt.name: KINDS[i % len(KINDS)] for i, prompt in enumerate(prompts)}
+def params(prompts, kinds) -> dict[str, dict]:
+    return {prompt.name: kinds[i % len(kinds)] for i, prompt in enumerate(prompts)}
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +60,34 @@ def alone(client, prompts, params) -> list[Answer]:
     return [client.alone([prompt], sampling_params=own)[0] for prompt, own in asked]
 
 
-def assert_in_form(answers: list[Answer], prompts: list[Prompt]) -> None:
+def assert_in_form(answers: list[Answer]) -> None:
     for i, answer in enumerate(answers):
         ended = answer.meta["finish_reason"]["type"] == "stop"
-        if i % len(KINDS) == 0:
+        if i % len(FORMS) == 0:
             assert not ended or set(json.loads(answer.text)) == set(SCHEMA["properties"])
-        if i % len(KINDS) == 1:
+        if i % len(FORMS) == 1:
             assert not ended or re.fullmatch(REGEX, answer.text), answer.text
     assert sum(answer.meta["finish_reason"]["type"] == "stop" for answer in answers) >= 2
 
 
-def test_answers_keep_their_form_and_are_those_alone(client, prompts, params, alone):
-    assert_in_form(alone, prompts)
+def assert_penalised(answers: list[Answer], plain: list[Answer]) -> None:
+    def most(some: list[Answer]) -> int:
+        """How often the commonest token of each came, in all."""
+        return sum(max(Counter(answer.tokens).values()) for answer in some)
+
+    for i, (answer, without) in enumerate(zip(answers, plain, strict=True)):
+        if i % len(PENALTIES) == 2:
+            assert len(answer.tokens) >= 40
+        elif i % len(PENALTIES) == 3:
+            assert answer.tokens == without.tokens
+    assert most(answers[:2]) < most(plain[:2])
+
+
+def test_answers_are_as_asked_and_those_alone(client, prompts, params, kinds, alone):
+    if kinds is FORMS:
+        assert_in_form(alone)
+    else:
+        assert_penalised(alone, client.alone(prompts))
     for seed in range(2):
         before = client.gate_state()
         order = random.Random(seed).sample(prompts, len(prompts))
@@ -68,7 +97,7 @@ def test_answers_keep_their_form_and_are_those_alone(client, prompts, params, al
     assert_clean(client)
 
 
-def test_flips_are_repaired_under_the_mask(client, prompts, params, alone):
+def test_flips_are_repaired_under_the_mask_and_counted_anew(client, prompts, params, alone):
     before = client.gate_state()
     faults = {name: {**own, **forced([1, 3, 8, 9, 17])} for name, own in params.items()}
     answers = client.together(prompts, params=faults)
@@ -93,6 +122,19 @@ def test_log_probs_of_constrained_rows_are_those_alone(client, prompts, params):
     assert [values(answer) for answer in plain] == [values(answer) for answer in mended]
 
 
+def test_all_of_them_at_once_are_the_same(client, prompts):
+    own = {
+        prompts[0].name: {"regex": r"[a-z ]{20,60}\.", "repetition_penalty": 1.2},
+        prompts[1].name: {"temperature": 0.9, "sampling_seed": 7, "frequency_penalty": 0.5},
+        prompts[2].name: {"logit_bias": {"260": 3.0}, "presence_penalty": 1.0},
+    }
+    some = prompts[:3]
+    reference = [client.alone([each], sampling_params=own[each.name])[0] for each in some]
+    faults = {name: {**each, **forced([2, 7])} for name, each in own.items()}
+    assert_same(reference, client.together(some, params=faults))
+    assert_clean(client)
+
+
 def test_seeded_draws_with_a_grammar_are_the_same(client, prompts):
     own = {"json_schema": json.dumps(SCHEMA), "temperature": 0.8, "sampling_seed": 5}
     some = prompts[:4]
@@ -101,7 +143,7 @@ def test_seeded_draws_with_a_grammar_are_the_same(client, prompts):
     assert_same(reference, client.together(some, sampling_params=own))
 
 
-def test_json_mode_of_the_openai_client(client, prompts):
+def test_the_openai_client_has_json_mode_and_penalties(client):
     """Streamed and at once; the schema goes where OpenAI's clients put it."""
     api = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none")
     form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
@@ -118,3 +160,9 @@ def test_json_mode_of_the_openai_client(client, prompts):
     text = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
     assert text == once.choices[0].message.content
     assert once.metadata["gate"][0]["gated"]
+    del asked["response_format"]
+    plain = api.chat.completions.create(**asked)
+    less = [api.chat.completions.create(**asked, frequency_penalty=1.5) for _ in range(2)]
+    texts = [reply.choices[0].message.content for reply in (plain, *less)]
+    assert texts[0] != texts[1] == texts[2]
+    assert less[0].metadata["gate"][0]["gated"]
