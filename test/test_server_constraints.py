@@ -115,6 +115,8 @@ def test_log_probs_of_constrained_rows_are_those_alone(client, prompts, params):
 
     some, ask = prompts[:3], {"return_logprob": True, "top_logprobs_num": 2}
     own = {prompt.name: {**params[prompt.name], "max_new_tokens": 12} for prompt in some}
+    for each in own.values():
+        each["min_new_tokens"] = min(each.get("min_new_tokens", 0), 8)
     plain = [client.alone([p], sampling_params=own[p.name], **ask)[0] for p in some]
     faults = {name: {**each, **forced([2, 6])} for name, each in own.items()}
     mended = client.together(some, params=faults, **ask)
