@@ -337,7 +337,7 @@ BAD_REQUESTS = [
     ({"sampling_params": {"custom_params": "x", "deterministic": True}}, "custom_params is"),
     ({"sampling_params": {"temperature": 0.7, "sampling_seed": "a"}}, "sampling_seed is"),
     ({"sampling_params": {"min_new_tokens": -2}}, "min_new_tokens"),
-    ({"return_hidden_states": True}, "return_hidden_states"),
+    ({"return_hidden_states": True}, "hidden states"),
     ({"sampling_params": {"regex": "(a"}}, "regex"),
     ({"sampling_params": {"logit_bias": {"49152": 1.0}}}, "logit_bias"),
 ]
