@@ -390,7 +390,7 @@ def test_the_kernel_takes_calls_of_any_size(calls, monkeypatch):
     invariance._plans[id(layer)] = RowPlan(1, 32, own_kernel=True)
     monkeypatch.setattr(invariance, "_limit", math.inf)
     monkeypatch.setattr(
-        probe_plans, "invariant_matmul", lambda x, *, weight, bias: in_order(x) + (bias or 0)
+        invariance, "invariant_matmul", lambda x, *, weight, bias: in_order(x) + (bias or 0)
     )
     x, found, made = apply(calls, layer, 100)
     assert made == [] and torch.equal(found, in_order(x))

@@ -19,6 +19,7 @@ from margingate.config import GateConfig
 from margingate.core.rowclass import RowPlan
 from margingate.runtime import attention, own_attention, probe, probe_cache, probe_plans
 from margingate.runtime.arguments import gate_config
+from margingate.runtime.invariant_matmul import invariant_matmul
 from margingate.runtime.probe_attention import probe_attention
 
 logger = logging.getLogger(__name__)
@@ -140,7 +141,7 @@ def apply_linear(original: Any, method: Any, layer: Any, x: torch.Tensor, bias: 
     if plan is None or x.dim() != 2 or x.shape[0] > _limit or plan.holds(x.shape[0]):
         return original(method, layer, x, bias)  # more: a prefill that is canonical by its shape
     if plan.own_kernel:
-        return probe_plans.invariant_matmul(x, weight=layer.weight, bias=bias)
+        return invariant_matmul(x, weight=layer.weight, bias=bias)
     return _in_class(plan, x, lambda piece: original(method, layer, piece, bias))
 
 
@@ -153,7 +154,7 @@ def compute_lm_head(
         return original(processor, hidden, lm_head, bias)
     if plan.own_kernel:
         weight = lm_head.weight
-        return probe_plans.invariant_matmul(hidden.to(weight.dtype), weight=weight, bias=bias)
+        return invariant_matmul(hidden.to(weight.dtype), weight=weight, bias=bias)
     return _in_class(plan, hidden, lambda piece: original(processor, piece, lm_head, bias))
 
 

@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from margingate.config import GateError
 from margingate.core.rowclass import NoPlanError, RowPlan, Times, choose, timed_counts
 from margingate.runtime import probe
+from margingate.runtime.invariant_matmul import compile_ahead, invariant_matmul, kernel_counts
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +34,16 @@ def probe_groups(
     Raises:
         GateError: an operator whose rows depend on each other at a fixed row count.
     """
-    return [_probe_group(same, probe.row_counts(largest), prefill) for same in found.values()]
+    counts = probe.row_counts(largest)
+    measured = [_classes(same[0], counts, prefill) for same in found.values()]
+    most = max(*counts, *prefill)
+    compile_ahead(
+        _unsteady(found.values(), measured), sorted({*counts, *prefill, *kernel_counts(most)})
+    )
+    return [
+        _finding(same, each, bool(prefill))
+        for same, each in zip(found.values(), measured, strict=True)
+    ]
 
 
 def plans(
@@ -48,23 +59,46 @@ def plans(
     }
 
 
-def _probe_group(
-    same: list[probe.Member], counts: Sequence[int], prefill: Sequence[int]
-) -> probe.Finding:
-    first, start = same[0], time.monotonic()
-    weight = first.module.weight
+class Classes(NamedTuple):
+    """Of the row counts that an operator was measured at."""
+
+    decode: dict[int, int]
+    wide: dict[int, int]  # with those of prefill, where the operator has such
+    seconds: float
+
+
+def _classes(first: probe.Member, counts: Sequence[int], prefill: Sequence[int]) -> Classes:
+    start, weight = time.monotonic(), first.module.weight
     with torch.inference_mode(), probe.refusing(first.name):
         width = weight.shape[-1]
-        classes = probe.probe_operator(first.operator, width, counts, weight)
-        wide, head = classes, first.name == probe.HEAD  # which has a row a request
-        if prefill and not head:
+        classes = wide = probe.probe_operator(first.operator, width, counts, weight)
+        if prefill and first.name != probe.HEAD:  # which has a row a request
             wide = probe.extended(first.operator, width, classes, prefill, weight)
-        plan, holds = None, bool(prefill) and len(set(wide.values())) == 1
-        if first.kind == "linear":
-            many = wide if prefill and not head else None
-            plan, holds = plan_of(first.operator, weight, classes, many, widened=first.widened)
-            holds |= bool(prefill) and head  # more rows run in pieces
-    seconds = time.monotonic() - start
+    return Classes(classes, wide, time.monotonic() - start)
+
+
+def _unsteady(
+    found: Iterable[list[probe.Member]], measured: Iterable[Classes]
+) -> Iterator[torch.Tensor]:
+    """Weights of the layers that may need the batch-invariant kernel."""
+    for (first, *_), classes in zip(found, measured, strict=True):
+        if first.kind == "linear" and not first.widened and len(set(classes.wide.values())) > 1:
+            yield first.module.weight
+
+
+def _finding(same: list[probe.Member], measured: Classes, prefilled: bool) -> probe.Finding:
+    first, start = same[0], time.monotonic()
+    weight, wide = first.module.weight, measured.wide
+    plan, holds = None, prefilled and len(set(wide.values())) == 1
+    if first.kind == "linear":
+        head = first.name == probe.HEAD
+        many = wide if prefilled and not head else None
+        with torch.inference_mode(), probe.refusing(first.name):
+            plan, holds = plan_of(
+                first.operator, weight, measured.decode, many, widened=first.widened
+            )
+        holds |= prefilled and head  # more rows run in pieces
+    seconds = measured.seconds + time.monotonic() - start
     shape = tuple(weight.shape)
     return probe.Finding(first.kind, first.name, shape, len(same), wide, plan, seconds, holds)
 
@@ -150,26 +184,17 @@ def settle_kernels(
         start = time.monotonic()
         own = partial(invariant_matmul, weight=weight, bias=None)
         with torch.inference_mode(), _running(first.name):
-            for count in _kernel_counts(min(plan.high, decoded)):
+            for count in kernel_counts(min(plan.high, decoded)):
                 own(weight.new_zeros(count, weight.shape[-1]))
             if plan.high > decoded:
                 try:
-                    holds &= _in_one_class(own, _kernel_counts(plan.high), weight)
+                    holds &= _in_one_class(own, kernel_counts(plan.high), weight)
                 except probe.RowDependenceError:
                     holds = False
         seconds = time.monotonic() - start
         if seconds > 1:
             logger.info("margingate: kernels for %s are ready (%.1f s)", first.name, seconds)
     return holds
-
-
-def _kernel_counts(largest: int) -> list[int]:
-    """Row counts up to `largest` that meet every kernel the batch-invariant matmul has for them.
-
-    Its tiles have 16 rows, 32 or a multiple of 64; Triton compiles multiples of 16 apart.
-    """
-    counts = {1, 16, 17, 33, 49, *range(65, largest, 64), largest}
-    return sorted(count for count in counts if count <= largest)
 
 
 @contextmanager
@@ -182,15 +207,6 @@ def _running(name: str) -> Iterator[None]:
             f"--deterministic-gate planned to run {name} by SGLang's batch-invariant matmul, which "
             f"does not run here ({reason}): start once with --gate-probe fresh to plan without it."
         ) from error
-
-
-def invariant_matmul(
-    x: torch.Tensor, *, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """SGLang's batch-invariant kernel: x [rows, inputs] by weight [outputs, inputs]."""
-    from sglang.srt.batch_invariant_ops import matmul_persistent
-
-    return matmul_persistent(x.contiguous(), weight.T, bias)
 
 
 def _microseconds(
