@@ -9,6 +9,7 @@ import os
 import pickle
 import socket
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -364,6 +365,7 @@ VALUES: dict[str, Any] = {
     "--kv-canary": "log",
     "--elastic-ep-backend": "mooncake",
     "--rl-on-policy-target": "fsdp",
+    "--cuda-graph-backend-prefill": "tc_piecewise",
     "--page-size": 16,
     "--tokenizer-worker-num": 2,
     "--radix-cache-backend": "another",
@@ -412,6 +414,14 @@ def test_each_setting_is_refused_on_the_command_line(prepare, refusal):
     """Before SGLang's own checks of the option, so that the sentence is the gate's."""
     value = [str(VALUES[refusal.option])] if refusal.option in VALUES else []
     check_refused(exits(prepare, GATE, refusal.option, *value), refusal)
+
+
+def test_prefill_graphs_are_judged_by_what_sglang_resolved(server_args_class):
+    for backend, refused in (("full", True), ("tc_piecewise", True), ("breakable", False)):
+        prefill = SimpleNamespace(prefill=SimpleNamespace(backend=backend))
+        changes = {"cuda_graph_config": prefill, "cuda_graph_backend_prefill": None}
+        with pytest.raises(GateError) if refused else nullcontext():
+            refusals.refuse_server(stand_in(server_args_class, **changes))
 
 
 def test_hidden_states_are_refused_by_their_other_name_too(prepare):

@@ -28,6 +28,13 @@ def _above_one(name: str) -> Callable[[Any], bool]:
     return lambda args: (getattr(args, name) or 1) > 1
 
 
+def _prefill_graphs(args: Any) -> bool:
+    """Whether prefill graphs are of a kind that the gate was not tried with."""
+    chosen = getattr(args.cuda_graph_config, "prefill", None)  # of resolved arguments
+    backend = getattr(chosen, "backend", args.cuda_graph_backend_prefill)
+    return backend in ("tc_piecewise", "full")
+
+
 _TREE = "its copies of K/V columns would go stale when a column is repaired"
 _DROP = "drop the option"
 
@@ -138,6 +145,12 @@ SERVER_REFUSALS = (
         "--enable-torch-compile",
         "compiled batch sizes use other kernels than the verifier",
         _DROP,
+    ),
+    Refusal(
+        _prefill_graphs,
+        "--cuda-graph-backend-prefill",
+        "compiled or whole prefill graphs pass the layers by that it keeps canonical",
+        "use breakable or disabled",
     ),
     Refusal(
         lambda a: a.page_size not in (None, 1),
