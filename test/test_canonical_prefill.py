@@ -20,8 +20,9 @@ ALONE, TOGETHER, DECODED = Prefill(), Prefill(together=True), Prefill(True, as_d
 class World:
     """A scheduler, its pools and a verifier whose columns and logits follow from the tokens.
 
-    What a forward gives is changed in the last bit by `noise(kind, requests, start)`: of a prefill
-    by how many share it and where it starts, of a verify pass ("decode") by its first position.
+    What a forward gives is changed in the last bit by `noise(kind, requests, start, rows)`: of a
+    prefill by how many share it, where it starts and its rows, of a verify pass ("decode") by its
+    first position.
     """
 
     def __init__(self, noise: Callable[..., bool] = lambda *_: False, rows: int = 16) -> None:
@@ -31,14 +32,18 @@ class World:
         )
         self.max_req_len = SLOTS - 1
         self.model_config = SimpleNamespace(vocab_size=VOCABULARY)
-        self.req_to_token_pool = SimpleNamespace(req_to_token=torch.zeros(8, SLOTS).int())
+        self.req_to_token_pool = SimpleNamespace(
+            req_to_token=torch.zeros(8, SLOTS).int(), available_size=lambda: len(self.idle)
+        )
         self.keys = [torch.zeros(SLOTS, 2) for _ in range(LAYERS)]
         cache = SimpleNamespace(
             start_layer=1,
             layer_num=LAYERS,
             get_kv_buffer=lambda layer: (self.keys[layer - 1], -self.keys[layer - 1]),
         )
-        self.token_to_kv_pool_allocator = SimpleNamespace(get_kvcache=lambda: cache)
+        self.token_to_kv_pool_allocator = SimpleNamespace(
+            get_kvcache=lambda: cache, available_size=lambda: len(self.free)
+        )
         self.free, self.idle = list(range(1, SLOTS)), list(range(1, 8))
         self.forwards: list[list[tuple[str, int, int]]] = []
         self.passes: list[tuple[int, int]] = []
@@ -56,7 +61,8 @@ class World:
                 req.req_pool_idx = self.idle.pop()
             tokens = list(req.full_untruncated_fill_ids)
             self.allocate(req, start, end)
-            other = self.noise("prefill", len(parts), start)
+            rows = sum(end - start for _, start, end in parts)
+            other = self.noise("prefill", len(parts), start, rows)
             logits += [self.compute(req.req_pool_idx, range(start, end), tokens, other)[-1]]
         return torch.stack(logits)
 
@@ -99,7 +105,7 @@ class World:
     def forward(self, rows: Sequence[Any], count: int) -> torch.Tensor:
         self.passes.append((len(rows), count))
         tokens = {row.position: row.token for row in rows}
-        positions, other = [*tokens], self.noise("decode", 1, rows[0].position)
+        positions, other = [*tokens], self.noise("decode", 1, rows[0].position, count)
         logits = self.compute(rows[0].pool_index, positions, tokens, other)
         padding = [torch.full((VOCABULARY,), torch.nan)] * (count - len(rows))
         return torch.stack(logits + padding)
@@ -137,9 +143,10 @@ def test_what_agrees_everywhere_holds_everywhere(monkeypatch, caplog):
     with caplog.at_level(logging.INFO):
         assert run(world, monkeypatch) == DECODED
     assert "prefilled together; decoded columns have the same bits" in caplog.text
-    alone, beside, *chunks, rest = world.forwards
+    alone, beside, largest, *chunks, rest = world.forwards
     assert alone == [("margingate-alone", 0, LONGEST)]
     assert [(start, end) for _, start, end in beside] == [(0, 300), (0, LONGEST), (0, 5)]
+    assert [(start, end) for _, start, end in largest] == [(0, SLOTS - 2 - LONGEST), (0, LONGEST)]
     cuts = [(start, end) for ((_, start, end),) in chunks]
     assert cuts == [(0, 100), (100, 450), (450, 899), (899, 900)], "one row is left for the end"
     assert rest == [("margingate-decoded", 0, LONGEST - 16)] and world.passes == [(16, 16)]
@@ -147,15 +154,16 @@ def test_what_agrees_everywhere_holds_everywhere(monkeypatch, caplog):
 
 
 NOISE: dict[str, Callable[[str, int, int], bool]] = {
-    "beside others": lambda kind, count, start: kind == "prefill" and count > 1,
-    "in later chunks": lambda kind, count, start: kind == "prefill" and start > 0,
-    "in one row at the end": lambda kind, count, start: kind == "prefill" and start == 899,
-    "in decode": lambda kind, count, start: kind == "decode",
+    "beside others": lambda kind, count, start, rows: kind == "prefill" and count > 1,
+    "in the largest": lambda kind, count, start, rows: kind == "prefill" and rows > 1500,
+    "in later chunks": lambda kind, count, start, rows: kind == "prefill" and start > 0,
+    "in one row at the end": lambda kind, count, start, rows: kind == "prefill" and start == 899,
+    "in decode": lambda kind, count, start, rows: kind == "decode",
 }
 
 
 @pytest.mark.parametrize(
-    ("differs", "expected"), zip(NOISE, [ALONE, ALONE, ALONE, TOGETHER]), ids=NOISE
+    ("differs", "expected"), zip(NOISE, [ALONE, ALONE, ALONE, ALONE, TOGETHER]), ids=NOISE
 )
 def test_what_differs_is_not_used(differs, expected, monkeypatch, caplog):
     world = World(NOISE[differs])
@@ -222,8 +230,10 @@ def test_the_prompt_fits_into_small_chunks_and_pools(chunk, longest, monkeypatch
     world = World(rows=256)
     world.server_args.chunked_prefill_size, world.max_req_len = chunk, longest
     assert run(world, monkeypatch) == DECODED
-    most = max(sum(end - start for _, start, end in parts) for parts in world.forwards)
-    assert most <= max(longest, 16)
+    most = [sum(end - start for _, start, end in parts) for parts in world.forwards]
+    largest = most.pop(2)
+    assert max(most) <= max(longest, 16)
+    assert largest <= (SLOTS - 2 if chunk in (None, -1) else max(chunk, 8)), "as many as may be"
     whole = world.forwards[0][0][2]
     assert 8 <= whole <= LONGEST
     assert chunk not in (64, 1000) or whole < chunk
@@ -246,9 +256,9 @@ def test_ranks_use_what_all_of_them_found(monkeypatch):
 
     def gather(into: list[Any], flags: list[bool], group: str) -> None:
         said.append(flags)
-        into[:] = [flags, [True] if len(flags) == 1 else [True, True, False]]
+        into[:] = [flags, [True] if len(flags) == 1 else [True, True, True, False]]
 
     monkeypatch.setattr(ranks.torch.distributed, "all_gather_object", gather)
     monkeypatch.setattr(ranks.torch.distributed, "get_world_size", lambda _group: 2)
     assert run(world, monkeypatch) == TOGETHER
-    assert said == [[True], [True, True, True]]
+    assert said == [[True], [True] * 4]

@@ -21,7 +21,7 @@ from margingate.core.rowclass import (
     runs,
     timed_counts,
 )
-from margingate.runtime import invariance, probe, probe_plans
+from margingate.runtime import invariance, probe, probe_plans, ranks
 
 
 @given(st.integers(1, 64), st.integers(0, 64), st.integers(1, 700))
@@ -161,9 +161,9 @@ def test_a_model_with_such_a_layer_is_refused_by_name():
 def test_pieces_and_padding_keep_the_bits(rows):
     x = torch.randn(rows, 40, generator=torch.Generator().manual_seed(2)).bfloat16()
     one_by_one = torch.cat([split_by_count(row[None]) for row in x])
-    assert torch.equal(invariance._in_class(RowPlan(1, 8), x, split_by_count), one_by_one)
+    assert torch.equal(probe_plans.run_in_class(RowPlan(1, 8), x, split_by_count), one_by_one)
     nine = torch.cat([split_by_count(row.expand(9, -1))[:1] for row in x])
-    assert torch.equal(invariance._in_class(RowPlan(9, 64), x, split_by_count), nine)
+    assert torch.equal(probe_plans.run_in_class(RowPlan(9, 64), x, split_by_count), nine)
 
 
 def in_order(x: torch.Tensor) -> torch.Tensor:
@@ -210,8 +210,13 @@ def test_rows_that_depend_on_their_neighbours_are_in_no_class_of_smaller_calls()
     assert probe.extended(summed, 40, {1: 0, 8: 0}, [24], WEIGHT)[24] == 1
 
 
+def layers_of(operator, weight=WEIGHT) -> list[probe.Member]:
+    layers = [SimpleNamespace(weight=weight) for _ in range(2)]
+    return [probe.Member("linear", "down_proj", layer, operator) for layer in layers]
+
+
 def plan_of(operator, classes, wide):
-    return probe_plans.plan_of(operator, WEIGHT, classes, wide)
+    return probe_plans.plan_of(layers_of(operator), classes, wide)
 
 
 SMALL = {count: int(count > 8) for count in probe.row_counts(32)}
@@ -242,8 +247,9 @@ def timed(monkeypatch):
     """Times that no GPU took: the kernel's calls are the faster ones."""
     taken = []
 
-    def microseconds(operator, weight, counts):
-        own = getattr(operator, "func", None) is probe_plans.invariant_matmul
+    def microseconds(operators, weight, counts):
+        assert len(operators) == 2, "each layer takes its turn"
+        own = getattr(operators[0], "func", None) is probe_plans.invariant_matmul
         taken.append((own, tuple(counts)))
         return dict.fromkeys(counts, 10.0 if own else 30.0)
 
@@ -270,7 +276,7 @@ def test_plans_on_a_gpu_are_timed_and_the_kernel_is_probed(kernel_is_in_order, t
     )
     late = {count: int(count > 8) for count in probe.row_counts(128)}
     wide = {**late, 512: 2, 640: 2}
-    found = probe_plans.plan_of(split_by_count, OnCuda(), late, wide)
+    found = probe_plans.plan_of(layers_of(split_by_count, OnCuda()), late, wide)
     if kernel_is_in_order:
         assert found == (RowPlan(1, 640, own_kernel=True), True)
         assert [own for own, _ in timed] == [True, False]
@@ -285,7 +291,8 @@ def test_a_kernel_that_cannot_be_used_is_not_taken(error: Exception, timed, monk
         raise error
 
     monkeypatch.setattr(probe_plans, "_in_one_class", unusable)
-    assert probe_plans.plan_of(split_by_count, OnCuda(), SMALL, None)[0].own_kernel is False
+    same = layers_of(split_by_count, OnCuda())
+    assert probe_plans.plan_of(same, SMALL, None)[0].own_kernel is False
 
 
 def settled(monkeypatch, kernel: probe.Operator, plan: RowPlan, decoded: int = 256):
@@ -412,6 +419,7 @@ def test_layers_that_need_no_plan_run_in_pieces_of_what_was_probed(calls, monkey
 
 
 def test_prefill_is_probed_where_the_gates_attention_runs_and_prompts_may_share(monkeypatch):
+    monkeypatch.setattr(ranks, "group", lambda: None)
     monkeypatch.setattr(invariance, "_rows_in_memory", lambda _operators: 4096)
     args = SimpleNamespace(chunked_prefill_size=8192, max_prefill_tokens=16384)
     runner = SimpleNamespace(attn_backend=SimpleNamespace(margingate=object()), server_args=args)
@@ -420,6 +428,9 @@ def test_prefill_is_probed_where_the_gates_attention_runs_and_prompts_may_share(
     assert counts(runner, config, {}, 256) == probe.prefill_counts(256, 4096)
     monkeypatch.setattr(invariance, "_rows_in_memory", lambda _operators: 1 << 30)
     assert max(counts(runner, config, {}, 256)) == 8192
+    with monkeypatch.context() as patch:
+        patch.setattr(ranks, "of_all", lambda rows: [rows, 2048])
+        assert max(counts(runner, config, {}, 256)) == 2048, "what the rank with least room has"
     args.chunked_prefill_size = -1
     assert max(counts(runner, config, {}, 256)) == invariance.MOST_PREFILLED
     args.chunked_prefill_size = 64

@@ -45,9 +45,9 @@ def measure(scheduler: Any, verifier: Verifier, wanted: bool) -> Prefill:
         return Prefill()
     check = _Check(scheduler, verifier)
     # All of them, whatever the first says: ranks must run the same forwards.
-    seen = [check.beside_others(), check.in_chunks(), check.decoded()]
-    beside, chunks, decoded = agreed(scheduler, seen)
-    found = Prefill(beside and chunks, beside and chunks and decoded)
+    seen = [check.beside_others(), check.in_the_largest(), check.in_chunks(), check.decoded()]
+    *together, decoded = agreed(scheduler, seen)
+    found = Prefill(all(together), all(together) and decoded)
     logger.info(
         "margingate: gated prompts are prefilled %s; decoded columns have %s bits.",
         "together"
@@ -65,7 +65,8 @@ class _Check:
         self._scheduler, self._verifier = scheduler, verifier
         args = scheduler.server_args
         chunk = args.chunked_prefill_size or -1
-        room = min(chunk if chunk > 0 else args.max_prefill_tokens, scheduler.max_req_len)
+        self._most = chunk if chunk > 0 else args.max_prefill_tokens  # rows of a forward
+        room = min(self._most, scheduler.max_req_len)
         self._length = max(min(LONGEST, room * 2 // 3 - 4), 8)  # and the others fit beside it
         generator = torch.Generator().manual_seed(SEED)
         vocabulary = scheduler.model_config.vocab_size
@@ -87,6 +88,28 @@ class _Check:
         finally:
             for req in reqs:
                 release(scheduler, req)
+
+    def in_the_largest(self) -> bool:
+        """Whether it has them at the end of a forward with as many rows as one may hold."""
+        length, pools = self._length, self._scheduler.req_to_token_pool
+        slots = self._scheduler.token_to_kv_pool_allocator.available_size()
+        more = max(min(self._most, slots - 1) - length, 0)
+        longest = max(min(self._most, self._scheduler.max_req_len), 1)
+        sizes = [min(longest, more - start) for start in range(0, more, longest)]
+        sizes = sizes[: pools.available_size() - 1]
+        reqs = [
+            internal_request(f"margingate-row-{i}", (self._other * (size // length + 1))[:size])
+            for i, size in enumerate(sizes)
+        ]
+        reqs.append(internal_request("margingate-last", self._prompt))
+        try:
+            logits = extend(
+                self._scheduler, [(r, 0, len(r.full_untruncated_fill_ids)) for r in reqs]
+            )
+            return self._agrees(logits[-1], self._columns(reqs[-1]))
+        finally:
+            for req in reqs:
+                release(self._scheduler, req)
 
     def in_chunks(self) -> bool:
         """Whether it has them when it is cut at other places, and one row is left for the end."""

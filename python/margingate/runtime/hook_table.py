@@ -8,19 +8,17 @@ from margingate.runtime import (
     arguments,
     fingerprint,
     info,
-    invariance,
     margins,
     overlap,
-    own_attention,
     prefill,
     retraction,
-    rides,
     scheduler,
     seeds,
     stream,
     study,
 )
 from margingate.runtime.hooks import Hook
+from margingate.runtime.path_hooks import INVARIANT_HOOKS, STOCK_HOOKS
 from margingate.runtime.tokenizer_hooks import TOKENIZER_HOOKS
 
 AFTER, AROUND, BEFORE = HookType.AFTER, HookType.AROUND, HookType.BEFORE
@@ -276,54 +274,6 @@ RUNTIME_HOOKS = (
             *("update_weights_from_tensor", "update_weights_from_ipc"),
             *("resume_memory_occupation", "check_weights"),
         )
-    ),
-)
-
-# Applied, besides, where --gate-fast-path is invariant.
-INVARIANT_HOOKS = (
-    Hook(
-        "model_executor.model_runner.ModelRunner.init_cuda_graphs",
-        BEFORE,
-        invariance.before_graphs,
-        "self capture_decode_cuda_graph",
-        "probes the linear layers and fixes attention's split before graphs are captured",
-        _CALLBACK,
-    ),
-    Hook(
-        "model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.can_run_graph",
-        AROUND,
-        own_attention.can_run_graph,
-        "self forward_batch",
-        "a step whose rows see more keys than the gate's attention has room for takes no graph",
-        "SGLang's Triton kernels give a row the same bits in any forward",
-    ),
-    Hook(
-        "layers.quantization.unquant.UnquantizedLinearMethod.apply",
-        AROUND,
-        invariance.apply_linear,
-        "self layer x bias",
-        "keeps a linear layer within one class of row counts",
-        "SGLang's linear layers are batch-invariant at this cost",
-    ),
-    Hook(
-        "layers.logits_processor.LogitsProcessor._compute_lm_head",
-        AROUND,
-        invariance.compute_lm_head,
-        "self hidden_states lm_head embedding_bias",
-        "keeps lm_head within one class of row counts",
-        "SGLang's linear layers are batch-invariant at this cost",
-    ),
-)
-
-# Applied, besides, where it is not.
-STOCK_HOOKS = (
-    Hook(
-        "model_executor.model_runner.ModelRunner._forward_raw",
-        AROUND,
-        rides.forward,
-        "self forward_batch pp_proxy_tensors reinit_attn_backend split_forward_count",
-        "a verify pass rides in a decode step",
-        "SGLang lets plugins add rows to a decode forward",
     ),
 )
 

@@ -17,7 +17,15 @@ import torch
 
 from margingate.config import GateConfig
 from margingate.core.rowclass import RowPlan
-from margingate.runtime import attention, own_attention, probe, probe_cache, probe_plans
+from margingate.runtime import (
+    all_reduce,
+    attention,
+    own_attention,
+    probe,
+    probe_cache,
+    probe_plans,
+    ranks,
+)
 from margingate.runtime.arguments import gate_config
 from margingate.runtime.invariant_matmul import invariant_matmul
 from margingate.runtime.probe_attention import probe_attention
@@ -61,6 +69,10 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     prefill = _prefill_counts(runner, config, operators, decoded)
     fresh = config is not None and config.probe == "fresh"
     _findings[:] = _find(runner, operators, decoded, prefill, fresh=fresh)
+    summed = all_reduce.settle(runner, probe.row_counts(decoded), prefill)
+    for finding in summed:
+        logger.info("margingate: %s", finding)
+    _findings.extend(summed)
     _plans.update(probe_plans.plans(operators, _findings))
     _limit = decoded
     probed = {finding.name for finding in _findings}
@@ -87,7 +99,7 @@ def _prefill_counts(
     args = runner.server_args
     chunk = args.chunked_prefill_size or -1
     largest = chunk if chunk > 0 else args.max_prefill_tokens
-    largest = min(largest, _rows_in_memory(operators))
+    largest = min(ranks.of_all(min(largest, _rows_in_memory(operators))))
     return probe.prefill_counts(decoded, max(decoded + 1, min(largest, MOST_PREFILLED)))
 
 
@@ -142,7 +154,7 @@ def apply_linear(original: Any, method: Any, layer: Any, x: torch.Tensor, bias: 
         return original(method, layer, x, bias)  # more: a prefill that is canonical by its shape
     if plan.own_kernel:
         return invariant_matmul(x, weight=layer.weight, bias=bias)
-    return _in_class(plan, x, lambda piece: original(method, layer, piece, bias))
+    return probe_plans.run_in_class(plan, x, lambda piece: original(method, layer, piece, bias))
 
 
 def compute_lm_head(
@@ -155,14 +167,6 @@ def compute_lm_head(
     if plan.own_kernel:
         weight = lm_head.weight
         return invariant_matmul(hidden.to(weight.dtype), weight=weight, bias=bias)
-    return _in_class(plan, hidden, lambda piece: original(processor, piece, lm_head, bias))
-
-
-def _in_class(plan: RowPlan, x: torch.Tensor, operator: probe.Operator) -> torch.Tensor:
-    outputs = []
-    for start, stop in plan.pieces(x.shape[0]):
-        piece, missing = x[start:stop], plan.low - (stop - start)
-        if missing > 0:
-            piece = torch.nn.functional.pad(piece, (0, 0, 0, missing))
-        outputs.append(operator(piece)[: stop - start])
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return probe_plans.run_in_class(
+        plan, hidden, lambda piece: original(processor, piece, lm_head, bias)
+    )

@@ -22,8 +22,8 @@ import torch
 logger = logging.getLogger(__name__)
 
 COMPILES_S = 1.0  # a first call that takes so long had to compile
-MOST_PROCESSES = 12  # each needs a few seconds to come up, and some GPU memory:
-PROCESS_BYTES = 1 << 30  # of a CUDA context and the rows
+MOST_PROCESSES = 16  # each needs a few seconds to come up, and some GPU memory:
+PROCESS_BYTES = 640 << 20  # of a CUDA context and the rows
 PATIENCE_S = 180
 
 
@@ -97,7 +97,7 @@ def _processes() -> int:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     ranks = torch.distributed.get_world_size() if distributed else 1
     free, _ = torch.cuda.mem_get_info()
-    room = int(free) // 2 // PROCESS_BYTES
+    room = int(free) * 3 // 4 // PROCESS_BYTES
     return max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) // ranks, room))
 
 

@@ -94,9 +94,7 @@ def _finding(same: list[probe.Member], measured: Classes, prefilled: bool) -> pr
         head = first.name == probe.HEAD
         many = wide if prefilled and not head else None
         with torch.inference_mode(), probe.refusing(first.name):
-            plan, holds = plan_of(
-                first.operator, weight, measured.decode, many, widened=first.widened
-            )
+            plan, holds = plan_of(same, measured.decode, many)
         holds |= prefilled and head  # more rows run in pieces
     seconds = measured.seconds + time.monotonic() - start
     shape = tuple(weight.shape)
@@ -104,46 +102,37 @@ def _finding(same: list[probe.Member], measured: Classes, prefilled: bool) -> pr
 
 
 def plan_of(
-    operator: Operator,
-    weight: torch.Tensor,
-    classes: dict[int, int],
-    wide: dict[int, int] | None,
-    *,
-    widened: bool = False,
+    same: Sequence[probe.Member], classes: dict[int, int], wide: dict[int, int] | None
 ) -> tuple[RowPlan | None, bool]:
-    """A plan for a linear layer, and whether it holds for prefill too.
+    """A plan for the linear layers that are `same`, and whether it holds for prefill too.
 
     Args:
         wide: `classes` with the row counts of prefill; None: they do not matter.
-        widened: as the operator's `probe.Member`; the batch-invariant kernel does not widen.
     """
     if wide is not None:
         with suppress(NoPlanError):
-            return _plan(operator, weight, wide, to_the_top=True, widened=widened), True
-    return _plan(operator, weight, classes, to_the_top=False, widened=widened), False
+            return _plan(same, wide, to_the_top=True), True
+    return _plan(same, classes, to_the_top=False), False
 
 
 def _plan(
-    operator: Operator,
-    weight: torch.Tensor,
-    classes: dict[int, int],
-    *,
-    to_the_top: bool,
-    widened: bool,
+    same: Sequence[probe.Member], classes: dict[int, int], *, to_the_top: bool
 ) -> RowPlan | None:
     """By measured times on a GPU; elsewhere the plan must not depend on the clock."""
     if len(set(classes.values())) == 1:
         return None
+    weight = same[0].module.weight
     if not weight.is_cuda:
         return choose(classes, to_the_top=to_the_top)
     counts = timed_counts(classes)
     kernel = None
-    own = partial(invariant_matmul, weight=weight, bias=None)
+    own = [partial(invariant_matmul, weight=each.module.weight, bias=None) for each in same]
     # RuntimeError: it does not run here, as where DeepGEMM has nothing to compile its kernels with
     with suppress(probe.RowDependenceError, RuntimeError):
-        if not widened and _in_one_class(own, classes, weight):
+        # The batch-invariant kernel does not widen.
+        if not same[0].widened and _in_one_class(own[0], classes, weight):
             kernel = _microseconds(own, weight, counts)
-    times = Times(_microseconds(operator, weight, counts), kernel)
+    times = Times(_microseconds([each.operator for each in same], weight, counts), kernel)
     return choose(classes, times, to_the_top=to_the_top)
 
 
@@ -158,6 +147,21 @@ def _in_one_class(operator: Operator, counts: Iterable[int], weight: torch.Tenso
     width = weight.shape[-1]
     classes = probe.probe_operator(operator, width, small, weight)
     return len(set(probe.extended(operator, width, classes, large, weight).values())) == 1
+
+
+def run_in_class(plan: RowPlan, x: torch.Tensor, operator: Operator) -> torch.Tensor:
+    """The operator's results of the rows of `x` [rows, inputs], by calls within the class."""
+    outputs = []
+    for start, stop in plan.pieces(x.shape[0]):
+        piece, missing = x[start:stop], plan.low - (stop - start)
+        if missing > 0:
+            room = x.new_empty(
+                plan.low, x.shape[1]
+            )  # rows leave each other alone, whatever is in it
+            room[: stop - start].copy_(piece)
+            piece = room
+        outputs.append(operator(piece)[: stop - start])
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def settle_kernels(
@@ -210,18 +214,23 @@ def _running(name: str) -> Iterator[None]:
 
 
 def _microseconds(
-    operator: Operator, weight: torch.Tensor, counts: Sequence[int]
+    operators: Sequence[Operator], weight: torch.Tensor, counts: Sequence[int]
 ) -> dict[int, float]:
-    """Time of one call by row count, in a CUDA graph as when it serves."""
+    """Time of one call by row count, in a CUDA graph as when it serves.
+
+    Each call is another layer's, where there are several: a weight that was just used lies in the
+    L2 cache, and the kernel that then is the fastest may not be when it comes from memory.
+    """
+    turns = [operators[i % len(operators)] for i in range(TIMED_CALLS)]
     sample = torch.randn(max(counts), weight.shape[-1], device=weight.device).to(weight)
     found = {}
     for count in counts:
         rows = sample[:count]
-        operator(rows)
+        turns[0](rows)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for _ in range(TIMED_CALLS):
+            for operator in turns:
                 operator(rows)
         found[count] = min(_replay_ms(graph) for _ in range(3)) / TIMED_CALLS * 1e3
     return found

@@ -10,6 +10,24 @@ import torch
 T = TypeVar("T")
 
 
+def group() -> Any | None:
+    """SGLang's group of this process's tensor-parallel ranks; None where it has one rank."""
+    from sglang.srt.distributed import parallel_state
+
+    found = parallel_state.get_tp_group()
+    return None if found.world_size == 1 else found
+
+
+def of_all(value: T) -> list[T]:
+    """As `gathered`, before there is a scheduler."""
+    ranks = group()
+    if ranks is None:
+        return [value]
+    values: list[Any] = [None] * ranks.world_size
+    torch.distributed.all_gather_object(values, value, group=ranks.cpu_group)
+    return values
+
+
 def gathered(scheduler: Any, value: T) -> list[T]:
     """Each rank's value, by rank; a collective where there are several."""
     if scheduler.server_args.tp_size == 1:
