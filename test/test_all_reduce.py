@@ -101,7 +101,7 @@ def test_small_sums_are_padded_where_large_ones_are_the_class(monkeypatch):
 
 
 def test_a_sum_that_depends_on_a_rows_place_is_refused(monkeypatch):
-    with pytest.raises(GateError, match="cannot use all-reduce: with 2 rows"):
+    with pytest.raises(GateError, match="all-reduce of --tp-size 3: with 2 rows"):
         settled(monkeypatch, Group(by_place=True))
 
 

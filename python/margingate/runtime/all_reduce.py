@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from margingate.config import GateError
 from margingate.core.rowclass import RowPlan, choose
 from margingate.runtime import probe, ranks
 from margingate.runtime.probe_plans import run_in_class
@@ -44,8 +45,15 @@ def settle(runner: Any, counts: Sequence[int], prefill: Sequence[int]) -> list[p
         result: torch.Tensor = group.all_reduce(x.roll(group.rank_in_group, dims=1))
         return result
 
-    with torch.inference_mode(), probe.refusing(NAME):
-        classes = probe.probe_operator(summed, width, counts, like)
+    with torch.inference_mode():
+        try:
+            classes = probe.probe_operator(summed, width, counts, like)
+        except probe.RowDependenceError as error:
+            raise GateError(
+                f"--deterministic-gate cannot use the all-reduce of --tp-size {group.world_size}: "
+                f"with {error.rows} rows, a row's sum depends on its place among them; use "
+                "--tp-size 2 or 1, or serve without the flag."
+            ) from None
         if prefill:
             classes = probe.extended(summed, width, classes, prefill, like)
     classes = merged(ranks.of_all(classes))
