@@ -349,7 +349,8 @@ def test_bad_request_is_a_400_and_the_server_goes_on(client, prompts, alone, cha
     body["sampling_params"] = {"temperature": 0, **change.get("sampling_params", {})}
     reply = requests.post(f"{client.base_url}/generate", json=body)
     assert reply.status_code == 400 and named in reply.text
-    assert_same(alone, client.alone(prompts[4:5]))
+    [answer] = client.alone(prompts[4:5], sampling_params={"max_new_tokens": 4})
+    assert answer.tokens == alone[4].tokens[:4]
     assert_clean(client)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from checks import assert_same
 
 from margingate.cli.main import main
@@ -22,13 +23,28 @@ def stock(start, prompts, tmp_path_factory):
     info = client.get("/server_info")
     out = tmp_path_factory.mktemp("check") / "check.json"
     asked = ["check", "--base-url", server.base_url, "--tokens", str(TOKENS), "--out", str(out)]
-    checked = main(asked), json.loads(out.read_text())
+    status = main(asked)
+    if status == 0 and not rows_are_independent():  # batches form by arrival, rarely with no flip
+        status = main(asked)
+    checked = status, json.loads(out.read_text())
     return alone, info, server.log.read_text(errors="replace"), checked
+
+
+def rows_are_independent() -> bool:
+    """Whether a row has the same bits at any number of rows, as where there is no AVX-512."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = (576, 32)  # outputs of the model's down_proj, and rows
+    weight, rows = (torch.randn(n, 1536, generator=generator).bfloat16() for n in sizes)
+    multiply = torch.nn.functional.linear
+    one = torch.cat([multiply(rows[i : i + 1], weight) for i in range(len(rows))])
+    return all(torch.equal(multiply(rows[:n], weight), one[:n]) for n in range(2, len(rows) + 1))
 
 
 def test_the_stock_server_depends_on_the_batch(stock):
     """The control for every test of sameness, by `margingate check`: 24 prompts."""
     status, result = stock[-1]
+    if status == 0 and rows_are_independent():
+        pytest.skip("this CPU multiplies bfloat16 row by row: stock SGLang depends on no batch")
     assert status == 1, "the control found no flip on this machine"
     assert result["prompts"] == 24 and result["changed"]["batched"]
 
