@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import margingate
 from margingate.cli.model import ensure_model
 from margingate.client import Answer, Client, Prompt, chat_prompts, read_prompts
-from margingate.servers import Server, launch
+from margingate.servers import Server, launch, slow_bfloat16
 
 PROMPTS = Path(margingate.__file__).parent / "data/demo_prompts.jsonl"
 Start = Callable[..., Server]
@@ -32,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hours. They ask for no sense in what the model says.
     """
     whole = ensure_model("smollm2")
-    if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not slow_bfloat16():
         return whole
     folder = tmp_path_factory.mktemp("model") / "smollm2-third"
     folder.mkdir()

@@ -212,6 +212,15 @@ def machine_args() -> tuple[str, ...]:
     return () if torch.cuda.is_available() else CPU_ARGS
 
 
+def slow_bfloat16() -> bool:
+    """Whether models run on a CPU that multiplies bfloat16 in plain loops: one without AVX-512."""
+    import torch
+
+    if torch.cuda.is_available():
+        return False
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def free_port(ports: Sequence[int] = PORTS) -> int:
     """A port nobody listens on. It is not held: the caller binds it soon. Raises ServerError."""
     for port in random.sample(ports, len(ports)):  # two callers at once rarely get the same
