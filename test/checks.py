@@ -6,10 +6,18 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
 from margingate.client import Answer, Client
+from margingate.servers import slow_bfloat16
+
+
+def needs_the_whole_model() -> None:
+    """Skips where the `model` fixture serves a part of it, which makes no sense."""
+    if slow_bfloat16():
+        pytest.skip("needs all layers of the model, of which a CPU without AVX-512 serves a third")
 
 
 def forced(rows: list[int]) -> dict[str, Any]:

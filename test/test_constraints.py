@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from margingate.runtime import constraints, hook_table
+from margingate.runtime import constraints, hook_table, verifier
 from margingate.runtime.verifier import RowInput, Verifier
 
 VOCABULARY = 49152
@@ -141,3 +141,15 @@ def test_the_verifier_chooses_under_the_mask(grammar, tokenizer):
     assert first.token in allowed(made[0]) and last.token in allowed(made[1])
     assert other.token == free[1].token and other.margin == free[1].margin
     assert last.logprobs.token <= 0 and set(last.logprobs.top[1]) <= allowed(made[1])
+
+
+def test_log_probs_of_masked_tokens_are_sglangs_least_number():
+    """Not -inf, which JSON turns into null; a row that is not verified has the number too."""
+    logits = torch.full((2, 8), -torch.inf)
+    logits[:, 5] = 1.0
+    rows = [RowInput(1, 3, 7, logprobs=(2, (5, 6))), RowInput(1, 4, 5)]
+    found = verifier._logprobs(logits, rows, [5, 5])
+    least = torch.finfo(torch.float32).min
+    assert list(found) == [0] and found[0].token == 0.0
+    assert found[0].top[0] == [0.0, least] and found[0].top[1][0] == 5
+    assert found[0].ids == [0.0, least]

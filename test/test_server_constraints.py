@@ -9,7 +9,7 @@ from collections import Counter
 
 import openai
 import pytest
-from checks import assert_clean, assert_gate_worked, assert_same, forced
+from checks import assert_clean, assert_gate_worked, assert_same, forced, needs_the_whole_model
 
 from margingate.client import Answer, Client
 
@@ -147,6 +147,7 @@ def test_seeded_draws_with_a_grammar_are_the_same(client, prompts):
 
 def test_the_openai_client_has_json_mode_and_penalties(client):
     """Streamed and at once; the schema goes where OpenAI's clients put it."""
+    needs_the_whole_model()
     api = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none")
     form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
     asked = {

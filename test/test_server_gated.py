@@ -15,7 +15,13 @@ import openai
 import pytest
 import requests
 import zmq
-from checks import assert_clean, assert_gate_worked, assert_same, forced
+from checks import (
+    assert_clean,
+    assert_gate_worked,
+    assert_same,
+    forced,
+    needs_the_whole_model,
+)
 from conftest import TOKENS
 
 from margingate.client import Answer, Client, Prompt, chat_prompts
@@ -101,6 +107,7 @@ def assert_streams_to(client: Client, prompt: Prompt, answer: Answer, **params) 
 def test_forced_flip(client, model, prompts, alone, place):
     [prompt], [clean] = prompts[:1], alone[:1]
     if place == "end":
+        needs_the_whole_model()
         [prompt] = chat_prompts([("short", "What is the capital of France?")], model)
         [clean] = client.alone([prompt])
     assert clean.meta["finish_reason"]["type"] == ("stop" if place == "end" else "length")
@@ -117,6 +124,7 @@ def test_forced_flip(client, model, prompts, alone, place):
 def test_forced_flip_inside_a_multi_byte_character(client, model):
     from transformers import AutoTokenizer
 
+    needs_the_whole_model()
     tokenizer = AutoTokenizer.from_pretrained(model)
     smileys = tokenizer("😀" * 12)["input_ids"]  # the model goes on with them
     prompt = Prompt("smileys", tuple(smileys))

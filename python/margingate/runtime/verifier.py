@@ -255,6 +255,7 @@ def _logprobs(
     if any(one != 1 for one in scale):
         logits = logits.float() / torch.tensor(scale, device=logits.device).view(-1, 1)
     logprobs = torch.log_softmax(logits.float(), dim=-1)
+    logprobs.clamp_(min=torch.finfo(torch.float32).min)  # as SGLang; JSON has no infinity
     return {i: _row_logprobs(logprobs[i], tokens[i], *want) for i, want in wanted}
 
 
