@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from margingate.cli.main import main
+from margingate.cli.model import ensure_model
 
 DATA = (
     {"id": "rivers", "prompt": "Name three rivers."},
@@ -23,6 +24,7 @@ STUDY = ("study", *WALK, "--no-probe", "--columns", "1")
 LISTENING = """
 import signal
 from margingate.cli.main import main
+from margingate.cli.model import ensure_model
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where pytest itself ignores it
 raise SystemExit(main())
 """
@@ -82,7 +84,7 @@ def test_a_study_goes_on_after_an_interrupt_as_if_there_had_been_none(place, cap
     assert not journal.exists() and (report / "index.html").stat().st_size > 50_000
 
 
-def test_a_calibration_is_what_the_gate_loads(place, model, capsys):
+def test_a_calibration_is_what_the_gate_loads(place, capsys):
     command = ("calibrate", *WALK, "--target-miss-rate", "0.06")
     assert main(arguments(place, *command, out="c.json")) == 0
     assert "Use it: --gate-fast-path stock --gate-threshold auto" in capsys.readouterr().out
@@ -90,7 +92,7 @@ def test_a_calibration_is_what_the_gate_loads(place, model, capsys):
     assert record["steps"] == 2 * 3 * 19 and record["miss_rate_bound"] <= 0.06
     assert 0 <= record["distinct_steps"] <= record["moved_steps"] <= record["steps"]
     flags = ("--deterministic-gate", "--gate-fast-path", "stock", "--gate-threshold", "auto")
-    server = ("--model-path", str(model), "--device", "cpu", *flags)
+    server = ("--model-path", str(ensure_model("smollm2")), "--device", "cpu", *flags)
     command = (sys.executable, "-c", RESOLVE, *server, "--gate-calibration", str(place / "c.json"))
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert f"threshold {record['threshold']}" in done.stdout, done.stderr[-2000:]
