@@ -24,7 +24,6 @@ STUDY = ("study", *WALK, "--no-probe", "--columns", "1")
 LISTENING = """
 import signal
 from margingate.cli.main import main
-from margingate.cli.model import ensure_model
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where pytest itself ignores it
 raise SystemExit(main())
 """
