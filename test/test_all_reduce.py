@@ -80,7 +80,7 @@ def test_sums_in_one_order_need_no_plan(monkeypatch):
 
 
 def test_large_sums_run_in_pieces_of_the_class_of_small_ones(monkeypatch):
-    """As on four H100s: kernels of SGLang's own up to 16 MB, then NCCL's."""
+    """As on four H200s: kernels of SGLang's own up to 16 MB, then NCCL's."""
     group = Group(order=lambda rows: rows > 600)
     (found,) = settled(monkeypatch, group, [599, 600, 700, 1000])
     assert found.plan == RowPlan(1, 600) and found.prefill

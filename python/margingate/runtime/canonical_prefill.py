@@ -76,18 +76,13 @@ class _Check:
 
     def beside_others(self) -> bool:
         """Whether the prompt has the same bits between two others in one forward."""
-        scheduler, length = self._scheduler, self._length
+        length = self._length
         reqs = [
             internal_request("margingate-other", self._other[: length // 3]),
             internal_request("margingate-prompt", self._prompt),
             internal_request("margingate-third", self._third[:5]),
         ]
-        try:
-            logits = extend(scheduler, [(r, 0, len(r.full_untruncated_fill_ids)) for r in reqs])
-            return self._agrees(logits[1], self._columns(reqs[1]))
-        finally:
-            for req in reqs:
-                release(scheduler, req)
+        return self._agrees_among(reqs, 1)
 
     def in_the_largest(self) -> bool:
         """Whether it has them at the end of a forward with as many rows as one may hold."""
@@ -102,14 +97,7 @@ class _Check:
             for i, size in enumerate(sizes)
         ]
         reqs.append(internal_request("margingate-last", self._prompt))
-        try:
-            logits = extend(
-                self._scheduler, [(r, 0, len(r.full_untruncated_fill_ids)) for r in reqs]
-            )
-            return self._agrees(logits[-1], self._columns(reqs[-1]))
-        finally:
-            for req in reqs:
-                release(self._scheduler, req)
+        return self._agrees_among(reqs, -1)
 
     def in_chunks(self) -> bool:
         """Whether it has them when it is cut at other places, and one row is left for the end."""
@@ -135,6 +123,16 @@ class _Check:
             return self._agrees(logits, self._columns(req))
         finally:
             release(self._scheduler, req)
+
+    def _agrees_among(self, reqs: Sequence[Any], at: int) -> bool:
+        """Whether the request at this place has the bits of the prompt alone, in one forward."""
+        whole = [(req, 0, len(req.full_untruncated_fill_ids)) for req in reqs]
+        try:
+            logits = extend(self._scheduler, whole)
+            return self._agrees(logits[at], self._columns(reqs[at]))
+        finally:
+            for req in reqs:
+                release(self._scheduler, req)
 
     def _prefill(self, cuts: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Logits of the last row and the columns by layer, prefilled alone in these pieces."""

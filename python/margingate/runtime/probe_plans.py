@@ -155,9 +155,8 @@ def run_in_class(plan: RowPlan, x: torch.Tensor, operator: Operator) -> torch.Te
     for start, stop in plan.pieces(x.shape[0]):
         piece, missing = x[start:stop], plan.low - (stop - start)
         if missing > 0:
-            room = x.new_empty(
-                plan.low, x.shape[1]
-            )  # rows leave each other alone, whatever is in it
+            # Rows leave each other alone, whatever is in the unused ones.
+            room = x.new_empty(plan.low, x.shape[1])
             room[: stop - start].copy_(piece)
             piece = room
         outputs.append(operator(piece)[: stop - start])

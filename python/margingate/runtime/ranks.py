@@ -23,9 +23,7 @@ def of_all(value: T) -> list[T]:
     ranks = group()
     if ranks is None:
         return [value]
-    values: list[Any] = [None] * ranks.world_size
-    torch.distributed.all_gather_object(values, value, group=ranks.cpu_group)
-    return values
+    return _gather(value, ranks.cpu_group, ranks.world_size)
 
 
 def gathered(scheduler: Any, value: T) -> list[T]:
@@ -33,7 +31,11 @@ def gathered(scheduler: Any, value: T) -> list[T]:
     if scheduler.server_args.tp_size == 1:
         return [value]
     group = scheduler.tp_cpu_group
-    values: list[Any] = [None] * torch.distributed.get_world_size(group)
+    return _gather(value, group, torch.distributed.get_world_size(group))
+
+
+def _gather(value: T, group: Any, size: int) -> list[T]:
+    values: list[Any] = [None] * size
     torch.distributed.all_gather_object(values, value, group=group)
     return values
 
