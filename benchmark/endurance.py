@@ -2,10 +2,12 @@
 
     python benchmark/endurance.py --prompts ../shared/data/*.jsonl --out result.json
 
-Starts a gated server, asks it some prompts one at a time, then sends requests at random times. Half
-of them are aborted, disconnected or malformed at random points. Every answer that was left to end
-must be the one given alone; memory of all server processes is read throughout. Ends with status 1
-if an answer changed, a malformed request was not answered with 400, or the integrity check fails.
+Starts a gated server and asks it some requests one at a time, each with parameters drawn at random:
+seeds, grammars, penalties, biases, stops, log-probs. Then it sends them at random times, beside
+requests that the gate leaves alone. A part is streamed, and half is aborted, disconnected or
+malformed at random points. Every answer that was left to end must be the one given alone; memory
+of all server processes is read throughout. Ends with status 1 if an answer changed, a malformed
+request was not answered with 400, or the integrity check fails.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +29,49 @@ import aiohttp
 import psutil
 from determinism import environment
 
-from margingate.client import Answer, Client, Prompt, chat_prompts, read_prompts
+from margingate.client import Client, Prompt, chat_prompts, read_prompts
 from margingate.servers import Server, launch
 
-GATE = ("--deterministic-gate", "--gate-fast-path", "stock")
+STOCK_PATH = ("--gate-fast-path", "stock")
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "count": {"type": "integer"}},
+    "required": ["name", "count"],
+}
+GRAMMARS: tuple[dict[str, Any], ...] = (
+    {"json_schema": json.dumps(SCHEMA)},
+    {"regex": r"(yes|no|maybe), because [a-z ]{5,30}\."},
+    {"ebnf": 'root ::= ("red" | "green") (" " ("red" | "green"))*'},
+)
+SAMPLERS: tuple[dict[str, Any], ...] = ({"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.05}, {})
+PENALTIES: tuple[dict[str, Any], ...] = (
+    {"frequency_penalty": 0.6},
+    {"presence_penalty": 0.4, "min_new_tokens": 6},
+    {"repetition_penalty": 1.2},
+)
+STOPS: tuple[dict[str, Any], ...] = (
+    {"stop": [" the", "."]},
+    {"stop": ["\n"], "no_stop_trim": True},
+    {"stop_token_ids": [28, 30]},  # a comma and a full stop of SmolLM2's
+    {"stop_regex": ["[0-9]{2}"]},
+    {"ignore_eos": True},
+    {"skip_special_tokens": False},
+)
+LOG_PROBS: tuple[dict[str, Any], ...] = (
+    {"return_logprob": True},
+    {"return_logprob": True, "top_logprobs_num": 3},
+    {"return_logprob": True, "token_ids_logprob": [5, 260, 1000]},
+    {"return_logprob": True, "logprob_start_len": 0},
+)
+LISTS = ("output_token_logprobs", "output_top_logprobs", "output_token_ids_logprobs")
+# Batched with the others, and not gated.
+COMPANY: tuple[dict[str, Any], ...] = ({"temperature": 0.9}, {"deterministic": False})
 MALFORMED: tuple[dict[str, Any], ...] = (
     {"input_ids": [1, 2, 1 << 30]},
     {"input_ids": [-3]},
     {"sampling_params": {"temperature": 0, "custom_params": {"deterministic": "perhaps"}}},
-    {"sampling_params": {"temperature": 0, "regex": "a+"}},
+    {"sampling_params": {"temperature": 0, "regex": "(("}},
+    {"sampling_params": {"temperature": 0, "json_schema": "{"}},
     {"sampling_params": {"temperature": 0.5, "sampling_seed": -1}},
     {"sampling_params": {"temperature": -1}},
 )
@@ -43,45 +81,119 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="model folder; default: the embedded SmolLM2")
     parser.add_argument("--prompts", nargs="+", type=Path, required=True)
-    parser.add_argument("--distinct", type=int, default=16, help="prompts, over all files")
+    parser.add_argument("--distinct", type=int, default=16, help="requests, over all files")
     parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--tokens", type=int, default=48, help="of an answer, at most")
     parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--retract-every", type=int, metavar="N", help="steps; by SGLang's switch")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("server_args", nargs="*", help="for the server, after --")
+    parser.add_argument(
+        "server_args",
+        nargs="*",
+        default=STOCK_PATH,
+        help=f"for the server, after --; default {' '.join(STOCK_PATH)}",
+    )
     return parser.parse_args()
 
 
-class Load:
-    """Requests of one run, and what became of them."""
+@dataclass(frozen=True)
+class Request:
+    """A prompt, and what else is asked of it."""
 
-    def __init__(self, client: Client, alone: list[Answer], prompts: list[Prompt]) -> None:
+    prompt: Prompt
+    params: Mapping[str, Any]  # sampling parameters, over those of all
+    ask: Mapping[str, Any]  # more of the body
+
+
+def draw(prompt: Prompt, tokens: int, rng: random.Random) -> Request:
+    """Random parameters for a gated request; a tenth of them has none but a length."""
+
+    def perhaps(share: float, kinds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return rng.choice(kinds) if rng.random() < share else {}
+
+    params: dict[str, Any] = {"max_new_tokens": rng.randint(1, tokens)}
+    if rng.random() < 0.4:
+        params |= {"temperature": rng.choice((0.5, 1.0)), "sampling_seed": rng.randrange(1 << 40)}
+        params |= rng.choice(SAMPLERS)
+    params |= perhaps(0.35, GRAMMARS) | perhaps(0.3, PENALTIES) | perhaps(0.4, STOPS)
+    params |= perhaps(0.2, ({"logit_bias": {"260": 4.0}}, {"logit_bias": {"28": -100.0}}))
+    return Request(prompt, params, perhaps(0.4, LOG_PROBS))
+
+
+class Load:
+    """Requests of one run, and what became of them.
+
+    Args:
+        log_probs: compare them too, where a request asks for them.
+    """
+
+    def __init__(self, client: Client, requests: Sequence[Request], log_probs: bool) -> None:
         self.client = client
-        self.alone = {answer.name: answer for answer in alone}
-        self.prompts = prompts
+        self.requests = requests
+        self.lists = LISTS if log_probs else ()
         self.ends: Counter[str] = Counter()
         self.wrong: list[str] = []
+        self.alone = {request.prompt.name: self.ask_alone(request) for request in requests}
 
-    def body(self, prompt: Prompt, rid: str) -> dict[str, Any]:
-        params = self.client.params
-        return {"rid": rid, "input_ids": prompt.input_ids, "sampling_params": params}
+    def ask_alone(self, request: Request) -> tuple[Any, ...]:
+        [answer] = self.client.alone(
+            [request.prompt], sampling_params=dict(request.params), **request.ask
+        )
+        return self.told(answer.tokens, answer.text, answer.meta)
 
-    async def whole(self, session: aiohttp.ClientSession, prompt: Prompt, rid: str) -> None:
+    def told(self, tokens: Sequence[int], text: str, meta: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Of an answer, all that must not depend on other requests."""
+        return (tuple(tokens), text, meta["finish_reason"], *(meta.get(key) for key in self.lists))
+
+    def body(self, request: Request, rid: str) -> dict[str, Any]:
+        params = {**self.client.params, **request.params}
+        ids = request.prompt.input_ids
+        return {"rid": rid, "input_ids": ids, "sampling_params": params, **request.ask}
+
+    def judge(self, request: Request, rid: str, reply: Mapping[str, Any]) -> None:
+        told = self.told(reply["output_ids"], reply["text"], reply["meta_info"])
+        wanted = self.alone[request.prompt.name]
+        self.ends["same" if told == wanted else "changed"] += 1
+        if told != wanted:
+            self.wrong.append(f"{rid} {dict(request.params)} {dict(request.ask)}: {told} {wanted}")
+
+    async def whole(self, session: aiohttp.ClientSession, request: Request, rid: str) -> None:
         """Left to end: held to the answer alone."""
-        async with session.post("/generate", json=self.body(prompt, rid)) as response:
-            reply = await response.json()
-        same = tuple(reply["output_ids"]) == self.alone[prompt.name].tokens
-        self.ends["same" if same else "changed"] += 1
-        if not same:
-            self.wrong.append(rid)
+        async with session.post("/generate", json=self.body(request, rid)) as response:
+            self.judge(request, rid, await response.json())
+
+    async def streamed(self, session: aiohttp.ClientSession, request: Request, rid: str) -> None:
+        """Left to end: its texts only ever grow, and the last is the answer alone."""
+        last: dict[str, Any] = {"text": ""}
+        body = self.body(request, rid) | {"stream": True}
+        async with session.post("/generate", json=body) as got:
+            async for line in got.content:
+                if line.startswith(b"data: {"):
+                    chunk = json.loads(line[6:])
+                    if not chunk["text"].startswith(last["text"]):
+                        self.wrong.append(f"{rid}: {last['text']!r} became {chunk['text']!r}")
+                    last = chunk
+        self.judge(request, rid, last)
+
+    async def company(
+        self, session: aiohttp.ClientSession, request: Request, rid: str, rng: random.Random
+    ) -> None:
+        """Not gated, and not compared."""
+        params = {"sampling_params": {"max_new_tokens": 24, **rng.choice(COMPANY)}}
+        async with session.post("/generate", json=self.body(request, rid) | params) as response:
+            gate = (await response.json())["meta_info"]["gate"]
+        self.ends["ungated"] += 1
+        if gate["gated"]:
+            self.wrong.append(f"{rid} was gated")
 
     async def leave(
-        self, session: aiohttp.ClientSession, prompt: Prompt, rid: str, rng: random.Random
+        self, session: aiohttp.ClientSession, request: Request, rid: str, rng: random.Random
     ) -> None:
         """Streamed up to a random chunk, then aborted or dropped."""
+        body = self.body(request, rid) | {"stream": True}
         lines, aborts = rng.randrange(0, self.client.params["max_new_tokens"]), rng.random() < 0.5
-        async with session.post("/generate", json=self.body(prompt, rid) | {"stream": True}) as got:
+        async with session.post("/generate", json=body) as got:
             for _ in range(lines):
                 if not await got.content.readline():
                     break
@@ -109,14 +221,17 @@ class Load:
         async with session, asyncio.TaskGroup() as group:
             for i, at in enumerate(times):
                 await asyncio.sleep(max(0.0, began + at - time.monotonic()))
-                prompt, rid = rng.choice(self.prompts), f"endurance-{i}"
-                if i % 2 == 0:
-                    group.create_task(self.whole(session, prompt, rid))
-                elif rng.random() < 0.75:
-                    own = random.Random(rng.random())
-                    group.create_task(self.leave(session, prompt, rid, own))
+                request, rid = rng.choice(self.requests), f"endurance-{i}"
+                trouble, own = i % 2 == 1, random.Random(rng.random())
+                if not trouble:
+                    way = rng.choice((self.whole, self.streamed))
+                    group.create_task(way(session, request, rid))
+                elif (kind := rng.random()) < 0.5:
+                    group.create_task(self.leave(session, request, rid, own))
+                elif kind < 0.75:
+                    group.create_task(self.company(session, request, rid, own))
                 else:
-                    group.create_task(self.nonsense(session, rng))
+                    group.create_task(self.nonsense(session, own))
 
 
 def memory(server: Server) -> float:
@@ -152,6 +267,11 @@ def settled(client: Client) -> dict[str, Any]:
     return client.gate_state()
 
 
+def retracting(steps: int) -> dict[str, str]:
+    """SGLang's switch that retracts requests every so many steps."""
+    return {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": str(steps)}
+
+
 def main() -> int:
     args = arguments()
     if args.model is None:
@@ -160,13 +280,15 @@ def main() -> int:
         args.model = str(ensure_model("smollm2"))
     each = -(-args.distinct // len(args.prompts))
     pairs = [pair for path in args.prompts for pair in read_prompts(path, each)]
-    prompts = chat_prompts(pairs, args.model)
+    rng = random.Random(args.seed)
+    requests = [draw(prompt, args.tokens, rng) for prompt in chat_prompts(pairs, args.model)]
     log = Path(tempfile.mkdtemp(prefix="margingate-")) / "server.log"
-    with launch(args.model, log, *GATE, *args.server_args) as server:
+    env = {} if args.retract_every is None else retracting(args.retract_every)
+    with launch(args.model, log, *args.server_args, gate=True, env=env) as server:
         client = Client(server.base_url, args.tokens)
-        alone = client.alone(prompts)
-        client.together(prompts)  # buffers grow to a batch's size
-        load = Load(client, alone, prompts)
+        exact = "exact" in args.server_args
+        load = Load(client, requests, log_probs=exact)
+        client.together([request.prompt for request in requests])  # buffers grow to a batch's size
         readings = asyncio.run(drive(server, load, args))
         state = settled(client)
     quarter = max(1, len(readings) // 4)
@@ -179,7 +301,8 @@ def main() -> int:
         "wrong": load.wrong,
         "memory_mib": {"first_quarter": first, "last_quarter": last, "readings": readings},
         "gate": {
-            k: state[k] for k in ("steps", "flagged", "verified", "flips", "missed", "passes")
+            k: state[k]
+            for k in ("steps", "flagged", "verified", "flips", "missed", "passes", "retractions")
         },
         "open": state["open"],
         "held": state["held"],

@@ -17,7 +17,7 @@ from margingate.servers import slow_bfloat16
 def needs_the_whole_model() -> None:
     """Skips where the `model` fixture serves a part of it, which makes no sense."""
     if slow_bfloat16():
-        pytest.skip("needs all layers of the model, of which a CPU without AVX-512 serves a third")
+        pytest.skip("needs all layers of the model, of which a CPU without AVX-512 serves a sixth")
 
 
 def forced(rows: list[int]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ STOCK_PATH = ("--gate-fast-path", "stock")
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2; a third of its layers where a CPU without AVX-512 makes bfloat16 slow.
+    """SmolLM2; a sixth of its layers where a CPU without AVX-512 makes bfloat16 slow.
 
     There torch multiplies it in loops of its own, up to five times slower: all tests would take
     hours. They ask for no sense in what the model says.
@@ -33,13 +33,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     whole = ensure_model("smollm2")
     if not slow_bfloat16():
         return whole
-    folder = tmp_path_factory.mktemp("model") / "smollm2-third"
+    folder = tmp_path_factory.mktemp("model") / "smollm2-sixth"
     folder.mkdir()
     for file in whole.iterdir():
         (folder / file.name).symlink_to(file)
     config = json.loads((whole / "config.json").read_text())
     (folder / "config.json").unlink()
-    layers = {"num_hidden_layers": config["num_hidden_layers"] // 3}
+    layers = {"num_hidden_layers": config["num_hidden_layers"] // 6}
     (folder / "config.json").write_text(json.dumps(config | layers))
     return folder
 
@@ -89,6 +89,7 @@ def start(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sta
         for server in servers:
             server.stop()
         log = tmp_path_factory.mktemp("server") / "log"
+        options.setdefault("stop_s", 0.5)  # SGLang sleeps for five seconds before it ends
         server = launch(model, log, *args, gate=gate, **options)
         servers.append(server)
         server.start()

@@ -16,17 +16,20 @@ TOKENS = 32  # enough for flips on every machine seen so far
 
 @pytest.fixture(scope="module")
 def stock(start, prompts, tmp_path_factory):
-    """What one stock server (flag absent) answers alone, and what `margingate check` says of it."""
+    """What one stock server (flag absent) answers alone, and what `margingate check` says of it.
+
+    The check is left out where a row has the same bits at any row count: it would find nothing.
+    """
     server = start(gate=False)
     client = Client(server.base_url, TOKENS)
     alone = client.alone(prompts)
     info = client.get("/server_info")
-    out = tmp_path_factory.mktemp("check") / "check.json"
-    asked = ["check", "--base-url", server.base_url, "--tokens", str(TOKENS), "--out", str(out)]
-    status = main(asked)
-    if status == 0 and not rows_are_independent():  # batches form by arrival, rarely with no flip
-        status = main(asked)
-    checked = status, json.loads(out.read_text())
+    checked = None
+    if not rows_are_independent():
+        out = tmp_path_factory.mktemp("check") / "check.json"
+        asked = ["check", "--base-url", server.base_url, "--tokens", str(TOKENS), "--out", str(out)]
+        # Batches form by arrival, rarely with no flip: then once more.
+        checked = main(asked) or main(asked), json.loads(out.read_text())
     return alone, info, server.log.read_text(errors="replace"), checked
 
 
@@ -42,9 +45,9 @@ def rows_are_independent() -> bool:
 
 def test_the_stock_server_depends_on_the_batch(stock):
     """The control for every test of sameness, by `margingate check`: 24 prompts."""
-    status, result = stock[-1]
-    if status == 0 and rows_are_independent():
+    if stock[-1] is None:
         pytest.skip("this CPU multiplies bfloat16 row by row: stock SGLang depends on no batch")
+    status, result = stock[-1]
     assert status == 1, "the control found no flip on this machine"
     assert result["prompts"] == 24 and result["changed"]["batched"]
 

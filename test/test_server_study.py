@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from margingate.cli.main import main
-from margingate.cli.model import ensure_model
 
 DATA = (
     {"id": "rivers", "prompt": "Name three rivers."},
@@ -38,9 +37,10 @@ print("threshold", gate_config(prepare_server_args(sys.argv[1:])).threshold)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two prompt files, named in main's arguments."""
+def place(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the model and two prompt files, named in main's arguments."""
     folder = tmp_path_factory.mktemp("study")
+    (folder / "model").symlink_to(model)
     (folder / "one.jsonl").write_text("".join(json.dumps(line) + "\n" for line in DATA[:2]))
     (folder / "two.jsonl").write_text(json.dumps(DATA[2]) + "\n")
     return folder
@@ -48,7 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(place: Path, *command: str, out: str) -> list[str]:
     prompts = ("--prompts", str(place / "one.jsonl"), str(place / "two.jsonl"))
-    return [*command, *prompts, "--out", str(place / out)]
+    return [*command, *prompts, "--model-path", str(place / "model"), "--out", str(place / out)]
 
 
 def interrupt_half_way(place: Path) -> int:
@@ -91,7 +91,7 @@ def test_a_calibration_is_what_the_gate_loads(place, capsys):
     assert record["steps"] == 2 * 3 * 19 and record["miss_rate_bound"] <= 0.06
     assert 0 <= record["distinct_steps"] <= record["moved_steps"] <= record["steps"]
     flags = ("--deterministic-gate", "--gate-fast-path", "stock", "--gate-threshold", "auto")
-    server = ("--model-path", str(ensure_model("smollm2")), "--device", "cpu", *flags)
+    server = ("--model-path", str(place / "model"), "--device", "cpu", *flags)
     command = (sys.executable, "-c", RESOLVE, *server, "--gate-calibration", str(place / "c.json"))
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert f"threshold {record['threshold']}" in done.stdout, done.stderr[-2000:]

@@ -136,8 +136,8 @@ RUNTIME_HOOKS = (
         AROUND,
         margins.compute_logprobs,
         "self logprobs top_logprobs_nums token_ids_logprobs batch_next_token_ids",
-        "log-probs have the same bits whether or not the batch samples",
-        "SGLang computes them in one way",
+        "log-probs have the same bits whether or not the batch samples; given tokens' by request",
+        "SGLang computes them in one way, and lets a request want none of given tokens",
     ),
     Hook(
         _SAMPLING + "adjusted_from_schedule_batch",

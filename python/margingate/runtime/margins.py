@@ -92,7 +92,8 @@ def compute_logprobs(original: Any, processor: Any, logprobs: torch.Tensor, *ask
     """AROUND OutputLogprobProcessor.compute_logprobs: the same bits in every batch.
 
     SGLang takes the log of a softmax in a batch that samples, and the log-softmax in one that does
-    not; and it does not know of the tokens that the gate drew.
+    not; and it does not know of the tokens that the gate drew. Where some requests of a batch want
+    the log-probs of given tokens it has lists for the others, and its scheduler ends at the first.
     """
     forward = _forward[0] if _forward else None
     if forward is not None and forward.logprobs is not None:
@@ -100,4 +101,9 @@ def compute_logprobs(original: Any, processor: Any, logprobs: torch.Tensor, *ask
         logprobs = torch.where(forward.ours.view(-1, 1), forward.logprobs, logprobs)
         *wanted, chosen = asked
         asked = (*wanted, torch.where(forward.ours, forward.best.ids.to(chosen.dtype), chosen))
-    return original(processor, logprobs, *asked)
+    result = original(processor, logprobs, *asked)
+    if (values := result.token_ids_logprobs_val) is not None:
+        result.token_ids_logprobs_val = [
+            each if isinstance(each, torch.Tensor) else logprobs.new_empty(0) for each in values
+        ]
+    return result
