@@ -361,6 +361,9 @@ BAD_REQUESTS = [
     ({"return_hidden_states": True}, "hidden states"),
     ({"sampling_params": {"regex": "(a"}}, "regex"),
     ({"sampling_params": {"logit_bias": {"49152": 1.0}}}, "logit_bias"),
+    ({"sampling_params": {"logit_bias": [1]}}, "logit_bias is [1]"),
+    ({"sampling_params": {"max_new_tokens": 1.5}}, "max_new_tokens is 1.5"),
+    ({"sampling_params": {"temperature": 0.7, "top_k": 1 << 40}}, "top_k is"),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from sglang.srt.platforms.cpu import CpuDeviceMixin
@@ -49,3 +50,7 @@ class HostPlatform(CpuDeviceMixin, SRTPlatform):
             server_args.attention_backend = "torch_native"
         if server_args.grammar_backend is None:  # SGLang's default applies masks on a GPU only
             server_args.grammar_backend = "llguidance"
+        if not server_args.enable_torch_compile:
+            # For the processes to come. llguidance compiles what applies its masks: 20 s at the
+            # first grammar, and on a Xeon torch 2.11's code corrupted the scheduler's memory.
+            os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sglang.srt.plugins.hook_registry import HookType
 
-from margingate.runtime import openai_answers, stream, switch
+from margingate.runtime import openai_answers, stream, switch, wellformed
 from margingate.runtime.hooks import Hook
 
 AFTER, AROUND, BEFORE = HookType.AFTER, HookType.AROUND, HookType.BEFORE
@@ -23,6 +23,14 @@ TOKENIZER_HOOKS = (
         "self recv_obj",
         'meta_info["gate"] is a record per request, not a list per token',
         "customized info can be per request",
+    ),
+    Hook(
+        _MANAGER + "_validate_one_request",
+        BEFORE,
+        wellformed.validate_one_request,
+        "self obj input_ids",
+        "HTTP 400 for sampling parameters of a type that would end the scheduler",
+        "SGLang checks types",
     ),
     Hook(
         _MANAGER + "_create_tokenized_object",

@@ -1,0 +1,103 @@
+"""What a client may write as a sampling parameter, and the sentence for anything else."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from margingate.runtime.wellformed import refusal, validate_one_request
+
+MANAGER = SimpleNamespace(
+    sampling_params_class=SamplingParams, model_config=SimpleNamespace(vocab_size=1000)
+)
+
+SERVED: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 0, "top_p": 1, "min_p": 0.05, "top_k": -1, "max_new_tokens": 8},
+    {"max_new_tokens": None, "logit_bias": None, "stop": None, "stop_token_ids": None},
+    {"max_new_tokens": np.int64(8), "temperature": np.float32(0.5)},
+    {"top_k": (1 << 31) - 1, "max_new_tokens": 10**12},
+    {"stop": "a"},
+    {"stop": ["a", "b"], "stop_regex": "[0-9]{2}", "stop_token_ids": [5, None]},
+    {"stop": ("a",), "stop_token_ids": {5}, "stop_regex": ["a", "b+"]},
+    {"logit_bias": {}},
+    {"logit_bias": {"5": 1, 6: -2.5, " 7": np.float64(3)}},
+    {"json_schema": "{}", "regex": "", "ebnf": "root ::= 'a'", "structural_tag": "{}"},
+    {"custom_params": {"anything": [1, {"at": "all"}]}, "ignore_eos": 1, "deterministic": True},
+    {"repetition_penalty": 1, "frequency_penalty": True, "skip_special_tokens": np.bool_(True)},
+)
+REFUSED: tuple[tuple[str, Any, str], ...] = (
+    ("max_new_tokens", 1.5, "a whole number"),
+    ("max_new_tokens", "many", "a whole number"),
+    ("min_new_tokens", "x", "a whole number below 2147483648"),
+    ("top_k", 20.0, "a whole number below 2147483648"),
+    ("top_k", 1 << 31, "a whole number below 2147483648"),
+    ("stream_interval", "x", "a whole number"),
+    ("temperature", "x", "a number"),
+    ("top_p", [1], "a number"),
+    ("repetition_penalty", "x", "a number"),
+    ("skip_special_tokens", "x", "true or false"),
+    ("spaces_between_special_tokens", 1, "true or false"),
+    ("regex", 5, "a text"),
+    ("json_schema", {"type": "object"}, "a text"),
+    ("stop", 5, "a text or a list of texts"),
+    ("stop", ["a", 5], "a text or a list of texts"),
+    ("stop_regex", "((", "a regular expression or a list of them"),
+    ("stop_regex", ["a", "(("], "a regular expression or a list of them"),
+    ("stop_token_ids", 5, "a list of token ids"),
+    ("stop_token_ids", ["x"], "a list of token ids"),
+    ("logit_bias", [1], "an object with a finite number for each token id"),
+    ("logit_bias", {"5": "x"}, "an object with a finite number for each token id"),
+    ("logit_bias", {"5": None}, "an object with a finite number for each token id"),
+    ("logit_bias", {"5": float("nan")}, "an object with a finite number for each token id"),
+    ("logit_bias", {"x": 1}, "an object with a finite number for each token id"),
+)
+
+
+@pytest.mark.parametrize("params", SERVED)
+def test_what_sglang_takes_is_served(params):
+    assert refusal(params) == ""
+    validate_one_request(MANAGER, SimpleNamespace(sampling_params=params), [1])
+
+
+@pytest.mark.parametrize(("name", "value", "words"), REFUSED)
+def test_another_type_is_one_sentence(name, value, words):
+    sentence = f"{name} is {value!r}: give {words}."
+    assert refusal({"temperature": 0, name: value}) == sentence
+    with pytest.raises(ValueError, match=name) as caught:
+        validate_one_request(MANAGER, SimpleNamespace(sampling_params={name: value}), [1])
+    assert str(caught.value) == sentence
+
+
+def test_a_long_value_is_cut():
+    sentence = refusal({"stop": list(range(1000))})
+    assert sentence.startswith("stop is [0, 1, 2") and len(sentence) < 140
+
+
+def test_an_object_without_parameters_is_left_alone():
+    """As that of an embedding request may be."""
+    validate_one_request(MANAGER, SimpleNamespace(sampling_params=None), None)
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "is_normalized"])
+def test_an_unknown_parameter_is_named(name):
+    obj = SimpleNamespace(sampling_params={"temperature": 0, name: 5})
+    with pytest.raises(ValueError, match=f"'{name}' is not a sampling parameter"):
+        validate_one_request(MANAGER, obj, [1])
+
+
+@pytest.mark.parametrize("number", [-1, 1001, "x", 1.5])
+def test_more_top_log_probs_than_tokens(number):
+    obj = SimpleNamespace(sampling_params={}, top_logprobs_num=number)
+    with pytest.raises(ValueError, match=r"top_logprobs_num is .* from 0 to 1000\."):
+        validate_one_request(MANAGER, obj, [1])
+
+
+@pytest.mark.parametrize("number", [None, 0, 1000])
+def test_as_many_as_there_are_tokens(number):
+    obj = SimpleNamespace(sampling_params={}, top_logprobs_num=number)
+    validate_one_request(MANAGER, obj, [1])
