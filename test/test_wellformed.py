@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from margingate.runtime.wellformed import refusal, validate_one_request
@@ -100,4 +102,12 @@ def test_more_top_log_probs_than_tokens(number):
 @pytest.mark.parametrize("number", [None, 0, 1000])
 def test_as_many_as_there_are_tokens(number):
     obj = SimpleNamespace(sampling_params={}, top_logprobs_num=number)
+    validate_one_request(MANAGER, obj, [1])
+
+
+def test_embedding_overrides_are_no_json():
+    obj = SimpleNamespace(sampling_params={}, positional_embed_overrides=5)
+    with pytest.raises(ValueError, match="positional_embed_overrides are tensors"):
+        validate_one_request(MANAGER, obj, [1])
+    obj.positional_embed_overrides = PositionalEmbeds(embeds=torch.zeros(1, 4), positions=[0])
     validate_one_request(MANAGER, obj, [1])

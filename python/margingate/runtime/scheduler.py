@@ -79,7 +79,8 @@ def add_request(_scheduler: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
     """BEFORE Scheduler._add_request_to_queue: answer what cannot be served with HTTP 400."""
     gate = getattr(req, "gate", None)
     if gate is not None and gate.refusal and req.to_finish is None:
-        req.set_finish_with_abort(gate.refusal)
+        req.set_finish_with_abort(gate.refusal)  # it goes on as a prompt of one token
+        req.input_embeds = req.positional_embed_overrides = None
 
 
 def process_batch_result(original: Any, _scheduler: Any, batch: Any, result: Any) -> None:

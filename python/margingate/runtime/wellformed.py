@@ -13,6 +13,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+from sglang.srt.managers.embed_types import PositionalEmbeds
 
 from margingate.runtime.request import SWITCH
 
@@ -132,6 +133,15 @@ def out_of_range(top_logprobs: Any, vocabulary: int) -> str:
     return f"top_logprobs_num is {top_logprobs!r}: give a whole number from 0 to {vocabulary}."
 
 
+def not_overrides(overrides: Any) -> str:
+    """The sentence for embedding overrides that came as JSON, or an empty one."""
+    if overrides is None or isinstance(overrides, PositionalEmbeds):
+        return ""
+    return (
+        "positional_embed_overrides are tensors, which JSON has not: drop them, or use the Engine."
+    )
+
+
 def validate_one_request(manager: Any, obj: Any, _input_ids: Any) -> None:
     """BEFORE TokenizerManager._validate_one_request. Raises ValueError: HTTP 400."""
     params = obj.sampling_params or {}
@@ -139,6 +149,7 @@ def validate_one_request(manager: Any, obj: Any, _input_ids: Any) -> None:
         unknown(params, manager.sampling_params_class.__struct_fields__)
         or refusal(params)
         or out_of_range(getattr(obj, "top_logprobs_num", None), manager.model_config.vocab_size)
+        or not_overrides(getattr(obj, "positional_embed_overrides", None))
     )
     if sentence:
         raise ValueError(sentence)
