@@ -1,0 +1,220 @@
+"""Which requests end a server: some 200 bad or odd ones, each beside a good one.
+
+    python benchmark/bad_requests.py --out result.json
+
+Starts a server of each mode and sends the requests one after the other, on SGLang's own and
+OpenAI's routes. Beside each runs a greedy request whose answer must stay what it was. A server that
+has ended is started again. Ends with status 1 where the gate's server ended, or the answer beside
+changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import requests
+from determinism import environment
+
+from margingate.servers import Server, launch
+
+MODES: dict[str, tuple[bool, tuple[str, ...]]] = {
+    "stock": (False, ()),
+    "gate": (True, ()),
+    "gate-stock": (True, ("--gate-fast-path", "stock")),
+}
+HUGE = 1 << 40
+# Values of each sampling parameter, beside temperature 0 and 8 new tokens.
+SAMPLING: dict[str, tuple[Any, ...]] = {
+    "max_new_tokens": ("many", 1.5, -1, HUGE, []),
+    "min_new_tokens": ("x", 1.5, -1, HUGE),
+    "n": (0, -1, "x", 1.5, None),
+    "stop": (5, [5], [""], "", [None]),
+    "stop_regex": ("((", ["(("], 5, ""),
+    "stop_token_ids": (["x"], 5, [HUGE], [-7], [None]),
+    "logit_bias": (
+        {"5": "x"},
+        {"x": 1},
+        [1],
+        {"49152": 1},
+        {"1.5": 1},
+        {"5": None},
+        {},
+        {"5": True},
+    ),
+    "frequency_penalty": ("x", 3, True, None, []),
+    "presence_penalty": ("x", -3, None),
+    "repetition_penalty": ("x", 0, 1e-300, -1),
+    "temperature": ("x", None, -1, 1e-300, 1e300, []),
+    "top_p": ("x", 0, 2, None),
+    "top_k": ("5", 0, 1.5, HUGE, -2, None),
+    "min_p": ("x", -1, 2),
+    "sampling_seed": ("x", 1.5, -1, 1 << 80, True, [1]),
+    "regex": ("((", 5, "", "(?<=a)b", "\\1(a)", "a{1,1000000}"),
+    "json_schema": ("{", 5, "[]", '{"type": "nonsense"}', {"type": "object"}, '{"$ref": "#/no"}'),
+    "ebnf": ("x ::=", "root ::= ", 5, ""),
+    "structural_tag": ("x", "{}", 5),
+    "ignore_eos": ("x", 1),
+    "skip_special_tokens": ("x", 1),
+    "spaces_between_special_tokens": ("x", 1),
+    "no_stop_trim": ("x",),
+    "stream_interval": (0, -1, "x"),
+    "custom_params": (5, [1], {"gate_fault_rows": 5}, {"deterministic": None}, {"x": [{}]}),
+    "deterministic": (5, "no", None),
+    "is_normalized": (True,),
+    "max_tokens": (5,),
+}
+# Values of each other field of /generate's body.
+FIELDS: dict[str, tuple[Any, ...]] = {
+    "input_ids": ([], [1.5], ["a"], [[1, -2]], [1] * 9000, [49152], [-1], [1 << 30], 5),
+    "text": (5, "", ["a", 5]),
+    "sampling_params": (5, [], "x"),
+    "return_logprob": ("x",),
+    "rid": (5, ["a", "b"], ""),
+    "extra_key": (5,),
+    "priority": ("x", HUGE),
+    "lora_path": ("x",),
+    "session_params": ({}, {"id": "x"}, 5),
+    "image_data": ("x", []),
+    "audio_data": ("x",),
+    "input_embeds": ([[0.0]], 5),
+    "return_hidden_states": (True,),
+    "return_sampling_mask": (True,),
+    "return_routed_experts": (True,),
+    "custom_logit_processor": ("x",),
+    "positional_embed_overrides": (5, [[1]]),
+    "stream": ("x",),
+    "bootstrap_room": (5,),
+    "routed_dp_rank": (7,),
+    "require_reasoning": (True,),
+    "token_type_ids": ([0, 0, 0],),
+}
+# The same, with log-probs asked for.
+LOG_PROBS: dict[str, tuple[Any, ...]] = {
+    "top_logprobs_num": (10**6, -1, "x", 1.5, 49153, 49152),
+    "token_ids_logprob": ([1 << 30], [-1], ["x"], [], 5, [5], [[5], [6]]),
+    "logprob_start_len": (HUGE, -5, "x", 3),
+}
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+ROUTES: tuple[tuple[str, Any], ...] = (
+    *(("/v1/chat/completions", {**CHAT, "messages": each}) for each in ([], "x", [{"role": "x"}])),
+    ("/v1/chat/completions", CHAT | {"logprobs": True, "top_logprobs": 10**6}),
+    ("/v1/chat/completions", CHAT | {"response_format": {"type": "json_schema"}}),
+    ("/v1/chat/completions", CHAT | {"logit_bias": {"99999999": 1}}),
+    ("/v1/chat/completions", CHAT | {"n": 0}),
+    ("/v1/chat/completions", CHAT | {"stop": [1]}),
+    ("/v1/completions", {"model": "m", "prompt": []}),
+    ("/v1/completions", {"model": "m", "prompt": [1 << 30]}),
+    ("/v1/completions", {"model": "m", "prompt": "x", "logprobs": 10**6, "max_tokens": 4}),
+    ("/abort_request", {"rid": "nothing"}),
+    ("/v1/embeddings", {"model": "m", "input": "x"}),
+    *(("/generate", each) for each in ([1], "x", 5, {})),
+)
+GOOD = {
+    "input_ids": [5, 6, 7, 8],
+    "sampling_params": {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True},
+}
+
+
+def cases() -> Iterator[tuple[str, Any]]:
+    """Route and body of each."""
+    plain: dict[str, Any] = {"temperature": 0, "max_new_tokens": 8}
+    for name, values in SAMPLING.items():
+        warm = {"temperature": 0.5} if name in ("top_p", "top_k", "min_p", "sampling_seed") else {}
+        room = {"max_new_tokens": 2 * HUGE} if name == "min_new_tokens" else {}
+        for value in values:
+            yield (
+                "/generate",
+                {"input_ids": [1, 2, 3], "sampling_params": {**plain, **warm, **room, name: value}},
+            )
+    for fields, more in ((FIELDS, {}), (LOG_PROBS, {"return_logprob": True})):
+        for name, values in fields.items():
+            ids = {} if name in ("text", "input_embeds") else {"input_ids": [1, 2, 3]}
+            for value in values:
+                yield "/generate", {**ids, "sampling_params": plain, **more, name: value}
+    yield from ROUTES
+
+
+def post(url: str, body: Any, timeout_s: float) -> tuple[Any, Any]:
+    """Status and output ids; what went wrong, and None, where there was no answer."""
+    try:
+        reply = requests.post(url, json=body, timeout=timeout_s)
+        answer = reply.json() if reply.status_code == 200 else {}
+    except (requests.RequestException, ValueError) as error:
+        return type(error).__name__, None
+    return reply.status_code, answer.get("output_ids") if isinstance(answer, dict) else None
+
+
+class Run:
+    """One mode's server, started again whenever it has ended."""
+
+    def __init__(self, mode: str, model: str, folder: Path) -> None:
+        self.mode, self.model, self.folder = mode, model, folder
+        self.ended: list[Any] = []
+        self.changed: list[Any] = []
+        self.statuses: Counter[str] = Counter()
+        self.server = self.start()
+        self.wanted = post(self.server.base_url + "/generate", GOOD, 120)
+
+    def start(self) -> Server:
+        gate, extra = MODES[self.mode]
+        log = self.folder / f"{self.mode}-{len(self.ended)}.log"
+        server = launch(self.model, log, *extra, gate=gate)
+        server.start()
+        return server
+
+    def case(self, route: str, body: Any) -> None:
+        url = self.server.base_url
+        with ThreadPoolExecutor(1) as pool:
+            beside = pool.submit(post, url + "/generate", GOOD, 120)
+            time.sleep(0.15)  # it decodes by now
+            status, _ = post(url + route, body, 25)
+            good = beside.result()
+        self.statuses[str(status)] += 1
+        if not self.server.healthy(20):
+            self.ended.append([route, body])
+            self.server.stop()
+            self.server = self.start()
+        elif good != self.wanted:
+            self.changed.append([route, body])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="model folder; default: the embedded SmolLM2")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=["stock", "gate"])
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    if args.model is None:
+        from margingate.cli.model import ensure_model
+
+        args.model = str(ensure_model("smollm2"))
+    record: dict[str, Any] = {"environment": environment(), "modes": {}}
+    folder = Path(tempfile.mkdtemp(prefix="margingate-"))
+    bad = False
+    for mode in args.modes:
+        run = Run(mode, args.model, folder)
+        try:
+            for route, body in cases():
+                run.case(route, body)
+        finally:
+            run.server.stop()
+        found = {"statuses": run.statuses, "ended": run.ended, "changed_beside": run.changed}
+        record["modes"][mode] = found
+        args.out.write_text(json.dumps(record, indent=1))
+        print(f"{mode}: {run.statuses.total()} requests, {dict(run.statuses)}; ", end="")
+        print(f"{len(run.ended)} ended the server, {len(run.changed)} changed the answer beside")
+        bad |= mode != "stock" and bool(run.ended or run.changed)
+    return int(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
