@@ -14,6 +14,13 @@ from margingate.runtime.verifier import RowInput, Verifier
 VOCABULARY = 49152
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_compiled():
+    """As in a server on a CPU: see HostPlatform.apply_server_args_defaults."""
+    with torch._dynamo.config.patch(disable=True):
+        yield
+
+
 @pytest.fixture(scope="module")
 def tokenizer(model):
     from transformers import AutoTokenizer
