@@ -1,7 +1,8 @@
 """Parameters of another type than SGLang takes them to have: HTTP 400.
 
-SGLang checks many ranges, but few types. What gets past its tokenizer ends the scheduler,
-and with it the requests of all others: `max_new_tokens` 1.5 did, and a `logit_bias` that is a list.
+SGLang checks many ranges, but few types. What gets past its tokenizer ends the scheduler, and with
+it the requests of all others: `max_new_tokens` 1.5 did, and a `logit_bias` that is a list.
+`benchmark/bad_requests.py` has more of them.
 """
 
 from __future__ import annotations
@@ -137,9 +138,7 @@ def not_overrides(overrides: Any) -> str:
     """The sentence for embedding overrides that came as JSON, or an empty one."""
     if overrides is None or isinstance(overrides, PositionalEmbeds):
         return ""
-    return (
-        "positional_embed_overrides are tensors, which JSON has not: drop them, or use the Engine."
-    )
+    return "positional_embed_overrides are tensors, which cannot come as JSON: drop them."
 
 
 def validate_one_request(manager: Any, obj: Any, _input_ids: Any) -> None:
