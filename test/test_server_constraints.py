@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections import Counter
 
 import openai
 import pytest
@@ -71,17 +70,15 @@ def assert_in_form(answers: list[Answer]) -> None:
 
 
 def assert_penalised(answers: list[Answer], plain: list[Answer]) -> None:
-    def most(some: list[Answer]) -> int:
-        """How often the commonest token of each came, in all."""
-        return sum(max(Counter(answer.tokens).values()) for answer in some)
-
+    changed = 0
     for i, (answer, without) in enumerate(zip(answers, plain, strict=True)):
-        if i % len(PENALTIES) == 2:
+        if i % len(PENALTIES) < 2:
+            changed += answer.tokens != without.tokens
+        elif i % len(PENALTIES) == 2:
             assert len(answer.tokens) >= 40
-        elif i % len(PENALTIES) == 3:
+        else:
             assert answer.tokens == without.tokens
-    often = slice(None, None, len(PENALTIES))  # those with a penalty for each time
-    assert most(answers[often]) < most(plain[often])
+    assert changed >= len(answers) // len(PENALTIES), "no penalty told"
 
 
 def test_answers_are_as_asked_and_those_alone(client, prompts, params, kinds, alone):
