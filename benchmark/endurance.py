@@ -83,7 +83,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", nargs="+", type=Path, required=True)
     parser.add_argument("--distinct", type=int, default=16, help="requests, over all files")
     parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--tokens", type=int, default=48, help="of an answer, at most")
+    parser.add_argument("--tokens", type=int, default=48, help="of an answer, at most; 6 or more")
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--retract-every", type=int, metavar="N", help="steps; by SGLang's switch")
     parser.add_argument("--seed", type=int, default=1)
@@ -112,7 +112,7 @@ def draw(prompt: Prompt, tokens: int, rng: random.Random) -> Request:
     def perhaps(share: float, kinds: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return rng.choice(kinds) if rng.random() < share else {}
 
-    params: dict[str, Any] = {"max_new_tokens": rng.randint(1, tokens)}
+    params: dict[str, Any] = {"max_new_tokens": rng.randint(6, tokens)}
     if rng.random() < 0.4:
         params |= {"temperature": rng.choice((0.5, 1.0)), "sampling_seed": rng.randrange(1 << 40)}
         params |= rng.choice(SAMPLERS)
