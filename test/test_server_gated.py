@@ -245,7 +245,7 @@ def test_logprobs_after_forced_flips(client, prompts, alone):
 def test_sglangs_own_determinism_test(client, mode):
     port = client.base_url.rsplit(":", 1)[1]
     command = [sys.executable, "-m", "sglang.test.test_deterministic", "--port", port]
-    command += ["--test-mode", mode, "--n-trials", "4", "--max-new-tokens", "16"]
+    command += ["--test-mode", mode, "--n-trials", "5", "--max-new-tokens", "16"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     # It draws the prefix of each sample at random: one of the four may come out with no sample.
     counted = re.findall(r"otal samples: (\d+), Unique samples: (\d+)", done.stdout)
