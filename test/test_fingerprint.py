@@ -261,7 +261,13 @@ def test_a_setting_counts_where_it_can_change_an_answer(fingerprint):
 def test_the_plan_names_shapes_and_row_classes(fingerprint, monkeypatch):
     from margingate.runtime.canonical_prefill import Prefill
 
-    found = [{"name": "down", "plan": [2, 64]}, {"name": "norm", "plan": None}]
+    two, one = [[1, 0], [2, 1], [64, 1]], [[1, 0], [64, 0]]
+    route = [[16, True, 0]]
+    found = [
+        {"name": "down", "plan": [2, 64, False, route], "classes": two},
+        {"name": "norm", "plan": None, "classes": one},
+        {"name": "qkv", "plan": [1, 64, False, route], "classes": one},
+    ]
     monkeypatch.setattr(fingerprint.invariance, "records", lambda: found)
     verifier = SimpleNamespace(
         rows=16, device="cpu", graph_sizes=lambda largest: [8, 24, 32], backend=None
@@ -270,7 +276,7 @@ def test_the_plan_names_shapes_and_row_classes(fingerprint, monkeypatch):
     assert (plan["rows"], plan["prefill"], plan["graph"]) == (16, {"chunk": 64}, 24)
     together = fingerprint.plan(CONFIG, verifier, Prefill(together=True, as_decoded=True))
     assert together["prefill"] == {"together": True, "as_decoded": True}
-    assert plan["kept"]["down"] == [2, 64] and "norm" not in plan["kept"]
+    assert plan["kept"] == {"limit": 64, "down": [2, 64, False]}, "no routes: they keep the bits"
     assert fingerprint.plan(replace(CONFIG, fast_path="stock"), verifier, Prefill())["kept"] is None
     assert json.loads(json.dumps(plan)) == plan
 

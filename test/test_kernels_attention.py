@@ -425,12 +425,13 @@ def test_jit_bodies_compile_for_hopper(head_size: int) -> None:
     tile = f"tensordesc<bf16[{blocks.keys}, {head_size}]>"
     halves |= dict.fromkeys(("k_tiles", "v_tiles"), tile)
     numbers = {"scale": "fp32", "table_stride": "i32", "rows": "i32", "capacity": "i32"}
-    ints = dict.fromkeys(("page_table", "prefix_lens", "indptr", "firsts", "owners"), "*i32")
+    ints = dict.fromkeys(("page_table", "prefix_lens", "indptr", "firsts", "records"), "*i32")
     longs = dict.fromkeys(("table_rows", "starts", "slots"), "*i64")
     types = {**halves, **numbers, **ints, **longs, "tops": "*fp32", "means": "*fp32"}
     strides = {f"stride_{name}": 8 * head_size for name in (*"qokv", "k_new", "v_new")}
     sizes = {"head_size": head_size, "heads": 8, "group": 4, "SEGMENT": blocks.segment}
     known: dict[str, object] = {**strides, **sizes, "BLOCK_N": blocks.keys, "BLOCK": 32}
+    known["overlap"] = True
     extend, decode = ({**known, "BLOCK_M": each.rows} for each in (blocks.extend, blocks.decode))
 
     def ptx(kernel: Any, constants: dict[str, object], warps: int) -> str:

@@ -239,7 +239,7 @@ def test_a_larger_batch_has_another_workspace_and_the_first_stays(kernels: Kerne
     used = [workspace for _, workspace in kernels.plans]
     first, larger, largest = used[0], used[2], used[4]
     assert used == [first, first, larger, larger, largest, largest, first]
-    assert len({id(each.segments.owners) for each in used}) == 3
+    assert len({id(each.segments.records) for each in used}) == 3
     assert len(larger.segments.firsts) - 1 == 2 * MOST_ROWS, "not another one for each row more"
     for (_, workspace), (*_, used_by_first), (*_, used_by_second) in zip(
         kernels.plans, kernels.decodes[::2], kernels.decodes[1::2]
@@ -260,7 +260,7 @@ def test_the_workspace_has_rows_for_the_largest_graph(kernels: Kernels):
 def test_rows_that_see_as_much_as_there_is_room_for_fit(context: int, pool: int, kernels: Kernels):
     """However they share it out: each may leave one segment nearly empty, and so may padding."""
     _, own, _ = make(make_runner(context=context, pool=pool))
-    capacity, rows = len(own._workspace.segments.owners), MOST_ROWS
+    capacity, rows = len(own._workspace.segments.records), MOST_ROWS
     assert own.room >= SEGMENT
     for length in (1, 2, 255, 256, 257, context):
         keys = min(length, context)

@@ -15,9 +15,11 @@ from margingate.config import GateError
 from margingate.core.rowclass import (
     MOST_PADDED,
     NoPlanError,
+    Route,
     RowPlan,
     Times,
     choose,
+    reach,
     runs,
     timed_counts,
 )
@@ -109,6 +111,80 @@ def test_a_plan_to_the_top_holds_its_class_and_ends_at_the_top(classes, timed):
         assert (plan.low, plan.high) == (last[0], max(classes)) and plan.low <= MOST_PADDED
 
 
+# -- the batch-invariant kernel with the bits of the operator's last class
+
+OPERATOR = dict.fromkeys(timed_counts(WIDE), 30.0)
+SOONER = dict.fromkeys((1, 8, 16, 24, 32), 28.0)
+
+
+def test_the_kernel_that_joins_makes_the_small_calls_and_the_operator_the_others():
+    plan = choose(WIDE, Times(OPERATOR, SOONER, joins=True), to_the_top=True)
+    assert plan == RowPlan(32, 4096, routes=(Route(32, kernel=True),))
+    assert [plan.route(n) for n in (1, 31, 32)] == [Route(32, kernel=True)] * 3
+    assert plan.route(33) == Route(33, kernel=False) and plan.holds(33) and not plan.holds(32)
+    assert plan.by_kernel == 32 and RowPlan(32, 4096).by_kernel == 0
+    assert str(plan) == (
+        "kept to 32 to 4096, up to 32 by the batch-invariant kernel with the same bits"
+    )
+    # What a class needs is made by whichever is faster, padding included.
+    slow = dict.fromkeys(SOONER, 90.0)
+    padded = choose(WIDE, Times(OPERATOR, slow, joins=True), to_the_top=True)
+    assert [padded.route(n)[1:] for n in (1, 16, 31, 32, 33)] == [(False, 32)] * 4 + [(False, 0)]
+
+
+def test_a_class_that_begins_late_is_no_hindrance_to_a_kernel_that_joins():
+    late = {**dict.fromkeys((1, 16, 64, 128), 0), 192: 1, 256: 1, 512: 1}
+    assert reach(late) == 191
+    kernel = {n: 25.0 for n in timed_counts(late) if n <= 191}
+    plan = choose(late, Times(dict.fromkeys(timed_counts(late), 30.0), kernel, joins=True))
+    assert plan.low == 192 and plan.route(160).kernel and plan.holds(192)
+    assert plan == choose(
+        late, Times(dict.fromkeys(timed_counts(late), 30.0), kernel, joins=True), to_the_top=True
+    )
+
+
+def test_a_layer_in_one_class_is_left_alone_unless_the_kernel_is_clearly_faster():
+    steady = dict.fromkeys(WIDE, 0)
+    as_fast = dict.fromkeys(SOONER, 29.7)
+    assert choose(steady, Times(OPERATOR, as_fast, joins=True), to_the_top=True) is None
+    faster = {**as_fast, 8: 20.0, 16: 20.0}
+    plan = choose(steady, Times(OPERATOR, faster, joins=True), to_the_top=True)
+    expected = (Route(1, kernel=True, padded=8), Route(16, kernel=True))
+    assert plan == RowPlan(1, 4096, routes=expected), "one row as 8: 22.5 with the copy"
+    assert reach(steady) == 128 and reach(dict.fromkeys((1, 8, 64), 0)) == 63
+
+
+def test_a_kernel_that_is_slow_at_some_row_counts_takes_more_rows_there():
+    """DeepGEMM takes a third longer for 96 rows of a down_proj than for 128."""
+    late = {**dict.fromkeys((1, 64, 80, 96, 112, 128), 0), 192: 1, 256: 1}
+    times = dict.fromkeys(timed_counts(late), 50.0)
+    kernel = {n: 60.0 if 64 < n < 128 else 43.0 for n in (*times, reach(late)) if n <= 191}
+    plan = choose(late, Times(times, kernel, joins=True), to_the_top=True)
+    routes = {n: plan.route(n)[1:] for n in (64, 65, 96, 112, 128, 191, 192)}
+    crowded = dict.fromkeys((65, 96, 112), (True, 128))
+    assert routes == {64: (True, 0), **crowded, 128: (True, 0), 191: (True, 0), 192: (False, 0)}
+    assert plan.by_kernel == 191
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=3, max_size=3),
+    st.lists(st.integers(1, 9), min_size=3, max_size=3),
+    st.sampled_from([1, 9, 17]),
+)
+def test_every_call_of_a_joined_plan_is_in_the_class(operator_us, kernel_us, low):
+    counts = (8, 16, 24)
+    classes = {count: int(count >= low) for count in (1, *counts, 200)}
+    known = timed_counts(classes)
+    operator = {n: 10.0 * operator_us[min(n // 8, 2)] for n in known}
+    kernel = {n: 10.0 * kernel_us[min(n // 8, 2)] for n in known if n <= reach(classes)}
+    plan = choose(classes, Times(operator, kernel, joins=True), to_the_top=True)
+    for rows in range(1, 201):
+        route = Route(rows, kernel=False) if plan is None else plan.route(rows)
+        made = route.padded or rows
+        assert made >= rows
+        assert made <= reach(classes) if route.kernel else made >= runs(classes)[-1][0][0]
+
+
 WEIGHT = torch.randn(24, 40, generator=torch.Generator().manual_seed(1)).bfloat16()
 
 
@@ -164,6 +240,27 @@ def test_pieces_and_padding_keep_the_bits(rows):
     assert torch.equal(probe_plans.run_in_class(RowPlan(1, 8), x, split_by_count), one_by_one)
     nine = torch.cat([split_by_count(row.expand(9, -1))[:1] for row in x])
     assert torch.equal(probe_plans.run_in_class(RowPlan(9, 64), x, split_by_count), nine)
+
+
+def test_routes_take_kernel_or_operator_padded_or_not():
+    routes = (Route(2, kernel=True), Route(4, kernel=True, padded=6), Route(7, False, padded=8))
+    plan, made = RowPlan(8, 16, routes=routes), []
+
+    def called(name):
+        def call(x):
+            made.append((name, len(x)))
+            return x + 1
+
+        return call
+
+    for rows in (1, 2, 3, 4, 5, 7, 8, 16, 20):
+        x = torch.randn(rows, 3)
+        found = probe_plans.run_in_class(plan, x, called("operator"), called("kernel"))
+        assert torch.equal(found, x + 1)
+    assert made == [
+        *(("kernel", n) for n in (1, 2, 6, 6)),
+        *(("operator", n) for n in (8, 8, 8, 16, 10, 10)),
+    ]
 
 
 def in_order(x: torch.Tensor) -> torch.Tensor:
@@ -257,14 +354,9 @@ def timed(monkeypatch):
     return taken
 
 
-@pytest.mark.parametrize("kernel_is_in_order", [True, False])
-def test_plans_on_a_gpu_are_timed_and_the_kernel_is_probed(kernel_is_in_order, timed, monkeypatch):
-    kernel = in_order if kernel_is_in_order else split_by_count
-
-    def invariant_matmul(x, *, weight, bias):
-        return kernel(x)
-
-    monkeypatch.setattr(probe_plans, "invariant_matmul", invariant_matmul)
+@pytest.fixture
+def kernel(monkeypatch):
+    """Has the batch-invariant kernel be another one, and probes what says that it is on a GPU."""
     probe_as = probe.probe_operator, probe.extended
     monkeypatch.setattr(
         probe, "probe_operator", lambda op, width, counts, _: probe_as[0](op, width, counts, WEIGHT)
@@ -274,15 +366,71 @@ def test_plans_on_a_gpu_are_timed_and_the_kernel_is_probed(kernel_is_in_order, t
         "extended",
         lambda op, width, known, more, _: probe_as[1](op, 40, known, more, WEIGHT),
     )
-    late = {count: int(count > 8) for count in probe.row_counts(128)}
-    wide = {**late, 512: 2, 640: 2}
-    found = probe_plans.plan_of(layers_of(split_by_count, OnCuda()), late, wide)
+
+    def use(operator):
+        def invariant_matmul(x, *, weight, bias):
+            return operator(x)
+
+        monkeypatch.setattr(probe_plans, "invariant_matmul", invariant_matmul)
+
+    return use
+
+
+LATE = {count: int(count > 8) for count in probe.row_counts(128)}
+
+
+@pytest.mark.parametrize("kernel_is_in_order", [True, False])
+def test_plans_on_a_gpu_are_timed_and_the_kernel_is_probed(kernel_is_in_order, timed, kernel):
+    kernel(in_order if kernel_is_in_order else split_by_count)
+    wide = {**LATE, 512: 2, 640: 2}
+    found = probe_plans.plan_of(layers_of(split_by_count, OnCuda()), LATE, wide)
     if kernel_is_in_order:
         assert found == (RowPlan(1, 640, own_kernel=True), True)
         assert [own for own, _ in timed] == [True, False]
     else:
         assert found == (RowPlan(9, 128), False), "as if there were no kernel"
         assert not any(own for own, _ in timed)
+
+
+@pytest.mark.parametrize("steady", [True, False])
+def test_a_kernel_with_the_bits_of_the_last_class_joins_it(steady, timed, kernel, monkeypatch):
+    kernel(in_order)
+    monkeypatch.setattr(probe_plans, "is_deep_gemm", lambda _: True)
+
+    def operator(x):
+        return in_order(x) + float(not steady and len(x) <= 8)
+
+    classes = dict.fromkeys(LATE, 0) if steady else LATE
+    wide = {**classes, 512: classes[128], 640: classes[128]}
+    same = layers_of(operator, OnCuda())
+    low = 1 if steady else 9
+    joined = RowPlan(low, 640, routes=(Route(128, kernel=True),))
+    assert probe_plans.plan_of(same, classes, wide) == (joined, True)
+    (by_own, counts), (_, more) = timed
+    assert by_own and max(counts) == 128 == joined.by_kernel and max(more) == 256
+    assert probe_plans._tried(same[0], wide)[-1] == 128
+    # A bias is added to results that are rounded, so such a layer's bits are others; and the
+    # kernel of lm_head is not worth a start's time.
+    same[0].module.bias = torch.zeros(24)
+    head = probe.Member("linear", probe.HEAD, SimpleNamespace(weight=OnCuda()), operator)
+    for member in (same[0], head):
+        assert (probe_plans._tried(member, wide) == []) == steady
+    found = probe_plans.plan_of(same, classes, wide)[0]
+    assert found == (None if steady else RowPlan(1, 640, own_kernel=True))
+
+
+def test_a_kernel_that_does_not_join_is_compiled_for_all_it_may_be_asked_for(
+    timed, kernel, monkeypatch
+):
+    compiled = []
+    kernel(lambda x: in_order(x) + 1)
+    monkeypatch.setattr(probe_plans, "is_deep_gemm", lambda _: True)
+    monkeypatch.setattr(probe_plans, "compile_ahead", compiled.extend)
+    same, wide = layers_of(split_by_count, OnCuda()), {**LATE, 512: 2, 640: 2}
+    assert probe_plans.plan_of(same, LATE, wide) == (RowPlan(1, 640, own_kernel=True), True)
+    assert [(weight, counts[-1]) for weight, counts in compiled] == [(same[0].module.weight, 640)]
+    steady = dict.fromkeys(wide, 0)
+    assert probe_plans.plan_of(same, steady, steady) == (None, True) and len(compiled) == 1
 
 
 @pytest.mark.parametrize("error", [probe.RowDependenceError(3), RuntimeError("no nvcc")])

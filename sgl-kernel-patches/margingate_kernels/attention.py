@@ -24,6 +24,7 @@ from margingate_kernels.attention_checks import (
     check_heads,
     check_scale,
 )
+from margingate_kernels.overlap import launch_options
 
 ARITHMETIC = 2  # counts changes of a row's bits from version to version
 PROGRAMS_PER_SM = 16  # of decode, more than fit at once, so that none waits for long
@@ -58,7 +59,8 @@ class Segments(NamedTuple):
     """Device buffers that `plan_decode` and `decode_attention` write, of some capacity."""
 
     firsts: torch.Tensor  # int32 [rows + 1]: segments before each row's first
-    owners: torch.Tensor  # int32 [capacity]: the row of each segment
+    records: torch.Tensor  # int32 [capacity, 4]: of each, its row, its first key, the row's keys,
+    # and where the row's slots start
     tops: torch.Tensor  # float32 [capacity, heads, 2]: top and total
     means: torch.Tensor  # float32 [capacity, heads, head_size]
 
@@ -113,7 +115,7 @@ def decode_workspace(
         sms = torch.cuda.get_device_properties(device).multi_processor_count
     buffers = Segments(
         torch.zeros(rows + 1, dtype=torch.int32, device=device),
-        torch.zeros(segments, dtype=torch.int32, device=device),
+        torch.zeros((segments, 4), dtype=torch.int32, device=device),
         torch.zeros((segments, heads, 2), dtype=torch.float32, device=device),
         torch.zeros((segments, heads, head_size), dtype=torch.float32, device=device),
     )
@@ -143,11 +145,12 @@ def plan_decode(indptr: torch.Tensor, workspace: DecodeWorkspace) -> None:
     attention_triton.plan[(rows,)](
         indptr,
         segments.firsts,
-        segments.owners,
+        segments.records,
         rows,
-        len(segments.owners),
+        len(segments.records),
         workspace.blocks.segment,
         triton.next_power_of_2(rows),
+        **launch_options(indptr.device),
     )
 
 
@@ -193,10 +196,12 @@ def _launch_decode(
 ) -> None:
     (rows, heads, head_size), kv_heads = q.shape, paged.k_buffer.shape[1]
     segments, blocks = workspace.segments, workspace.blocks
-    capacity = len(segments.owners)
+    capacity, early = len(segments.records), launch_options(q.device)
     attention_triton.decode[(min(workspace.programs, capacity * kv_heads),)](
         q,
-        *paged,
+        paged.k_buffer,
+        paged.v_buffer,
+        paged.slots,
         *segments,
         rows,
         capacity,
@@ -212,6 +217,7 @@ def _launch_decode(
         blocks.segment,
         num_warps=blocks.decode.warps,
         num_stages=blocks.decode.stages,
+        **early,
     )
     attention_triton.add_up[(rows, heads)](
         out,
@@ -224,4 +230,5 @@ def _launch_decode(
         head_size,
         32,
         num_warps=1,
+        **early,
     )

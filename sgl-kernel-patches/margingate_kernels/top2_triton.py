@@ -19,6 +19,12 @@ import torch
 import triton
 import triton.language as tl
 
+from margingate_kernels.overlap import (
+    launch_options,
+    let_the_next_kernel_start,
+    wait_for_the_kernel_before,
+)
+
 LANES = 32  # threads of a warp
 COLUMNS_PER_LANE = 32  # of one part; they stay in registers between ranking and summing
 PART = LANES * COLUMNS_PER_LANE  # columns
@@ -111,16 +117,33 @@ def _best_groups(tiles: tl.tuple, steps: tl.constexpr) -> tl.tuple:
 
 
 @triton.jit
+def _rank(m: tl.tensor) -> tl.tensor:
+    """A whole number that orders as `m`, which is not NaN; equal zeros are equal.
+
+    A warp finds the largest whole number in one instruction, the largest float in ten.
+    """
+    bits = (m + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _unrank(rank: tl.tensor) -> tl.tensor:
+    """The float that `_rank` was given, -0.0 as 0.0."""
+    return (rank ^ ((rank >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _two_best(m1: tl.tensor, c1: tl.tensor, m2: tl.tensor, c2: tl.tensor) -> tl.tuple:
     """Along axis 0, kept: the two best of pairs (m1, c1) that rank before their (m2, c2)."""
-    top1 = tl.max(m1, axis=0, keep_dims=True)
-    at1 = tl.min(tl.where(m1 == top1, c1, _NO_COLUMN), axis=0, keep_dims=True)
+    rank1, rank2 = _rank(m1), _rank(m2)
+    top1 = tl.max(rank1, axis=0, keep_dims=True)
+    at1 = tl.min(tl.where(rank1 == top1, c1, _NO_COLUMN), axis=0, keep_dims=True)
     # The winner offers its second, every other its first.
     won = c1 == at1
-    m, c = tl.where(won, m2, m1), tl.where(won, c2, c1)
-    top2 = tl.max(m, axis=0, keep_dims=True)
-    at2 = tl.min(tl.where(m == top2, c, _NO_COLUMN), axis=0, keep_dims=True)
-    return top1, at1, top2, at2
+    rank, c = tl.where(won, rank2, rank1), tl.where(won, c2, c1)
+    top2 = tl.max(rank, axis=0, keep_dims=True)
+    at2 = tl.min(tl.where(rank == top2, c, _NO_COLUMN), axis=0, keep_dims=True)
+    return _unrank(top1), at1, _unrank(top2), at2
 
 
 # `group` replaces Triton's own look at addresses and strides, which could pick another code
@@ -140,9 +163,8 @@ def scan_parts(  # noqa: PLR0917
     overlap: tl.constexpr,  # what is before may still run; let merge_parts be launched already
 ) -> None:
     """One program per row and `warps` of its parts: write them."""
-    if overlap:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_the_kernel_before(overlap)
+    let_the_next_kernel_start(overlap)
     row = (tl.program_id(0) // (parts // warps)).to(tl.int64)
     first_part = tl.program_id(0) % (parts // warps) * warps
     row_ptr = logits + row * row_stride
@@ -191,9 +213,8 @@ def merge_parts(  # noqa: PLR0917
     overlap: tl.constexpr,  # scan_parts may still run
 ) -> None:
     """One program per row: merge its parts, rank the two groups that won, write the result."""
-    if overlap:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    let_the_next_kernel_start(overlap)
+    wait_for_the_kernel_before(overlap)
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, padded_parts)
     here = part < parts
@@ -206,14 +227,14 @@ def merge_parts(  # noqa: PLR0917
     m1, c1, _, c2 = _two_best(firsts, first_columns, seconds, second_columns)
     total = tl.sum(sums * _weight(firsts, m1), axis=0)
 
-    lane = tl.arange(0, 2 * group)
+    lane = tl.arange(0, _LANES)  # a whole warp's, of which 2 * group have a column
     columns = tl.where(lane < group, c1, c2) + lane % group
-    exists = columns < valid_vocab
+    exists = (columns < valid_vocab) & (lane < 2 * group)
     x = tl.load(logits + row * row_stride + columns, mask=exists, other=_NEG_INF).to(tl.float32)
     x = tl.where(_is_nan(x), _NEG_INF, x)
     columns = tl.where(exists, columns, _NO_COLUMN)
-    nothing = tl.full((2 * group,), _NEG_INF, tl.float32)
-    nowhere = tl.full((2 * group,), _NO_COLUMN, tl.int32)
+    nothing = tl.full((_LANES,), _NEG_INF, tl.float32)
+    nowhere = tl.full((_LANES,), _NO_COLUMN, tl.int32)
     m1, i1, m2, i2 = _two_best(x, columns, nothing, nowhere)
 
     margin = m1 - m2
@@ -237,8 +258,7 @@ def launch(
     rows, vocab = logits.shape
     parts = part_count(valid_vocab)
     group = _group(logits)
-    overlap = _can_overlap(logits.device)
-    early = {"launch_pdl": True} if overlap else {}
+    early = launch_options(logits.device)
     with torch.cuda.device_of(logits):
         scan_parts[(rows * parts // WARPS,)](
             logits,
@@ -250,7 +270,6 @@ def launch(
             group=group,
             steps=COLUMNS_PER_LANE // group,
             warps=WARPS,
-            overlap=overlap,
             num_warps=WARPS,
             **early,
         )
@@ -263,7 +282,6 @@ def launch(
             parts=parts,
             padded_parts=triton.next_power_of_2(parts),
             group=group,
-            overlap=overlap,
             num_warps=1,
             **early,
         )
@@ -274,10 +292,3 @@ def _group(logits: torch.Tensor) -> int:
     size = logits.element_size()
     widths = (logits.shape[1] * size, logits.stride(0) * size, logits.data_ptr())
     return 1 if any(width % _WIDEST_LOAD for width in widths) else _WIDEST_LOAD // size
-
-
-def _can_overlap(device: torch.device) -> bool:
-    """Whether a launch may start up while the one before it runs (programmatic launch)."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)

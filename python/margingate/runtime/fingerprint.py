@@ -218,7 +218,11 @@ def plan(config: GateConfig, verifier: Verifier, prefill: Prefill) -> dict[str, 
     """What is canonical: shapes of verify pass and prefill, and row counts of each operator."""
     graphs = [size for size in verifier.graph_sizes(1 << 20) if size >= verifier.rows]
     kept = {"limit": invariance.largest_rows(verifier.device)}
-    kept |= {found["name"]: found["plan"] for found in invariance.records() if found["plan"]}
+    kept |= {
+        found["name"]: found["plan"][:3]  # not its routes, which do not matter to the bits
+        for found in invariance.records()
+        if found["plan"] and len({key for _, key in found["classes"]}) > 1
+    }
     return {
         "rows": config.rows,
         "prefill": prefill.record() if prefill.together else {"chunk": config.prefill_chunk},

@@ -154,7 +154,12 @@ def apply_linear(original: Any, method: Any, layer: Any, x: torch.Tensor, bias: 
         return original(method, layer, x, bias)  # more: a prefill that is canonical by its shape
     if plan.own_kernel:
         return invariant_matmul(x, weight=layer.weight, bias=bias)
-    return probe_plans.run_in_class(plan, x, lambda piece: original(method, layer, piece, bias))
+    return probe_plans.run_in_class(
+        plan,
+        x,
+        lambda piece: original(method, layer, piece, bias),
+        lambda piece: invariant_matmul(piece, weight=layer.weight, bias=bias),
+    )
 
 
 def compute_lm_head(

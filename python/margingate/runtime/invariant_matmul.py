@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from itertools import dropwhile
 
 import torch
 
@@ -45,17 +46,21 @@ def kernel_counts(largest: int) -> list[int]:
     return sorted(count for count in counts if count <= largest)
 
 
-def compile_ahead(weights: Iterable[torch.Tensor], counts: Sequence[int]) -> None:
-    """Have the kernels compiled for these weights [outputs, inputs] at these ascending row counts.
+Need = tuple[torch.Tensor, Sequence[int]]  # a weight [outputs, inputs], and ascending row counts
 
-    Does nothing for a weight whose first kernel is there already. A process that fails costs only
-    time: whoever needs its kernels compiles them.
+
+def compile_ahead(needs: Iterable[Need]) -> None:
+    """Have the kernels compiled for these weights at these row counts.
+
+    Does nothing up to the first weight whose first kernel is not there. A process that fails costs
+    only time: whoever needs its kernels compiles them.
     """
-    missing = [weight for weight in weights if _is_deep_gemm(weight) and _compiles(weight)]
+    compiled = [need for need in needs if is_deep_gemm(need[0])]
+    missing = list(dropwhile(lambda need: not _compiles(need[0]), compiled))
     if not missing:
         return
     start = time.monotonic()
-    jobs = _jobs(missing, counts, _processes())
+    jobs = _jobs(missing, _processes())
     running = [
         subprocess.Popen(
             [sys.executable, "-m", __name__, *job],
@@ -74,7 +79,8 @@ def compile_ahead(weights: Iterable[torch.Tensor], counts: Sequence[int]) -> Non
     )
 
 
-def _is_deep_gemm(weight: torch.Tensor) -> bool:
+def is_deep_gemm(weight: torch.Tensor) -> bool:
+    """Whether `invariant_matmul` runs DeepGEMM for this weight."""
     from sglang.srt.batch_invariant_ops import batch_invariant_ops as ops
 
     chosen = bool(ops.ENABLE_JIT_DEEPGEMM and ops._ENABLE_MM_DEEPGEMM)
@@ -101,18 +107,16 @@ def _processes() -> int:
     return max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) // ranks, room))
 
 
-def _jobs(
-    weights: Sequence[torch.Tensor], counts: Sequence[int], processes: int
-) -> list[list[str]]:
+def _jobs(needs: Sequence[Need], processes: int) -> list[list[str]]:
     """Arguments of each process: a run of neighbouring row counts, which share kernels."""
-    each = max(1, processes // len(weights))
-    size = -(-len(counts) // each)
-    pieces = [counts[i : i + size] for i in range(0, len(counts), size)]
-    return [
-        [str(weight.device.index or 0), *map(str, weight.shape), ",".join(map(str, piece))]
-        for weight in weights
-        for piece in pieces
-    ]
+    each = max(1, processes // len(needs))
+    jobs = []
+    for weight, counts in needs:
+        size = -(-len(counts) // each)
+        fixed = [str(weight.device.index or 0), *map(str, weight.shape)]
+        pieces = (counts[i : i + size] for i in range(0, len(counts), size))
+        jobs += [[*fixed, ",".join(map(str, piece))] for piece in pieces]
+    return jobs
 
 
 def _status(process: subprocess.Popen[bytes]) -> int:

@@ -85,7 +85,7 @@ class OwnAttention:
     @property
     def room(self) -> int:
         """Tokens that the rows of a decode forward may see together, at the least."""
-        capacity, rows = len(self._workspace.segments.owners), _rows(self._workspace)
+        capacity, rows = len(self._workspace.segments.records), _rows(self._workspace)
         if capacity >= rows * self._longest:
             return rows * self._longest * self._workspace.blocks.segment
         return max(capacity - rows, 1) * self._workspace.blocks.segment

@@ -20,7 +20,7 @@ from margingate.runtime.probe import Finding
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 4
+SCHEMA = 5
 LIBRARIES = ("torch", "sglang", "triton", "flashinfer-python", "nvidia-cublas", "sgl-deep-gemm")
 ENVIRONMENT = (  # which kernels run
     "CUBLAS_WORKSPACE_CONFIG",

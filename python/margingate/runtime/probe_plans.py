@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import NamedTuple
@@ -12,9 +12,15 @@ from typing import NamedTuple
 import torch
 
 from margingate.config import GateError
-from margingate.core.rowclass import NoPlanError, RowPlan, Times, choose, timed_counts
+from margingate.core.rowclass import NoPlanError, RowPlan, Times, choose, reach, timed_counts
 from margingate.runtime import probe
-from margingate.runtime.invariant_matmul import compile_ahead, invariant_matmul, kernel_counts
+from margingate.runtime.invariant_matmul import (
+    Need,
+    compile_ahead,
+    invariant_matmul,
+    is_deep_gemm,
+    kernel_counts,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +42,7 @@ def probe_groups(
     """
     counts = probe.row_counts(largest)
     measured = [_classes(same[0], counts, prefill) for same in found.values()]
-    most = max(*counts, *prefill)
-    compile_ahead(
-        _unsteady(found.values(), measured), sorted({*counts, *prefill, *kernel_counts(most)})
-    )
+    compile_ahead(_needs(found.values(), measured))
     return [
         _finding(same, each, bool(prefill))
         for same, each in zip(found.values(), measured, strict=True)
@@ -77,13 +80,36 @@ def _classes(first: probe.Member, counts: Sequence[int], prefill: Sequence[int])
     return Classes(classes, wide, time.monotonic() - start)
 
 
-def _unsteady(
-    found: Iterable[list[probe.Member]], measured: Iterable[Classes]
-) -> Iterator[torch.Tensor]:
-    """Weights of the layers that may need the batch-invariant kernel."""
+def _needs(found: Iterable[list[probe.Member]], measured: Iterable[Classes]) -> Iterator[Need]:
+    """What the batch-invariant kernel will be tried with."""
     for (first, *_), classes in zip(found, measured, strict=True):
-        if first.kind == "linear" and not first.widened and len(set(classes.wide.values())) > 1:
-            yield first.module.weight
+        counts = _tried(first, classes.wide)
+        if counts:
+            yield first.module.weight, counts
+
+
+def _tried(member: probe.Member, classes: Mapping[int, int]) -> list[int]:
+    """Row counts that the batch-invariant kernel is tried with, ascending."""
+    if _may_join(member):
+        most = reach(classes)
+    elif member.kind == "linear" and not member.widened and len(set(classes.values())) > 1:
+        most = max(classes)
+    else:
+        return []
+    return sorted({*kernel_counts(most), *(count for count in classes if count <= most)})
+
+
+def _may_join(member: probe.Member) -> bool:
+    """Whether the batch-invariant kernel may have this layer's own bits, and be faster.
+
+    It adds a bias to results that are rounded already. lm_head's weight is read once a step.
+    """
+    return (
+        member.kind == "linear"
+        and member.name != probe.HEAD
+        and getattr(member.module, "bias", None) is None
+        and is_deep_gemm(member.module.weight)
+    )
 
 
 def _finding(same: list[probe.Member], measured: Classes, prefilled: bool) -> probe.Finding:
@@ -119,21 +145,41 @@ def _plan(
     same: Sequence[probe.Member], classes: dict[int, int], *, to_the_top: bool
 ) -> RowPlan | None:
     """By measured times on a GPU; elsewhere the plan must not depend on the clock."""
-    if len(set(classes.values())) == 1:
-        return None
-    weight = same[0].module.weight
+    first, steady = same[0], len(set(classes.values())) == 1
+    weight = first.module.weight
     if not weight.is_cuda:
         return choose(classes, to_the_top=to_the_top)
+    own = [partial(invariant_matmul, weight=each.module.weight, bias=None) for each in same]
+    joins = _may_join(first) and _joins(first.operator, own[0], classes, weight)
+    if steady and not joins:
+        return None
     counts = timed_counts(classes)
     kernel = None
-    own = [partial(invariant_matmul, weight=each.module.weight, bias=None) for each in same]
-    # RuntimeError: it does not run here, as where DeepGEMM has nothing to compile its kernels with
-    with suppress(probe.RowDependenceError, RuntimeError):
-        # The batch-invariant kernel does not widen.
-        if not same[0].widened and _in_one_class(own[0], classes, weight):
-            kernel = _microseconds(own, weight, counts)
-    times = Times(_microseconds([each.operator for each in same], weight, counts), kernel)
+    if joins:
+        most = reach(classes)
+        kernel = _microseconds(own, weight, sorted({most, *(n for n in counts if n < most)}))
+    elif not first.widened:  # the batch-invariant kernel does not widen
+        if _may_join(first):  # what `probe_groups` had compiled ends at `reach`
+            compile_ahead([(weight, sorted({*classes, *kernel_counts(max(classes))}))])
+        # RuntimeError: it does not run here, as where DeepGEMM has nothing to compile with
+        with suppress(probe.RowDependenceError, RuntimeError):
+            if _in_one_class(own[0], classes, weight):
+                kernel = _microseconds(own, weight, counts)
+    times = Times(_microseconds([each.operator for each in same], weight, counts), kernel, joins)
     return choose(classes, times, to_the_top=to_the_top)
+
+
+def _joins(operator: Operator, own: Operator, classes: dict[int, int], like: torch.Tensor) -> bool:
+    """Whether the kernel has the bits of the operator's last class up to `reach` rows."""
+    most = reach(classes)
+    beyond = min(count for count in classes if count > most)
+
+    def either(x: torch.Tensor) -> torch.Tensor:
+        return own(x) if len(x) <= most else operator(x)
+
+    with suppress(probe.RowDependenceError, RuntimeError):
+        return _in_one_class(either, (count for count in classes if count <= beyond), like)
+    return False
 
 
 def _in_one_class(operator: Operator, counts: Iterable[int], weight: torch.Tensor) -> bool:
@@ -142,6 +188,7 @@ def _in_one_class(operator: Operator, counts: Iterable[int], weight: torch.Tenso
     Raises:
         RowDependenceError: not even at one of them.
     """
+    counts = list(counts)
     small = [count for count in counts if count <= LARGEST_SMALL]
     large = [count for count in counts if count > LARGEST_SMALL]
     width = weight.shape[-1]
@@ -149,17 +196,25 @@ def _in_one_class(operator: Operator, counts: Iterable[int], weight: torch.Tenso
     return len(set(probe.extended(operator, width, classes, large, weight).values())) == 1
 
 
-def run_in_class(plan: RowPlan, x: torch.Tensor, operator: Operator) -> torch.Tensor:
-    """The operator's results of the rows of `x` [rows, inputs], by calls within the class."""
+def run_in_class(
+    plan: RowPlan, x: torch.Tensor, operator: Operator, kernel: Operator | None = None
+) -> torch.Tensor:
+    """The operator's results of the rows of `x` [rows, inputs], by calls within the class.
+
+    Args:
+        kernel: the batch-invariant one; only for a plan without it may there be none.
+    """
     outputs = []
     for start, stop in plan.pieces(x.shape[0]):
-        piece, missing = x[start:stop], plan.low - (stop - start)
-        if missing > 0:
+        piece, rows = x[start:stop], stop - start
+        route = plan.route(rows)
+        if route.padded > rows:
             # Rows leave each other alone, whatever is in the unused ones.
-            room = x.new_empty(plan.low, x.shape[1])
-            room[: stop - start].copy_(piece)
+            room = x.new_empty(route.padded, x.shape[1])
+            room[:rows].copy_(piece)
             piece = room
-        outputs.append(operator(piece)[: stop - start])
+        call = kernel if route.kernel and kernel is not None else operator
+        outputs.append(call(piece)[:rows])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -182,16 +237,16 @@ def settle_kernels(
     holds = True
     for first, *_ in found.values():
         plan, weight = planned.get(id(first.module)), first.module.weight
-        if plan is None or not plan.own_kernel:
+        if plan is None or not plan.by_kernel:
             continue
         start = time.monotonic()
         own = partial(invariant_matmul, weight=weight, bias=None)
         with torch.inference_mode(), _running(first.name):
-            for count in kernel_counts(min(plan.high, decoded)):
+            for count in kernel_counts(min(plan.by_kernel, decoded)):
                 own(weight.new_zeros(count, weight.shape[-1]))
-            if plan.high > decoded:
+            if plan.by_kernel > decoded:
                 try:
-                    holds &= _in_one_class(own, kernel_counts(plan.high), weight)
+                    holds &= _in_one_class(own, kernel_counts(plan.by_kernel), weight)
                 except probe.RowDependenceError:
                     holds = False
         seconds = time.monotonic() - start
