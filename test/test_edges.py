@@ -16,6 +16,7 @@ from margingate.runtime import (  # hook_table leads: a cycle
     canonical,
     ends,
     hook_table,
+    margins,
     prefill,
     retraction,
     scheduler,
@@ -220,3 +221,36 @@ def test_a_retracted_request_that_left_the_queue_is_forgotten(monkeypatch):
     monkeypatch.setattr(ends, "forget", lambda _, req: forgotten.append(req.gate.key))
     ends.reap_dropped(stub)
     assert forgotten == ["dropped"]
+
+
+# -- what SGLang's sampler is given to choose from
+
+
+@pytest.mark.parametrize(
+    ("greedy", "observes", "logprobs", "masks", "width"),
+    [
+        (True, False, False, None, 1),
+        (True, False, False, [False, False], 1),
+        (True, False, False, [False, True], None),
+        (True, False, True, None, None),
+        (True, True, False, None, None),
+        (False, False, False, None, None),
+    ],
+)
+def test_a_greedy_batch_leaves_sglang_one_column_to_choose_from(
+    monkeypatch, greedy, observes, logprobs, masks, width
+):
+    info = SimpleNamespace(
+        is_all_greedy=greedy, return_sampling_masks=masks, top_ks=torch.tensor([1, 20])
+    )
+    forward = margins._Forward(info, None, torch.zeros(2), logprobs)
+    info.temperatures = torch.ones(2, 1)
+    controller = SimpleNamespace(observes_only=observes)
+    monkeypatch.setattr(margins.state, "controller", lambda: controller)
+    monkeypatch.setattr(margins, "_forward", [forward])
+    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 1.0]])
+    given = margins.after_preprocess(logits, "sampler", logits, info)
+    assert (None if given is None else given.shape[1]) == width
+    assert forward.best.ids.tolist() == [1, 0] and len(logits[0]) == 3
+    monkeypatch.setattr(margins, "_forward", [])
+    assert margins.after_preprocess(logits) is None, "log-probs without a token"

@@ -58,21 +58,30 @@ def sample(original: Any, runner: Any, logits_output: Any, forward_batch: Any) -
     return ids if forward.ours is None else torch.where(forward.ours, ids, tokens)
 
 
-def after_preprocess(logits: torch.Tensor, *_args: Any, **_kwargs: Any) -> None:
-    """AFTER Sampler._preprocess_logits: these are the final logits, not yet scaled."""
+def after_preprocess(logits: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor | None:
+    """AFTER Sampler._preprocess_logits: these are the final logits, not yet scaled.
+
+    Returns:
+        What SGLang chooses from; None: all of it. A greedy batch has its tokens by then, and one
+        column is read sooner than a vocabulary.
+    """
     if not _forward:  # log-probs without a token
-        return
+        return None
     forward = _forward[0]
     info = forward.info
     forward.best = softmax_top2(logits)
-    if info.is_all_greedy or state.controller().observes_only:
-        return
+    if state.controller().observes_only:
+        return None
+    if info.is_all_greedy:
+        unread = not forward.logprobs_wanted and not any(info.return_sampling_masks or ())
+        return logits[:, :1] if unread else None
     forward.ours = info.top_ks.view(-1) <= 1
     if forward.seeds is not None:
         _draw(forward, logits, info)
     if forward.logprobs_wanted:
         scale = 1.0 if SGLANG_RETURN_ORIGINAL_LOGPROB else info.temperatures
         forward.logprobs = torch.log_softmax(logits.float() / scale, dim=-1)
+    return None
 
 
 def _draw(forward: _Forward, logits: torch.Tensor, info: Any) -> None:
