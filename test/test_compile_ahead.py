@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from margingate.runtime import invariant_matmul as matmul
+from margingate.runtime import compile_ahead, invariant_matmul
 
 COUNTS = [*range(1, 17), *range(24, 257, 8)]
 
@@ -23,44 +23,65 @@ def test_every_count_of_every_weight_is_some_processes(processes: int, weights: 
     shapes = [(64 * (i + 1), 32) for i in range(weights)]
     made = [type("W", (OnCuda,), {"shape": shape})() for shape in shapes]
     needs = [(weight, COUNTS[: len(COUNTS) - i]) for i, weight in enumerate(made)]
-    jobs = matmul._jobs(needs, processes)
-    assert len(jobs) <= max(processes, weights)
-    met = {shape: [] for shape in shapes}
-    for device, outputs, inputs, counts in jobs:
-        assert device == "1"
-        met[int(outputs), int(inputs)] += map(int, counts.split(","))
-    assert list(met.values()) == [counts for _, counts in needs], "neighbours together, none twice"
+    dealt = compile_ahead._dealt(needs, processes)
+    assert len(dealt) == processes
+    lengths = [len(lines) for lines in dealt]
+    assert max(lengths) - min(lengths) <= 1, "none has more to compile than the others"
+    met = [tuple(map(int, line.split())) for lines in dealt for line in lines]
+    expected = [(*weight.shape, count) for weight, counts in needs for count in counts]
+    assert sorted(met) == sorted(expected), "none twice"
+    assert [int(lines[0].split()[2]) for lines in dealt] == COUNTS[:processes], "in order"
+
+
+class Started(list):
+    """Processes that read their lines, say them, and of which each second one fails."""
+
+    def __call__(self, command, **options):
+        assert command[:3] == [sys.executable, "-m", "margingate.runtime.compile_ahead"]
+        assert command[3:] == ["1"]
+        code = f"import sys; lines = sys.stdin.read(); raise SystemExit({len(self) % 2})"
+        self.append(real([sys.executable, "-c", code], **options))
+        return self[-1]
+
+
+real = subprocess.Popen
 
 
 @pytest.fixture
 def started(monkeypatch):
-    """Jobs, of which each second one fails."""
-    jobs: list[list[str]] = []
+    made = Started()
+    monkeypatch.setattr(compile_ahead.subprocess, "Popen", made)
+    monkeypatch.setattr(compile_ahead, "_room_for", lambda: 4)
+    monkeypatch.setattr(compile_ahead, "is_deep_gemm", lambda weight: weight.is_cuda)
+    return made
 
-    def popen(command, **options):
-        jobs.append(command[3:])
-        assert command[:3] == [sys.executable, "-m", "margingate.runtime.invariant_matmul"]
-        return real([sys.executable, "-c", f"raise SystemExit({len(jobs) % 2})"], **options)
 
-    real = subprocess.Popen
-    monkeypatch.setattr(matmul.subprocess, "Popen", popen)
-    monkeypatch.setattr(matmul, "_processes", lambda: 4)
-    monkeypatch.setattr(matmul, "is_deep_gemm", lambda weight: weight.is_cuda)
-    return jobs
+def all_gone(processes):
+    return all(process.poll() is not None and process.stdin.closed for process in processes)
 
 
 def test_a_process_that_fails_costs_only_time(started, monkeypatch, caplog):
-    monkeypatch.setattr(matmul, "_compiles", lambda _: True)
+    monkeypatch.setattr(compile_ahead, "_compiles", lambda _: True)
     with caplog.at_level("INFO"):
-        matmul.compile_ahead([(OnCuda(), COUNTS)])
+        compile_ahead.compile_ahead([(OnCuda(), COUNTS)])
     assert len(started) == 4 and "kernels in 2 of 4 processes" in caplog.text
+    assert all_gone(started)
 
 
-def test_nothing_is_started_where_nothing_is_missing(started, monkeypatch):
-    monkeypatch.setattr(matmul, "_compiles", lambda _: False)
-    matmul.compile_ahead([(OnCuda(), COUNTS)])
-    matmul.compile_ahead([(torch.zeros(4, 4), COUNTS)])
-    assert started == []
+def test_nothing_is_waited_for_where_nothing_is_missing(started, monkeypatch, caplog):
+    monkeypatch.setattr(compile_ahead, "_compiles", lambda _: False)
+    with caplog.at_level("INFO"):
+        compile_ahead.compile_ahead([(OnCuda(), COUNTS)])
+    assert "kernels in" not in caplog.text and all_gone(started)
+    made = len(started)
+    compile_ahead.compile_ahead([(torch.zeros(4, 4), COUNTS)])
+    assert len(started) == made, "not for a layer that DeepGEMM does not run"
+
+
+def test_processes_that_were_not_needed_are_gone(started):
+    with pytest.raises(ZeroDivisionError), compile_ahead.Compilers([OnCuda()]):
+        raise ZeroDivisionError
+    assert len(started) == 4 and all_gone(started)
 
 
 def test_one_kernel_that_is_missing_is_enough_to_know(started, monkeypatch):
@@ -71,17 +92,46 @@ def test_one_kernel_that_is_missing_is_enough_to_know(started, monkeypatch):
         asked.append(weight)
         return len(asked) == 2
 
-    monkeypatch.setattr(matmul, "_compiles", compiles)
+    monkeypatch.setattr(compile_ahead, "_compiles", compiles)
     weights = [OnCuda() for _ in range(4)]
-    matmul.compile_ahead([(weight, [1, 16]) for weight in weights])
-    assert asked == weights[:2] and len(started) == 3
+    compile_ahead.compile_ahead([(weight, [1, 16]) for weight in weights])
+    assert asked == weights[:2]
+
+
+def test_a_process_that_has_ended_is_no_error(monkeypatch, started, caplog):
+    monkeypatch.setattr(compile_ahead, "_compiles", lambda _: True)
+    with caplog.at_level("INFO"), compile_ahead.Compilers([OnCuda()]) as compilers:
+        for process in started:
+            process.kill()
+            process.wait()
+        compilers.compile([(OnCuda(), COUNTS * 2000)])
+    assert "kernels in 0 of 4 processes" in caplog.text and all_gone(started)
 
 
 def test_a_process_that_hangs_is_ended(monkeypatch):
-    monkeypatch.setattr(matmul, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(compile_ahead, "PATIENCE_S", 0.2)
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    assert matmul._status(process) != 0 and process.poll() is not None
+    assert compile_ahead._status(process) != 0 and process.poll() is not None
+
+
+def test_the_script_compiles_what_its_lines_say(monkeypatch):
+    met = []
+
+    class DeepGemm:
+        @staticmethod
+        def bf16_gemm_nn(rows, weight, results):
+            met.append((tuple(weight.T.shape), len(rows)))
+            assert results.shape == (len(rows), weight.shape[1]) and rows.stride(0) == 8
+
+    zeros = torch.zeros
+    monkeypatch.setitem(sys.modules, "deep_gemm", DeepGemm)
+    monkeypatch.setattr(torch.cuda, "set_device", met.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch, "zeros", lambda size, dtype, device: zeros(size, dtype=dtype))
+    monkeypatch.setattr(sys, "stdin", ["64 32 1\n", "64 32 200\n", "48 4096 3\n"])
+    compile_ahead.main(["3"])
+    assert met == [3, ((64, 32), 1), ((64, 32), 200), ((48, 4096), 3)]
 
 
 def test_on_a_cpu_it_is_not_deep_gemm():
-    assert not matmul.is_deep_gemm(torch.zeros(64, 32, dtype=torch.bfloat16))
+    assert not invariant_matmul.is_deep_gemm(torch.zeros(64, 32, dtype=torch.bfloat16))

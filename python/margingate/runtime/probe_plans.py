@@ -14,13 +14,8 @@ import torch
 from margingate.config import GateError
 from margingate.core.rowclass import NoPlanError, RowPlan, Times, choose, reach, timed_counts
 from margingate.runtime import probe
-from margingate.runtime.invariant_matmul import (
-    Need,
-    compile_ahead,
-    invariant_matmul,
-    is_deep_gemm,
-    kernel_counts,
-)
+from margingate.runtime.compile_ahead import Compilers, Need, compile_ahead
+from margingate.runtime.invariant_matmul import invariant_matmul, is_deep_gemm, kernel_counts
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +36,10 @@ def probe_groups(
         GateError: an operator whose rows depend on each other at a fixed row count.
     """
     counts = probe.row_counts(largest)
-    measured = [_classes(same[0], counts, prefill) for same in found.values()]
-    compile_ahead(_needs(found.values(), measured))
+    linear = (same[0].module.weight for same in found.values() if same[0].kind == "linear")
+    with Compilers(linear) as compilers:
+        measured = [_classes(same[0], counts, prefill) for same in found.values()]
+        compilers.compile(_needs(found.values(), measured))
     return [
         _finding(same, each, bool(prefill))
         for same, each in zip(found.values(), measured, strict=True)
@@ -80,23 +77,28 @@ def _classes(first: probe.Member, counts: Sequence[int], prefill: Sequence[int])
     return Classes(classes, wide, time.monotonic() - start)
 
 
-def _needs(found: Iterable[list[probe.Member]], measured: Iterable[Classes]) -> Iterator[Need]:
+def _needs(found: Iterable[list[probe.Member]], measured: Iterable[Classes]) -> list[Need]:
     """What the batch-invariant kernel will be tried with."""
-    for (first, *_), classes in zip(found, measured, strict=True):
-        counts = _tried(first, classes.wide)
-        if counts:
-            yield first.module.weight, counts
+    tried = [
+        (same[0].module.weight, classes.wide, most)
+        for same, classes in zip(found, measured, strict=True)
+        if (most := _tried(same[0], classes.wide))
+    ]
+    return [_need(*each, kernels) for kernels in (True, False) for each in tried]
 
 
-def _tried(member: probe.Member, classes: Mapping[int, int]) -> list[int]:
-    """Row counts that the batch-invariant kernel is tried with, ascending."""
+def _need(weight: torch.Tensor, classes: Iterable[int], most: int, kernels: bool) -> Need:
+    """Row counts that meet all kernels; or the others, most of which find theirs by then."""
+    met = kernel_counts(most)
+    return weight, met if kernels else sorted({n for n in classes if n <= most}.difference(met))
+
+
+def _tried(member: probe.Member, classes: Mapping[int, int]) -> int:
+    """Up to how many rows the batch-invariant kernel is tried; 0: not at all."""
     if _may_join(member):
-        most = reach(classes)
-    elif member.kind == "linear" and not member.widened and len(set(classes.values())) > 1:
-        most = max(classes)
-    else:
-        return []
-    return sorted({*kernel_counts(most), *(count for count in classes if count <= most)})
+        return reach(classes)
+    unsteady = len(set(classes.values())) > 1
+    return max(classes) if member.kind == "linear" and not member.widened and unsteady else 0
 
 
 def _may_join(member: probe.Member) -> bool:
@@ -160,7 +162,7 @@ def _plan(
         kernel = _microseconds(own, weight, sorted({most, *(n for n in counts if n < most)}))
     elif not first.widened:  # the batch-invariant kernel does not widen
         if _may_join(first):  # what `probe_groups` had compiled ends at `reach`
-            compile_ahead([(weight, sorted({*classes, *kernel_counts(max(classes))}))])
+            compile_ahead([_need(weight, classes, max(classes), each) for each in (True, False)])
         # RuntimeError: it does not run here, as where DeepGEMM has nothing to compile with
         with suppress(probe.RowDependenceError, RuntimeError):
             if _in_one_class(own[0], classes, weight):
