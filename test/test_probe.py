@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from margingate.cli import main as cli
 from margingate.cli import probe as command
-from margingate.core.rowclass import RowPlan
+from margingate.core.rowclass import Route, RowPlan
 from margingate.plots import plot_classes
 from margingate.runtime import probe, probe_cache, probe_plans
 
@@ -138,7 +139,9 @@ def test_the_picture(tmp_path):
 
 
 def test_records_survive_json():
-    for finding in FINDINGS:
+    routes = (Route(8, kernel=True, padded=16), Route(64, kernel=False))
+    routed = replace(FINDINGS[0], plan=RowPlan(9, 64, routes=routes))
+    for finding in (*FINDINGS, routed):
         assert probe.Finding.from_record(json.loads(json.dumps(finding.record()))) == finding
 
 

@@ -20,6 +20,16 @@ class Route(NamedTuple):
     kernel: bool  # by the batch-invariant kernel; otherwise by the operator
     padded: int = 0  # with so many rows; 0: as they are
 
+    @property
+    def made(self) -> int:
+        """Rows of the call that is made."""
+        return self.padded or self.rows
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the call that would be made without a plan."""
+        return not self.kernel and not self.padded
+
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
@@ -37,7 +47,7 @@ class RowPlan:
     def __post_init__(self) -> None:
         if not 1 <= self.low <= self.high:
             raise ValueError(f"a row class runs from 1 up, not from {self.low} to {self.high}")
-        # As JSON has them, they are lists.
+        # JSON has lists in their place.
         object.__setattr__(self, "routes", tuple(Route(*route) for route in self.routes))
 
     def pieces(self, rows: int) -> list[tuple[int, int]]:
@@ -60,14 +70,14 @@ class RowPlan:
 
     def holds(self, rows: int) -> bool:
         """Whether the operator is called with these `rows` rows, as it would be without a plan."""
-        return rows <= self.high and self.route(rows)[1:] == (False, 0)
+        return rows <= self.high and self.route(rows).plain
 
     @property
     def by_kernel(self) -> int:
         """The most rows that the batch-invariant kernel is called with; 0: it is not used."""
         if self.own_kernel:
             return self.high
-        return max((max(route[::2]) for route in self.routes if route.kernel), default=0)
+        return max((route.made for route in self.routes if route.kernel), default=0)
 
     def __str__(self) -> str:
         if self.own_kernel:
@@ -173,11 +183,11 @@ def _joined(low: int, high: int, times: Times) -> RowPlan:
         costs = [_route_us(way, times) for way in ways]
         cheapest = costs.index(min(costs))
         best = ways[cheapest if costs[cheapest] < CLEARLY * costs[0] else 0]
-        if routes and routes[-1][1:] == best[1:]:
+        if routes and routes[-1]._replace(rows=rows) == best:
             routes.pop()
         routes.append(best)
         before = rows
-    while routes and routes[-1][1:] == (False, 0):
+    while routes and routes[-1].plain:
         routes.pop()
     return RowPlan(low, high, routes=tuple(routes))
 
@@ -196,7 +206,7 @@ def _cost(plan: RowPlan, times: Times) -> float:
 def _route_us(route: Route, times: Times) -> float:
     """Microseconds of a call with so many rows."""
     used = times.kernel if route.kernel and times.kernel else times.operator
-    return _at(used, route.padded or route.rows) + EXTRA_US * (route.padded > 0)
+    return _at(used, route.made) + EXTRA_US * (route.padded > 0)
 
 
 def _at(times: Mapping[int, float], rows: int) -> float:

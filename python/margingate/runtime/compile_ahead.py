@@ -1,7 +1,7 @@
 """Kernels of SGLang's batch-invariant matmul, compiled side by side before anything waits for them.
 
 DeepGEMM compiles a kernel when it first meets a shape that needs one: some two seconds each, one
-after the other, three dozen of them for a layer that decodes. It keeps what it compiles on disk,
+after the other, thirty of them for the layers of an 8B shape. It keeps what it compiles on disk,
 where all processes find it. Here processes do that which need nothing else. Such a process is this
 module, run as a script that reads OUTPUTS INPUTS ROWS from lines of its stdin:
 
