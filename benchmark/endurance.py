@@ -30,7 +30,7 @@ import psutil
 from determinism import environment
 
 from margingate.client import Client, Prompt, chat_prompts, read_prompts
-from margingate.servers import Server, launch
+from margingate.servers import Server, launch, retracting
 
 STOCK_PATH = ("--gate-fast-path", "stock")
 SCHEMA = {
@@ -265,11 +265,6 @@ def settled(client: Client) -> dict[str, Any]:
         time.sleep(0.2)
     client.flush()
     return client.gate_state()
-
-
-def retracting(steps: int) -> dict[str, str]:
-    """SGLang's switch that retracts requests every so many steps."""
-    return {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": str(steps)}
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ import pytest
 from checks import assert_clean, assert_gate_worked, assert_same, forced, needs_the_whole_model
 
 from margingate.client import Answer, Client
-from margingate.servers import slow_bfloat16
+from margingate.servers import retracting, slow_bfloat16
 
 TOKENS = 48
 SCHEMA = {
@@ -39,8 +39,7 @@ PENALTIES = (
 def client(start) -> Client:
     """Passes wait and ride beside overlap, and requests are retracted every few steps."""
     args = ("--gate-debug", "--gate-inject-faults", "--gate-max-delay", "3", "--gate-overlap", "on")
-    retract = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "9"}
-    return Client(start(*args, env=retract).base_url, TOKENS)
+    return Client(start(*args, env=retracting(9)).base_url, TOKENS)
 
 
 @pytest.fixture(scope="module", params=(FORMS, PENALTIES), ids=("forms", "penalties"))

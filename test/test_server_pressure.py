@@ -10,7 +10,7 @@ from checks import assert_clean, assert_gate_worked, assert_metrics, assert_same
 from conftest import TOKENS
 
 from margingate.client import Client, Prompt
-from margingate.servers import slow_bfloat16
+from margingate.servers import retracting, slow_bfloat16
 
 SPARED = pytest.mark.skipif(slow_bfloat16(), reason="two of three do where a start takes a minute")
 
@@ -27,7 +27,7 @@ def test_retracted_requests_answer_as_if_they_had_never_been(
         "--gate-debug",
         "--gate-inject-faults",
         *("--gate-guarantee", guarantee, "--gate-overlap", overlap, "--gate-max-delay", delay),
-        env={"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"},
+        env=retracting(5),
     )
     client = Client(server.base_url, TOKENS)
     alone = canonical(client, prompts)

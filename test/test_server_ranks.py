@@ -11,14 +11,14 @@ import pytest
 from checks import assert_clean, assert_gate_worked, assert_same, forced
 
 from margingate.client import Client, Prompt
+from margingate.servers import retracting
 
 TOKENS, LONG = 24, {"ignore_eos": True}
 # The host has no NCCL to be used, and a core for each rank.
 ENVIRONMENT = {
     "SGLANG_NCCL_SO_PATH": "/nowhere",
     "SGLANG_CPU_OMP_THREADS_BIND": "0|1",
-    "SGLANG_TEST_RETRACT": "1",
-    "SGLANG_TEST_RETRACT_INTERVAL": "20",
+    **retracting(20),
 }
 
 

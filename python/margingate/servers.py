@@ -32,6 +32,11 @@ _WATCH = 'read _; kill -s TERM -- "-$0"; sleep "$1"; kill -s KILL -- "-$0"'
 _TELLING = re.compile(r"margingate: |\w*(Error|Exception)\b|\berror: ")
 
 
+def retracting(steps: int) -> dict[str, str]:
+    """SGLang's switch, in its environment, that retracts requests every so many decode steps."""
+    return {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": str(steps)}
+
+
 class ServerError(RuntimeError):
     """One sentence: what happened to a server, with a line of its log and the log's path."""
 
