@@ -70,7 +70,12 @@ class RowPlan:
 
     def holds(self, rows: int) -> bool:
         """Whether the operator is called with these `rows` rows, as it would be without a plan."""
-        return rows <= self.high and self.route(rows).plain
+        if self.own_kernel or rows > self.high:
+            return False
+        for route in self.routes:  # asked in every call of every layer
+            if rows <= route.rows:
+                return route.plain
+        return rows >= self.low
 
     @property
     def by_kernel(self) -> int:
