@@ -231,6 +231,18 @@ def test_one_request_of_a_batch_wants_log_probs_of_given_tokens(client, prompts,
     assert all(entry[0] < 0 for row in found for entry in row)
 
 
+def test_logprobs_of_a_prompt_alone_and_together(client, prompts, alone):
+    """They come from a forward, not from the cache: SGLang computes a prompt anew from there."""
+    ask = {"return_logprob": True, "logprob_start_len": 2}
+    first = client.alone(prompts[:3], **ask)
+    again = client.together(prompts[:3], **ask)
+    assert_same(alone, [*first, *again])
+    for prompt, one, other in zip(prompts, first, again, strict=False):
+        found = one.meta["input_token_logprobs"]
+        assert [entry[1] for entry in found] == list(prompt.input_ids[2:])
+        assert found == other.meta["input_token_logprobs"]
+
+
 def test_logprobs_after_forced_flips(client, prompts, alone):
     [clean] = client.alone(prompts[2:3], return_logprob=True)
     [mended] = client.alone(prompts[2:3], return_logprob=True, sampling_params=forced([1, 4, 9]))
