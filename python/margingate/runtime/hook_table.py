@@ -120,7 +120,7 @@ RUNTIME_HOOKS = (
         AFTER,
         margins.after_preprocess,
         "self logits sampling_info",
-        "the margin of the logits that choose the token",
+        "tokens and margins from the final logits; SGLang need not rank a greedy batch's again",
         "the sampler returns margins",
     ),
     Hook(
