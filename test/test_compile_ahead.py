@@ -34,12 +34,12 @@ def test_every_count_of_every_weight_is_some_processes(processes: int, weights: 
 
 
 class Started(list):
-    """Processes that read their lines, say them, and of which each second one fails."""
+    """Processes that read their lines, and of which each second one fails."""
 
     def __call__(self, command, **options):
         assert command[:3] == [sys.executable, "-m", "margingate.runtime.compile_ahead"]
         assert command[3:] == ["1"]
-        code = f"import sys; lines = sys.stdin.read(); raise SystemExit({len(self) % 2})"
+        code = f"import sys; sys.stdin.read(); raise SystemExit({len(self) % 2})"
         self.append(real([sys.executable, "-c", code], **options))
         return self[-1]
 

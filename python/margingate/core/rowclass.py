@@ -2,12 +2,13 @@
 
 A GEMM picks its reduction order by its number of rows. Counts that pick the same order form a
 class; a call with another number of rows can be padded up to the class or run in pieces of it, or
-all calls go to a kernel that reduces in one order at every row count.
+all calls go to a kernel that reduces in one order at every row count. Where that is the class's
+order, each call goes to whichever is faster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import NamedTuple
@@ -53,29 +54,33 @@ class RowPlan:
     def pieces(self, rows: int) -> list[tuple[int, int]]:
         """(start, stop) of each call for `rows` rows; none longer than `high`.
 
-        Pieces are as equal as can be. One shorter than `low` is to be padded to `low`.
+        Pieces are as equal as can be. The batch-invariant kernel takes all rows at once.
         """
-        if rows <= self.high:
+        if self.own_kernel or rows <= self.high:
             return [(0, rows)]
         count = -(-rows // self.high)
         cuts = [rows * i // count for i in range(count + 1)]
         return list(pairwise(cuts))
 
     def route(self, rows: int) -> Route:
-        """How a call of `rows` rows, `high` at most, is made."""
+        """How a call of `rows` rows, one of `pieces`, is made."""
         if self.own_kernel:
             return Route(rows, kernel=True)
-        found = next((route for route in self.routes if rows <= route.rows), None)
-        return found or Route(rows, kernel=False, padded=self.low if rows < self.low else 0)
+        padded = self.low if rows < self.low else 0
+        return self._routed(rows) or Route(rows, kernel=False, padded=padded)
 
     def holds(self, rows: int) -> bool:
         """Whether the operator is called with these `rows` rows, as it would be without a plan."""
         if self.own_kernel or rows > self.high:
             return False
-        for route in self.routes:  # asked in every call of every layer
+        route = self._routed(rows)
+        return rows >= self.low if route is None else route.plain
+
+    def _routed(self, rows: int) -> Route | None:
+        for route in self.routes:  # a loop, since it is asked in every call of every layer
             if rows <= route.rows:
-                return route.plain
-        return rows >= self.low
+                return route
+        return None
 
     @property
     def by_kernel(self) -> int:
@@ -148,9 +153,7 @@ def choose(
         raise NoPlanError
     if times is None:
         return plans[0]
-    costs = [_cost(plan, times) for plan in plans]
-    cheapest = costs.index(min(costs))
-    return plans[cheapest if costs[cheapest] < CLEARLY * costs[0] else 0]
+    return plans[_cheapest([_cost(plan, times) for plan in plans])]
 
 
 MOST_PADDED = 64  # rows that a step of one row may be padded to
@@ -185,9 +188,7 @@ def _joined(low: int, high: int, times: Times) -> RowPlan:
         ways += [Route(rows, True)]
         ways += [Route(rows, False, more) for more in times.operator if more >= max(rows, low)]
         ways += [Route(rows, True, more) for more in times.kernel if more > rows]
-        costs = [_route_us(way, times) for way in ways]
-        cheapest = costs.index(min(costs))
-        best = ways[cheapest if costs[cheapest] < CLEARLY * costs[0] else 0]
+        best = ways[_cheapest([_route_us(way, times) for way in ways])]
         if routes and routes[-1]._replace(rows=rows) == best:
             routes.pop()
         routes.append(best)
@@ -195,6 +196,12 @@ def _joined(low: int, high: int, times: Times) -> RowPlan:
     while routes and routes[-1].plain:
         routes.pop()
     return RowPlan(low, high, routes=tuple(routes))
+
+
+def _cheapest(costs: Sequence[float]) -> int:
+    """The first, unless another one is clearly cheaper."""
+    found = costs.index(min(costs))
+    return found if costs[found] < CLEARLY * costs[0] else 0
 
 
 def _cost(plan: RowPlan, times: Times) -> float:

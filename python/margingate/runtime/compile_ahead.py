@@ -42,18 +42,10 @@ class Compilers:
     def __init__(self, weights: Iterable[torch.Tensor]) -> None:
         """For weights among these, all of one device."""
         first = next(filter(is_deep_gemm, weights), None)
-        count = 0 if first is None else _room_for()
-        device = "0" if first is None else str(first.device.index or 0)
-        self._running = [
-            subprocess.Popen(
-                [sys.executable, "-m", __name__, device],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                text=True,
-            )
-            for _ in range(count)
-        ]
+        self._running: list[subprocess.Popen[str]] = []
+        if first is not None:
+            device = first.device.index or 0
+            self._running = [_started(device) for _ in range(_room_for())]
 
     def __enter__(self) -> Compilers:
         return self
@@ -93,6 +85,16 @@ def compile_ahead(needs: Sequence[Need]) -> None:
     """`Compilers.compile` with processes that are started now."""
     with Compilers(weight for weight, _ in needs) as compilers:
         compilers.compile(needs)
+
+
+def _started(device: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", __name__, str(device)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
 
 
 def _compiles(weight: torch.Tensor) -> bool:

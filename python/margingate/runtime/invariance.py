@@ -152,8 +152,6 @@ def apply_linear(original: Any, method: Any, layer: Any, x: torch.Tensor, bias: 
     plan = _plans.get(id(layer))
     if plan is None or x.dim() != 2 or x.shape[0] > _limit or plan.holds(x.shape[0]):
         return original(method, layer, x, bias)  # more: a prefill that is canonical by its shape
-    if plan.own_kernel:
-        return invariant_matmul(x, weight=layer.weight, bias=bias)
     return probe_plans.run_in_class(
         plan,
         x,
@@ -169,9 +167,10 @@ def compute_lm_head(
     plan = _plans.get(id(lm_head))
     if plan is None or hidden.shape[0] > _limit or plan.holds(hidden.shape[0]):
         return original(processor, hidden, lm_head, bias)
-    if plan.own_kernel:
-        weight = lm_head.weight
-        return invariant_matmul(hidden.to(weight.dtype), weight=weight, bias=bias)
+    weight = lm_head.weight
     return probe_plans.run_in_class(
-        plan, hidden, lambda piece: original(processor, piece, lm_head, bias)
+        plan,
+        hidden,
+        lambda piece: original(processor, piece, lm_head, bias),
+        lambda piece: invariant_matmul(piece.to(weight.dtype), weight=weight, bias=bias),
     )

@@ -204,7 +204,7 @@ def run_in_class(
     """The operator's results of the rows of `x` [rows, inputs], by calls within the class.
 
     Args:
-        kernel: the batch-invariant one; only for a plan without it may there be none.
+        kernel: the batch-invariant one; None for a plan without it.
     """
     outputs = []
     for start, stop in plan.pieces(x.shape[0]):
@@ -215,7 +215,8 @@ def run_in_class(
             room = x.new_empty(route.padded, x.shape[1])
             room[:rows].copy_(piece)
             piece = room
-        call = kernel if route.kernel and kernel is not None else operator
+        call = kernel if route.kernel else operator
+        assert call is not None, f"{plan} needs the batch-invariant kernel"
         outputs.append(call(piece)[:rows])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
