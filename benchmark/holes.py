@@ -20,7 +20,8 @@ prefill graphs and once without (`--graphs`). Prompts are random token ids, of e
 
 Compared are output tokens, log-probs bit for bit, and K/V columns of the first, middle and last
 layer bit for bit (`--gate-study`). The table has, of each, how many lengths differ and which. It
-runs on older commits too: it uses HTTP and public server options alone. A CPU takes `--model tiny`.
+runs on older commits too: it uses HTTP and public server options alone. `-- --gate-policy observe`
+is the control: nothing is gated, and answers must differ. A CPU takes `--model tiny`.
 Ends with status 1 where an answer differs, 2 where a server failed.
 """
 
@@ -85,6 +86,7 @@ LENGTHS = ("224-272", "377-408")
 KEPT = 60  # prompts whose columns the server keeps at once: its own limit is 64
 GROUP, COMPANY = 12, 4  # most prompts and most others in one call
 PREFILL = re.compile(r"Prefill batch.*?#new-seq: (\d+), #new-token: (\d+)")
+TOLD = re.compile(r"margingate: gated prompts are .*")  # how the gate prefills
 KINDS = ("tokens", "logprobs", "columns")
 
 
@@ -135,9 +137,14 @@ def arguments() -> argparse.Namespace:
     args.logs = args.logs or args.out.parent
     draw = random.Random(args.seed)
     if args.random_counts:
+        if args.random_counts > args.max:
+            parser.error(f"--random-counts {args.random_counts}: give --max or less, {args.max}.")
         args.lengths = sorted(draw.sample(range(1, args.max + 1), args.random_counts))
     else:
-        args.lengths = [n for text in args.lengths for n in span(text)]
+        try:
+            args.lengths = sorted({n for text in args.lengths for n in span(text)} - {0})
+        except ValueError:
+            parser.error(f"--lengths {' '.join(args.lengths)}: give numbers or ranges as 224-272.")
     return args
 
 
@@ -214,14 +221,17 @@ def case(folder: Path, graphs: str, args: argparse.Namespace) -> dict[str, Any]:
         with server:
             start_s = time.monotonic() - began
             phases = ask_all(server, args)
-            gate = get(server, "/server_info")["internal_states"][0].get("margingate")
+            gate = get(server, "/server_info")["internal_states"][0].get("margingate", {})
     except Exception as problem:
         print(f"prefill graphs {graphs}: {problem}", flush=True)
         return {"error": repr(problem)}
     seconds = time.monotonic() - began
     print(f"prefill graphs {graphs}: {seconds:.0f} s, {start_s:.0f} s of them to start")
+    told = sorted({line.strip() for line in TOLD.findall(log.read_text(errors="replace"))})
+    print(*(f"    {line}" for line in told), sep="\n")
     print_phases(phases)
-    return {"start_s": start_s, "seconds": seconds, "phases": phases, "gate": gate}
+    found = {"start_s": start_s, "seconds": seconds, "said": told, "phases": phases}
+    return found | {"gate": gate}
 
 
 def options(graphs: str, args: argparse.Namespace) -> list[str]:

@@ -27,10 +27,10 @@ counts() {
         >"$OUT/row_counts.txt" 2>&1 || status=$?
     cat "$OUT/row_counts.txt"
 }
-ask() { # NAME OPTIONS...: one model, both graph settings
-    local name=$1
+ask() { # NAME OPTIONS...: one model, both graph settings, within what is left of 530 s
+    local name=$1 left=$((530 - SECONDS))
     shift
-    timeout -k 10 210 python3 "$here/benchmark/holes.py" --out "$OUT/$name.json" --logs "$LOGS" \
+    timeout -k 10 $((left < 240 ? left : 240)) python3 "$here/benchmark/holes.py" --out "$OUT/$name.json" --logs "$LOGS" \
         "$@" >"$LOGS/$name.txt" 2>&1
 }
 holes() {

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ROOT / "python/margingate/data/demo_prompts.jsonl"
 NOWHERE = "http://127.0.0.1:9"
 TURNS = ("--base-url", NOWHERE, "--conversations", "2", "--prompts", str(PROMPTS))
+HOLES = ("--model", "tiny", "--out", "x")
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -39,6 +42,12 @@ def test_an_example_without_a_server_is_one_sentence_and_status_2(name):
         ("turns", [*TURNS, "--model", str(ROOT)], f"--model {ROOT} has no tokenizer that loads ("),
         ("turns", [*TURNS, "--model", "no", "--turns", "13"], "have 24 lines, and 2 conversations"),
         ("turns", [*TURNS, "/none", "--model", "no"], "--prompts /none cannot be read (No such"),
+        (
+            "holes",
+            [*HOLES, "--lengths", "7-x"],
+            "--lengths 7-x: give numbers or ranges as 224-272.",
+        ),
+        ("holes", [*HOLES, "--random-counts", "9", "--max", "8"], "give --max or less, 8."),
         ("engines", ["--help"], "run one of these."),
         ("serving_load", [], "makes the requests of serving.py: run that."),
     ],
@@ -64,3 +73,16 @@ def test_the_table_of_a_serving_run_is_printed(tmp_path):
     done = run("benchmark/serving_table.py", str(file))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[1].split()[:4] == ["1k-1k@inf", "x4", "stock", "2"]
+
+
+def test_row_counts_finds_a_hole_between_counts_of_one_class():
+    spec = importlib.util.spec_from_file_location("row_counts", ROOT / "benchmark/row_counts.py")
+    row_counts = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(row_counts)
+    rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.bfloat16)
+    other = rows.clone()
+    other[1, 0] = torch.nextafter(other[1, 0], torch.tensor(9.0, dtype=torch.bfloat16))
+    bits = [row_counts.row_hashes(out) for out in (other, rows, rows, other, other, rows)]
+    counts, classes = [8, 16, 24, 25, 26, 32], row_counts.label(torch.stack(bits))
+    assert row_counts.runs(counts, classes) == [(0, 8, 8), (1, 16, 24), (0, 25, 26), (1, 32, 32)]
+    assert (25, 26) in row_counts.holes(counts, classes)
