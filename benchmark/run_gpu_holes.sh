@@ -30,8 +30,8 @@ counts() {
 ask() { # NAME OPTIONS...: one model, both graph settings, within what is left of 530 s
     local name=$1 left=$((530 - SECONDS))
     shift
-    timeout -k 10 $((left < 240 ? left : 240)) python3 "$here/benchmark/holes.py" --out "$OUT/$name.json" --logs "$LOGS" \
-        "$@" >"$LOGS/$name.txt" 2>&1
+    timeout -k 10 $((left < 240 ? left : 240)) python3 "$here/benchmark/holes.py" \
+        --out "$OUT/$name.json" --logs "$LOGS" "$@" >"$LOGS/$name.txt" 2>&1
 }
 holes() {
     ask qwen2.5-1.5b --model qwen2.5-1.5b "$@" &
