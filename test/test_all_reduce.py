@@ -74,19 +74,21 @@ def test_one_rank_has_nothing_to_measure(monkeypatch):
 def test_sums_in_one_order_need_no_plan(monkeypatch):
     group = Group()
     (found,) = settled(monkeypatch, group, [600, 2100])
-    assert found.plan is None and found.prefill and found.shape == (3, WIDTH)
+    assert found.plan == RowPlan(((1, 64), (600, 600), (2100, 2100))) and found.prefill
+    assert found.shape == (3, WIDTH)
     assert set(found.classes.values()) == {0} and max(found.classes) == 2100
-    assert run(group, rows_of(5000))[1] == [5000]
+    assert run(group, rows_of(5000))[1] == [2100] * 3, "none that was not measured"
+    assert run(group, rows_of(590))[1] == [600]
 
 
 def test_large_sums_run_in_pieces_of_the_class_of_small_ones(monkeypatch):
     """As on four H200s: kernels of SGLang's own up to 16 MB, then NCCL's."""
     group = Group(order=lambda rows: rows > 600)
     (found,) = settled(monkeypatch, group, [599, 600, 700, 1000])
-    assert found.plan == RowPlan(1, 600) and found.prefill
+    assert found.plan == RowPlan(((1, 64), (599, 600))) and found.prefill
     rows = rows_of(1700)
     whole, calls = run(group, rows)
-    assert calls == [566, 567, 567]
+    assert calls == [599, 599, 599]
     assert torch.equal(whole, torch.cat([run(group, rows[i : i + 1])[0] for i in range(1700)]))
     assert run(group, rows[:600])[1] == [600]
 
@@ -94,7 +96,7 @@ def test_large_sums_run_in_pieces_of_the_class_of_small_ones(monkeypatch):
 def test_small_sums_are_padded_where_large_ones_are_the_class(monkeypatch):
     group = Group(order=lambda rows: rows < 4)
     (found,) = settled(monkeypatch, group)
-    assert found.plan == RowPlan(4, 64) and not found.prefill
+    assert found.plan == RowPlan(((4, 64),)) and not found.prefill
     rows = rows_of(64)
     assert torch.equal(run(group, rows[:1])[0], run(group, rows)[0][:1])
     assert run(group, rows[:1])[1] == [4]

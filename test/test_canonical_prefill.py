@@ -143,12 +143,16 @@ def test_what_agrees_everywhere_holds_everywhere(monkeypatch, caplog):
     with caplog.at_level(logging.INFO):
         assert run(world, monkeypatch) == DECODED
     assert "prefilled together; decoded columns have the same bits" in caplog.text
-    alone, beside, largest, *chunks, rest = world.forwards
+    alone, beside, largest, *more, rest = world.forwards
+    chunks, drawn = more[:4], more[4:]
     assert alone == [("margingate-alone", 0, LONGEST)]
     assert [(start, end) for _, start, end in beside] == [(0, 300), (0, LONGEST), (0, 5)]
     assert [(start, end) for _, start, end in largest] == [(0, SLOTS - 2 - LONGEST), (0, LONGEST)]
     cuts = [(start, end) for ((_, start, end),) in chunks]
     assert cuts == [(0, 100), (100, 450), (450, 899), (899, 900)], "one row is left for the end"
+    ends = [each[-1] for each in drawn if each[-1][2] == LONGEST]
+    assert ends and all(rid == "margingate-drawn" for rid, *_ in ends)
+    assert "row counts of prefill drawn anew" in caplog.text
     assert rest == [("margingate-decoded", 0, LONGEST - 16)] and world.passes == [(16, 16)]
     assert DECODED.record() == {"together": True, "as_decoded": True}
 
@@ -230,8 +234,12 @@ def test_the_prompt_fits_into_small_chunks_and_pools(chunk, longest, monkeypatch
     world = World(rows=256)
     world.server_args.chunked_prefill_size, world.max_req_len = chunk, longest
     assert run(world, monkeypatch) == DECODED
-    most = [sum(end - start for _, start, end in parts) for parts in world.forwards]
+    forwards = [each for each in world.forwards if each[-1][0] != "margingate-drawn"]
+    drawn = [each for each in world.forwards if each[-1][0] == "margingate-drawn"]
+    most = [sum(end - start for _, start, end in parts) for parts in forwards]
     largest = most.pop(2)
+    rows = max(sum(end - start for _, start, end in parts) for parts in drawn)
+    assert rows <= (SLOTS - 2 if chunk in (None, -1) else max(chunk, 8))
     assert max(most) <= max(longest, 16)
     assert largest <= (SLOTS - 2 if chunk in (None, -1) else max(chunk, 8)), "as many as may be"
     whole = world.forwards[0][0][2]
@@ -255,10 +263,13 @@ def test_ranks_use_what_all_of_them_found(monkeypatch):
     said: list[list[bool]] = []
 
     def gather(into: list[Any], flags: list[bool], group: str) -> None:
+        if isinstance(flags, int):
+            into[:] = [flags, flags + 1]  # the seed of what is drawn: the first rank's counts
+            return
         said.append(flags)
-        into[:] = [flags, [True] if len(flags) == 1 else [True, True, True, False]]
+        into[:] = [flags, [True] if len(flags) == 1 else [*[True] * 4, False]]
 
     monkeypatch.setattr(ranks.torch.distributed, "all_gather_object", gather)
     monkeypatch.setattr(ranks.torch.distributed, "get_world_size", lambda _group: 2)
     assert run(world, monkeypatch) == TOGETHER
-    assert said == [[True], [True] * 4]
+    assert said[0] == [True] and said[-1] == [True] * 5

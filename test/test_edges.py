@@ -132,7 +132,7 @@ def test_a_verifier_whose_rows_depend_on_its_padding_is_refused(ranks, said):
     """So it is with several ranks where an all-reduce sums in an order that goes by the place."""
     runner = SimpleNamespace(server_args=SimpleNamespace(tp_size=ranks))
 
-    def forward(rows, count):
+    def forward(rows, count, graph):
         return torch.arange(count).view(-1, 1) + float(len(rows))
 
     stub = SimpleNamespace(runner=runner, rows=8, forward=forward)

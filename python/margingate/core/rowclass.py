@@ -1,17 +1,21 @@
 """Which row counts give a row the same bits, and how to stay within one such class.
 
 A GEMM picks its reduction order by its number of rows. Counts that pick the same order form a
-class; a call with another number of rows can be padded up to the class or run in pieces of it, or
-all calls go to a kernel that reduces in one order at every row count. Where that is the class's
-order, each call goes to whichever is faster.
+class. A class is a set of counts and seldom a range: cuBLAS has holes at odd counts. A plan calls
+an operator with measured counts of one class only; a call with another number of rows is padded up
+to the next one or run in pieces, or it goes to a kernel that reduces in one order at every count.
+Where that order is the class's, each call goes to whichever is faster. Nothing is interpolated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby, pairwise
-from typing import NamedTuple
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, NamedTuple
+
+Span = tuple[int, int]  # from and to, both included
 
 
 class Route(NamedTuple):
@@ -32,49 +36,94 @@ class Route(NamedTuple):
         return not self.kernel and not self.padded
 
 
+class Call(NamedTuple):
+    """One call for some rows of an input."""
+
+    start: int
+    stop: int
+    made: int  # rows of the call: those from start to stop, and padding
+    kernel: bool  # by the batch-invariant kernel; otherwise by the operator
+
+
+def spans(counts: Iterable[int]) -> tuple[Span, ...]:
+    """Runs of consecutive numbers among `counts`, ascending."""
+    ordered = sorted(set(counts))
+    grouped = groupby(enumerate(ordered), key=lambda item: item[1] - item[0])
+    runs_of = ([count for _, count in items] for _, items in grouped)
+    return tuple((run[0], run[-1]) for run in runs_of)
+
+
 @dataclass(frozen=True, slots=True)
 class RowPlan:
-    """Row counts `low` to `high` of an operator give a row the same bits.
+    """An operator gives a row the same bits in calls with each of these row counts.
 
-    With `own_kernel` not of the operator as it is, but of the batch-invariant kernel in its place.
-    `routes`, by ascending rows, do not matter to the bits: the first one that reaches is taken.
+    `counts` are spans of counts that were all measured. With `own_kernel` they are those of the
+    batch-invariant kernel in the operator's place, which reduces in one order at every count: they
+    are a sample, and it takes any count. `routes`, by ascending rows, do not matter to the bits:
+    the first one that reaches is taken.
     """
 
-    low: int
-    high: int
+    counts: tuple[Span, ...]
     own_kernel: bool = False
     routes: tuple[Route, ...] = ()
+    _highs: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.low <= self.high:
-            raise ValueError(f"a row class runs from 1 up, not from {self.low} to {self.high}")
         # JSON has lists in their place.
+        counts = tuple((int(low), int(high)) for low, high in self.counts)
+        ends = [end for span in counts for end in span]
+        if not ends or ends[0] < 1 or ends != sorted(ends):
+            raise ValueError(f"the row counts of a class ascend from 1 up, unlike {counts}")
+        object.__setattr__(self, "counts", counts)
         object.__setattr__(self, "routes", tuple(Route(*route) for route in self.routes))
+        object.__setattr__(self, "_highs", tuple(high for _, high in counts))
 
-    def pieces(self, rows: int) -> list[tuple[int, int]]:
-        """(start, stop) of each call for `rows` rows; none longer than `high`.
+    @property
+    def low(self) -> int:
+        """The smallest row count of the class."""
+        return self.counts[0][0]
 
-        Pieces are as equal as can be. The batch-invariant kernel takes all rows at once.
-        """
-        if self.own_kernel or rows <= self.high:
-            return [(0, rows)]
-        count = -(-rows // self.high)
-        cuts = [rows * i // count for i in range(count + 1)]
-        return list(pairwise(cuts))
+    @property
+    def high(self) -> int:
+        """The largest one; more rows run in pieces."""
+        return self._highs[-1]
 
-    def route(self, rows: int) -> Route:
-        """How a call of `rows` rows, one of `pieces`, is made."""
+    def bits(self) -> list[Any]:
+        """What the bits of a row depend on, for a fingerprint: no two classes begin alike."""
+        return [self.low, self.high, self.own_kernel]
+
+    def record(self) -> list[Any]:
+        """For JSON: `RowPlan(*record)` is the plan again."""
+        return [self.counts, self.own_kernel, self.routes]
+
+    def calls(self, rows: int) -> list[Call]:
+        """The calls for `rows` rows. The batch-invariant kernel takes all of them at once."""
         if self.own_kernel:
-            return Route(rows, kernel=True)
-        padded = self.low if rows < self.low else 0
-        return self._routed(rows) or Route(rows, kernel=False, padded=padded)
+            return [Call(0, rows, rows, True)]
+        if rows <= self.high:
+            return [self._call(0, rows)]
+        pieces = -(-rows // self.high)
+        size = self._next(-(-rows // pieces))
+        return [self._call(start, min(start + size, rows)) for start in range(0, rows, size)]
 
     def holds(self, rows: int) -> bool:
         """Whether the operator is called with these `rows` rows, as it would be without a plan."""
         if self.own_kernel or rows > self.high:
             return False
         route = self._routed(rows)
-        return rows >= self.low if route is None else route.plain
+        return self._next(rows) == rows if route is None else route.plain
+
+    def _call(self, start: int, stop: int) -> Call:
+        rows = stop - start
+        route = self._routed(rows)
+        if route is None:
+            return Call(start, stop, self._next(rows), False)
+        return Call(start, stop, route.padded or rows, route.kernel)
+
+    def _next(self, rows: int) -> int:
+        """The least row count of the class that has room for `rows`, `high` at most."""
+        low, _ = self.counts[bisect_left(self._highs, rows)]
+        return max(rows, low)
 
     def _routed(self, rows: int) -> Route | None:
         for route in self.routes:  # a loop, since it is asked in every call of every layer
@@ -92,16 +141,30 @@ class RowPlan:
     def __str__(self) -> str:
         if self.own_kernel:
             return "run by the batch-invariant kernel"
-        said = [f"kept to {self.low} to {self.high}"] if self.low > 1 or not self.routes else []
+        total = sum(high - low + 1 for low, high in self.counts)
+        said = [f"kept to {total} row counts from {self.low} to {self.high}"]
         if self.by_kernel:
             said.append(f"up to {self.by_kernel} by the batch-invariant kernel with the same bits")
         return ", ".join(said)
 
 
 def runs(classes: Mapping[int, int]) -> list[tuple[list[int], int]]:
-    """Neighbouring row counts of one class, ascending, with the class."""
+    """Neighbouring measured row counts of one class, ascending, with the class."""
     grouped = groupby(sorted(classes.items()), key=lambda item: item[1])
     return [([count for count, _ in items], key) for key, items in grouped]
+
+
+def members(classes: Mapping[int, int]) -> dict[int, list[int]]:
+    """The row counts of each class, ascending."""
+    found: dict[int, list[int]] = {}
+    for count in sorted(classes):
+        found.setdefault(classes[count], []).append(count)
+    return found
+
+
+def top(classes: Mapping[int, int]) -> list[int]:
+    """The row counts of the class that holds the largest one."""
+    return members(classes)[classes[max(classes)]]
 
 
 @dataclass(frozen=True)
@@ -110,7 +173,7 @@ class Times:
 
     operator: Mapping[int, float]
     kernel: Mapping[int, float] | None  # None: there is none, or its bits depend on the row count
-    joins: bool = False  # up to `reach` rows the kernel has the bits of the operator's last class
+    joins: Collection[int] = ()  # row counts at which the kernel has the bits of the top class
 
 
 class NoPlanError(Exception):
@@ -119,39 +182,33 @@ class NoPlanError(Exception):
 
 def choose(
     classes: Mapping[int, int], times: Times | None = None, *, to_the_top: bool = False
-) -> RowPlan | None:
-    """How to stay within one class; None: all row counts are in one, and as fast as can be.
+) -> RowPlan:
+    """How to stay within one class of measured row counts.
 
     It is the class that leaves most of the measured row counts as they are, or that of the largest,
     where the kernel joins it. A plan that is clearly faster, by the times of calls with the row
     counts of decode graphs, is taken instead.
 
     Args:
-        classes: a class number for each measured row count; counts between two neighbours of
-            one class are taken to be in it too.
+        classes: a class number for each measured row count.
         times: for some of these row counts.
         to_the_top: only a class that holds the largest row count will do: it is a prefill's.
 
     Raises:
         NoPlanError: with `to_the_top`, where nothing will do.
     """
-    found = runs(classes)
-    joined = None
-    if times is not None and times.kernel is not None and times.joins:
-        joined = _joined(found[-1][0][0], max(classes), times)
-    if len(found) == 1:
-        return joined if joined and joined.routes else None
+    found = sorted(members(classes).values(), key=lambda counts: (-len(counts), counts[0]))
     if to_the_top:
-        found = [run for run in found[-1:] if run[0][0] <= MOST_PADDED]
-    found.sort(key=lambda run: (-len(run[0]), run[0][0]))
-    plans = [RowPlan(counts[0], counts[-1]) for counts, _ in found]
-    if joined is not None:
-        plans.insert(0, joined)
-    elif times is not None and times.kernel is not None:
-        plans.append(RowPlan(1, max(classes), own_kernel=True))
+        found = [counts for counts in (top(classes),) if counts[0] <= MOST_PADDED]
+    plans = [RowPlan(spans(counts)) for counts in found]
+    if times is not None and times.kernel is not None:
+        if times.joins:
+            plans.insert(0, _joined(top(classes), times))
+        elif len(set(classes.values())) > 1:
+            plans.append(RowPlan(((1, max(classes)),), own_kernel=True))
     if not plans:
         raise NoPlanError
-    if times is None:
+    if times is None or len(plans) == 1:
         return plans[0]
     return plans[_cheapest([_cost(plan, times) for plan in plans])]
 
@@ -164,30 +221,33 @@ EXTRA_US = 2.5  # to pad, or to put pieces together: a small kernel each, within
 
 
 def timed_counts(classes: Mapping[int, int]) -> list[int]:
-    """The row counts whose times `choose` asks for."""
-    lows = {run[0] for run, _ in runs(classes)}
-    return sorted(lows | {count for count in CALLS if count <= max(classes)} | {_last(classes)})
+    """The row counts whose times `choose` asks for: first ones of classes, and those of graphs."""
+    largest = min(max(classes), CALLS[-1])
+    lows = {counts[0] for counts in members(classes).values() if len(counts) > 1}
+    return sorted({largest, *lows, *(count for count in CALLS if count <= largest)})
 
 
 def reach(classes: Mapping[int, int]) -> int:
-    """Up to how many rows the kernel is of use beside the last class."""
-    return max(runs(classes)[-1][0][0] - 1, min(ROUTED, max(classes) - 1))
+    """Up to how many rows the kernel is of use beside the top class."""
+    return max(top(classes)[0] - 1, min(ROUTED, max(classes) - 1))
 
 
-def _last(classes: Mapping[int, int]) -> int:
-    return min(max(classes), CALLS[-1])
+def _joined(counts: Sequence[int], times: Times) -> RowPlan:
+    """The class of these counts, with the fastest way to make each call that the kernel may make.
 
-
-def _joined(low: int, high: int, times: Times) -> RowPlan:
-    """The class from `low` up, with the fastest way to make each call that the kernel may make."""
+    A way that leaves calls as they are is one for the row counts since the last that was timed,
+    so each of these must have been measured.
+    """
     assert times.kernel is not None
+    own, joined = set(counts), set(times.joins)
     routes: list[Route] = []
     before = 0
-    for rows in sorted(times.kernel):
-        ways = [Route(rows, False)] if before + 1 >= low else []
-        ways += [Route(rows, True)]
-        ways += [Route(rows, False, more) for more in times.operator if more >= max(rows, low)]
-        ways += [Route(rows, True, more) for more in times.kernel if more > rows]
+    for rows in sorted(joined.intersection(times.kernel)):
+        between = set(range(before + 1, rows + 1))
+        ways = [Route(rows, False)] if between <= own else []
+        ways += [Route(rows, True)] if between <= joined else []
+        ways += [Route(rows, False, n) for n in times.operator if n >= rows and n in own]
+        ways += [Route(rows, True, n) for n in times.kernel if n >= rows and n in joined]
         best = ways[_cheapest([_route_us(way, times) for way in ways])]
         if routes and routes[-1]._replace(rows=rows) == best:
             routes.pop()
@@ -195,7 +255,7 @@ def _joined(low: int, high: int, times: Times) -> RowPlan:
         before = rows
     while routes and routes[-1].plain:
         routes.pop()
-    return RowPlan(low, high, routes=tuple(routes))
+    return RowPlan(spans(counts), routes=tuple(routes))
 
 
 def _cheapest(costs: Sequence[float]) -> int:
@@ -206,19 +266,24 @@ def _cheapest(costs: Sequence[float]) -> int:
 
 def _cost(plan: RowPlan, times: Times) -> float:
     """Mean time of calls with CALLS rows, each relative to the same call as it is."""
-    calls = [rows for rows in CALLS if rows <= max(times.operator)]
+    asked = [rows for rows in CALLS if rows <= max(times.operator)]
     total = 0.0
-    for rows in calls:
-        pieces = [stop - start for start, stop in plan.pieces(rows)]
-        spent = sum(_route_us(plan.route(piece)._replace(rows=piece), times) for piece in pieces)
-        total += (spent + EXTRA_US * (len(pieces) > 1)) / _at(times.operator, rows)
-    return total / len(calls)
+    for rows in asked:
+        calls = plan.calls(rows)
+        spent = sum(_call_us(call, times) for call in calls)
+        total += (spent + EXTRA_US * (len(calls) > 1)) / _at(times.operator, rows)
+    return total / len(asked)
+
+
+def _call_us(call: Call, times: Times) -> float:
+    used = times.kernel if call.kernel and times.kernel else times.operator
+    return _at(used, call.made) + EXTRA_US * (call.made > call.stop - call.start)
 
 
 def _route_us(route: Route, times: Times) -> float:
     """Microseconds of a call with so many rows."""
-    used = times.kernel if route.kernel and times.kernel else times.operator
-    return _at(used, route.made) + EXTRA_US * (route.padded > 0)
+    padding = max(route.padded - route.rows, 0)
+    return _call_us(Call(0, route.made - padding, route.made, route.kernel), times)
 
 
 def _at(times: Mapping[int, float], rows: int) -> float:

@@ -3,7 +3,7 @@
 SGLang picks an algorithm by the size of the input: kernels of its own for what fits into their
 buffers, NCCL's for more. They add in other orders, or round between additions, so that a row's bits
 may depend on how many rows share its forward. That is measured at start, with rows that each rank
-has others of; inputs of other sizes then run in pieces of, or padded up to, the largest class.
+has others of; inputs of other sizes then run in pieces of, or padded up to, measured ones.
 """
 
 from __future__ import annotations

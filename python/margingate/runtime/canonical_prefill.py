@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from margingate.runtime import invariance, rollback
+from margingate.runtime import drawing, invariance, rollback
 from margingate.runtime.forwards import extend, internal_request, release
 from margingate.runtime.ranks import agreed
 from margingate.runtime.verifier import RowInput, Verifier
@@ -45,8 +45,8 @@ def measure(scheduler: Any, verifier: Verifier, wanted: bool) -> Prefill:
         return Prefill()
     check = _Check(scheduler, verifier)
     # All of them, whatever the first says: ranks must run the same forwards.
-    seen = [check.beside_others(), check.in_the_largest(), check.in_chunks(), check.decoded()]
-    *together, decoded = agreed(scheduler, seen)
+    seen = [check.beside_others(), check.in_the_largest(), check.in_chunks(), check.drawn()]
+    *together, decoded = agreed(scheduler, [*seen, check.decoded()])
     found = Prefill(all(together), all(together) and decoded)
     logger.info(
         "margingate: gated prompts are prefilled %s; decoded columns have %s bits.",
@@ -86,18 +86,59 @@ class _Check:
 
     def in_the_largest(self) -> bool:
         """Whether it has them at the end of a forward with as many rows as one may hold."""
-        length, pools = self._length, self._scheduler.req_to_token_pool
+        reqs = self._company(self._room - self._length)
+        reqs.append(internal_request("margingate-last", self._prompt))
+        return self._agrees_among(reqs, -1)
+
+    def drawn(self) -> bool:
+        """Whether it has them in forwards with row counts that this start draws, part by part."""
+        draw = drawing.shared(self._scheduler)
+        wrong = []
+        counts = drawing.row_counts(draw, self._room, invariance.borders())
+        for count in counts:
+            cut = self._length - draw.randint(1, min(count, self._length))
+            if not self._agrees_within(count, cut):
+                wrong.append(count)
+        logger.info("margingate: row counts of prefill drawn anew: %s", ", ".join(map(str, counts)))
+        if wrong:
+            logger.warning(
+                "margingate: a prefill forward of %s rows gives a prompt other bits than it has "
+                "alone: gated prompts are prefilled one at a time.",
+                ", ".join(map(str, wrong)),
+            )
+        return not wrong
+
+    @property
+    def _room(self) -> int:
+        """The most rows of a forward for which there are slots now."""
         slots = self._scheduler.token_to_kv_pool_allocator.available_size()
-        more = max(min(self._most, slots - 1) - length, 0)
+        return int(max(min(self._most, slots - 1), self._length))
+
+    def _company(self, rows: int) -> list[Any]:
+        """Requests with so many rows, as far as requests may be long and there is room for them."""
+        length = self._length
         longest = max(min(self._most, self._scheduler.max_req_len), 1)
-        sizes = [min(longest, more - start) for start in range(0, more, longest)]
-        sizes = sizes[: pools.available_size() - 1]
-        reqs = [
+        sizes = [min(longest, rows - start) for start in range(0, max(rows, 0), longest)]
+        sizes = sizes[: self._scheduler.req_to_token_pool.available_size() - 1]
+        return [
             internal_request(f"margingate-row-{i}", (self._other * (size // length + 1))[:size])
             for i, size in enumerate(sizes)
         ]
-        reqs.append(internal_request("margingate-last", self._prompt))
-        return self._agrees_among(reqs, -1)
+
+    def _agrees_within(self, count: int, cut: int) -> bool:
+        """Whether the rows from `cut` on have their bits at the end of a forward of `count`."""
+        req = internal_request("margingate-drawn", self._prompt)
+        reqs = [req]
+        try:
+            if cut:
+                extend(self._scheduler, [(req, 0, cut)])
+            reqs = [*self._company(min(count, self._room) - (self._length - cut)), req]
+            whole = [(each, 0, len(each.full_untruncated_fill_ids)) for each in reqs[:-1]]
+            logits = extend(self._scheduler, [*whole, (req, cut, self._length)])
+            return self._agrees(logits[-1], self._columns(req))
+        finally:
+            for each in reqs:
+                release(self._scheduler, each)
 
     def in_chunks(self) -> bool:
         """Whether it has them when it is cut at other places, and one row is left for the end."""

@@ -19,6 +19,7 @@ from huggingface_hub import try_to_load_from_cache
 
 import margingate
 from margingate.config import GateConfig
+from margingate.core.rowclass import RowPlan
 from margingate.runtime import attention, invariance, machine, probe_cache, state, weights
 from margingate.runtime.canonical_prefill import Prefill
 from margingate.runtime.ranks import gathered
@@ -219,7 +220,7 @@ def plan(config: GateConfig, verifier: Verifier, prefill: Prefill) -> dict[str, 
     graphs = [size for size in verifier.graph_sizes(1 << 20) if size >= verifier.rows]
     kept = {"limit": invariance.largest_rows(verifier.device)}
     kept |= {
-        found["name"]: found["plan"][:3]  # not its routes, which do not matter to the bits
+        found["name"]: RowPlan(*found["plan"]).bits()
         for found in invariance.records()
         if found["plan"] and len({key for _, key in found["classes"]}) > 1
     }

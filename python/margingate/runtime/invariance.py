@@ -28,7 +28,9 @@ from margingate.runtime import (
 )
 from margingate.runtime.arguments import gate_config
 from margingate.runtime.invariant_matmul import invariant_matmul
+from margingate.runtime.observed_calls import ROWS, ObservedCall, observing, refuse_unmeasured
 from margingate.runtime.probe_attention import probe_attention
+from margingate.runtime.verifier import RowInput, Verifier, scratch_rows
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,11 @@ def covers_prefill() -> bool:
     return math.isinf(_limit)
 
 
+def borders() -> set[int]:
+    """First and last row counts of the spans that plans keep to, and around them."""
+    return {end for plan in _plans.values() for span in plan.counts for end in span}
+
+
 def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     """BEFORE ModelRunner.init_cuda_graphs: plan the operators that the graphs will hold."""
     if runner.is_draft_worker:
@@ -65,7 +72,10 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     decoded = largest_rows(runner.device)
     attention.fix_split(runner.attn_backend, runner)
     config = gate_config(runner.server_args)
-    operators = probe.groups(runner.model)
+    seen = observe(runner)
+    operators = probe.groups(runner.model, seen)
+    known = {id(member.module) for same in operators.values() for member in same}
+    refuse_unmeasured(runner.model, known)
     prefill = _prefill_counts(runner, config, operators, decoded)
     fresh = config is not None and config.probe == "fresh"
     _findings[:] = _find(runner, operators, decoded, prefill, fresh=fresh)
@@ -78,7 +88,6 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     probed = {finding.name for finding in _findings}
     if prefill and probe.HEAD in probed and all(finding.prefill for finding in _findings):
         _limit = math.inf
-        _plans.update(_pieces(operators, decoded, prefill[-1]))
     if not probe_plans.settle_kernels(operators, _plans, decoded):
         logger.warning(
             "margingate: the batch-invariant matmul gives a row other bits at some row counts of "
@@ -100,7 +109,26 @@ def _prefill_counts(
     chunk = args.chunked_prefill_size or -1
     largest = chunk if chunk > 0 else args.max_prefill_tokens
     largest = min(ranks.of_all(min(largest, _rows_in_memory(operators))))
-    return probe.prefill_counts(decoded, max(decoded + 1, min(largest, MOST_PREFILLED)))
+    graphs = args.cuda_graph_config.prefill.bs or ()
+    return probe.prefill_counts(decoded, max(decoded + 1, min(largest, MOST_PREFILLED)), graphs)
+
+
+def observe(runner: Any) -> dict[int, ObservedCall]:
+    """How a decode step calls each module. Writes to slots that are free, before the first request.
+
+    Modules that it does not call are measured as their weights suggest; the check of the whole
+    model runs them as they are.
+    """
+    rows = [RowInput(1, position, 3 + position) for position in range(ROWS)]
+    with observing(runner.model, ROWS) as seen, scratch_rows(runner, ROWS):
+        Verifier(runner, ROWS).forward(rows, ROWS)
+    return seen
+
+
+def _decode_graphs(runner: Any) -> list[int]:
+    """Row counts of the decode graphs that will be made."""
+    config = runner.server_args.cuda_graph_config
+    return sorted(config.decode.bs or ()) if runner.device == "cuda" else []
 
 
 def _rows_in_memory(operators: dict[str, list[probe.Member]]) -> int:
@@ -110,18 +138,6 @@ def _rows_in_memory(operators: dict[str, list[probe.Member]]) -> int:
     widest = max(map(sum, shapes), default=1)
     free, _ = torch.cuda.mem_get_info()
     return 1 << max(free // (2 * 2 * widest), 1).bit_length() - 1
-
-
-def _pieces(
-    operators: dict[str, list[probe.Member]], decoded: int, prefilled: int
-) -> dict[int, RowPlan]:
-    """Plans for the linear layers that need none as far as they were probed: more in pieces."""
-    members = [each for same in operators.values() for each in same if each.kind == "linear"]
-    return {
-        id(each.module): RowPlan(1, decoded if each.name == probe.HEAD else prefilled)
-        for each in members
-        if id(each.module) not in _plans
-    }
 
 
 def _find(
@@ -138,7 +154,7 @@ def _find(
     source = f"from {probe_cache.path(key)}"
     if found is None:
         source = "measured now"
-        found = probe_plans.probe_groups(operators, decoded, prefill)
+        found = probe_plans.probe_groups(operators, decoded, prefill, _decode_graphs(runner))
         found += probe_attention(runner, probe.row_counts(decoded))
         probe_cache.save(key, found)
     logger.info("margingate: rows that give one row the same bits, %s:", source)

@@ -20,7 +20,7 @@ from margingate.runtime.probe import Finding
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 5
+SCHEMA = 6
 LIBRARIES = ("torch", "sglang", "triton", "flashinfer-python", "nvidia-cublas", "sgl-deep-gemm")
 ENVIRONMENT = (  # which kernels run
     "CUBLAS_WORKSPACE_CONFIG",
@@ -38,7 +38,7 @@ def identity(
         "schema": SCHEMA,
         "operators": sorted(groups),
         "rows": largest,
-        "prefill": list(prefill[-1:]),  # the rest follows from it
+        "prefill": list(prefill),
         "model": runner.model_config.model_path,
         "attention": type(runner.attn_backend).__name__,
         "device": machine.device_name(runner.device),

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from margingate.config import GateError
-from margingate.core.rowclass import NoPlanError, RowPlan, Times, choose, reach, timed_counts
+from margingate.core.rowclass import NoPlanError, RowPlan, Times, choose, reach, timed_counts, top
 from margingate.runtime import probe
 from margingate.runtime.compile_ahead import Compilers, Need, compile_ahead
 from margingate.runtime.invariant_matmul import invariant_matmul, is_deep_gemm, kernel_counts
@@ -21,16 +21,21 @@ logger = logging.getLogger(__name__)
 
 Operator = Callable[[torch.Tensor], torch.Tensor]
 TIMED_CALLS = 20
+ALIGNED = 16  # bytes
 LARGEST_SMALL = 256  # row counts up to this are compared in windows, larger ones in blocks
 
 
 def probe_groups(
-    found: dict[str, list[probe.Member]], largest: int, prefill: Sequence[int] = ()
+    found: dict[str, list[probe.Member]],
+    largest: int,
+    prefill: Sequence[int] = (),
+    graphs: Sequence[int] = (),
 ) -> list[probe.Finding]:
     """Probe each distinct operator once.
 
     Args:
         prefill: larger row counts; plans are to hold for them too, where that can be had.
+        graphs: row counts of CUDA graphs, in which an operator may have other bits.
 
     Raises:
         GateError: an operator whose rows depend on each other at a fixed row count.
@@ -38,7 +43,7 @@ def probe_groups(
     counts = probe.row_counts(largest)
     linear = (same[0].module.weight for same in found.values() if same[0].kind == "linear")
     with Compilers(linear) as compilers:
-        measured = [_classes(same[0], counts, prefill) for same in found.values()]
+        measured = [_classes(same[0], counts, prefill, graphs) for same in found.values()]
         compilers.compile(_needs(found.values(), measured))
     return [
         _finding(same, each, bool(prefill))
@@ -67,13 +72,19 @@ class Classes(NamedTuple):
     seconds: float
 
 
-def _classes(first: probe.Member, counts: Sequence[int], prefill: Sequence[int]) -> Classes:
-    start, weight = time.monotonic(), first.module.weight
+def _classes(
+    first: probe.Member, counts: Sequence[int], prefill: Sequence[int], graphs: Sequence[int]
+) -> Classes:
+    start, width = time.monotonic(), first.width
     with torch.inference_mode(), probe.refusing(first.name):
-        width = weight.shape[-1]
-        classes = wide = probe.probe_operator(first.operator, width, counts, weight)
+        classes = probe.probe_operator(first.operator, width, counts, first.like)
+        if graphs:
+            known = [count for count in graphs if count in classes]
+            for count in probe.apart_in_graphs(first.operator, width, known, first.like):
+                classes[count] = max(classes.values()) + 1
+        wide = classes
         if prefill and first.name != probe.HEAD:  # which has a row a request
-            wide = probe.extended(first.operator, width, classes, prefill, weight)
+            wide = probe.extended(first.operator, width, classes, prefill, first.like)
     return Classes(classes, wide, time.monotonic() - start)
 
 
@@ -131,8 +142,10 @@ def _finding(same: list[probe.Member], measured: Classes, prefilled: bool) -> pr
 
 def plan_of(
     same: Sequence[probe.Member], classes: dict[int, int], wide: dict[int, int] | None
-) -> tuple[RowPlan | None, bool]:
+) -> tuple[RowPlan, bool]:
     """A plan for the linear layers that are `same`, and whether it holds for prefill too.
+
+    Calls of more rows than were measured run in pieces.
 
     Args:
         wide: `classes` with the row counts of prefill; None: they do not matter.
@@ -143,45 +156,56 @@ def plan_of(
     return _plan(same, classes, to_the_top=False), False
 
 
-def _plan(
-    same: Sequence[probe.Member], classes: dict[int, int], *, to_the_top: bool
-) -> RowPlan | None:
+def _plan(same: Sequence[probe.Member], classes: dict[int, int], *, to_the_top: bool) -> RowPlan:
     """By measured times on a GPU; elsewhere the plan must not depend on the clock."""
     first, steady = same[0], len(set(classes.values())) == 1
     weight = first.module.weight
     if not weight.is_cuda:
         return choose(classes, to_the_top=to_the_top)
     own = [partial(invariant_matmul, weight=each.module.weight, bias=None) for each in same]
-    joins = _may_join(first) and _joins(first.operator, own[0], classes, weight)
+    joins = _joins(first.operator, own[0], classes, weight) if _may_join(first) else []
     if steady and not joins:
-        return None
+        return choose(classes, to_the_top=to_the_top)
     counts = timed_counts(classes)
     kernel = None
     if joins:
         most = reach(classes)
         kernel = _microseconds(own, weight, sorted({most, *(n for n in counts if n < most)}))
-    elif not first.widened:  # the batch-invariant kernel does not widen
+    elif not first.widened and first.call.bias is not True:
         if _may_join(first):  # what `probe_groups` had compiled ends at `reach`
             compile_ahead([_need(weight, classes, max(classes), each) for each in (True, False)])
         # RuntimeError: it does not run here, as where DeepGEMM has nothing to compile with
         with suppress(probe.RowDependenceError, RuntimeError):
             if _in_one_class(own[0], classes, weight):
                 kernel = _microseconds(own, weight, counts)
-    times = Times(_microseconds([each.operator for each in same], weight, counts), kernel, joins)
+    operators = [each.operator for each in same]
+    times = Times(_microseconds(operators, weight, counts), kernel, joins)
     return choose(classes, times, to_the_top=to_the_top)
 
 
-def _joins(operator: Operator, own: Operator, classes: dict[int, int], like: torch.Tensor) -> bool:
-    """Whether the kernel has the bits of the operator's last class up to `reach` rows."""
-    most = reach(classes)
-    beyond = min(count for count in classes if count > most)
+def _joins(
+    operator: Operator, own: Operator, classes: dict[int, int], like: torch.Tensor
+) -> list[int]:
+    """The row counts up to `reach` at which the kernel has the bits of the top class.
+
+    All of them or none; at row counts of that class it is held to the operator's own results.
+    """
+    most, of_top = reach(classes), set(top(classes))
+    beyond = min(count for count in of_top if count > most)
+    within = [count for count in classes if count <= most]
 
     def either(x: torch.Tensor) -> torch.Tensor:
         return own(x) if len(x) <= most else operator(x)
 
+    def agrees(count: int) -> bool:
+        sample = torch.randn(count, like.shape[-1], device=like.device).to(like.dtype)
+        return torch.equal(own(sample), operator(sample))
+
     with suppress(probe.RowDependenceError, RuntimeError):
-        return _in_one_class(either, (count for count in classes if count <= beyond), like)
-    return False
+        shared = [count for count in within if count in of_top]
+        if _in_one_class(either, [*within, beyond], like) and all(map(agrees, shared)):
+            return within
+    return []
 
 
 def _in_one_class(operator: Operator, counts: Iterable[int], weight: torch.Tensor) -> bool:
@@ -207,15 +231,16 @@ def run_in_class(
         kernel: the batch-invariant one; None for a plan without it.
     """
     outputs = []
-    for start, stop in plan.pieces(x.shape[0]):
+    for start, stop, made, by_kernel in plan.calls(x.shape[0]):
         piece, rows = x[start:stop], stop - start
-        route = plan.route(rows)
-        if route.padded > rows:
+        if made > rows:
             # Rows leave each other alone, whatever is in the unused ones.
-            room = x.new_empty(route.padded, x.shape[1])
+            room = x.new_empty(made, x.shape[1])
             room[:rows].copy_(piece)
             piece = room
-        call = kernel if route.kernel else operator
+        elif piece.data_ptr() % ALIGNED:
+            piece = piece.clone()  # a library may look at the address; inputs are measured aligned
+        call = kernel if by_kernel else operator
         assert call is not None, f"{plan} needs the batch-invariant kernel"
         outputs.append(call(piece)[:rows])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -118,7 +118,12 @@ class Verifier:
 
     @torch.no_grad()  # logits of a step that carries a pass are scaled in place by a sampler
     def forward(
-        self, rows: Sequence[RowInput], count: int, *, beside: ForwardBatch | None = None
+        self,
+        rows: Sequence[RowInput],
+        count: int,
+        *,
+        beside: ForwardBatch | None = None,
+        graph: bool = True,
     ) -> torch.Tensor:
         """One decode forward of `rows`, padded to `count`. Returns logits [>= len(rows), vocab].
 
@@ -126,9 +131,10 @@ class Verifier:
 
         Args:
             beside: a decode batch whose rows come first.
+            graph: replay a CUDA graph, where there is one for it.
         """
         batch = self.batch(rows, count, beside)
-        if self._graphs is not None and self._graphs.can_run_graph(batch):
+        if graph and self._graphs is not None and self._graphs.can_run_graph(batch):
             logits = self._graphs.execute(batch).next_token_logits
             if beside is None:
                 # The event fences the scheduler's writes behind a step's reads; this was none.

@@ -1,0 +1,138 @@
+"""How a forward calls each module with parameters: what the probe then measures, and nothing else.
+
+A linear layer may add a bias or leave that to others; a norm may add a residual, in another kernel;
+the norm of a head sees rows times heads rows. So one made-up decode step is run, and what each
+module was given is noted. Modules with parameters that nobody measures end the start.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from margingate.config import GateError
+
+logger = logging.getLogger(__name__)
+
+ROWS = 3  # of the step that is observed
+# Modules that need no measuring, by class name.
+ROW_BY_ROW = {
+    "VocabParallelEmbedding": "it copies a row of a table for each token",
+    "Embedding": "it copies a row of a table for each token",
+    "RotaryEmbedding": "it multiplies element by element, by position",
+}
+
+
+@dataclass(frozen=True)
+class ObservedCall:
+    """What a module was given, for each row of the forward."""
+
+    width: int = 0  # elements; 0: those of its weight
+    tail: tuple[int, ...] = ()  # sizes behind the rows, where there are several rows or dimensions
+    stride: int = 0  # elements from a row to the next; 0: contiguous
+    dtype: torch.dtype | None = None  # None: its weight's
+    bias: bool | None = None  # of a linear layer; None: it was not seen
+    residual: bool = False  # of a norm
+
+    def laid_out(self, x: torch.Tensor) -> torch.Tensor:
+        """Inputs [rows, width] with the shape and the strides that were seen."""
+        if self.stride:
+            room = x.new_empty(len(x), self.stride)
+            room[:, : x.shape[1]] = x
+            x = room[:, : x.shape[1]]
+        return x.view(-1, *self.tail) if self.tail else x
+
+    def bias_of(self, module: Any) -> torch.Tensor | None:
+        """The bias that its method gets."""
+        wanted = self.bias is not False and not getattr(module, "skip_bias_add", False)
+        return getattr(module, "bias", None) if wanted else None
+
+    def __str__(self) -> str:
+        """What makes it another operator than a plain one; empty where nothing does."""
+        said = [f"{self.width} as {list(self.tail)}"] if self.tail else []
+        said += [f"stride {self.stride}"] if self.stride else []
+        said += [str(self.dtype)] if self.dtype else []
+        said += ["with its bias"] if self.bias else []
+        said += ["with a residual"] if self.residual else []
+        return "".join(f", {each}" for each in said)
+
+
+AS_WEIGHT = ObservedCall()
+
+
+def observed(x: torch.Tensor, weight: torch.Tensor, rows: int, **more: bool) -> ObservedCall:
+    """The call of a module with input `x`, in a forward of `rows` rows.
+
+    Raises:
+        GateError: the input has not a whole number of rows for each.
+    """
+    if x.dim() == 0 or x.shape[0] % rows:
+        raise GateError(
+            f"--deterministic-gate saw a layer called with an input of shape {list(x.shape)} in a "
+            f"step of {rows} rows: it cannot be measured; serve this model without the flag."
+        )
+    width = x.numel() // rows
+    plain = x.dim() == 2 and x.shape[0] == rows
+    distance = x.stride(0) * (x.shape[0] // rows)
+    inner = torch.empty(x.shape[1:]).stride() == x.stride()[1:]
+    return ObservedCall(
+        width=width,
+        tail=() if plain else tuple(x.shape[1:]),
+        stride=distance if inner and distance != width and x.shape[0] == rows else 0,
+        dtype=None if x.dtype == weight.dtype else x.dtype,
+        **more,
+    )
+
+
+@contextmanager
+def observing(model: Any, rows: int) -> Iterator[dict[int, ObservedCall]]:
+    """Fills the result, by id of a module, while forwards of `rows` rows run. Slow: only at start.
+
+    Linear layers are seen where SGLang's method is applied, so that the bias is known; others where
+    they are called.
+    """
+    from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+
+    seen: dict[int, ObservedCall] = {}
+
+    def before(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
+        if tensors and isinstance(module.weight, torch.Tensor):
+            several = len(tensors) > 1
+            seen[id(module)] = observed(tensors[0], module.weight, rows, residual=several)
+
+    apply = UnquantizedLinearMethod.apply
+
+    def applied(method: Any, layer: Any, x: torch.Tensor, bias: Any = None) -> Any:
+        seen[id(layer)] = observed(x, layer.weight, rows, bias=bias is not None)
+        return apply(method, layer, x, bias)
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            linear = isinstance(getattr(module, "quant_method", None), UnquantizedLinearMethod)
+            if hasattr(module, "weight") and not linear and not any(module.children()):
+                stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        UnquantizedLinearMethod.apply = applied
+        stack.callback(setattr, UnquantizedLinearMethod, "apply", apply)
+        yield seen
+
+
+def refuse_unmeasured(model: Any, measured: set[int]) -> None:
+    """Raises GateError for a module with parameters that is neither measured nor row by row.
+
+    Args:
+        measured: ids of the modules that the probe knows.
+    """
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if own and id(module) not in measured and type(module).__name__ not in ROW_BY_ROW:
+            raise GateError(
+                f"--deterministic-gate cannot measure {name or 'the model'}, a "
+                f"{type(module).__name__} with {', '.join(own)}: serve this model without the "
+                "flag, or use --gate-fast-path stock with --gate-policy observe to study it."
+            )
