@@ -19,8 +19,8 @@ import pytest
 
 from margingate.cli.model import ensure_model
 from margingate.config import GateConfig, GateError
-from margingate.runtime import machine, refusals
-from margingate.runtime.refusals import SERVER_REFUSALS, Refusal
+from margingate.runtime import machine, refusals, refused_models
+from margingate.runtime.refused_settings import SERVER_REFUSALS, Refusal
 
 GATE = "--deterministic-gate"
 OPTIONS = {"--gate-" + option.name.replace("_", "-") for option in fields(GateConfig)}
@@ -369,19 +369,37 @@ VALUES: dict[str, Any] = {
     "--page-size": 16,
     "--tokenizer-worker-num": 2,
     "--radix-cache-backend": "another",
+    "--kv-cache-dtype": "fp8_e4m3",
+    "--quantization-param-path": "scales.json",
+    "--flashinfer-allreduce-fusion-backend": "auto",
+    "--moe-dp-size": 2,
+    "--dwdp-size": 2,
+    "--moe-dense-tp-size": 1,
+    "--decoupled-spec-role": "verifier",
+    "--modelopt-quant": "fp8",
+    "--rl-quant-profile": "profile.pt",
+    "--cpu-offload-gb": 1,
+    "--offload-group-size": 2,
+    "--kt-weight-path": "weights",
+    "--forward-hooks": '[{"name": "one"}]',
+    "--debug-tensor-dump-output-folder": "dump",
+    "--debug-tensor-dump-input-file": "input.npy",
+    "--msprobe-dump-config": "probe.json",
 }
 each_refusal = pytest.mark.parametrize("refusal", SERVER_REFUSALS, ids=lambda r: r.option)
 
 
-def stand_in(server_args_class: Any, **changes: Any) -> SimpleNamespace:
-    """A namespace with the defaults of ServerArgs."""
-    values = {
-        option.name: option.default
-        for option in fields(server_args_class)
-        if option.default is not MISSING
-    }
-    assert changes.keys() <= values.keys()
-    return SimpleNamespace(**{**values, **changes})
+def stand_in(server_args_class: Any, **changes: Any) -> Any:
+    """ServerArgs with these fields, not resolved."""
+    args = object.__new__(server_args_class)
+    for option in fields(server_args_class):
+        made = option.default_factory
+        default = option.default if made is MISSING else made()
+        object.__setattr__(args, option.name, None if default is MISSING else default)
+    assert changes.keys() <= vars(args).keys()
+    for name, value in changes.items():
+        object.__setattr__(args, name, value)
+    return args
 
 
 def check_refused(text: str, refusal: Refusal) -> None:
@@ -487,12 +505,12 @@ WINDOWS = {"layer_types": ["sliding_attention", "full_attention"]}
 
 
 def test_windows_may_be_observed():
-    refusals.refuse_model(model_config(WINDOWS), observes=True)
+    refused_models.refuse_model(model_config(WINDOWS), observes=True)
 
 
 @pytest.mark.parametrize("text", [{}, {"num_experts": 1}, {"layer_types": ["full_attention"]}])
 def test_a_dense_decoder_is_served(text):
-    refusals.refuse_model(model_config(text))
+    refused_models.refuse_model(model_config(text))
 
 
 @pytest.mark.parametrize(
@@ -519,7 +537,7 @@ def test_a_dense_decoder_is_served(text):
 )
 def test_each_kind_of_model_is_refused_in_words(model, what):
     with pytest.raises(GateError) as caught:
-        refusals.refuse_model(model)
+        refused_models.refuse_model(model)
     text = sentence(caught.value)
     assert text.startswith(f"--deterministic-gate does not serve this model yet, because it {what}")
     assert text.endswith(": serve it without the flag.")

@@ -38,6 +38,7 @@ def runner(tmp_path, monkeypatch):
         attn_backend=TorchNativeAttnBackend(),
         device="cpu",
         ps=SimpleNamespace(tp_rank=0, tp_size=1),
+        server_args=SimpleNamespace(enable_fp32_lm_head=False),
     )
 
 
@@ -48,7 +49,10 @@ def test_findings_are_kept_for_the_same_identity(runner):
     assert probe_cache.load(probe_cache.identity(runner, ["a", "b"], 64)) == FINDINGS
 
 
-@pytest.mark.parametrize("name", ["rows", "device", "threads", "versions", "arithmetic", "schema"])
+PARTS = ["rows", "device", "units", "threads", "versions", "arithmetic", "settings", "schema"]
+
+
+@pytest.mark.parametrize("name", [*PARTS, "environment"])
 def test_findings_of_another_machine_or_version_are_redone(runner, name, caplog):
     key = probe_cache.identity(runner, ["a"], 64)
     probe_cache.save({**key, name: "another"}, FINDINGS)

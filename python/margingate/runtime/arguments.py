@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from margingate.config import GateConfig, GateError, load_threshold, make_config
-from margingate.runtime import hooks, machine, publisher, refusals
+from margingate.runtime import hooks, machine, publisher, refusals, refused_models
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +20,7 @@ ATTRIBUTE = "_margingate"  # where ServerArgs carries the GateConfig; absent: no
 RADIX_BACKEND = "margingate"
 _PREFIX = "gate_"
 _pending: ContextVar[dict[str, Any] | None] = ContextVar("margingate_pending", default=None)
+_wanted: ContextVar[bool] = ContextVar("margingate_wanted", default=False)  # by Engine(...)
 
 DEVICE_DEFAULTS = {"cpu": {"rows": 16, "prefill_chunk": 64}}
 DEFAULTS = {"rows": 64, "prefill_chunk": 512}
@@ -59,11 +60,15 @@ def add_options(_result: Any, parser: argparse.ArgumentParser) -> None:
 def from_command_line(original: Any, cls: type, args: argparse.Namespace) -> Any:
     """AROUND ServerArgs.from_cli_args: keep our values for the __init__ that runs inside."""
     try:
-        token = _pending.set(_pop_options(dict(vars(args))))
+        options = _pop_options(dict(vars(args)))
+        token = _pending.set(options)
         try:
-            return original(cls, args)
+            made = original(cls, args)
         finally:
             _pending.reset(token)
+        if options["enabled"]:
+            confirm_settings(made)
+        return made
     except GateError as error:
         sys.exit(f"margingate: {error}")
 
@@ -103,6 +108,8 @@ def post_init(original: Any, self: Any) -> None:
         self.disable_overlap_schedule = True
         logger.info("margingate sets --disable-overlap-schedule: it verifies between two steps.")
     _choose_attention(self, config)
+    # SGLang chooses a fused all-reduce by itself for some models; asked for, it is refused above.
+    self.enforce_disable_flashinfer_allreduce_fusion = True
     if not self.disable_radix_cache:
         self.radix_cache_backend = RADIX_BACKEND
     original(self)
@@ -115,9 +122,46 @@ def post_init(original: Any, self: Any) -> None:
     publisher.refuse_endpoint(self, config)
     if self.model_path.lower() not in ("none", "dummy"):  # SGLang resolves nothing for these
         refusals.refuse_fast_path(self, config)
-        refusals.refuse_model(self.get_model_config(), observes=config.policy == "observe")
+        refused_models.refuse_column_type(self)
+        refused_models.refuse_model(self.get_model_config(), observes=config.policy == "observe")
         if config.calibration is not None:
             load_threshold(config.calibration, machine.describe(self), part="machine")
+
+
+def confirm_settings(server_args: Any) -> None:
+    """Our hooks on ServerArgs must have run: one that is in place may still never be called.
+
+    Raises:
+        GateError: the flag was given, and these arguments carry no settings, or unchecked ones.
+    """
+    config = gate_config(server_args)
+    if config is None or config.rows is None:
+        step = "__init__" if config is None else "__post_init__"
+        raise GateError(
+            f"--deterministic-gate was given, but SGLang made its arguments without the hook on "
+            f"ServerArgs.{step}: reinstall sglang=={hooks.SGLANG_VERSION}, or restrict the plugins "
+            "with SGLANG_PLUGINS."
+        )
+
+
+def engine_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    """AROUND Engine.__init__: with the flag, nothing is launched before the settings are there."""
+    token = _wanted.set(bool(kwargs.get("deterministic_gate", False)))
+    try:
+        original(self, *args, **kwargs)
+    finally:
+        _wanted.reset(token)
+
+
+def gate_to_launch(server_args: Any) -> GateConfig | None:
+    """The gate's settings of a server that is about to be launched, or None where it has none.
+
+    Raises:
+        GateError: as `confirm_settings`, where the Engine being made was given the flag.
+    """
+    if _wanted.get():
+        confirm_settings(server_args)
+    return gate_config(server_args)
 
 
 def _best_overlap(args: Any, config: GateConfig) -> str:

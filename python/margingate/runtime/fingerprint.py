@@ -20,7 +20,15 @@ from huggingface_hub import try_to_load_from_cache
 import margingate
 from margingate.config import GateConfig
 from margingate.core.rowclass import RowPlan
-from margingate.runtime import attention, invariance, machine, probe_cache, state, weights
+from margingate.runtime import (
+    attention,
+    invariance,
+    machine,
+    probe_cache,
+    settings_table,
+    state,
+    weights,
+)
 from margingate.runtime.canonical_prefill import Prefill
 from margingate.runtime.ranks import gathered
 from margingate.runtime.verifier import Verifier
@@ -39,30 +47,22 @@ FILES = (
     "merges.txt",
     "*.model",
     "*.tiktoken",
+    "*.vocab",
+    "*.bpe",
+    "tekken.json",
+    "params.json",
+    "*.jinja",
     "chat_template.*",
     "additional_chat_templates/*",
     "*.py",
 )
-# SGLang's arguments that reach the arithmetic of a forward, or what the request is taken to be.
-ARGUMENTS = (
-    *("quantization", "kv_cache_dtype", "context_length", "json_model_override_args", "model_impl"),
-    *("enable_fp32_lm_head", "enable_tf32_matmul", "torchao_config", "bf16_gemm_backend"),
-    *("enable_fused_qk_norm_rope", "triton_attention_reduce_in_fp32", "nnodes"),
-    *("disable_custom_all_reduce", "enable_nccl_nvls", "enable_symm_mem", "enable_torch_symm_mem"),
-    *("enable_mscclpp", "enable_quant_communications", "enable_flashinfer_allreduce_fusion"),
-    *("disable_cuda_graph", "disable_prefill_cuda_graph", "cuda_graph_backend_prefill"),
-    *("cuda_graph_bs_prefill", "cuda_graph_backend_decode", "disable_cuda_graph_padding"),
-    *("tokenizer_mode", "tokenizer_backend", "hf_chat_template_name", "completion_template"),
-    *(
-        "grammar_backend",
-        "reasoning_parser",
-        "tool_call_parser",
-        "default_chat_template_kwargs",
-        "sampling_defaults",
-    ),
-    *("preferred_sampling_params", "allow_auto_truncate", "enable_strict_thinking"),
+ARGUMENTS = settings_table.names(settings_table.ARITHMETIC, settings_table.COUNTED)
+READ = ("chat_template", "completion_template", "decrypted_config_file")  # or a file's name
+LIBRARIES = (  # what reads requests and writes answers; those that compute are in the probe's key
+    *("transformers", "tokenizers", "sentencepiece", "tiktoken", "mistral_common", "numpy"),
+    *("jinja2", "openai-harmony", "llguidance", "xgrammar", "outlines", "outlines_core", "lark"),
+    *("interegular", "msgspec", "partial-json-parser", "pydantic"),
 )
-LIBRARIES = ("transformers", "tokenizers", "sglang-kernel", "sglang-kernel-cpu")
 LOOKS_ONLY = ("snapshot", "compare", "checksum")  # of SGLang's check_weights
 
 OBSERVED = "policy observe guarantees nothing"
@@ -156,7 +156,7 @@ def make(scheduler: Any, config: GateConfig, verifier: Verifier, prefill: Prefil
         "guarantee": guarantee(config),
         "plan": plan(config, verifier, prefill),
         "machine": machine.describe(args)
-        | {name: known[name] for name in ("threads", "arithmetic")}
+        | {name: known[name] for name in ("units", "threads", "arithmetic", "environment")}
         | {"backend": known["attention"], "longest": scheduler.max_req_len},
         "versions": versions | {"margingate": margingate.__version__},
     }
@@ -195,12 +195,18 @@ def _folder(name: str, revision: str | None) -> Path | None:
 
 
 def arguments(args: Any) -> dict[str, Any]:
-    """ARGUMENTS by name; a chat template in a file counts by its text."""
-    template = args.chat_template
-    if template is not None and Path(template).is_file():
-        template = Path(template).read_text()
-    named = {name: getattr(args, name, None) for name in ARGUMENTS}
-    return {**named, "chat_template": template}
+    """ARGUMENTS by name; what may be the name of a file counts by the file's text."""
+    named = settings_table.values(args, ARGUMENTS)
+    graphs = getattr(getattr(args, "cuda_graph_config", None), "prefill", None)  # as resolved
+    named["prefill_graphs"] = str(graphs)
+    return named | {name: _text_of(named[name]) for name in READ}
+
+
+def _text_of(value: str | None) -> str | None:
+    try:
+        return Path(value).read_text() if value and Path(value).is_file() else value
+    except OSError:  # a template that is longer than a file's name can be
+        return value
 
 
 def guarantee(config: GateConfig) -> dict[str, Any] | str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from sglang.srt.plugins.hook_registry import HookType
 
 from margingate.runtime import (
-    arguments,
     fingerprint,
     info,
     margins,
@@ -19,6 +18,7 @@ from margingate.runtime import (
 )
 from margingate.runtime.hooks import Hook
 from margingate.runtime.path_hooks import INVARIANT_HOOKS, STOCK_HOOKS
+from margingate.runtime.startup_hooks import STARTUP_HOOKS
 from margingate.runtime.tokenizer_hooks import TOKENIZER_HOOKS
 
 AFTER, AROUND, BEFORE = HookType.AFTER, HookType.AROUND, HookType.BEFORE
@@ -27,59 +27,6 @@ _SAMPLING = "sampling.sampling_batch_info.SamplingBatchInfo."
 _WEIGHTS = "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
 _OPTIONS = "SGLang lets plugins declare arguments"
 _CALLBACK = "SGLang offers plugins a callback here"
-
-# Registered in every process of every server; none of them runs while requests are served.
-STARTUP_HOOKS = (
-    Hook(
-        "server_args.ServerArgs.add_cli_args",
-        AFTER,
-        arguments.add_options,
-        "parser",
-        "--deterministic-gate and --gate-* on the command line and in --help",
-        _OPTIONS,
-    ),
-    Hook(
-        "server_args.ServerArgs.from_cli_args",
-        AROUND,
-        arguments.from_command_line,
-        "cls args",
-        "only declared fields reach ServerArgs; ours are carried past it",
-        _OPTIONS,
-    ),
-    Hook(
-        "server_args.ServerArgs.__init__",
-        AROUND,
-        arguments.init,
-        None,
-        "Engine(deterministic_gate=True); attaches the validated settings",
-        _OPTIONS,
-    ),
-    Hook(
-        "server_args.ServerArgs.__post_init__",
-        AROUND,
-        arguments.post_init,
-        "self",
-        "sets what the gate needs and refuses what it cannot serve",
-        _OPTIONS,
-    ),
-    Hook(
-        "managers.scheduler.Scheduler.__init__",
-        AROUND,
-        scheduler.init,
-        None,
-        "patches a gated scheduler, and only that",
-        _CALLBACK,
-    ),
-    Hook(
-        "entrypoints.engine.Engine._launch_subprocesses",
-        AROUND,
-        scheduler.launch,
-        "cls server_args init_tokenizer_manager_func run_scheduler_process_func "
-        "run_detokenizer_process_func port_args",
-        "a scheduler that came up without its gate ends the server",
-        "a failing plugin ends the server by itself",
-    ),
-)
 
 # Applied in the schedulers of a gated server.
 RUNTIME_HOOKS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +20,42 @@ def device_name(device: str) -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else 'CPU'} {torch.backends.cpu.get_cpu_capability()}"
+
+
+_INSTRUCTIONS = re.compile(r"(s?sse|avx|amx|fma|f16c|bmi|asimd|sve|sme|fphp|bf16|i8mm)\w*|fp")
+_BLOCKS = ("cache size", "cpu family", "model", "CPU part")  # what libraries cut matrices by
+
+
+@cache
+def arithmetic_units(device: str) -> dict[str, Any]:
+    """What chooses kernels besides the device's name, which on a virtual machine says little.
+
+    Of a CPU its instructions and cache; of a GPU its multiprocessors (MIG leaves some) and driver.
+    """
+    if device != "cpu":
+        found = torch.cuda.get_device_properties(torch.cuda.current_device())
+        driver = getattr(torch._C, "_cuda_getDriverVersion", int)()
+        return {"multiprocessors": found.multi_processor_count, "driver": driver}
+    info = Path("/proc/cpuinfo")
+    return units_of(info.read_text() if info.exists() else "")
+
+
+def units_of(cpuinfo: str) -> dict[str, Any]:
+    """`arithmetic_units` of the first CPU in a text like /proc/cpuinfo's."""
+    first = cpuinfo.partition("\n\n")[0].splitlines()
+    entries = {name.strip(): value.strip() for name, _, value in (x.partition(":") for x in first)}
+    flags = (entries.get("flags") or entries.get("Features") or "").split()
+    instructions = sorted(flag for flag in flags if _INSTRUCTIONS.fullmatch(flag))
+    return {"instructions": " ".join(instructions)} | {
+        name: entries[name] for name in _BLOCKS if name in entries
+    }
+
+
+@cache
+def versions(*prefixes: str) -> dict[str, str]:
+    """Of all installed distributions whose names begin so."""
+    found = ((each.metadata["Name"] or "", each.version) for each in metadata.distributions())
+    return {name: version for name, version in sorted(found) if name.startswith(prefixes)}
 
 
 @cache

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,19 +14,17 @@ import torch
 
 import margingate
 from margingate.paths import cache_root
-from margingate.runtime import machine
+from margingate.runtime import environment, machine, settings_table
 from margingate.runtime.probe import Finding
 
 logger = logging.getLogger(__name__)
 
 SCHEMA = 6
-LIBRARIES = ("torch", "sglang", "triton", "flashinfer-python", "nvidia-cublas", "sgl-deep-gemm")
-ENVIRONMENT = (  # which kernels run
-    "CUBLAS_WORKSPACE_CONFIG",
-    "SGLANG_ENABLE_JIT_DEEPGEMM",
-    "SGLANG_BATCH_INVARIANT_OPS_ENABLE_MM_DEEPGEMM",
-    "SGLANG_BATCH_INVARIANT_OPS_ENABLE_MM_FALLBACK_VARIANT",
+LIBRARIES = (
+    *("torch", "sglang", "triton", "flashinfer-python", "flashinfer-cubin", "sgl-deep-gemm"),
+    *("sglang-kernel", "sglang-kernel-cpu", "quack-kernels", "tilelang"),
 )
+NVIDIA = "nvidia-"  # cuBLAS, cuDNN, NCCL and CUTLASS, whatever CUDA they are for
 
 
 def identity(
@@ -42,15 +39,21 @@ def identity(
         "model": runner.model_config.model_path,
         "attention": type(runner.attn_backend).__name__,
         "device": machine.device_name(runner.device),
+        "units": machine.arithmetic_units(runner.device),
         "threads": torch.get_num_threads(),
         "tensor_parallel": [runner.ps.tp_rank, runner.ps.tp_size],
         "versions": {"margingate": margingate.__version__, "cuda": torch.version.cuda}
-        | {name: machine.version(name) for name in LIBRARIES},
-        "arithmetic": [
-            torch.get_float32_matmul_precision(),
-            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
-            *map(os.environ.get, ENVIRONMENT),
-        ],
+        | {name: machine.version(name) for name in LIBRARIES}
+        | machine.versions(NVIDIA),
+        "arithmetic": {
+            "float32": torch.get_float32_matmul_precision(),
+            "bf16": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+            "fp16": torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+        },
+        "settings": settings_table.values(
+            runner.server_args, settings_table.names(settings_table.ARITHMETIC)
+        ),
+        "environment": environment.chosen(),
     }
 
 

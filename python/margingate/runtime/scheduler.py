@@ -21,10 +21,16 @@ from margingate.runtime import (
     metrics,
     pacing,
     radix,
+    refused_models,
     request,
     state,
 )
-from margingate.runtime.arguments import RADIX_BACKEND, confirm_schedulers, gate_config
+from margingate.runtime.arguments import (
+    RADIX_BACKEND,
+    confirm_schedulers,
+    gate_config,
+    gate_to_launch,
+)
 from margingate.runtime.tally import Tally
 
 logger = logging.getLogger(__name__)
@@ -46,6 +52,7 @@ def init(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) 
     if RADIX_BACKEND not in registered_radix_cache_backends():
         register_radix_cache_backend(RADIX_BACKEND, radix.build)
     original(self, server_args, *args, **kwargs)
+    refused_models.refuse_columns(self.tp_worker.model_runner)
     controller = GateController(self, config)
     controller.observers += metrics.observers(controller)
     controller.observers += events.observers(controller)
@@ -58,7 +65,7 @@ def init(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) 
 
 def launch(original: Any, cls: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND Engine._launch_subprocesses: patch this process, then ask every scheduler."""
-    config = gate_config(server_args)
+    config = gate_to_launch(server_args)
     if config is None:
         return original(cls, server_args, *args, **kwargs)
     hooks.install(hook_table.TOKENIZER_HOOKS)

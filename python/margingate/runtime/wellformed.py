@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from sglang.srt.managers.embed_types import PositionalEmbeds
 
+from margingate.runtime import request_table
 from margingate.runtime.request import SWITCH
 
 _SHOWN = 80  # characters of a value in a sentence
@@ -93,10 +94,8 @@ _KINDS: dict[str, _Kind] = {
     "logit_bias": (_biases, "an object with a finite number for each token id"),
 }
 
-# SGLang's own notes on the others; `is_normalized` passes all its checks by.
-_INTERNAL = frozenset(
-    ("stop_strs", "stop_regex_strs", "stop_str_max_len", "stop_regex_max_len", "is_normalized")
-)
+# `is_normalized` and SGLang's other notes pass all its checks by.
+_ASKED = request_table.SAMPLED - request_table.NOTES
 
 
 def refusal(params: Mapping[str, Any]) -> str:
@@ -122,7 +121,7 @@ def unknown(params: Mapping[str, Any], fields: Collection[str]) -> str:
         fields: of SGLang's class of sampling parameters.
     """
     for name in params:
-        if name != SWITCH and (name not in fields or name in _INTERNAL):
+        if name != SWITCH and (name not in fields or name not in _ASKED):
             return f"{name!r} is not a sampling parameter: drop it, or check its spelling."
     return ""
 
@@ -148,6 +147,7 @@ def validate_one_request(manager: Any, obj: Any, _input_ids: Any) -> None:
         unknown(params, manager.sampling_params_class.__struct_fields__)
         or refusal(params)
         or out_of_range(getattr(obj, "top_logprobs_num", None), manager.model_config.vocab_size)
+        or request_table.unseen(obj)
         or not_overrides(getattr(obj, "positional_embed_overrides", None))
     )
     if sentence:
