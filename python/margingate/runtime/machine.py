@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from functools import cache
 from importlib import metadata
@@ -22,7 +23,7 @@ def device_name(device: str) -> str:
     return f"{names[0] if names else 'CPU'} {torch.backends.cpu.get_cpu_capability()}"
 
 
-_INSTRUCTIONS = re.compile(r"(s?sse|avx|amx|fma|f16c|bmi|asimd|sve|sme|fphp|bf16|i8mm)\w*|fp")
+_INSTRUCTIONS = re.compile(r"(s?sse|avx|amx|fma|f16c|bmi|asimd|sve|sme(?!p)|fphp|bf16|i8mm)\w*|fp")
 _BLOCKS = ("cache size", "cpu family", "model", "CPU part")  # what libraries cut matrices by
 
 
@@ -34,10 +35,19 @@ def arithmetic_units(device: str) -> dict[str, Any]:
     """
     if device != "cpu":
         found = torch.cuda.get_device_properties(torch.cuda.current_device())
-        driver = getattr(torch._C, "_cuda_getDriverVersion", int)()
-        return {"multiprocessors": found.multi_processor_count, "driver": driver}
+        return {"multiprocessors": found.multi_processor_count, "driver": _driver()}
     info = Path("/proc/cpuinfo")
     return units_of(info.read_text() if info.exists() else "")
+
+
+def _driver() -> int | None:
+    """The newest CUDA that the driver runs, as 12080 for 12.8; None where it does not say."""
+    found = ctypes.c_int()
+    try:
+        status = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(found))
+    except (OSError, AttributeError):
+        return None
+    return None if status else found.value
 
 
 def units_of(cpuinfo: str) -> dict[str, Any]:
