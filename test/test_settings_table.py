@@ -367,6 +367,7 @@ def test_variables_that_choose_kernels_or_read_requests_count(monkeypatch, name)
         "XDG_CACHE_HOME",
         "LD_LIBRARY_PATH",
         "SGLANG_CUDA_COREDUMP_DIR",
+        "CUTE_DSL_LIBS",
         "OMP_WAIT_POLICY",
     ],
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from functools import cache
 
 FAMILIES = (
     *("ATEN_", "DNNL_", "ONEDNN_", "MKL_", "MKLDNN_", "OMP_", "KMP_", "GOMP_", "OPENBLAS_"),
@@ -21,7 +22,7 @@ FAMILIES = (
 
 # Reason -> names, as expressions for the whole name.
 WITHOUT_EFFECT = {
-    "places files": r".*_(DIR|DIRECTORY|DIRS|PATH|PATHS|HOME|ROOT|FILE|CACHE|WORKSPACE_BASE)",
+    "places files": r".*_(DIR|DIRECTORY|DIRS|PATH|PATHS|LIB|LIBS|HOME|ROOT|FILE|CACHE|WORKSPACE_BASE)",
     "only speaks to the log, or profiles": r"(SGLANG|SGL|NCCL|TORCH|CUTE_DSL|TRITON|FLASHINFER|DG)"
     r"_(\w+_)?(LOG|LOGS|LOGGING|LOGLEVEL|PROFILE|PROFILER|TRACE|VERBOSE)(_\w+)?"
     r"|(MKL|DNNL|ONEDNN|OMP)_(VERBOSE|DISPLAY_ENV|PROFILE\w*)|NCCL_DEBUG(_SUBSYS)?"
@@ -49,3 +50,13 @@ def counts(name: str) -> bool:
 def chosen(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The variables that count, by name; of this process, now."""
     return {name: environment[name] for name in sorted(environment) if counts(name)}
+
+
+@cache
+def of_process() -> dict[str, str]:
+    """`chosen`, as it was when this was first asked: before the gate measures anything.
+
+    Libraries that measuring loads set variables of their own, and a start that reads a kept probe
+    does not load them.
+    """
+    return chosen()

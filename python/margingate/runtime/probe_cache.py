@@ -53,7 +53,7 @@ def identity(
         "settings": settings_table.values(
             runner.server_args, settings_table.names(settings_table.ARITHMETIC)
         ),
-        "environment": environment.chosen(),
+        "environment": environment.of_process(),
     }
 
 
