@@ -1,9 +1,10 @@
-"""Examples and benchmark scripts where something is missing: one sentence, no traceback."""
+"""Examples and benchmark scripts where something is missing: one sentence, no traceback. And CI's."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,3 +87,31 @@ def test_row_counts_finds_a_hole_between_counts_of_one_class():
     counts, classes = [8, 16, 24, 25, 26, 32], row_counts.label(torch.stack(bits))
     assert row_counts.runs(counts, classes) == [(0, 8, 8), (1, 16, 24), (0, 25, 26), (1, 32, 32)]
     assert (25, 26) in row_counts.holes(counts, classes)
+AVX2 = "ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2"
+AVX512 = "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 ATEN_CPU_CAPABILITY=avx512"
+
+
+@pytest.mark.parametrize(
+    ("flags", "kinds"),
+    [
+        ("fpu avx2 avx512f avx512bw avx512vl avx512dq avx512_bf16 amx_bf16", [AVX512, AVX2]),
+        ("avx512dq avx2 avx512bw avx512vl", [AVX2]),
+        ("avx2 avx512f", []),
+        ("sse4_2 avx2", []),
+        (None, []),
+    ],
+)
+def test_ci_imitates_the_kinds_of_cpu_that_are_less_than_its_own(tmp_path, flags, kinds):
+    file = tmp_path / "cpuinfo"
+    file.write_text("Features : asimd\n" if flags is None else f"model : x\nflags\t\t: {flags}\n")
+    command = [str(ROOT / ".ci/other_cpus"), str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    assert done.stdout.splitlines() == kinds
+
+
+def test_ci_names_modules_that_are_there_and_ends_before_it_is_ended():
+    text = (ROOT / ".ci/run").read_text()
+    modules = re.search(r"again_modules=\((.*)\)", text)
+    assert modules and all((ROOT / name).is_file() for name in modules[1].split())
+    limit = re.search(r"limit_s=(\d+)", text)
+    assert limit and int(limit[1]) <= 4800
