@@ -1,10 +1,14 @@
-"""Examples and benchmark scripts where something is missing: one sentence, no traceback. And CI's."""
+"""Examples and benchmark scripts where something is missing: one sentence, no traceback.
+
+And what CI runs.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import re
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -109,9 +113,43 @@ def test_ci_imitates_the_kinds_of_cpu_that_are_less_than_its_own(tmp_path, flags
     assert done.stdout.splitlines() == kinds
 
 
-def test_ci_names_modules_that_are_there_and_ends_before_it_is_ended():
-    text = (ROOT / ".ci/run").read_text()
-    modules = re.search(r"again_modules=\((.*)\)", text)
-    assert modules and all((ROOT / name).is_file() for name in modules[1].split())
-    limit = re.search(r"limit_s=(\d+)", text)
-    assert limit and int(limit[1]) <= 4800
+MADE = """mkdir -p .venv/bin
+for name in pytest ruff mypy; do
+  echo 'echo "ran $(basename "$0") $* [$ONEDNN_MAX_CPU_ISA]"' > .venv/bin/$name
+  chmod +x .venv/bin/$name
+done"""
+
+
+def test_ci_runs_the_readmes_commands_then_the_linters_then_some_modules_again(tmp_path):
+    """In a repository whose commands only say that they ran; a stage that fails is its status."""
+    repo, folder = tmp_path / "repo", tmp_path / "tmp"
+    shutil.copytree(ROOT / ".ci", repo / ".ci")
+    folder.mkdir()
+    blocks = {"demo": "echo ran demo", "test": MADE}
+    text = [f"<!-- ci:{name} -->\n```\n{block}\n```\n" for name, block in blocks.items()]
+    (repo / "README.md").write_text("\n".join(text))
+    env = {**os.environ, "TMPDIR": str(folder), "ONEDNN_MAX_CPU_ISA": ""}
+
+    def ci() -> subprocess.CompletedProcess[str]:
+        for command in (["init", "-q"], ["add", "-A"]):
+            subprocess.run(["git", *command], cwd=repo, check=True, timeout=20)
+        command = [str(repo / ".ci/run")]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=100, env=env
+        )
+        assert not list(tmp_path.glob("*/margingate-ci*")), "it leaves nothing"
+        return done
+
+    done = ci()
+    kinds = subprocess.check_output([str(ROOT / ".ci/other_cpus")], text=True, timeout=20)
+    names = [kind.split()[0].partition("=")[2] for kind in kinds.splitlines()]
+    ran = [line[4:] for line in done.stdout.splitlines() if line.startswith("ran ")]
+    assert done.returncode == 0 and done.stdout.count("== passed") == 1, done.stderr
+    assert ran[:4] == ["demo", "ruff check []", "ruff format --check []", "mypy  []"]
+    assert [line.partition("[")[2] for line in ran[4:]] == [f"{name}]" for name in names]
+    for line in ran[4:]:
+        assert (modules := line.split()[1:-1])
+        assert all((ROOT / name).is_file() for name in modules), modules
+    (repo / ".ci/other_cpus").write_text("#!/bin/sh\nexit 7\n")
+    done = ci()
+    assert done.returncode == 7 and "== passed" not in done.stdout
