@@ -13,7 +13,7 @@ import torch
 
 _ALIGNED = 4  # float32 values in the 16 bytes that a CUDA softmax loads at once
 _LEAST = torch.finfo(torch.float32).min  # as SGLang; JSON has no infinity
-_BLOCK = 32  # rows ranked at a time: keys take 8 bytes a value, and a prompt has many rows
+_BLOCK = 32  # rows ranked at once on a GPU: keys take 8 bytes a value, and a prompt has many rows
 
 
 class Ranked(NamedTuple):
@@ -39,24 +39,29 @@ def of_logits(logits: torch.Tensor, scale: torch.Tensor | None = None) -> torch.
 
 
 def ranked(logprobs: torch.Tensor, k: int) -> Ranked:
-    """The first `k` tokens of each row of `logprobs`, float32 [rows, vocab]: the likelier first,
-    of equals the one with the lower id. So the first j of k are the first j of any other k.
+    """The first `k` tokens of each row of `logprobs`, float32 [rows, vocab], none positive.
+
+    The likelier comes first, of equals the one with the lower id. So the first j of k are the
+    first j of any other k.
 
     Waits for no device. Raises RuntimeError where `k` exceeds the vocabulary.
     """
     if k == 0:  # a verify pass whose rows want no more than their tokens'
         return Ranked(logprobs[:, :0], logprobs.new_empty((len(logprobs), 0), dtype=torch.int64))
-    blocks = [_keys(block).topk(k, dim=-1).values for block in logprobs.split(_BLOCK)]
-    ids = ~(blocks[0] if len(blocks) == 1 else torch.cat(blocks)) & 0xFFFFFFFF
+    at_once = _BLOCK if logprobs.is_cuda else 1  # on a CPU, what its cache holds
+    parts = logprobs.split(at_once)
+    blocks = [_keys(part).topk(k, dim=-1, largest=False).values for part in parts]
+    ids = torch.cat(blocks) & 0xFFFFFFFF
     return Ranked(logprobs.gather(-1, ids), ids)
 
 
 def _keys(logprobs: torch.Tensor) -> torch.Tensor:
-    """Whole numbers in the order of `ranked`, int64: 32 bits of the value above 32 of ~id."""
-    bits = (logprobs + 0.0).view(torch.int32)  # -0.0 becomes 0.0, its equal
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # as whole numbers, negative ones run backwards
+    """Whole numbers in the order of `ranked`, int64: 32 bits of the value above 32 of the id.
+
+    No log-prob is positive, and bits of floats without a sign are in the order of their values.
+    """
     ids = torch.arange(logprobs.shape[-1], device=logprobs.device)
-    return (ordered.to(torch.int64) << 32) | (ids ^ 0xFFFFFFFF)
+    return torch.add(ids, logprobs.abs().view(torch.int32), alpha=1 << 32)
 
 
 class _Rankable:
