@@ -91,6 +91,8 @@ def test_row_counts_finds_a_hole_between_counts_of_one_class():
     counts, classes = [8, 16, 24, 25, 26, 32], row_counts.label(torch.stack(bits))
     assert row_counts.runs(counts, classes) == [(0, 8, 8), (1, 16, 24), (0, 25, 26), (1, 32, 32)]
     assert (25, 26) in row_counts.holes(counts, classes)
+
+
 AVX2 = "ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2"
 AVX512 = "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 ATEN_CPU_CAPABILITY=avx512"
 
