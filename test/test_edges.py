@@ -232,7 +232,8 @@ def test_a_retracted_request_that_left_the_queue_is_forgotten(monkeypatch):
         (True, False, False, None, 1),
         (True, False, False, [False, False], 1),
         (True, False, False, [False, True], None),
-        (True, False, True, None, None),
+        (True, False, True, None, 1),
+        (True, False, True, [False, True], None),
         (True, True, False, None, None),
         (False, False, False, None, None),
     ],
@@ -252,5 +253,6 @@ def test_a_greedy_batch_leaves_sglang_one_column_to_choose_from(
     given = margins.after_preprocess(logits, "sampler", logits, info)
     assert (None if given is None else given.shape[1]) == width
     assert forward.best.ids.tolist() == [1, 0] and len(logits[0]) == 3
+    assert (forward.logprobs is not None) == logprobs
     monkeypatch.setattr(margins, "_forward", [])
     assert margins.after_preprocess(logits) is None, "log-probs without a token"

@@ -1,9 +1,14 @@
-"""Examples and benchmark scripts where something is missing: one sentence, no traceback."""
+"""Examples and benchmark scripts where something is missing: one sentence, no traceback.
+
+And what CI runs.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,3 +91,67 @@ def test_row_counts_finds_a_hole_between_counts_of_one_class():
     counts, classes = [8, 16, 24, 25, 26, 32], row_counts.label(torch.stack(bits))
     assert row_counts.runs(counts, classes) == [(0, 8, 8), (1, 16, 24), (0, 25, 26), (1, 32, 32)]
     assert (25, 26) in row_counts.holes(counts, classes)
+
+
+AVX2 = "ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2"
+AVX512 = "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 ATEN_CPU_CAPABILITY=avx512"
+
+
+@pytest.mark.parametrize(
+    ("flags", "kinds"),
+    [
+        ("fpu avx2 avx512f avx512bw avx512vl avx512dq avx512_bf16 amx_bf16", [AVX512, AVX2]),
+        ("avx512dq avx2 avx512bw avx512vl", [AVX2]),
+        ("avx2 avx512f", []),
+        ("sse4_2 avx2", []),
+        (None, []),
+    ],
+)
+def test_ci_imitates_the_kinds_of_cpu_that_are_less_than_its_own(tmp_path, flags, kinds):
+    file = tmp_path / "cpuinfo"
+    file.write_text("Features : asimd\n" if flags is None else f"model : x\nflags\t\t: {flags}\n")
+    command = [str(ROOT / ".ci/other_cpus"), str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    assert done.stdout.splitlines() == kinds
+
+
+MADE = """mkdir -p .venv/bin
+for name in pytest ruff mypy; do
+  echo 'echo "ran $(basename "$0") $* [$ONEDNN_MAX_CPU_ISA]"' > .venv/bin/$name
+  chmod +x .venv/bin/$name
+done"""
+
+
+def test_ci_runs_the_readmes_commands_then_the_linters_then_some_modules_again(tmp_path):
+    """In a repository whose commands only say that they ran; a stage that fails is its status."""
+    repo, folder = tmp_path / "repo", tmp_path / "tmp"
+    shutil.copytree(ROOT / ".ci", repo / ".ci")
+    folder.mkdir()
+    blocks = {"demo": "echo ran demo", "test": MADE}
+    text = [f"<!-- ci:{name} -->\n```\n{block}\n```\n" for name, block in blocks.items()]
+    (repo / "README.md").write_text("\n".join(text))
+    env = {**os.environ, "TMPDIR": str(folder), "ONEDNN_MAX_CPU_ISA": ""}
+
+    def ci() -> subprocess.CompletedProcess[str]:
+        for command in (["init", "-q"], ["add", "-A"]):
+            subprocess.run(["git", *command], cwd=repo, check=True, timeout=20)
+        command = [str(repo / ".ci/run")]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=100, env=env
+        )
+        assert not list(tmp_path.glob("*/margingate-ci*")), "it leaves nothing"
+        return done
+
+    done = ci()
+    kinds = subprocess.check_output([str(ROOT / ".ci/other_cpus")], text=True, timeout=20)
+    names = [kind.split()[0].partition("=")[2] for kind in kinds.splitlines()]
+    ran = [line[4:] for line in done.stdout.splitlines() if line.startswith("ran ")]
+    assert done.returncode == 0 and done.stdout.count("== passed") == 1, done.stderr
+    assert ran[:4] == ["demo", "ruff check []", "ruff format --check []", "mypy  []"]
+    assert [line.partition("[")[2] for line in ran[4:]] == [f"{name}]" for name in names]
+    for line in ran[4:]:
+        assert (modules := line.split()[1:-1])
+        assert all((ROOT / name).is_file() for name in modules), modules
+    (repo / ".ci/other_cpus").write_text("#!/bin/sh\nexit 7\n")
+    done = ci()
+    assert done.returncode == 7 and "== passed" not in done.stdout

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from checks import assert_clean, assert_same, forced
 from conftest import TOKENS
+from test_server_constraints import FORMS, PENALTIES
 
 from margingate.cli.main import main
-from margingate.client import Answer, Client
+from margingate.client import Answer, Client, Prompt
 from margingate.servers import slow_bfloat16
 
 
@@ -82,19 +84,44 @@ def audited(client: Client) -> dict[str, Any]:
 
 
 def test_logprobs_of_greedy_and_seeded_rows_alone_and_mixed(client, prompts, alone):
-    """In a batch that samples, SGLang computes all its log-probs in another way."""
-    ask = {"return_logprob": True, "top_logprobs_num": 2}
+    """In a batch that samples, SGLang computes all its log-probs in another way, and in any batch
+    it ranks the tokens of all for the request that wants the most: there are equals in bfloat16.
+    """
     own = {"temperature": 0.8, "top_p": 0.95, "sampling_seed": 11, "max_new_tokens": 16}
-    one = client.alone(prompts[:2], **ask) + client.alone(prompts[2:4], sampling_params=own, **ask)
-    params = {prompt.name: own if i > 1 else {} for i, prompt in enumerate(prompts[:4])}
+    asked = [(prompts[0], 10, {}), (prompts[1], 50, {}), (prompts[2], 2, own), (prompts[3], 5, own)]
+
+    def ask(prompt: Prompt, k: int, params: dict[str, Any]) -> Answer:
+        body = {"return_logprob": True, "top_logprobs_num": k, "sampling_params": params}
+        return client.alone([prompt], **body)[0]
+
+    one = [ask(*each) for each in asked]
     before = client.gate_state()
-    many = client.together(prompts[:4], params=params, **ask)
+    with ThreadPoolExecutor(len(asked)) as pool:
+        many = list(pool.map(lambda each: ask(*each), asked))
     assert client.gate_state()["verified"] == before["verified"]
     assert_same(one, many)
     assert_same(alone, many[:2])
     drawn = [a.tokens != b.tokens[:16] for a, b in zip(many[2:], alone[2:4])]
     assert all(drawn) or slow_bfloat16(), "a part of the model is sure of its nonsense"
-    for left, right in zip(one, many):
+    for (_, k, _), left, right in zip(asked, one, many):
+        assert {len(top) for top in left.meta["output_top_logprobs"]} == {k}
+        for name in ("output_token_logprobs", "output_top_logprobs"):
+            assert left.meta[name] == right.meta[name]
+
+
+@pytest.mark.parametrize("kinds", [FORMS, PENALTIES], ids=["forms", "penalties"])
+def test_logprobs_of_constrained_rows_are_those_alone(client, prompts, kinds):
+    """Of all rows, which are canonical or mended here, on any CPU."""
+    some, ask = prompts[: len(kinds)], {"return_logprob": True, "top_logprobs_num": 2}
+    own = {p.name: {**each, "max_new_tokens": 12} for p, each in zip(some, kinds)}
+    for each in own.values():
+        each["min_new_tokens"] = min(each.get("min_new_tokens", 0), 8)
+    plain = [client.alone([p], sampling_params=own[p.name], **ask)[0] for p in some]
+    faults = {name: {**each, **forced([2, 6])} for name, each in own.items()}
+    mended = client.together(some, params=faults, **ask)
+    assert_same(plain, mended)
+    assert sum(answer.meta["gate"]["flips"] for answer in mended) >= len(some)
+    for left, right in zip(plain, mended, strict=True):
         for name in ("output_token_logprobs", "output_top_logprobs"):
             assert left.meta[name] == right.meta[name]
 

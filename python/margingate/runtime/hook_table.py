@@ -7,6 +7,7 @@ from sglang.srt.plugins.hook_registry import HookType
 from margingate.runtime import (
     fingerprint,
     info,
+    logprobs,
     margins,
     overlap,
     prefill,
@@ -85,6 +86,22 @@ RUNTIME_HOOKS = (
         "self logprobs top_logprobs_nums token_ids_logprobs batch_next_token_ids",
         "log-probs have the same bits whether or not the batch samples; given tokens' by request",
         "SGLang computes them in one way, and lets a request want none of given tokens",
+    ),
+    Hook(
+        "layers.logprob_processor.get_top_logprobs_raw",
+        AROUND,
+        logprobs.rank,
+        "logprobs top_logprobs_nums stage extend_logprob_pruned_lens_cpu no_copy_to_cpu",
+        "a row's most likely tokens do not depend on how many others want; lowest id among equals",
+        "SGLang ranks equals in one order, whatever k",
+    ),
+    Hook(
+        "layers.logprob_processor.get_top_logprobs_chunk",
+        AROUND,
+        logprobs.rank,
+        "logprobs top_k_nums pruned_lens top_logprobs_val top_logprobs_idx split_pruned_len",
+        "the same for the tokens of a prompt",
+        "SGLang ranks equals in one order, whatever k",
     ),
     Hook(
         _SAMPLING + "adjusted_from_schedule_batch",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from sglang.srt.layers.sampler import SGLANG_RETURN_ORIGINAL_LOGPROB
 
-from margingate.runtime import seeds, state
+from margingate.runtime import logprobs, seeds, state
 from margingate_kernels import Top2, seeded_top2, softmax_top2
 
 
@@ -22,7 +22,7 @@ class _Forward:
     logprobs_wanted: bool
     best: Top2 | None = None
     ours: torch.Tensor | None = None  # bool [rows]: the gate chose; None: all rows, or none
-    logprobs: torch.Tensor | None = None  # float32 [rows, vocab], where SGLang's would not do
+    logprobs: torch.Tensor | None = None  # float32 [rows, vocab]; None: not wanted
 
 
 _forward: list[_Forward] = []  # the one being sampled
@@ -62,8 +62,8 @@ def after_preprocess(logits: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch
     """AFTER Sampler._preprocess_logits: these are the final logits, not yet scaled.
 
     Returns:
-        What SGLang chooses from; None: all of it. A greedy batch has its tokens by then, and one
-        column is read sooner than a vocabulary.
+        What SGLang chooses from; None: all of it. A greedy batch has its tokens and log-probs by
+        then, and one column is read sooner than a vocabulary.
     """
     if not _forward:  # log-probs without a token
         return None
@@ -72,15 +72,15 @@ def after_preprocess(logits: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch
     forward.best = softmax_top2(logits)
     if state.controller().observes_only:
         return None
+    if forward.logprobs_wanted:
+        unscaled = info.is_all_greedy or SGLANG_RETURN_ORIGINAL_LOGPROB
+        scale = None if unscaled else info.temperatures
+        forward.logprobs = logprobs.of_logits(logits, scale)
     if info.is_all_greedy:
-        unread = not forward.logprobs_wanted and not any(info.return_sampling_masks or ())
-        return logits[:, :1] if unread else None
+        return None if any(info.return_sampling_masks or ()) else logits[:, :1]
     forward.ours = info.top_ks.view(-1) <= 1
     if forward.seeds is not None:
         _draw(forward, logits, info)
-    if forward.logprobs_wanted:
-        scale = 1.0 if SGLANG_RETURN_ORIGINAL_LOGPROB else info.temperatures
-        forward.logprobs = torch.log_softmax(logits.float() / scale, dim=-1)
     return None
 
 
@@ -97,22 +97,34 @@ def _draw(forward: _Forward, logits: torch.Tensor, info: Any) -> None:
     )
 
 
-def compute_logprobs(original: Any, processor: Any, logprobs: torch.Tensor, *asked: Any) -> Any:
+def compute_logprobs(original: Any, processor: Any, theirs: torch.Tensor, *asked: Any) -> Any:
     """AROUND OutputLogprobProcessor.compute_logprobs: the same bits in every batch.
 
     SGLang takes the log of a softmax in a batch that samples, and the log-softmax in one that does
-    not; and it does not know of the tokens that the gate drew. Where some requests of a batch want
-    the log-probs of given tokens it has lists for the others, and its scheduler ends at the first.
+    not; it does not know of the tokens that the gate drew, and of a greedy batch it has one column.
+    Where some requests of a batch want the log-probs of given tokens it has lists for the others,
+    and its scheduler ends at the first.
     """
     forward = _forward[0] if _forward else None
     if forward is not None and forward.logprobs is not None:
-        assert forward.ours is not None and forward.best is not None
-        logprobs = torch.where(forward.ours.view(-1, 1), forward.logprobs, logprobs)
         *wanted, chosen = asked
-        asked = (*wanted, torch.where(forward.ours, forward.best.ids.to(chosen.dtype), chosen))
-    result = original(processor, logprobs, *asked)
+        theirs, chosen = _with_ours(forward, theirs, chosen)
+        asked = (*wanted, chosen)
+    result = original(processor, theirs, *asked)
     if (values := result.token_ids_logprobs_val) is not None:
         result.token_ids_logprobs_val = [
-            each if isinstance(each, torch.Tensor) else logprobs.new_empty(0) for each in values
+            each if isinstance(each, torch.Tensor) else theirs.new_empty(0) for each in values
         ]
     return result
+
+
+def _with_ours(
+    forward: _Forward, theirs: torch.Tensor, chosen: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """SGLang's log-probs and tokens, with the gate's where the gate chose."""
+    assert forward.logprobs is not None and forward.best is not None
+    ids = forward.best.ids.to(chosen.dtype)
+    if forward.ours is None:
+        return forward.logprobs, ids
+    mixed = torch.where(forward.ours.view(-1, 1), forward.logprobs, theirs)
+    return mixed, torch.where(forward.ours, ids, chosen)

@@ -24,7 +24,7 @@ from sglang.srt.model_executor.forward_context import ForwardContext, forward_co
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from margingate.config import GateConfig, GateError
-from margingate.runtime import own_attention, own_decode
+from margingate.runtime import logprobs, own_attention, own_decode
 from margingate.runtime.constraints import Constraint
 from margingate.runtime.seeds import Draw, logprob_temperature, stack
 from margingate_kernels import seeded_top2, softmax_top2
@@ -252,25 +252,22 @@ def _drawn(logits: torch.Tensor, rows: Sequence[RowInput]) -> Iterator[tuple[int
 def _logprobs(
     logits: torch.Tensor, rows: Sequence[RowInput], tokens: Sequence[int]
 ) -> dict[int, RowLogprobs]:
-    """Log-probs by row index, for the rows that want them; computed over all rows at once."""
+    """Log-probs by row index, for the rows that want them; computed over these at once."""
     wanted = [(i, row.logprobs) for i, row in enumerate(rows) if row.logprobs is not None]
     if not wanted:
         return {}
-    scale = [logprob_temperature(row.draw) for row in rows]
-    scale += [1.0] * (len(logits) - len(rows))
-    if any(one != 1 for one in scale):
-        logits = logits.float() / torch.tensor(scale, device=logits.device).view(-1, 1)
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    logprobs.clamp_(min=torch.finfo(torch.float32).min)  # as SGLang; JSON has no infinity
-    return {i: _row_logprobs(logprobs[i], tokens[i], *want) for i, want in wanted}
-
-
-def _row_logprobs(
-    row: torch.Tensor, token: int, top: int, ids: tuple[int, ...] | None
-) -> RowLogprobs:
-    best = row.topk(top) if top > 0 else None
-    return RowLogprobs(
-        row[token].item(),
-        None if best is None else (best.values.tolist(), best.indices.tolist()),
-        None if ids is None else row[list(ids)].tolist(),
-    )
+    asked = [i for i, _ in wanted]
+    temperatures = [[logprob_temperature(rows[i].draw)] for i in asked]
+    scale = torch.tensor(temperatures, device=logits.device)
+    found = logprobs.of_logits(logits[asked], scale)
+    chosen = found.gather(-1, torch.tensor([[tokens[i]] for i in asked], device=found.device))
+    top = logprobs.ranked(found, max(k for _, (k, _) in wanted))
+    values, ids = top.values.tolist(), top.indices.tolist()
+    return {
+        i: RowLogprobs(
+            token,
+            (values[n][:k], ids[n][:k]) if k > 0 else None,
+            None if given is None else found[n, list(given)].tolist(),
+        )
+        for n, ((i, (k, given)), [token]) in enumerate(zip(wanted, chosen.tolist(), strict=True))
+    }
