@@ -1,4 +1,4 @@
-"""Ollama's and Anthropic's answers: SGLang's own handlers over a tokenizer manager that is made up."""
+"""Ollama's and Anthropic's answers: SGLang's own handlers over a made-up manager."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from margingate.runtime.request import (
     Counts,
     GateRequest,
     attach,
+    digest,
     logprob_lists,
 )
 from margingate.runtime.seeds import Draw
