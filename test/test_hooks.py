@@ -43,7 +43,7 @@ if not HookRegistry._hooks:
 
 from margingate.runtime import hooks
 from margingate.runtime.hook_table import (
-    ALL_HOOKS, SCHEDULER_HOOKS, STARTUP_HOOKS, TOKENIZER_HOOKS)
+    ALL_HOOKS, DETOKENIZER_HOOKS, SCHEDULER_HOOKS, STARTUP_HOOKS, TOKENIZER_HOOKS)
 
 def layers(hook):
     function = hooks.resolve(hook)
@@ -60,9 +60,9 @@ def state():
     }
 
 answer |= {"startup": sorted(h.path for h in STARTUP_HOOKS), "ungated": state()}
-hooks.install(SCHEDULER_HOOKS + TOKENIZER_HOOKS)
+hooks.install(SCHEDULER_HOOKS + TOKENIZER_HOOKS + DETOKENIZER_HOOKS)
 answer["once"] = state()
-hooks.install(SCHEDULER_HOOKS + TOKENIZER_HOOKS)
+hooks.install(SCHEDULER_HOOKS + TOKENIZER_HOOKS + DETOKENIZER_HOOKS)
 answer["twice"] = state()
 print(json.dumps(answer), flush=True)
 sys.argv += ["--deterministic-gate", "--gate-threshold", "-1"]
@@ -437,6 +437,7 @@ def test_the_document_has_a_row_with_five_cells_for_each_hook(table):
     assert all(row.count(" | ") == 4 for row in rows)
     assert processes.count("startup") == len(table.STARTUP_HOOKS)
     assert processes.count("launcher") == len(table.TOKENIZER_HOOKS)
+    assert processes.count("detokenizer") == len(table.DETOKENIZER_HOOKS)
     assert processes.count("scheduler") == len(table.SCHEDULER_HOOKS) + len(INSTANCE_PATCHES)
 
 

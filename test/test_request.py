@@ -14,6 +14,7 @@ from margingate.runtime.request import (
     Counts,
     GateRequest,
     attach,
+    digest,
     logprob_lists,
 )
 from margingate.runtime.seeds import Draw
@@ -97,7 +98,17 @@ def test_the_object_that_sglang_puts_into_custom_params_does_no_harm():
 def test_a_request_that_is_not_gated_says_why(req, because):
     gate = classify(req)
     assert (gate.gated, gate.ungated_because, gate.refusal) == (False, because, "")
-    assert gate.summary(CONFIG) == {"gated": False, "because": because}
+    said = {"gated": False, "because": because, "prompt": digest(req.origin_input_ids)}
+    assert gate.summary(CONFIG) == said
+
+
+def test_the_record_names_the_prompt():
+    one, same, other = request(), request(), request()
+    other.origin_input_ids = [*one.origin_input_ids, 1]
+    records = [classify(req).summary(CONFIG)["prompt"] for req in (one, same, other)]
+    assert records[0] == records[1] != records[2]
+    assert len(records[0]) == 16
+    assert digest([1 << 70]) == ""
 
 
 def test_sampling_with_a_seed_is_gated():

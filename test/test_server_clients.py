@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -128,7 +129,9 @@ def test_the_record_in_completions(client, fingerprint):
 
 def test_the_switch_as_a_sampling_parameter(client, prompts):
     (answer,) = client.alone(prompts[:1], sampling_params={"deterministic": False})
-    assert answer.meta["gate"] == {"gated": False, "because": "deterministic is false"}
+    said = answer.meta["gate"]
+    assert (said["gated"], said["because"]) == (False, "deterministic is false")
+    assert len(said["prompt"]) == 16
     with pytest.raises(RuntimeError, match=r"answered 400: .*is 'no': give true or false"):
         client.alone(prompts[:1], sampling_params={"deterministic": "no"})
 
@@ -165,3 +168,44 @@ def test_the_fingerprint_follows_the_weights(client, prompts, alone, model, fing
     assert_same(alone, answers)
     assert answers[0].meta["gate"]["fingerprint"] == fingerprint
     assert client.gate_state()["fingerprint"] == fingerprint
+
+
+def lines(reply: requests.Response) -> list[dict[str, Any]]:
+    """The JSON objects of a stream: lines of their own, or data of events."""
+    found = [line.removeprefix(b"data: ") for line in reply.content.splitlines()]
+    return [json.loads(line) for line in found if line.startswith(b"{")]
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_a_stream_says_what_the_answer_says_on_every_route(client, tokens):
+    """Ollama's and Anthropic's routes are held to chat completions, streamed and not."""
+    chat = {"model": "m", "messages": [{"role": "user", "content": "Name two rivers."}]}
+    greedy = {"temperature": 0, "max_tokens": tokens}
+    ollama = {"options": {"temperature": 0, "num_predict": tokens, "seed": 7}}
+
+    def ask(path: str, stream: bool, **body: Any) -> requests.Response:
+        reply = requests.post(client.base_url + path, json={**body, "stream": stream}, timeout=300)
+        assert reply.status_code == 200, reply.text
+        return reply
+
+    whole = ask("/v1/chat/completions", False, **chat, **greedy).json()
+    want = whole["choices"][0]["message"]["content"]
+    assert ask("/api/chat", False, **chat, **ollama).json()["message"]["content"] == want
+    *_, end = said = lines(ask("/api/chat", True, **chat, **ollama))
+    assert "".join(line["message"]["content"] for line in said) == want
+    assert (end["done_reason"], end["gate"]["gated"]) == ("length", True)
+    message = ask("/v1/messages", False, **chat, **greedy).json()
+    assert message["content"][0]["text"] == want
+    assert message["metadata"]["gate"]["fingerprint"] == whole["system_fingerprint"]
+    events = lines(ask("/v1/messages", True, **chat, **greedy))
+    deltas = [x["delta"]["text"] for x in events if x["type"] == "content_block_delta"]
+    assert "".join(deltas) == want
+    (end,) = [x for x in events if x["type"] == "message_delta"]
+    assert end["metadata"]["gate"]["prompt"] == message["metadata"]["gate"]["prompt"]
+
+
+def test_text_of_several_tokens_at_once_is_said_once(client):
+    params = {"temperature": 0, "max_new_tokens": 24, "regex": "今日は😀", "stream_interval": 3}
+    body = {"text": "Say it: ", "sampling_params": params, "stream": True}
+    reply = requests.post(f"{client.base_url}/generate", json=body, timeout=300)
+    assert lines(reply)[-1]["text"] == "今日は😀"

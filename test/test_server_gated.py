@@ -75,7 +75,9 @@ def test_what_meta_info_says(client, prompts):
     opted_out = client.alone(
         prompts[:1], sampling_params={"custom_params": {"deterministic": False}}
     )
-    assert opted_out[0].meta["gate"] == {"gated": False, "because": "deterministic is false"}
+    said = opted_out[0].meta["gate"]
+    assert (said["gated"], said["because"]) == (False, "deterministic is false")
+    assert len(said["prompt"]) == 16
 
 
 def stream(client: Client, prompt: Prompt, **params) -> tuple[list[str], dict]:

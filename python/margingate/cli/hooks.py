@@ -20,9 +20,9 @@ ABOUT = """\
 # What margingate patches in SGLang
 
 Made by `margingate hooks > docs/hooks.md`. Targets are below `sglang.srt`. Process: `startup` is
-every process of every server, gated or not; `launcher` and `scheduler` are the processes of a
-server started with `--deterministic-gate`, and of no other. Kind `instance`: replaced on that
-server's attention backend alone, not on the class.
+every process of every server, gated or not; `launcher`, `detokenizer` and `scheduler` are those
+of a server started with `--deterministic-gate`, and of no other. Kind `instance`: replaced on
+that server's attention backend alone, not on the class.
 """
 
 
@@ -38,6 +38,7 @@ def ledger() -> str:
     processes = {
         "startup": hook_table.STARTUP_HOOKS,
         "launcher": hook_table.TOKENIZER_HOOKS,
+        "detokenizer": hook_table.DETOKENIZER_HOOKS,
         "scheduler": hook_table.SCHEDULER_HOOKS,
     }
     rows = [_cells(hook, process) for process, hooks in processes.items() for hook in hooks]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sglang.srt.plugins.hook_registry import HookType
 
 from margingate.runtime import (
+    aborts,
     fingerprint,
     info,
     logprobs,
@@ -20,7 +21,7 @@ from margingate.runtime import (
 from margingate.runtime.hooks import Hook
 from margingate.runtime.path_hooks import INVARIANT_HOOKS, STOCK_HOOKS
 from margingate.runtime.startup_hooks import STARTUP_HOOKS
-from margingate.runtime.tokenizer_hooks import TOKENIZER_HOOKS
+from margingate.runtime.tokenizer_hooks import DETOKENIZER_HOOKS, TOKENIZER_HOOKS
 
 AFTER, AROUND, BEFORE = HookType.AFTER, HookType.AROUND, HookType.BEFORE
 _SCHEDULER = "managers.scheduler.Scheduler."
@@ -194,11 +195,11 @@ RUNTIME_HOOKS = (
     ),
     Hook(
         _SCHEDULER + "abort_request",
-        AFTER,
-        scheduler.abort_request,
+        AROUND,
+        aborts.abort_request,
         "self recv_req",
-        "SGLang does not know held requests",
-        _CALLBACK,
+        "an abort ends one id, not all that begin with it; SGLang does not know held requests",
+        "SGLang compares whole ids and offers plugins a callback here",
     ),
     Hook(
         _SCHEDULER + "pause_generation",
@@ -261,4 +262,4 @@ STUDY_HOOKS = (
     ),
 )
 SCHEDULER_HOOKS = (*RUNTIME_HOOKS, *INVARIANT_HOOKS, *STOCK_HOOKS, *STUDY_HOOKS)
-ALL_HOOKS = (*STARTUP_HOOKS, *TOKENIZER_HOOKS, *SCHEDULER_HOOKS)
+ALL_HOOKS = (*STARTUP_HOOKS, *TOKENIZER_HOOKS, *DETOKENIZER_HOOKS, *SCHEDULER_HOOKS)

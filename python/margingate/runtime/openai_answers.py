@@ -15,7 +15,9 @@ from sglang.srt.entrypoints.openai.protocol import ChatCompletionResponse, Compl
 
 from margingate.runtime.stream import INFO_KEY
 
-_RECORDS = "_margingate_records"  # by index of the choice, on requests whose stream wants them
+# By index of the choice, on requests whose stream wants them.
+_RECORDS = "_margingate_records"
+_MATCHED = "_margingate_matched"  # the stop sequence or token that ended it
 
 
 class _ChatCompletion(ChatCompletionResponse):
@@ -58,15 +60,25 @@ def generate_request(original: Any, manager: Any, obj: Any, request: Any = None)
     """AROUND TokenizerManager.generate_request: note the records for a stream that wants them."""
     outputs = original(manager, obj, request)
     records = getattr(obj, _RECORDS, None)
-    return outputs if records is None else _noting(outputs, records)
+    return outputs if records is None else _noting(outputs, records, getattr(obj, _MATCHED))
 
 
-async def _noting(outputs: Any, records: dict[int, Any]) -> AsyncIterator[Any]:
+async def _noting(
+    outputs: Any, records: dict[int, Any], matched: dict[int, Any]
+) -> AsyncIterator[Any]:
     async with aclosing(outputs):
         async for output in outputs:
-            if record := output["meta_info"].get(INFO_KEY):
-                records[output.get("index", 0)] = dict(record)
+            meta, index = output["meta_info"], output.get("index", 0)
+            if record := meta.get(INFO_KEY):
+                records[index] = dict(record)
+            if reason := meta.get("finish_reason"):
+                matched[index] = reason.get("matched")
             yield output
+
+
+def records_of(adapted_request: Any) -> tuple[dict[int, Any], dict[int, Any]]:
+    """By index of the choice: the records so far, and the stop sequences or tokens that matched."""
+    return getattr(adapted_request, _RECORDS, {}), getattr(adapted_request, _MATCHED, {})
 
 
 async def stream(
@@ -75,6 +87,7 @@ async def stream(
     """AROUND the streams of chat and completions: the record is in a choice's last chunk."""
     records: dict[int, Any] = {}
     setattr(adapted_request, _RECORDS, records)
+    setattr(adapted_request, _MATCHED, {})
     chunks = original(serving, adapted_request, request, raw_request)
     async with aclosing(chunks):
         async for chunk in chunks:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import time
 from array import array
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -86,7 +88,7 @@ class GateRequest:
     kept: Kept | None = None
     margins: array[float] = field(default_factory=lambda: array("f"))  # by row, logits
     flags: bytearray = field(default_factory=bytearray)  # by row: was it flagged
-    prompt: str = ""  # a digest of its token ids, where verdicts are simulated
+    prompt: str = ""  # a digest of its token ids
     forced: tuple[int, ...] = ()  # --gate-study: what is emitted, by row
     choices: list[tuple[Any, ...]] = field(default_factory=list)  # --gate-study: see study.force
     columns_wanted: ColumnsWanted | None = None  # --gate-study
@@ -104,13 +106,15 @@ class GateRequest:
         """For `meta_info["gate"]`."""
         if not self.gated:
             choices = {"choices": self.choices} if config.study else {}
-            return {"gated": False, "because": self.ungated_because, **choices, **self._drift()}
+            said = {"gated": False, "because": self.ungated_because, "prompt": self.prompt}
+            return said | choices | self._drift()
         return {
             "gated": True,
             "guarantee": config.guarantee,
             "fast_path": config.fast_path,
             "policy": config.policy,
             "threshold": config.threshold,
+            "prompt": self.prompt,
             **({"simulated": True} if config.simulates else {}),
             **asdict(self.counts),
             **self._drift(),
@@ -145,6 +149,7 @@ def attach(req: Any, config: GateConfig) -> None:
     """
     gate = _classify(req, config)
     req.gate = gate
+    gate.prompt = digest(req.origin_input_ids)
     if config.study:
         gate.columns_wanted = _columns_wanted(req)
     if gate.gated:
@@ -152,6 +157,15 @@ def attach(req: Any, config: GateConfig) -> None:
         req.extra_key = CACHE_NAMESPACE + (req.extra_key or "")
     elif (req.extra_key or "").startswith(CACHE_NAMESPACE):
         req.extra_key = "not-" + req.extra_key
+
+
+def digest(ids: Iterable[int]) -> str:
+    """16 hexadecimal digits of token ids; ids that no vocabulary has included."""
+    try:
+        content = array("q", ids).tobytes()
+    except (OverflowError, TypeError):  # refused: it stands for no answer
+        return ""
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def _classify(req: Any, config: GateConfig) -> GateRequest:

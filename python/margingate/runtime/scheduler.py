@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
@@ -14,6 +15,7 @@ from sglang.srt.mem_cache.registry import (
 from margingate.runtime import (
     audit,
     batches,
+    detokenizer,
     ends,
     events,
     hook_table,
@@ -69,6 +71,9 @@ def launch(original: Any, cls: Any, server_args: Any, *args: Any, **kwargs: Any)
     if config is None:
         return original(cls, server_args, *args, **kwargs)
     hooks.install(hook_table.TOKENIZER_HOOKS)
+    # By name, as SGLang passes it: this process starts detokenizers, which load no plugins.
+    run = kwargs["run_detokenizer_process_func"]
+    kwargs["run_detokenizer_process_func"] = partial(detokenizer.run, run)
     result = original(cls, server_args, *args, **kwargs)
     confirm_schedulers(result)
     return result
@@ -127,14 +132,6 @@ def on_idle(_result: Any, scheduler: Any) -> None:
     if (controller.requests or waiting) and scheduler.is_fully_idle():
         ends.reap(controller)
         controller.auditor.idle()
-
-
-def abort_request(_result: Any, _scheduler: Any, received: Any) -> None:
-    """AFTER Scheduler.abort_request: SGLang looks at its queues and batches only."""
-    ends.abort(
-        state.controller(),
-        lambda req: received.abort_all or req.rid.startswith(received.rid),
-    )
 
 
 def pause_generation(_scheduler: Any, _received: Any) -> None:

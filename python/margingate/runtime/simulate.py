@@ -6,9 +6,7 @@ passes and rollbacks cost what they cost. The answers are wrong: dummy weights o
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from array import array
 from dataclasses import replace
 from typing import Any
 
@@ -38,7 +36,7 @@ class Simulator:
 
     def flag(self, req: Any, row: int) -> bool | None:
         """Whether the row of `req` (from 1) is flagged; None: the policy looks at its margin."""
-        return self._simulation.flags(_prompt(req), row) if self._flags else None
+        return self._simulation.flags(req.gate.prompt, row) if self._flags else None
 
     def verdict(self, req: Any, row: Row, result: RowResult) -> RowResult:
         """The verifier's result, or one with the next token id where a flagged row is to flip.
@@ -48,15 +46,6 @@ class Simulator:
         """
         flags = req.gate.flags  # of a request that was rolled back, fewer than the pass had rows
         flagged = self._flips and row.index <= len(flags) and flags[row.index - 1]
-        if not flagged or not self._simulation.flips(_prompt(req), row.index):
+        if not flagged or not self._simulation.flips(req.gate.prompt, row.index):
             return result
         return replace(result, token=(result.token + 1) % req.vocab_size)
-
-
-def _prompt(req: Any) -> str:
-    """What stands for the request's prompt; kept with the request."""
-    if not req.gate.prompt:
-        ids = array("q", req.origin_input_ids).tobytes()
-        req.gate.prompt = hashlib.blake2b(ids, digest_size=8).hexdigest()
-    prompt: str = req.gate.prompt
-    return prompt

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from sglang.srt.plugins.hook_registry import HookType
 
-from margingate.runtime import openai_answers, stream, switch, wellformed
+from margingate.runtime import (
+    anthropic_answers,
+    detokenizer,
+    ollama_answers,
+    openai_answers,
+    stream,
+    switch,
+    wellformed,
+)
 from margingate.runtime.hooks import Hook
 
 AFTER, AROUND, BEFORE = HookType.AFTER, HookType.AROUND, HookType.BEFORE
 _MANAGER = "managers.tokenizer_manager.TokenizerManager."
 _CHAT = "entrypoints.openai.serving_chat.OpenAIServingChat."
 _COMPLETION = "entrypoints.openai.serving_completions.OpenAIServingCompletion."
+_ANTHROPIC = "entrypoints.anthropic.serving.AnthropicServing."
+_OLLAMA = "entrypoints.ollama.serving.OllamaServing."
 _SWITCH = "SGLang lets plugins declare sampling parameters"
 _RECORD = "SGLang puts customized info into OpenAI's answers"
 
@@ -87,5 +97,60 @@ TOKENIZER_HOOKS = (
         "self obj request",
         "notes the record for the stream that is to carry it",
         _RECORD,
+    ),
+    Hook(
+        _ANTHROPIC + "_convert_response",
+        AFTER,
+        anthropic_answers.message,
+        "self response",
+        "the gate's record, and the stop sequence, in Anthropic's messages",
+        "SGLang names stop sequences there, and puts customized info into the answers",
+    ),
+    Hook(
+        _ANTHROPIC + "_generate_anthropic_stream",
+        AROUND,
+        anthropic_answers.stream,
+        "self adapted_request processed_request anthropic_request raw_request",
+        "the same in the last delta of a stream",
+        "SGLang names stop sequences there, and puts customized info into the answers",
+    ),
+    Hook(
+        _OLLAMA + "__init__",
+        AFTER,
+        ollama_answers.init,
+        "self tokenizer_manager",
+        "text of the last output of a stream; chat templates give ids",
+        "a stream on Ollama's routes has all text, and /api/chat answers",
+    ),
+    Hook(
+        _OLLAMA + "_convert_options_to_sampling_params",
+        AFTER,
+        ollama_answers.options,
+        "self options",
+        "`seed` and a negative `num_predict` in SGLang's terms",
+        "SGLang serves both",
+    ),
+    *(
+        Hook(
+            _OLLAMA + name,
+            AROUND,
+            ollama_answers.handle,
+            "self request raw_request",
+            "HTTP 400 for what is refused; the gate's record and `done_reason`",
+            "SGLang does it, and puts customized info into the answers",
+        )
+        for name in ("handle_chat", "handle_generate")
+    ),
+)
+
+# Applied in the detokenizers of a gated server.
+DETOKENIZER_HOOKS = (
+    Hook(
+        "managers.detokenizer_manager.DetokenizerManager._decode_batch_token_id_output",
+        AROUND,
+        detokenizer.decode,
+        "self recv_obj",
+        "text of several tokens at once that ends within a character is not sent twice",
+        "SGLang's `sent_offset` never goes back",
     ),
 )

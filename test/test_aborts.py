@@ -1,0 +1,74 @@
+"""An abort names one request; SGLang's own function, over queues that are made up."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+
+class Req(SimpleNamespace):
+    """What SGLang's abort looks at."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def __init__(self, rid: str) -> None:
+        super().__init__(rid=rid, to_finish=None, grammar=None, mamba_pool_idx=None)
+
+    def finished(self) -> bool:
+        return False
+
+    def set_finish_with_abort(self, sentence: str) -> None:
+        self.to_finish = sentence
+
+
+@pytest.mark.parametrize(
+    ("rid", "abort_all", "ended"),
+    [
+        ("job-1", False, {"job-1"}),
+        ("job", False, set()),
+        ("", True, {"job-1", "job-10", "job-11", "job-2"}),
+    ],
+)
+@pytest.mark.parametrize("place", ["running", "waiting", "grammar", "chunked", "held"])
+def test_an_abort_ends_the_request_of_that_id(monkeypatch, place, rid, abort_all, ended):
+    from sglang.srt.constrained.grammar_manager import GrammarManager
+    from sglang.srt.disaggregation.utils import DisaggregationMode
+    from sglang.srt.managers.io_struct import AbortReq
+    from sglang.srt.managers.scheduler import Scheduler
+
+    from margingate.runtime import aborts, ends, state
+
+    reqs = [Req(name) for name in ("job-1", "job-10", "job-11", "job-2")]
+    there = {place: reqs}
+    gone: set[str] = set()
+    grammar = GrammarManager.__new__(GrammarManager)
+    grammar.grammar_queue = there.get("grammar", [])
+    output = SimpleNamespace(send_output=lambda message, _req: gone.add(message.rid))
+    scheduler: Any = SimpleNamespace(
+        running_batch=SimpleNamespace(reqs=there.get("running", [])),
+        last_batch=None,
+        waiting_queue=list(there.get("waiting", [])),
+        grammar_manager=grammar,
+        chunked_req=reqs[1] if place == "chunked" else None,
+        _pending_chunked_abort_req=None,
+        enable_hicache_storage=False,
+        dllm_config=None,
+        disaggregation_mode=DisaggregationMode.NULL,
+        ps=SimpleNamespace(pp_size=1),
+        ipc_channels=SimpleNamespace(send_to_tokenizer=output),
+    )
+
+    def abort(_controller: Any, wanted: Any) -> None:
+        gone.update(req.rid for req in there.get("held", []) if wanted(req))
+
+    monkeypatch.setattr(ends, "abort", abort)
+    monkeypatch.setattr(state, "controller", lambda: None)
+    aborts.abort_request(Scheduler.abort_request, scheduler, AbortReq(rid=rid, abort_all=abort_all))
+    assert [req.rid for req in reqs] == ["job-1", "job-10", "job-11", "job-2"]
+    gone |= {req.rid for req in reqs if req.to_finish}
+    if place == "chunked":
+        assert (scheduler._pending_chunked_abort_req is not None) is abort_all
+    else:
+        assert gone == ended
