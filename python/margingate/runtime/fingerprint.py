@@ -20,7 +20,15 @@ from huggingface_hub import try_to_load_from_cache
 import margingate
 from margingate.config import GateConfig
 from margingate.core.rowclass import RowPlan
-from margingate.runtime import attention, invariance, machine, probe_cache, state, weights
+from margingate.runtime import (
+    attention,
+    invariance,
+    machine,
+    probe_cache,
+    state,
+    weight_updates,
+    weights,
+)
 from margingate.runtime.canonical_prefill import Prefill
 from margingate.runtime.ranks import gathered
 from margingate.runtime.verifier import Verifier
@@ -249,6 +257,9 @@ def weights_change(original: Any, manager: Any, received: Any) -> Any:
     """AROUND what replaces weights in SchedulerWeightUpdaterManager, failures included."""
     if getattr(received, "action", "") in LOOKS_ONLY:
         return original(manager, received)
+    refused = weight_updates.refusal(state.controller().scheduler, received)
+    if refused is not None:
+        return refused
     flushed = False
     try:
         result = original(manager, received)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,17 @@ def _prefill_graphs(args: Any) -> bool:
     chosen = getattr(args.cuda_graph_config, "prefill", None)  # of resolved arguments
     backend = getattr(chosen, "backend", args.cuda_graph_backend_prefill)
     return backend in ("tc_piecewise", "full")
+
+
+def _prefers_the_switch(args: Any) -> bool:
+    """Whether the server's own sampling parameters, JSON or read already, hold the switch."""
+    preferred = args.preferred_sampling_params or {}
+    if isinstance(preferred, str):
+        try:
+            preferred = json.loads(preferred)
+        except ValueError:  # SGLang says so
+            return False
+    return "deterministic" in preferred
 
 
 _TREE = "its copies of K/V columns would go stale when a column is repaired"
@@ -171,6 +183,12 @@ SERVER_REFUSALS = (
         "--prefill-only-disable-kv-cache",
         "the gate repairs the K/V cache",
         _DROP,
+    ),
+    Refusal(
+        _prefers_the_switch,
+        "--preferred-sampling-params",
+        "each request chooses `deterministic` for itself",
+        "take `deterministic` out of it",
     ),
     Refusal(
         lambda a: a.radix_cache_backend not in (None, "margingate"),
