@@ -43,7 +43,7 @@ from margingate.events import (
     subscribe,
 )
 from margingate.runtime import publisher
-from margingate.runtime.publisher import MOST_RECORDS, QUEUE, Publisher
+from margingate.runtime.publisher import MOST_RECORDS, MOST_TOPICS, QUEUE, Publisher
 
 FLIP = Verdict("r1", 7, "flip", 11, 12, 0.125, True, 3)
 COUNTS = {"steps": 40, "flagged": 4, "passes": 3, "flips": 1, "missed": 0, "rolled_back": 3}
@@ -273,6 +273,26 @@ def test_a_subscriber_that_stops_reading_is_not_waited_for(endpoint, out):
             lost += gaps.before(decode(lazy.recv()))
             publish(out, 1, lambda: FLIP) if not lost else None  # it is served again
         assert lost > 0
+
+
+def test_a_subscriber_of_too_many_topics_is_disconnected_and_others_come_back(endpoint, out):
+    with zmq.Context() as context, context.socket(zmq.SUB) as greedy:
+        greedy.setsockopt(zmq.LINGER, 0)
+        greedy.connect(endpoint)
+        for number in range(20 * MOST_TOPICS):
+            greedy.subscribe(str(number).encode())
+        most, deadline = 0, time.monotonic() + 2
+        while time.monotonic() < deadline:
+            out.look()
+            most = max(most, len(out._topics))
+        assert 0 < most <= MOST_TOPICS
+    wait_for(lambda: out.look() or not out.listening, "the greedy one is gone")
+
+
+def test_a_record_that_cannot_be_encoded_is_lost_and_raises_nothing(out):
+    out.listening = True
+    out.tell(lambda: Verdict("\ud800", 1, "match", 2, 2, 0.5, False, 0))
+    out.send()
 
 
 def test_two_subscribers_are_independent(endpoint, out):

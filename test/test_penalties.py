@@ -181,3 +181,14 @@ def test_what_ends_an_answer_is_barred_once_each():
     assert of_row(Request(0, None), 1) is None
     early, late = of_row(req, 2), of_row(req, 3)
     assert isinstance(early, RowPenalty) and (early.ends, late.ends) == ([5, 7], ())
+
+
+def test_a_recount_writes_nothing_while_a_forward_may_be_in_flight():
+    logits = torch.ones(1, VOCABULARY)
+    table, req = Table(4, VOCABULARY, "cpu"), Request(3, BOTH)
+    for token in (1, 2, 3):
+        step(table, [req], logits, [token])
+    before = table._counts.clone()
+    req.output_ids = array("q", [1, 9])
+    table.recount(req)
+    assert torch.equal(table._counts, before)

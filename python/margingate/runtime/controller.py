@@ -91,6 +91,7 @@ class GateController:
         self.canonical_steps = 0  # decode steps that needed no verification
         self.largest_batch = 0  # requests in one decode step
         self.in_flight = InFlight(scheduler)
+        self.integrity = integrity.Reports()
         self.observes_only = config.policy == "observe"
         self.rides = Rides(self)
         self.processing = False  # inside SGLang's own result processing

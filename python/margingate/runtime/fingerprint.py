@@ -27,6 +27,7 @@ from margingate.runtime import (
     probe_cache,
     settings_table,
     state,
+    weight_updates,
     weights,
 )
 from margingate.runtime.canonical_prefill import Prefill
@@ -255,6 +256,9 @@ def weights_change(original: Any, manager: Any, received: Any) -> Any:
     """AROUND what replaces weights in SchedulerWeightUpdaterManager, failures included."""
     if getattr(received, "action", "") in LOOKS_ONLY:
         return original(manager, received)
+    refused = weight_updates.refusal(state.controller().scheduler, received)
+    if refused is not None:
+        return refused
     flushed = False
     try:
         result = original(manager, received)

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 import margingate
-from margingate.runtime import audit, integrity, invariance, machine, state, tally
+from margingate.runtime import audit, invariance, machine, state, tally
 from margingate.runtime.observer import summed
 
 INFO_KEY = "margingate"
@@ -48,7 +48,7 @@ def internal_state(result: Any, *_args: Any) -> None:
         "prefill": controller.prefill.record(),
         "tally": tally.report(controller),
         "audit": audit.report(controller.auditor.audits),
-        "integrity": integrity.report(controller),
+        "integrity": controller.integrity.report(controller),
         **controller.fingerprint.of(),
         "fingerprint_of": controller.fingerprint.parts,
     }

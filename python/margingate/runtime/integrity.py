@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from margingate.runtime.controller import GateController
+
+
+EVERY_S = 60.0  # between two checks of a server that is never idle
 
 
 def check(controller: GateController) -> None:
@@ -18,8 +22,25 @@ def check(controller: GateController) -> None:
     _check_slots(controller)
 
 
-def report(controller: GateController) -> str:
-    """ "ok", or the sentence that `check` would raise."""
+class Reports:
+    """What `check` last said: it reads every slot, on the scheduler's thread, so not each time."""
+
+    def __init__(self) -> None:
+        self._said = ""
+        self._due = 0.0  # on the clock of time.monotonic; for a server that is not idle
+
+    def report(self, controller: GateController) -> str:
+        """ "ok", or the sentence that `check` raised.
+
+        It is checked anew where the server is idle, and else once in EVERY_S.
+        """
+        if time.monotonic() >= self._due or controller.scheduler.is_fully_idle():
+            self._said = _said(controller)
+            self._due = time.monotonic() + EVERY_S
+        return self._said
+
+
+def _said(controller: GateController) -> str:
     try:
         check(controller)
     except AssertionError as error:

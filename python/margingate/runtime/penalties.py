@@ -149,6 +149,8 @@ class Table:
         self._rows: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._new: list[_Entry] = []
         self._moved: list[tuple[list[int], list[int]]] = []  # rows of the page table, and ours
+        # Counts to be made anew; a request that is gone drops out, and its row is another's.
+        self._recounts: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
         self._stale = False  # prompts were admitted while nobody had penalties
 
     def admit(self, batch: Any) -> None:
@@ -161,15 +163,13 @@ class Table:
             self._new, self._moved = [], []  # of requests that are gone
 
     def recount(self, req: Any) -> None:
-        """The output was changed, with nothing in flight: count it but for its last token.
+        """The output was changed: before the next forward, count it but for its last token.
 
-        That one is the next decode step's input, which counts it.
+        That one is the next decode step's input, which counts it. Nothing is written here: a
+        forward in flight, on its own stream, may still read and count the request's row.
         """
-        row = self._rows.get(req)
-        if row is not None:
-            self._write()
-            self._counts[row].zero_()
-            _count(self._counts[row], req.output_ids[:-1])
+        if req in self._rows:
+            self._recounts[req] = list(req.output_ids[:-1])
 
     def apply(self, logits: torch.Tensor, batch: Any) -> None:
         """Change the logits of a forward, [rows, vocab], in place.
@@ -222,6 +222,10 @@ class Table:
         for pool, rows in self._moved:
             self._row_of[self._ids(pool)] = self._ids(rows)
         self._new, self._moved = [], []
+        for req, tokens in self._recounts.items():
+            self._counts[self._rows[req]].zero_()
+            _count(self._counts[self._rows[req]], tokens)
+        self._recounts.clear()
 
     def _ids(self, numbers: list[int]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.int64).to(self._device)

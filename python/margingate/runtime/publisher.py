@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import time
 import uuid
@@ -15,10 +16,13 @@ import zmq
 from margingate.config import GateConfig, GateError
 from margingate.events import SCHEMA, AnyRecord, Message, encode
 
+logger = logging.getLogger(__name__)
+
 OPTION = "--gate-events-endpoint"
 QUEUE = 500  # messages kept for a subscriber that does not read; later ones are lost to it
 MOST_RECORDS = 512  # in one message; a step that has more sends several
 _MOST_NEWS = 16  # subscriptions looked at in one turn
+MOST_TOPICS = 64  # of all subscribers; messages have one prefix, so that one topic is enough
 
 
 class Publisher:
@@ -30,6 +34,7 @@ class Publisher:
 
     def __init__(self, endpoint: str) -> None:
         self._context = zmq.Context()
+        self._endpoint = endpoint
         self._socket = _bound(self._context, endpoint)
         self._stream = uuid.uuid4().hex[:12]
         self._seq = 0
@@ -58,12 +63,17 @@ class Publisher:
         records, self._records, self._unheard = self._records, [], False
         if records and self.listening:
             message = Message(SCHEMA, self._stream, self._seq, time.time(), records)
-            with contextlib.suppress(zmq.ZMQError):
+            try:
                 self._socket.send(encode(message), zmq.NOBLOCK)
+            except (zmq.ZMQError, ValueError, TypeError, OverflowError) as error:
+                # The second kind: a record that cannot be encoded, as an id with a lone surrogate.
+                logger.debug("margingate: an events message is lost: %s", error)
 
     def look(self) -> bool:
         """See who came and who left; returns whether a first subscriber came."""
         listened = self.listening
+        if self._socket.closed and not self._bind_again():
+            return False
         for _ in range(_MOST_NEWS):
             try:
                 news = self._socket.recv(zmq.NOBLOCK)
@@ -73,8 +83,33 @@ class Publisher:
                 self._topics.add(news[1:])
             elif news[:1] == b"\x00":
                 self._topics.discard(news[1:])
+        if len(self._topics) > MOST_TOPICS:
+            self._start_anew()
         self.listening = bool(self._topics)
         return self.listening and not listened
+
+    def _start_anew(self) -> None:
+        """Drop all connections: libzmq keeps every topic of a peer and cannot turn one away.
+
+        Subscribers connect again by themselves and see a gap in the sequence numbers.
+        """
+        logger.warning(
+            "margingate: more than %d topics are subscribed to at %s, so all subscribers are "
+            "disconnected: subscribe to the empty topic.",
+            MOST_TOPICS,
+            self._endpoint,
+        )
+        self._topics.clear()
+        self._socket.close(0)
+        self._bind_again()
+
+    def _bind_again(self) -> bool:
+        """Whether it could be bound; the address may be in use for a moment after a close."""
+        try:
+            self._socket = _bound(self._context, self._endpoint)
+        except GateError:
+            return False
+        return True
 
     def close(self) -> None:
         """Unbind; what was not sent is lost."""

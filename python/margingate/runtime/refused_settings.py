@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,17 @@ def _fused_all_reduce(args: Any) -> bool:
     """Asked for; what SGLang switches on by itself is off by then."""
     asked = args.flashinfer_allreduce_fusion_backend is not None
     return bool(asked or args.enable_flashinfer_allreduce_fusion)
+
+
+def _prefers_the_switch(args: Any) -> bool:
+    """Whether the server's own sampling parameters, JSON or read already, hold the switch."""
+    preferred = args.preferred_sampling_params or {}
+    if isinstance(preferred, str):
+        try:
+            preferred = json.loads(preferred)
+        except ValueError:  # SGLang says so
+            return False
+    return "deterministic" in preferred
 
 
 _TREE = "its copies of K/V columns would go stale when a column is repaired"
@@ -189,6 +201,12 @@ SERVER_REFUSALS = (
         "--prefill-only-disable-kv-cache",
         "the gate repairs the K/V cache",
         _DROP,
+    ),
+    Refusal(
+        _prefers_the_switch,
+        "--preferred-sampling-params",
+        "each request chooses `deterministic` for itself",
+        "take `deterministic` out of it",
     ),
     Refusal(
         lambda a: a.radix_cache_backend not in (None, "margingate"),

@@ -64,7 +64,9 @@ def _send_settled(original: Any, accumulator: Any, req: Any) -> None:
         return
     tokens, own_interval = req.output_ids, params.stream_interval
     # SGLang sends where the length is a multiple of the interval; a frontier may jump past it.
-    req.output_ids, params.stream_interval = tokens[:frontier], 1
+    params.stream_interval = 1
+    if frontier < len(tokens):  # a copy of the whole output: not where all of it is settled
+        req.output_ids = tokens[:frontier]
     try:
         original(accumulator, req=req)
     finally:

@@ -1,0 +1,27 @@
+"""A stream's settled part is handed to SGLang; the whole output is copied only where it must be."""
+
+from array import array
+from types import SimpleNamespace
+
+import pytest
+
+from margingate.runtime import hook_table, stream
+
+
+@pytest.mark.parametrize(("frontier", "copied"), [(4, False), (3, True)])
+def test_an_output_that_is_settled_is_not_copied(monkeypatch, frontier, copied):
+    assert hook_table.RUNTIME_HOOKS
+    ledger = SimpleNamespace(frontier=lambda _key: frontier, mark_sent=lambda *_: None)
+    monkeypatch.setattr(stream.state, "controller", lambda: SimpleNamespace(ledger=ledger))
+    tokens = array("q", [5, 6, 7, 8])
+    req = SimpleNamespace(
+        gate=SimpleNamespace(kept=None, key="a"),
+        sampling_params=SimpleNamespace(stream_interval=None),
+        send_token_offset=0,
+        output_ids=tokens,
+    )
+    seen = []
+    accumulator = SimpleNamespace(default_stream_interval=1)
+    stream._send_settled(lambda _acc, req: seen.append(req.output_ids), accumulator, req)
+    assert (seen[0] is not tokens) == copied and list(seen[0]) == [5, 6, 7, 8][:frontier]
+    assert req.output_ids is tokens and req.sampling_params.stream_interval is None

@@ -1,0 +1,29 @@
+"""Weights are not replaced where the flush that follows would end the scheduler."""
+
+from types import SimpleNamespace
+
+import pytest
+from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
+
+from margingate.runtime import fingerprint, hook_table, state
+
+
+@pytest.mark.parametrize(
+    ("idle", "flush", "done"), [(False, True, False), (False, False, True), (True, True, True)]
+)
+def test_an_update_that_flushes_is_refused_while_requests_wait(monkeypatch, idle, flush, done):
+    assert hook_table.RUNTIME_HOOKS
+    controller = SimpleNamespace(
+        scheduler=SimpleNamespace(is_fully_idle=lambda: idle),
+        fingerprint=SimpleNamespace(weights_changed=lambda **_: None),
+    )
+    monkeypatch.setattr(state, "controller", lambda: controller)
+    called = []
+
+    def update(*_args):
+        called.append(1)
+        return SimpleNamespace(success=True, message="")
+
+    received = UpdateWeightFromDiskReqInput(model_path="here", flush_cache=flush)
+    answer = fingerprint.weights_change(update, None, received)
+    assert answer.success == done and bool(called) == done
