@@ -1,4 +1,4 @@
-"""How many ways a client's stop expression can be tried: SGLang searches on the scheduler's thread."""
+"""In how many ways a stop expression can be tried: SGLang searches on the scheduler's thread."""
 
 from __future__ import annotations
 
