@@ -160,3 +160,25 @@ def test_log_probs_of_masked_tokens_are_sglangs_least_number():
     assert list(found) == [0] and found[0].token == 0.0
     assert found[0].top[0] == [0.0, least] and found[0].top[1][0] == 5
     assert found[0].ids == [0.0, least]
+
+
+def test_whole_biases_are_added_like_floats():
+    rows = (
+        next(constraints.of_rows(make_request(None, [], {"5": b}), [1], 16)) for b in (-3, -3.0)
+    )
+    logits = [torch.zeros(1, 16), torch.zeros(1, 16)]
+    for constraint, row in zip(rows, logits, strict=True):
+        constraint.apply(row)
+    assert torch.equal(*logits)
+    assert logits[0][0, 5] == -3
+
+
+class FailedGrammar:
+    def copy(self):
+        raise ValueError("recursion without an end")
+
+
+def test_a_grammar_that_cannot_be_copied_does_not_raise():
+    req = make_request(FailedGrammar(), [])
+    assert req.gate.grammar_start is None
+    assert list(constraints.of_rows(req, [1], 16)) == [None]

@@ -33,9 +33,11 @@ class Constraint:
             mask = self.grammar.move_vocab_mask(self.mask, logits.device)
             self.grammar.apply_vocab_mask(logits, mask)
         if self.bias:
-            added = torch.zeros(logits.shape, device=logits.device)
+            added = torch.zeros(logits.shape, dtype=torch.float32, device=logits.device)
             ids = torch.tensor(list(self.bias), device=logits.device)
-            added[0, ids] = torch.tensor(list(self.bias.values()), device=logits.device)
+            added[0, ids] = torch.tensor(
+                list(self.bias.values()), dtype=torch.float32, device=logits.device
+            )
             logits.add_(added)
 
 
@@ -51,7 +53,7 @@ def constrained(req: Any) -> bool:
 def begin(req: Any) -> None:
     """Before the request's first token is processed: keep the grammar's state."""
     if req.grammar is not None:
-        req.gate.grammar_start = req.grammar.copy()
+        req.gate.grammar_start = _copy(req.grammar)
 
 
 def follow(req: Any) -> None:
@@ -59,7 +61,7 @@ def follow(req: Any) -> None:
     if req.gate.penalties is not None:
         state.controller().penalties.recount(req)
     if req.gate.grammar_start is not None:
-        req.grammar = req.gate.grammar_start.copy()
+        req.grammar = _copy(req.gate.grammar_start) or req.grammar
         _walk(req.grammar, req.output_ids)
 
 
@@ -71,14 +73,13 @@ def of_rows(req: Any, rows: Sequence[int], size: int) -> Iterator[Constraint | N
     """
     bias = {int(token): value for token, value in (req.sampling_params.logit_bias or {}).items()}
     start, done = req.gate.grammar_start, 0
-    grammar = None if start is None else start.copy()
+    grammar = None if start is None else _copy(start)
     for row in rows:
         mask = None
         if grammar is not None and not _walk(grammar, req.output_ids[done : row - 1]):
             grammar = None
         if grammar is not None and not grammar.is_terminated():
-            mask = grammar.allocate_vocab_mask(size, 1, "cpu")
-            grammar.fill_vocab_mask(mask, 0)
+            mask = _mask(grammar, size)
         done = row - 1
         penalty = penalties.of_row(req, row)
         free = mask is None and not bias and penalty is None
@@ -90,6 +91,24 @@ def _walk(grammar: Any, tokens: Sequence[int]) -> bool:
     try:
         for token in tokens:
             grammar.accept_token(token)
-    except ValueError:
+    except Exception:  # backends raise errors of their own
         return False
     return True
+
+
+def _copy(grammar: Any) -> Any:
+    """None where the grammar has failed: SGLang's own next step aborts its request."""
+    try:
+        return grammar.copy()
+    except Exception:
+        return None
+
+
+def _mask(grammar: Any, size: int) -> torch.Tensor | None:
+    """None where the grammar gives up, as above."""
+    try:
+        mask: torch.Tensor = grammar.allocate_vocab_mask(size, 1, "cpu")
+        grammar.fill_vocab_mask(mask, 0)
+    except Exception:
+        return None
+    return mask

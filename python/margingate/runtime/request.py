@@ -20,6 +20,7 @@ FORCED_IDS = "gate_forced_ids"
 COLUMNS = "gate_columns"
 # A gated prompt's columns are canonical; it must not meet the columns of a batched prefill.
 CACHE_NAMESPACE = "margingate:"
+_UNGATED = "not-"
 _serial = itertools.count(1)
 
 
@@ -155,8 +156,8 @@ def attach(req: Any, config: GateConfig) -> None:
     if gate.gated:
         gate.penalties = take(req.sampling_params)
         req.extra_key = CACHE_NAMESPACE + (req.extra_key or "")
-    elif (req.extra_key or "").startswith(CACHE_NAMESPACE):
-        req.extra_key = "not-" + req.extra_key
+    elif (req.extra_key or "").startswith((CACHE_NAMESPACE, _UNGATED)):
+        req.extra_key = _UNGATED + req.extra_key  # also those that have it: no two may meet
 
 
 def digest(ids: Iterable[int]) -> str:

@@ -9,6 +9,8 @@ from margingate.runtime.constraints import Constraint
 from margingate.runtime.request import GateRequest
 from margingate.runtime.verifier import RowInput, RowResult
 
+_ONE_CHOICE = 1e29  # a greedy margin is inf there; seeded_top2 takes masked logits as -1e30
+
 
 def row_input(req: Any, row: Row, constraint: Constraint | None = None) -> RowInput:
     """Row j >= 2 predicts token j from token j-1, which stands at position prompt + j - 2."""
@@ -41,7 +43,7 @@ def inject_fault(relay: Any, req: Any, result: Any, i: int) -> bool:
     if not due:
         return False
     best = result.logits_output.gate
-    if float(best.margin[i]) == float("inf"):
+    if float(best.margin[i]) > _ONE_CHOICE:
         return False  # its grammar leaves one token
     gate.faults -= due
     wrong = int(best.runner_up[i])

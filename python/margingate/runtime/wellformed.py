@@ -7,7 +7,6 @@ it the requests of all others: `max_new_tokens` 1.5 did, and a `logit_bias` that
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from numbers import Integral, Real
@@ -18,8 +17,11 @@ from sglang.srt.managers.embed_types import PositionalEmbeds
 
 from margingate.runtime import request_table
 from margingate.runtime.request import SWITCH
+from margingate.runtime.stop_expressions import stalls
 
+MOST_COPIES = 128  # of a request; as many as OpenAI's API takes, and each is a request of its own
 _SHOWN = 80  # characters of a value in a sentence
+_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def _whole(value: Any) -> bool:
@@ -31,8 +33,17 @@ def _int32(value: Any) -> bool:
     return _whole(value) and -(1 << 31) <= value < 1 << 31
 
 
+def _int64(value: Any) -> bool:
+    return _whole(value) and -(1 << 63) <= value < 1 << 63
+
+
+def _copies(value: Any) -> bool:
+    return _whole(value) and value <= MOST_COPIES
+
+
 def _number(value: Any) -> bool:
-    return isinstance(value, Real)
+    """Finite in float32, which SGLang's tensors have."""
+    return isinstance(value, Real) and abs(value) <= _FLOAT32
 
 
 def _flag(value: Any) -> bool:
@@ -56,9 +67,7 @@ def _ids(value: Any) -> bool:
 
 def _biases(value: Any) -> bool:
     return isinstance(value, Mapping) and all(
-        (_whole(token) or (_text(token) and token.strip().isdecimal()))
-        and _number(bias)
-        and math.isfinite(bias)
+        (_whole(token) or (_text(token) and token.strip().isdecimal())) and _number(bias)
         for token, bias in value.items()
     )
 
@@ -69,27 +78,34 @@ def _expressions(value: Any) -> bool:
     try:
         for each in [value] if isinstance(value, str) else value:
             re.compile(each)
+            if stalls(each):
+                return False
     except (re.error, RecursionError, OverflowError):
         return False
     return True
 
 
 _Kind = tuple[Callable[[Any], bool], str]
-_WHOLE: _Kind = (_whole, "a whole number")
 _INT32: _Kind = (_int32, f"a whole number below {1 << 31}")
-_NUMBER: _Kind = (_number, "a number")
+_INT64: _Kind = (_int64, "a whole number of at most 64 bits")
+_COPIES: _Kind = (_copies, f"a whole number, at most {MOST_COPIES}")
+_NUMBER: _Kind = (_number, "a number that is finite in float32")
 _FLAG: _Kind = (_flag, "true or false")
 _TEXT: _Kind = (_text, "a text")
 
 _KINDS: dict[str, _Kind] = {
-    **dict.fromkeys(("max_new_tokens", "n", "stream_interval"), _WHOLE),
+    **dict.fromkeys(("max_new_tokens", "stream_interval", "sampling_seed"), _INT64),
     **dict.fromkeys(("min_new_tokens", "top_k"), _INT32),
     **dict.fromkeys(("temperature", "top_p", "min_p"), _NUMBER),
     **dict.fromkeys(("frequency_penalty", "presence_penalty", "repetition_penalty"), _NUMBER),
     **dict.fromkeys(("json_schema", "regex", "ebnf", "structural_tag"), _TEXT),
     **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens"), _FLAG),
+    "n": _COPIES,
     "stop": (_texts, "a text or a list of texts"),
-    "stop_regex": (_expressions, "a regular expression or a list of them"),
+    "stop_regex": (
+        _expressions,
+        "a regular expression or a list of them, with few repeats and none inside another",
+    ),
     "stop_token_ids": (_ids, "a list of token ids"),
     "logit_bias": (_biases, "an object with a finite number for each token id"),
 }
