@@ -35,5 +35,5 @@ def _of(token: Any, value: Any) -> float:
 def _apart(branches: Any) -> bool:
     """Whether the first character says which branch it is."""
     starts = [branch[0] if len(branch) else (None, None) for branch in branches]
-    letters = {chr(value).lower() for token, value in starts if token is parser.LITERAL}
+    letters = {chr(int(value or 0)).lower() for token, value in starts if token is parser.LITERAL}
     return len(letters) == len(starts)

@@ -43,7 +43,8 @@ def _copies(value: Any) -> bool:
 
 def _number(value: Any) -> bool:
     """Finite in float32, which SGLang's tensors have."""
-    return isinstance(value, Real) and abs(value) <= _FLOAT32
+    real = isinstance(value, Real)
+    return real and bool(abs(value) <= _FLOAT32)
 
 
 def _flag(value: Any) -> bool:
