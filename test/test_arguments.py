@@ -354,6 +354,7 @@ def test_a_calibration_needs_a_model_in_a_folder(prepare, tmp_path):
 # What the gate does not work with
 
 VALUES: dict[str, Any] = {
+    "--preferred-sampling-params": '{"deterministic": false}',
     "--speculative-algorithm": "NGRAM",
     "--pp-size": 2,
     "--disaggregation-mode": "prefill",

@@ -187,7 +187,8 @@ def test_whatever_replaces_weights_is_noticed(
     fingerprint, monkeypatch, server, received, success, generations, flushed
 ):
     server.cached = True
-    controller = SimpleNamespace(fingerprint=server.fingerprint)
+    idle = SimpleNamespace(is_fully_idle=lambda: True)
+    controller = SimpleNamespace(fingerprint=server.fingerprint, scheduler=idle)
     monkeypatch.setattr(fingerprint.state, "controller", lambda: controller)
     result = SimpleNamespace(success=success)
     ask = SimpleNamespace(**received)
@@ -197,7 +198,8 @@ def test_whatever_replaces_weights_is_noticed(
 
 
 def test_an_update_that_raises_is_noticed_too(fingerprint, monkeypatch, server):
-    controller = SimpleNamespace(fingerprint=server.fingerprint)
+    idle = SimpleNamespace(is_fully_idle=lambda: True)
+    controller = SimpleNamespace(fingerprint=server.fingerprint, scheduler=idle)
     monkeypatch.setattr(fingerprint.state, "controller", lambda: controller)
 
     def fail(_manager: Any, _received: Any) -> None:
@@ -264,9 +266,9 @@ def test_the_plan_names_shapes_and_row_classes(fingerprint, monkeypatch):
     two, one = [[1, 0], [2, 1], [64, 1]], [[1, 0], [64, 0]]
     route = [[16, True, 0]]
     found = [
-        {"name": "down", "plan": [2, 64, False, route], "classes": two},
+        {"name": "down", "plan": [[[2, 2], [64, 64]], False, route], "classes": two},
         {"name": "norm", "plan": None, "classes": one},
-        {"name": "qkv", "plan": [1, 64, False, route], "classes": one},
+        {"name": "qkv", "plan": [[[1, 1], [64, 64]], False, route], "classes": one},
     ]
     monkeypatch.setattr(fingerprint.invariance, "records", lambda: found)
     verifier = SimpleNamespace(

@@ -57,7 +57,7 @@ def test_a_simulated_flag_stands_for_the_margin_only(margin):
 
 
 def request(prompt: list[int], flags: list[bool]) -> Any:
-    gate = GateRequest("1:a", True)
+    gate = GateRequest("1:a", True, prompt=str(prompt))
     gate.flags.extend(flags)
     return SimpleNamespace(origin_input_ids=array("q", prompt), gate=gate, vocab_size=VOCABULARY)
 

@@ -93,7 +93,8 @@ def test_what_sglang_takes_is_served(params):
 
 @pytest.mark.parametrize(("name", "value", "words"), REFUSED)
 def test_another_type_is_one_sentence(name, value, words):
-    sentence = f"{name} is {value!r}: give {words}."
+    said = repr(value) if len(repr(value)) <= 80 else repr(value)[:80] + "..."
+    sentence = f"{name} is {said}: give {words}."
     assert refusal({"temperature": 0, name: value}) == sentence
     with pytest.raises(ValueError, match=name) as caught:
         validate_one_request(MANAGER, SimpleNamespace(sampling_params={name: value}), [1])
