@@ -1,0 +1,141 @@
+"""What is seen of a step's calls, that the probe measures just these, and what ends the start."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from margingate.config import GateError
+from margingate.runtime import drawing, probe
+from margingate.runtime.observed_calls import ROWS, ObservedCall, observing, refuse_unmeasured
+
+HIDDEN, HEADS, SIZE = 24, 3, 8
+
+
+class Norm(torch.nn.RMSNorm):
+    """With a residual, as SGLang's: another result, and the sum besides."""
+
+    def forward(self, x, residual=None):
+        if residual is None:
+            return super().forward(x)
+        return super().forward(x + residual), x + residual
+
+
+def linear(outputs: int, inputs: int, bias: bool = False) -> torch.nn.Module:
+    from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(torch.randn(outputs, inputs), requires_grad=False)
+    layer.bias = torch.nn.Parameter(torch.randn(outputs), requires_grad=False) if bias else None
+    layer.quant_method = UnquantizedLinearMethod()
+    return layer
+
+
+class Model(torch.nn.Module):
+    """A layer that adds its bias, one that does not, a norm with a residual, one of heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(10, HIDDEN)
+        self.norm, self.q_norm = Norm(HIDDEN), Norm(SIZE)
+        self.qkv_proj = linear(2 * HIDDEN, HIDDEN, bias=True)
+        self.o_proj = linear(HIDDEN, HIDDEN, bias=True)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        x, residual = self.norm(x, x)
+        qkv = self.qkv_proj.quant_method.apply(self.qkv_proj, x, self.qkv_proj.bias)
+        q = self.q_norm(qkv[:, :HIDDEN].reshape(-1, SIZE)).reshape(-1, HIDDEN)
+        return self.o_proj.quant_method.apply(self.o_proj, q, None) + residual
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model().eval()
+
+
+@pytest.fixture
+def seen(model) -> dict[int, ObservedCall]:
+    with torch.inference_mode(), observing(model, ROWS) as found:
+        model(torch.arange(ROWS))
+    return found
+
+
+def test_a_step_says_how_it_calls_each_module(model, seen):
+    assert seen[id(model.norm)] == ObservedCall(HIDDEN, residual=True)
+    assert seen[id(model.qkv_proj)] == ObservedCall(HIDDEN, bias=True)
+    assert seen[id(model.o_proj)] == ObservedCall(HIDDEN, bias=False)
+    assert seen[id(model.q_norm)] == ObservedCall(HIDDEN, (SIZE,))
+
+
+def test_the_probe_measures_what_was_seen(model, seen):
+    """On 0b0f5a1 without the bias, the residual and the heads."""
+    found = {member.name: member for member in probe.members(model, seen)}
+    x = torch.randn(5, HIDDEN)
+    with torch.inference_mode():
+        layer = model.qkv_proj
+        assert torch.equal(found["qkv_proj"].operator(x), x @ layer.weight.T + layer.bias)
+        assert torch.equal(found["o_proj"].operator(x), x @ model.o_proj.weight.T)
+        summed, residual = model.norm(x.clone(), x.flip(-1))
+        assert torch.equal(found["norm"].operator(x), torch.cat([summed, residual], -1))
+        heads = model.q_norm(x.reshape(-1, SIZE)).reshape(5, -1)
+        assert torch.equal(found["q_norm"].operator(x), heads)
+    assert found["q_norm"].width == HIDDEN and len({m.group for m in found.values()}) == 4
+
+
+def test_another_call_is_another_operator(model):
+    """Two layers of one shape, one of them with its bias."""
+    model.qkv_proj = linear(HIDDEN, HIDDEN, bias=True)
+    calls = {id(model.qkv_proj): ObservedCall(HIDDEN, bias=True)}
+    names = {m.name: m.group.split(" ", 2)[2] for m in probe.members(model, calls)}
+    assert names["qkv_proj"] == names["o_proj"] + ", with its bias"
+
+
+def test_strides_are_those_of_the_step():
+    call = ObservedCall(6, stride=10)
+    x = torch.randn(4, 6)
+    laid = call.laid_out(x)
+    assert torch.equal(laid, x) and laid.stride() == (10, 1)
+    heads = ObservedCall(6, (2, 3), stride=10).laid_out(x)
+    assert heads.shape == (4, 2, 3) and heads.stride() == (10, 3, 1)
+
+
+def test_a_module_that_nobody_measures_ends_the_start(model, seen):
+    known = {id(member.module) for member in probe.members(model, seen)}
+    refuse_unmeasured(model, known)
+    model.experts = torch.nn.Linear(HIDDEN, HIDDEN)
+    with pytest.raises(GateError, match=r"cannot measure experts, a Linear with weight, bias: "):
+        refuse_unmeasured(model, known)
+
+
+def test_an_input_without_whole_rows_ends_the_start(model):
+    refused = pytest.raises(GateError, match=r"shape \[4, 24\] in a step of 3 rows")
+    with refused, torch.inference_mode(), observing(model, ROWS):
+        model.norm(torch.randn(4, HIDDEN))
+    from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+
+    assert UnquantizedLinearMethod.apply.__name__ != "applied", "put back"
+    assert not model.norm._forward_pre_hooks
+
+
+@given(st.integers(0, 1 << 32), st.integers(1, 5000), st.sets(st.integers(1, 6000)))
+def test_counts_are_drawn_near_borders_and_anywhere(seed, largest, borders):
+    found = drawing.row_counts(random.Random(seed), largest, borders)
+    assert found == sorted(set(found)) and found[0] >= 1 and found[-1] <= largest
+    near = {n + d for n in borders for d in (-1, 0, 1)} & set(range(1, largest + 1))
+    assert not near or near & set(found)
+    assert found == drawing.row_counts(random.Random(seed), largest, borders)
+
+
+def test_the_seed_of_a_start_is_logged(caplog):
+    scheduler = SimpleNamespace(server_args=SimpleNamespace(tp_size=1))
+    with caplog.at_level("INFO"):
+        first, second = drawing.shared(scheduler), drawing.shared(scheduler)
+    seeds = [int(line.rsplit(" ", 1)[1]) for line in caplog.text.splitlines()]
+    assert seeds[0] != seeds[1] and first.random() == random.Random(seeds[0]).random()
+    assert second.random() == random.Random(seeds[1]).random()
