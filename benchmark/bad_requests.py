@@ -1,17 +1,19 @@
-"""Which requests end a server: some 200 bad or odd ones, each beside a good one.
+"""Which requests end a server: 500 bad or odd ones, each beside a good one.
 
-    python benchmark/bad_requests.py --out result.json
+    python benchmark/bad_requests.py --out result.json --modes gate exact always
 
-Starts a server of each mode and sends the requests one after the other, on SGLang's own and
-OpenAI's routes. Beside each runs a greedy request whose answer must stay what it was. A server that
-has ended is started again. Ends with status 1 where the gate's server ended, or the answer beside
-changed.
+Starts a server of each mode and sends the requests one after the other, on SGLang's own, OpenAI's,
+Anthropic's and Ollama's routes: listed ones, and pairs of listed values that are drawn by --seed.
+Beside each runs a greedy request whose answer must stay what it was. A server that has ended is
+started again, and one that says nothing for longer than --stall-s is counted as stalled. Ends with
+status 1 where the gate's server ended or stalled, or the answer beside changed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 import tempfile
 import time
@@ -30,15 +32,21 @@ MODES: dict[str, tuple[bool, tuple[str, ...]]] = {
     "stock": (False, ()),
     "gate": (True, ()),
     "gate-stock": (True, ("--gate-fast-path", "stock")),
+    "exact": (True, ("--gate-guarantee", "exact")),
+    "always": (
+        True,
+        ("--gate-fast-path", "stock", "--gate-policy", "always", "--gate-inject-faults"),
+    ),
 }
 HUGE = 1 << 40
+GIVES_UP = "(.{1,300}a){1,100}"  # compiles, and is too much for its backend later
 # Values of each sampling parameter, beside temperature 0 and 8 new tokens.
 SAMPLING: dict[str, tuple[Any, ...]] = {
     "max_new_tokens": ("many", 1.5, -1, HUGE, []),
     "min_new_tokens": ("x", 1.5, -1, HUGE),
-    "n": (0, -1, "x", 1.5, None),
+    "n": (0, -1, "x", 1.5, None, 3000),
     "stop": (5, [5], [""], "", [None]),
-    "stop_regex": ("((", ["(("], 5, ""),
+    "stop_regex": ("((", ["(("], 5, "", "(a+)+$b", "(a|aa)+$b", "a*a*a*a*b", "[0-9]{2}"),
     "stop_token_ids": (["x"], 5, [HUGE], [-7], [None]),
     "logit_bias": (
         {"5": "x"},
@@ -49,25 +57,37 @@ SAMPLING: dict[str, tuple[Any, ...]] = {
         {"5": None},
         {},
         {"5": True},
+        {"28": -100},
+        {"28": -100.0},
+        {"5": 1e39},
+        {"5": 10**400},
+        {"5": float("nan")},
     ),
     "frequency_penalty": ("x", 3, True, None, []),
     "presence_penalty": ("x", -3, None),
     "repetition_penalty": ("x", 0, 1e-300, -1),
-    "temperature": ("x", None, -1, 1e-300, 1e300, []),
+    "temperature": ("x", None, -1, 1e-300, 1e300, [], 1, 10**400, float("inf")),
     "top_p": ("x", 0, 2, None),
     "top_k": ("5", 0, 1.5, HUGE, -2, None),
     "min_p": ("x", -1, 2),
     "sampling_seed": ("x", 1.5, -1, 1 << 80, True, [1]),
-    "regex": ("((", 5, "", "(?<=a)b", "\\1(a)", "a{1,1000000}"),
+    "regex": ("((", 5, "", "(?<=a)b", "\\1(a)", "a{1,1000000}", GIVES_UP, GIVES_UP),
     "json_schema": ("{", 5, "[]", '{"type": "nonsense"}', {"type": "object"}, '{"$ref": "#/no"}'),
-    "ebnf": ("x ::=", "root ::= ", 5, ""),
+    "ebnf": ("x ::=", "root ::= ", 5, "", "root ::= root", "root ::= root"),
     "structural_tag": ("x", "{}", 5),
     "ignore_eos": ("x", 1),
     "skip_special_tokens": ("x", 1),
     "spaces_between_special_tokens": ("x", 1),
     "no_stop_trim": ("x",),
     "stream_interval": (0, -1, "x"),
-    "custom_params": (5, [1], {"gate_fault_rows": 5}, {"deterministic": None}, {"x": [{}]}),
+    "custom_params": (
+        5,
+        [1],
+        {"gate_fault_rows": 5},
+        {"deterministic": None},
+        {"x": [{}]},
+        {"gate_fault_rows": [1, 2]},
+    ),
     "deterministic": (5, "no", None),
     "is_normalized": (True,),
     "max_tokens": (5,),
@@ -78,8 +98,8 @@ FIELDS: dict[str, tuple[Any, ...]] = {
     "text": (5, "", ["a", 5]),
     "sampling_params": (5, [], "x"),
     "return_logprob": ("x",),
-    "rid": (5, ["a", "b"], ""),
-    "extra_key": (5,),
+    "rid": (5, ["a", "b"], "", "job-1", "job-10", "job-11"),
+    "extra_key": (5, "margingate:x", "not-margingate:x"),
     "priority": ("x", HUGE),
     "lora_path": ("x",),
     "session_params": ({}, {"id": "x"}, 5),
@@ -115,6 +135,16 @@ ROUTES: tuple[tuple[str, Any], ...] = (
     ("/v1/completions", {"model": "m", "prompt": [1 << 30]}),
     ("/v1/completions", {"model": "m", "prompt": "x", "logprobs": 10**6, "max_tokens": 4}),
     ("/abort_request", {"rid": "nothing"}),
+    ("/abort_request", {"rid": "job-1"}),
+    ("/api/chat", {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": False}),
+    *(
+        ("/api/generate", {"model": "m", "prompt": "hi", "stream": False, "options": options})
+        for options in ({"seed": 3}, {"num_predict": -1}, {"num_predict": 1}, {"seed": "x"})
+    ),
+    ("/v1/messages", {"model": "m", "max_tokens": 4, "messages": CHAT["messages"]}),
+    ("/v1/messages", {"model": "m", "max_tokens": "x", "messages": CHAT["messages"]}),
+    ("/v1/responses", {"model": "m", "input": "hi", "max_output_tokens": 4}),
+    ("/v1/responses", {"model": "m", "input": 5}),
     ("/v1/embeddings", {"model": "m", "input": "x"}),
     *(("/generate", each) for each in ([1], "x", 5, {})),
 )
@@ -143,10 +173,26 @@ def cases() -> Iterator[tuple[str, Any]]:
     yield from ROUTES
 
 
+def drawn(seed: int, count: int) -> Iterator[tuple[str, Any]]:
+    """Requests with two sampling parameters and one field of the lists, log-probs asked or not."""
+    rng = random.Random(seed)
+    values = [(name, value) for name, several in SAMPLING.items() for value in several]
+    fields = [(name, value) for name, several in LOG_PROBS.items() for value in several]
+    for _ in range(count):
+        params = {"temperature": rng.choice((0, 0.8)), "max_new_tokens": 8}
+        params |= dict(rng.sample(values, 2))
+        body = {"input_ids": [rng.randrange(9, 999) for _ in range(3)], "sampling_params": params}
+        if rng.random() < 0.3:
+            body |= {"return_logprob": True} | dict(rng.sample(fields, 1))
+        yield "/generate", body
+
+
 def post(url: str, body: Any, timeout_s: float) -> tuple[Any, Any]:
     """Status and output ids; what went wrong, and None, where there was no answer."""
     try:
-        reply = requests.post(url, json=body, timeout=timeout_s)
+        # Not `json=`: it refuses numbers that JSON has not, which servers take.
+        text, kind = json.dumps(body), {"Content-Type": "application/json"}
+        reply = requests.post(url, data=text, headers=kind, timeout=timeout_s)
         answer = reply.json() if reply.status_code == 200 else {}
     except (requests.RequestException, ValueError) as error:
         return type(error).__name__, None
@@ -160,6 +206,7 @@ class Run:
         self.mode, self.model, self.folder = mode, model, folder
         self.ended: list[Any] = []
         self.changed: list[Any] = []
+        self.stalled: list[Any] = []
         self.statuses: Counter[str] = Counter()
         self.server = self.start()
         self.wanted = post(self.server.base_url + "/generate", GOOD, 120)
@@ -171,14 +218,17 @@ class Run:
         server.start()
         return server
 
-    def case(self, route: str, body: Any) -> None:
+    def case(self, route: str, body: Any, stall_s: float) -> None:
         url = self.server.base_url
+        begun = time.monotonic()
         with ThreadPoolExecutor(1) as pool:
             beside = pool.submit(post, url + "/generate", GOOD, 120)
             time.sleep(0.15)  # it decodes by now
             status, _ = post(url + route, body, 25)
             good = beside.result()
         self.statuses[str(status)] += 1
+        if time.monotonic() - begun > stall_s:
+            self.stalled.append([route, body])
         if not self.server.healthy(20):
             self.ended.append([route, body])
             self.server.stop()
@@ -191,6 +241,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="model folder; default: the embedded SmolLM2")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["stock", "gate"])
+    parser.add_argument("--requests", type=int, default=500, help="to each mode's server")
+    parser.add_argument("--first", type=int, default=0, help="leave out those before it")
+    parser.add_argument("--seed", type=int, default=1, help="of those that are drawn")
+    parser.add_argument("--stall-s", type=float, default=20)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     if args.model is None:
@@ -203,16 +257,20 @@ def main() -> int:
     for mode in args.modes:
         run = Run(mode, args.model, folder)
         try:
-            for route, body in cases():
-                run.case(route, body)
+            known = list(cases())
+            asked = [*known, *drawn(args.seed, max(args.requests - len(known), 0))]
+            for route, body in asked[args.first : args.requests]:
+                run.case(route, body, args.stall_s)
         finally:
             run.server.stop()
         found = {"statuses": run.statuses, "ended": run.ended, "changed_beside": run.changed}
+        found["stalled"] = run.stalled
         record["modes"][mode] = found
         args.out.write_text(json.dumps(record, indent=1))
         print(f"{mode}: {run.statuses.total()} requests, {dict(run.statuses)}; ", end="")
-        print(f"{len(run.ended)} ended the server, {len(run.changed)} changed the answer beside")
-        bad |= mode != "stock" and bool(run.ended or run.changed)
+        print(f"{len(run.ended)} ended the server, {len(run.stalled)} stalled it, ", end="")
+        print(f"{len(run.changed)} changed the answer beside", flush=True)
+        bad |= mode != "stock" and bool(run.ended or run.stalled or run.changed)
     return int(bad)
 
 
