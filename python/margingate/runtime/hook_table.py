@@ -6,6 +6,7 @@ from sglang.srt.plugins.hook_registry import HookType
 
 from margingate.runtime import (
     aborts,
+    audit,
     fingerprint,
     info,
     logprobs,
@@ -103,6 +104,14 @@ RUNTIME_HOOKS = (
         "logprobs top_k_nums pruned_lens top_logprobs_val top_logprobs_idx split_pruned_len",
         "the same for the tokens of a prompt",
         "SGLang ranks equals in one order, whatever k",
+    ),
+    Hook(
+        "mem_cache.memory_pool.ReqToTokenPool.free",
+        BEFORE,
+        audit.before_free,
+        "self req",
+        "digests of the K/V columns of a finished request that will be audited",
+        _CALLBACK,
     ),
     Hook(
         _SAMPLING + "adjusted_from_schedule_batch",
