@@ -206,6 +206,7 @@ class Server:
             ledger=SimpleNamespace(canonical=lambda _key: self.canonical),
         )
         self.auditor = audit.Auditor(self.controller)  # type: ignore[arg-type]
+        self.controller.auditor = self.auditor
         self.audits = self.auditor.audits
         monkeypatch.setattr(audit.state, "active", lambda: self.controller)
         monkeypatch.setattr(audit, "Replay", self._made_up)
@@ -213,10 +214,11 @@ class Server:
         self.margins, self.logprobs = [0.25, 0.5, 0.75], [-1.0, -2.0, -3.0]
         self.columns = self.auditor._columns.of(pages[1, :5])  # the replay's
 
-    def _made_up(self, *_: Any) -> Any:
-        return SimpleNamespace(parts=self._replay, rows_of=lambda: "2+1, 1")
+    def _made_up(self, _controller: Any, recorded: Recorded, _columns: Any) -> Any:
+        known = 0 if recorded.columns is None else len(recorded.columns)
+        return SimpleNamespace(parts=lambda: self._replay(known), rows_of=lambda: "2+1, 1")
 
-    def _replay(self) -> Any:
+    def _replay(self, known: int) -> Any:
         """The first part has the prompt's 3 columns, the last one those of the answer."""
         done, last = 0, len(self.parts) - 1
         try:
@@ -228,7 +230,8 @@ class Server:
                     done += 1
                 spans = {0: (0, 3), last: (3, 5)}
                 first, end = spans.get(i, (0, 0))
-                yield Part(rows, first, self.columns[first:end])
+                asked = first < min(end, known)
+                yield Part(rows, first, self.columns[first : min(end, known)] if asked else None)
         finally:
             self.closed += 1
 
@@ -261,7 +264,7 @@ class Server:
             logprob=SimpleNamespace(output_token_logprobs_val=[-1.0, -2.0, -3.0]),
         )
         vars(req).update(more)
-        self.module.before_free(None, req)
+        self.module.before_free(req)
         for layer in self.pool.buffers:
             for part in layer:
                 part.zero_()  # whoever gets the slots writes to them
@@ -396,8 +399,8 @@ def test_columns_of_others_are_not_digested(server, monkeypatch):
     asked: list[Any] = []
     monkeypatch.setattr(server.auditor._columns, "of", asked.append)
     req = SimpleNamespace(gate=GateRequest("k", False), req_pool_idx=1, finished_reason="stop")
-    server.module.before_free(None, req)
-    server.module.before_free(None, SimpleNamespace(req_pool_idx=1))
+    server.module.before_free(req)
+    server.module.before_free(SimpleNamespace(req_pool_idx=1))
     server.audits.rate = 0.0
     server.end()
     assert not asked

@@ -218,8 +218,8 @@ class _Comparison:
             self.wrong.setdefault(kind, i + 1)
 
 
-def before_free(_pool: Any, req: Any) -> None:
-    """BEFORE ReqToTokenPool.free: the last moment at which a request's columns are its own."""
+def before_free(req: Any) -> None:
+    """Of any request, gated or not: the last moment at which its columns are its own."""
     controller = state.active()
     if controller is not None and radix.is_gated(req) and req.req_pool_idx is not None:
         controller.auditor.freed(req)

@@ -6,7 +6,6 @@ from sglang.srt.plugins.hook_registry import HookType
 
 from margingate.runtime import (
     aborts,
-    audit,
     fingerprint,
     info,
     logprobs,
@@ -108,9 +107,9 @@ RUNTIME_HOOKS = (
     Hook(
         "mem_cache.memory_pool.ReqToTokenPool.free",
         BEFORE,
-        audit.before_free,
+        scheduler.before_free,
         "self req",
-        "digests of the K/V columns of a finished request that will be audited",
+        "K/V columns of a finished request are digested for an audit, or compared by --gate-study",
         _CALLBACK,
     ),
     Hook(
@@ -260,14 +259,6 @@ STUDY_HOOKS = (
         "self hidden_states lm_head logits_metadata embedding_bias use_logits_buffer",
         "margins of exact products need the final hidden states, within decode graphs too",
         "SGLang returns hidden states with each step at no other change",
-    ),
-    Hook(
-        "mem_cache.memory_pool.ReqToTokenPool.free",
-        BEFORE,
-        study.before_free,
-        "self req",
-        "how far a request's K/V columns are from another run's",
-        _CALLBACK,
     ),
 )
 SCHEDULER_HOOKS = (*RUNTIME_HOOKS, *INVARIANT_HOOKS, *STOCK_HOOKS, *STUDY_HOOKS)
