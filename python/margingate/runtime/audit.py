@@ -49,7 +49,11 @@ class Auditor(Observer):
         self.audits = Audits(controller.config.audit_rate, seed)
         self._columns = ColumnBits(self._scheduler.token_to_kv_pool_allocator.get_kvcache())
         if self.audits.rate > 0:
-            _bound(0, 1)  # SciPy takes a while to load: now, not while requests are served
+            # SciPy takes a while to load, and weights to reach the device: now, not while requests
+            # are served.
+            _bound(0, 1)
+            table = self._scheduler.req_to_token_pool.req_to_token
+            self._columns.of(table[0, :1].to(torch.int64))
 
     # -- while requests are served
 
