@@ -167,8 +167,8 @@ class Auditor(Observer):
     def _report_bits(held: _Comparison, replay: Replay) -> None:
         logger.warning(
             "margingate: an audit of request %s found the same tokens with other bits, first in "
-            "%s, of a prompt of %d tokens that it prefilled in forwards of %s rows: some row count "
-            "gives other bits than were measured; please report it.",
+            "%s, of a prompt of %d tokens that it prefilled in forwards of %s rows: a forward gave "
+            "other bits than it was measured to give; please report it.",
             held.recorded.rid,
             " and ".join(f"{kind} {place}" for kind, place in held.wrong.items()),
             len(held.recorded.prompt),
