@@ -10,8 +10,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 from test_layering import MODULES, below, imported
 
+from margingate.calibration import miss_bound
 from margingate.config import GateError
-from margingate.core.audit import Audits
+from margingate.core.audit import Audits, Bits
 from margingate.core.policy import Reason
 from margingate.runtime import metrics
 from margingate.runtime.metrics import COUNTED, FLUSH_S, METRICS, PREFIX, GateMetrics
@@ -106,12 +107,14 @@ def test_audits_are_told_while_nothing_else_happens(gate):
     assert gate["audit_mismatch_bound"] == 0, "nothing was flushed yet"
     audits.compared(40, mismatch=False)
     audits.compared(3, mismatch=True)
+    audits.compared(2, mismatch=False, bits=Bits(bits=96), kinds=["column", "margin"])
     audits.dropped = 5
     gate.metrics.audited("a")
     gate.turn()
-    assert (gate["audit_requests_total"], gate["audit_tokens_total"]) == (2, 43)
+    assert (gate["audit_requests_total"], gate["audit_tokens_total"]) == (3, 45)
+    assert (gate["audit_bits_total"], gate["audit_bit_mismatches_total"]) == (96, 1)
     assert (gate["audit_mismatches_total"], gate["audit_dropped_total"]) == (1, 5)
-    assert gate["audit_mismatch_bound"] == pytest.approx(0.95**0.5)  # 1 of 2
+    assert gate["audit_mismatch_bound"] == pytest.approx(miss_bound(1, 3, 0.95))
 
 
 def test_events(gate):

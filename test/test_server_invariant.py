@@ -59,6 +59,10 @@ def test_audits_find_all_answers_right_but_those_with_hidden_faults(client, prom
     after = audited(client)
     assert after["audited"] - before["audited"] == len(prompts)
     assert after["mismatches"] == 0 and after["dropped"] == before["dropped"]
+    assert after["bit_mismatches"] == 0 and not any(after["bit_mismatches_by_kind"].values())
+    tokens, most = sum(len(one.tokens) for one in alone), after["columns"] - before["columns"]
+    assert after["margins"] - before["margins"] == tokens <= most + len(prompts)
+    assert after["bits"] - before["bits"] > tokens * 32 + most * 1024
     assert after["mismatch_bound"] == pytest.approx(1 - 0.05 ** (1 / after["audited"]))
     wrong = client.together(prompts[:2], sampling_params=forced([-5]))
     for one, other in zip(wrong, alone):

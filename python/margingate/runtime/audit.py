@@ -1,30 +1,35 @@
-"""Finished requests are replayed while nothing else runs, and their tokens compared.
+"""Finished requests are replayed while nothing else runs, and compared: tokens, and bits.
 
-A replay is canonical throughout: the prompt is prefilled on the gate's grid from position 0, past
-the radix tree and into slots of its own; then verify passes run over the recorded output. It lives
-within one idle turn of the scheduler's loop and leaves nothing behind. Between two forwards it
-looks for messages to the scheduler; if there is one it gives way, and starts anew another time.
+Besides the tokens these are compared bit by bit, for the rows and columns that promise theirs:
+margins, log-probs where the client asked for them, and digests of the K/V columns. What a request
+had is noted when it ends, its columns' digests on the device just before their slots may be
+written again. A replay (`replay`) lives within one idle turn of the scheduler's loop and leaves
+nothing behind. Between two forwards it looks for messages to the scheduler; if there is one it
+gives way, and starts anew another time.
 """
 
 from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import torch
 import zmq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.utils import is_health_check_generate_req
 
 from margingate.calibration import miss_bound
-from margingate.core.audit import Audits, Recorded
-from margingate.runtime import constraints, integrity, rollback
-from margingate.runtime.forwards import extend, internal_request, release
+from margingate.core.audit import Audits, Bits, Recorded
+from margingate.runtime import constraints, integrity, radix, state
+from margingate.runtime.column_bits import ColumnBits
 from margingate.runtime.observer import Observer
-from margingate.runtime.verifier import RowInput
+from margingate.runtime.replay import Part, Replay, room
+from margingate.runtime.verifier import RowResult
 
 if TYPE_CHECKING:
     from margingate.runtime.controller import GateController
@@ -42,22 +47,61 @@ class Auditor(Observer):
         self._scheduler = controller.scheduler
         seed = self._scheduler.server_args.random_seed or 0
         self.audits = Audits(controller.config.audit_rate, seed)
+        self._columns = ColumnBits(self._scheduler.token_to_kv_pool_allocator.get_kvcache())
         if self.audits.rate > 0:
-            _bound(0, 1)  # SciPy takes a while to load: now, not while requests are served
+            # SciPy takes a while to load, and weights to reach the device: now, not while requests
+            # are served.
+            _bound(0, 1)
+            table = self._scheduler.req_to_token_pool.req_to_token
+            self._columns.of(table[0, :1].to(torch.int64))
 
     # -- while requests are served
 
+    def freed(self, req: Any) -> None:
+        """Digest the canonical columns of a request that ends, if it is chosen.
+
+        Its slots are free but hold what they held: forwards that are launched later write to them
+        later. Nothing waits for the device.
+        """
+        if self.audits.rate == 0 or not self._is_audited(req):
+            return
+        count = min(radix.canonical_columns(req), _columns_of(req))
+        table = self._scheduler.req_to_token_pool.req_to_token
+        try:
+            req.gate.columns = self._columns.of(table[req.req_pool_idx, :count].to(torch.int64))
+        except torch.OutOfMemoryError:
+            logger.warning("margingate: no memory to digest the columns of request %s", req.rid)
+
     def ended(self, req: Any) -> None:
-        """Note the request if it is chosen; none that is constrained, aborted or a health check."""
+        """Note the request if it is chosen."""
+        if not self._is_audited(req):
+            return
+        gate, rows = req.gate, len(req.output_ids_through_stop)
+        columns = gate.columns
+        # Of rows that are not canonical the client may have the fast path's.
+        canonical = 0 if columns is None else max(len(columns) - len(req.origin_input_ids) + 1, 0)
+        self.audits.add(
+            Recorded(
+                req.rid,
+                array("q", req.origin_input_ids),
+                array("q", req.output_ids_through_stop),
+                gate.draw,
+                gate.generation,
+                # A draw's margin may have been computed in a batch that filters, and is not noted.
+                margins=gate.margins[:rows] if gate.draw is None else array("f"),
+                promised=bytes(gate.canonical[:rows]),
+                logprobs=_logprobs(req, min(canonical, rows)),
+                columns=columns,
+            )
+        )
+        gate.columns = None
+
+    def _is_audited(self, req: Any) -> bool:
+        """Whether it is chosen; none that is constrained, aborted or a health check."""
         reason = req.finished_reason
         if reason is None or isinstance(reason, FINISH_ABORT) or is_health_check_generate_req(req):
-            return
-        if constraints.constrained(req) or not self.audits.chooses(req.rid):
-            return
-        output = array("q", req.output_ids_through_stop)
-        gate = req.gate
-        prompt = array("q", req.origin_input_ids)
-        self.audits.add(Recorded(req.rid, prompt, output, gate.draw, gate.generation))
+            return False
+        return not constraints.constrained(req) and self.audits.chooses(req.rid)
 
     # -- while none are
 
@@ -73,8 +117,9 @@ class Auditor(Observer):
         if not self._fits(recorded):
             self.audits.dropped += 1
             return
-        with closing(self._replay(recorded)) as parts:
-            self._compare(recorded, parts)
+        replay = Replay(self._controller, recorded, self._columns)
+        with closing(replay.parts()) as parts:
+            self._compare(recorded, parts, replay)
         for observer in self._controller.observers:
             observer.audited(recorded.rid)
         if self._controller.config.debug:
@@ -88,72 +133,112 @@ class Auditor(Observer):
 
     def _fits(self, recorded: Recorded) -> bool:
         """Whether there is room, counting what the radix tree can give up."""
-        tree = self._scheduler.tree_cache
-        free: int = self._scheduler.token_to_kv_pool_allocator.available_size()
-        return recorded.size - 1 <= free + tree.evictable_size()
+        return recorded.size - 1 <= room(self._scheduler)
 
-    def _compare(self, recorded: Recorded, parts: Iterable[list[int]]) -> None:
-        """Hold the replay's tokens, a part for each forward, to the recorded ones."""
-        output, done = recorded.output, 0
+    def _compare(self, recorded: Recorded, parts: Iterable[Part], replay: Replay) -> None:
+        """Hold what the replay gives, a part for each forward, to what was noted."""
+        held = _Comparison(recorded, self._columns.width)
         for part in parts:
-            for token in part:
-                done += 1
-                if token != output[done - 1]:
-                    self._report(recorded, done, token)
-                    self.audits.compared(done, mismatch=True)
-                    return
-            if done < len(output) and self._is_called():
+            held.take(part)
+            if held.wrong_token is not None:
+                break
+            if held.done < len(recorded.output) and not held.wrong and self._is_called():
                 self.audits.interrupted(recorded)
                 return
-        self.audits.compared(done, mismatch=False)
+        mismatch = held.wrong_token is not None
+        self.audits.compared(held.done, mismatch=mismatch, bits=held.bits, kinds=held.wrong)
+        if mismatch:
+            self._report_token(held)
+        elif held.wrong:
+            self._report_bits(held, replay)
 
     @staticmethod
-    def _report(recorded: Recorded, row: int, token: int) -> None:
+    def _report_token(held: _Comparison) -> None:
         logger.warning(
             "margingate: an audit of request %s found token %d to be %d where its client got %d: "
             "raise --gate-threshold, or use --gate-guarantee exact.",
-            recorded.rid,
-            row,
-            token,
-            recorded.output[row - 1],
+            held.recorded.rid,
+            held.done,
+            held.wrong_token,
+            held.recorded.output[held.done - 1],
         )
 
-    # -- the forwards
+    @staticmethod
+    def _report_bits(held: _Comparison, replay: Replay) -> None:
+        logger.warning(
+            "margingate: an audit of request %s found the same tokens with other bits, first in "
+            "%s, of a prompt of %d tokens that it prefilled in forwards of %s rows: a forward gave "
+            "other bits than it was measured to give; please report it.",
+            held.recorded.rid,
+            " and ".join(f"{kind} {place}" for kind, place in held.wrong.items()),
+            len(held.recorded.prompt),
+            replay.rows_of(),
+        )
 
-    def _replay(self, recorded: Recorded) -> Generator[list[int]]:
-        """Yields, after each forward, the tokens it chose. Frees its slots when closed."""
-        req = internal_request(f"audit-{recorded.rid}", recorded.prompt)
-        try:
-            yield from self._prefill(req, recorded)
-            yield from self._decode(req, recorded)
-        finally:
-            release(self._scheduler, req)
 
-    def _prefill(self, req: Any, recorded: Recorded) -> Iterator[list[int]]:
-        """The chunks that the gate would prefill for an empty cache, each alone."""
-        length, step = len(recorded.prompt), self._controller.prefill_chunk
-        tail = (length - 1) // step * step  # where the last chunk starts
-        for start in range(0, tail, step):
-            extend(self._scheduler, [(req, start, start + step)])
-            yield []
-        logits = extend(self._scheduler, [(req, tail, length)])
-        last = RowInput(req.req_pool_idx, length - 1, recorded.prompt[-1], draw=recorded.draw)
-        yield [result.token for result in self._controller.verifier.choose(logits, [last])]
+@dataclass(slots=True)
+class _Comparison:
+    """A replay held to what was noted, up to the first token that differs."""
 
-    def _decode(self, req: Any, recorded: Recorded) -> Iterator[list[int]]:
-        """Rows 2 to the last, as verify passes."""
-        verifier, count = self._controller.verifier, len(recorded.output) - 1
-        if count == 0:
+    recorded: Recorded
+    width: int  # bits of a column
+    done: int = 0  # tokens compared
+    wrong_token: int | None = None  # the replay's, for the last one compared
+    bits: Bits = field(default_factory=Bits)
+    wrong: dict[str, int] = field(default_factory=dict)  # by kind: the first row (1) or column (0)
+
+    def take(self, part: Part) -> None:
+        """Compare one forward's columns and rows."""
+        if part.columns is not None:
+            self._take_columns(part.first, part.columns)
+        for row in part.rows:
+            self._take_row(row)
+            if self.wrong_token is not None:
+                return
+
+    def _take_columns(self, first: int, columns: torch.Tensor) -> None:
+        noted = self.recorded.columns[first : first + len(columns)].cpu()
+        self.bits.columns += len(columns)
+        self.bits.bits += len(columns) * self.width
+        if differ := (noted != columns).nonzero().flatten().tolist():
+            self.wrong.setdefault("column", first + differ[0])
+
+    def _take_row(self, row: RowResult) -> None:
+        recorded, i = self.recorded, self.done
+        self.done += 1
+        if row.token != recorded.output[i]:
+            self.wrong_token = row.token
             return
-        found = rollback.extend_columns(self._scheduler, req, count)
-        assert found, "an audit ran out of the memory that was there for it"
-        rows = [
-            RowInput(req.req_pool_idx, len(recorded.prompt) + i, token, draw=recorded.draw)
-            for i, token in enumerate(recorded.output[:-1])
-        ]
-        for start in range(0, count, verifier.rows):
-            results = verifier.run(rows[start : start + verifier.rows])
-            yield [result.token for result in results]
+        if i < len(recorded.margins) and recorded.promised[i]:
+            self.bits.margins += 1
+            self._take_float("margin", row.margin, recorded.margins, i)
+        if i < len(recorded.logprobs) and row.logprobs is not None:
+            self.bits.logprobs += 1
+            self._take_float("log-prob", row.logprobs.token, recorded.logprobs, i)
+
+    def _take_float(self, kind: str, value: float, noted: array[float], i: int) -> None:
+        self.bits.bits += 32
+        if array("f", [value]).tobytes() != noted[i : i + 1].tobytes():
+            self.wrong.setdefault(kind, i + 1)
+
+
+def before_free(req: Any) -> None:
+    """Of any request, gated or not: the last moment at which its columns are its own."""
+    controller = state.active()
+    if controller is not None and radix.is_gated(req) and req.req_pool_idx is not None:
+        controller.auditor.freed(req)
+
+
+def _columns_of(req: Any) -> int:
+    """Columns of prompt and answer; the last token has none."""
+    return len(req.origin_input_ids) + max(len(req.output_ids_through_stop) - 1, 0)
+
+
+def _logprobs(req: Any, rows: int) -> array[float]:
+    """Log-probs of the first `rows` tokens as the client has them; empty without."""
+    if not req.return_logprob:
+        return array("f")
+    return array("f", req.logprob.output_token_logprobs_val[:rows])
 
 
 def observers(controller: GateController) -> tuple[Observer, ...]:
@@ -169,6 +254,9 @@ def report(audits: Audits) -> dict[str, Any]:
         "audited": audits.audited,
         "tokens": audits.tokens,
         "mismatches": audits.mismatches,
+        **asdict(audits.bits),
+        "bit_mismatches": audits.bit_mismatches,
+        "bit_mismatches_by_kind": dict(audits.by_kind),
         "dropped": audits.dropped,
         "mismatch_bound": bound(audits),
         "confidence": CONFIDENCE,

@@ -228,6 +228,7 @@ class GateController:
         self.ledger.emit(gate.key, flagged=decision.flagged, canonical=canonical and not fault)
         gate.margins.append(margin)
         gate.flags.append(decision.flagged)
+        gate.canonical.append(canonical)
         gate.counts.steps += 1
         if decision.flagged:
             gate.counts.flagged += 1

@@ -105,6 +105,14 @@ RUNTIME_HOOKS = (
         "SGLang ranks equals in one order, whatever k",
     ),
     Hook(
+        "mem_cache.memory_pool.ReqToTokenPool.free",
+        BEFORE,
+        scheduler.before_free,
+        "self req",
+        "K/V columns of a finished request are digested for an audit, or compared by --gate-study",
+        _CALLBACK,
+    ),
+    Hook(
         _SAMPLING + "adjusted_from_schedule_batch",
         AFTER,
         seeds.from_schedule_batch,
@@ -251,14 +259,6 @@ STUDY_HOOKS = (
         "self hidden_states lm_head logits_metadata embedding_bias use_logits_buffer",
         "margins of exact products need the final hidden states, within decode graphs too",
         "SGLang returns hidden states with each step at no other change",
-    ),
-    Hook(
-        "mem_cache.memory_pool.ReqToTokenPool.free",
-        BEFORE,
-        study.before_free,
-        "self req",
-        "how far a request's K/V columns are from another run's",
-        _CALLBACK,
     ),
 )
 SCHEDULER_HOOKS = (*RUNTIME_HOOKS, *INVARIANT_HOOKS, *STOCK_HOOKS, *STUDY_HOOKS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from margingate.config import GateError
@@ -135,6 +136,18 @@ METRICS = (
         "audited requests with a token that differs; should stay 0",
     ),
     Metric(
+        "audit_bits_total",
+        "counter",
+        "bits",
+        "bits of margins, log-probs and K/V columns compared by audits",
+    ),
+    Metric(
+        "audit_bit_mismatches_total",
+        "counter",
+        "requests",
+        "audited requests with the same tokens and other bits; should stay 0",
+    ),
+    Metric(
         "audit_dropped_total",
         "counter",
         "requests",
@@ -164,6 +177,8 @@ AUDITED = {
     "audit_requests_total": "audited",
     "audit_tokens_total": "tokens",
     "audit_mismatches_total": "mismatches",
+    "audit_bits_total": "bits.bits",
+    "audit_bit_mismatches_total": "bit_mismatches",
     "audit_dropped_total": "dropped",
 }
 _LABELS = {metric.name: metric.label for metric in METRICS}
@@ -300,7 +315,7 @@ class GateMetrics(Observer):
         for name, field in COUNTED.items():
             yield (name, ""), getattr(counts, field)
         for name, field in AUDITED.items():
-            yield (name, ""), getattr(controller.auditor.audits, field)
+            yield (name, ""), attrgetter(field)(controller.auditor.audits)
         for reason, rows in controller.reasons.items():
             yield ("rows_total", reason), rows
         for due, passes in controller.dues.items():

@@ -89,6 +89,8 @@ class GateRequest:
     kept: Kept | None = None
     margins: array[float] = field(default_factory=lambda: array("f"))  # by row, logits
     flags: bytearray = field(default_factory=bytearray)  # by row: was it flagged
+    canonical: bytearray = field(default_factory=bytearray)  # by row: was it, as it was emitted
+    columns: Any = None  # digests of its columns, where an audit will want them
     prompt: str = ""  # a digest of its token ids
     forced: tuple[int, ...] = ()  # --gate-study: what is emitted, by row
     choices: list[tuple[Any, ...]] = field(default_factory=list)  # --gate-study: see study.force
@@ -102,6 +104,7 @@ class GateRequest:
         """Drop what is known of the rows after the first `kept`."""
         del self.margins[kept:]
         del self.flags[kept:]
+        del self.canonical[kept:]
 
     def summary(self, config: GateConfig) -> dict[str, Any]:
         """For `meta_info["gate"]`."""

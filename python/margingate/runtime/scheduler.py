@@ -26,6 +26,7 @@ from margingate.runtime import (
     refused_models,
     request,
     state,
+    study,
 )
 from margingate.runtime.arguments import (
     RADIX_BACKEND,
@@ -123,6 +124,12 @@ def is_fully_idle(result: bool, *_args: Any, **_kwargs: Any) -> bool | None:
     """AFTER Scheduler.is_fully_idle: held requests own slots, so the server is not idle."""
     controller = state.controller()
     return False if controller.held or controller.rejoining else None
+
+
+def before_free(pool: Any, req: Any) -> None:
+    """BEFORE ReqToTokenPool.free: whoever wants to read the request's columns does so now."""
+    audit.before_free(req)
+    study.before_free(pool, req)
 
 
 def on_idle(_result: Any, scheduler: Any) -> None:

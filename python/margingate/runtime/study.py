@@ -125,7 +125,7 @@ def _weight(vocab: int) -> torch.Tensor | None:
 
 
 def before_free(pool: Any, req: Any) -> None:
-    """BEFORE ReqToTokenPool.free: the columns' slots are free, but hold what they held."""
+    """As SGLang frees a request: the columns' slots are free, but hold what they held."""
     gate = getattr(req, "gate", None)
     if gate is None or gate.columns_wanted is None or req.req_pool_idx is None:
         return
