@@ -188,13 +188,17 @@ def test_the_openai_client_has_json_mode_and_penalties(client):
 
 
 @pytest.mark.parametrize("ignore_eos", [False, True])
-def test_a_grammar_that_its_backend_gives_up_on_ends_as_without_a_gate(client, ignore_eos):
-    """Here llguidance does when its first mask is computed: nothing of it can be copied then."""
+def test_a_grammar_that_its_backend_gives_up_on_ends_its_request_alone(client, ignore_eos):
+    """Here llguidance does when its first mask is computed: nothing of it can be copied then.
+
+    Ungated, end tokens follow each other where they are ignored; no pass could verify those.
+    """
     ends = []
     for own in ({"deterministic": False}, {}, {}, forced([1]), forced([2])):
         params = {"temperature": 0, "max_new_tokens": 4, "ebnf": "root ::= root", **own}
         body = {"text": "case: ", "sampling_params": params | {"ignore_eos": ignore_eos}}
         reply = requests.post(f"{client.base_url}/generate", json=body, timeout=300).json()
-        ends.append((reply["text"], reply["meta_info"]["finish_reason"]))
-    assert ends == [ends[0]] * len(ends)
+        ends.append((reply["text"], reply["meta_info"]["finish_reason"]["type"]))
+    assert ends[1:] == [("", "abort" if ignore_eos else "stop")] * 4
+    assert ignore_eos or ends[0] == ends[1]
     assert_clean(client)

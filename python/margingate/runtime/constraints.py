@@ -85,6 +85,7 @@ def abort_failed(reqs: Iterable[Any]) -> None:
     """After a prefill: those whose grammar could not be kept in `begin`.
 
     SGLang's own abort begins here too, so that the answer has as many tokens as without a gate.
+    Where SGLang would go on, no pass could verify what follows: whether one is due must not decide.
     """
     for req in reqs:
         if req.gate.grammar_failed:
