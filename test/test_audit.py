@@ -477,12 +477,28 @@ def test_a_hidden_fault_is_emitted_and_not_flagged():
     assert not gate.faults
 
 
-def test_a_fault_waits_where_a_grammar_leaves_one_token():
+def test_a_fault_waits_where_nothing_was_chosen():
+    """SGLang samples nothing for a batch whose prompts leave no room for a token."""
     from margingate.runtime.rows import inject_fault
 
     gate = SimpleNamespace(faults=frozenset({1}), injected_first=None)
     req = SimpleNamespace(gate=gate, output_ids=[], req_pool_idx=0)
-    best = SimpleNamespace(runner_up=[9], margin=[float("inf")])
+    result = SimpleNamespace(logits_output=SimpleNamespace(), next_token_ids=[0])
+    assert not inject_fault(None, req, result, 0) and result.next_token_ids == [0]
+
+
+def test_any_request_id_is_chosen_or_not():
+    audits = [Audits(0.5, seed) for seed in range(64)]
+    assert 10 < sum(each.chooses("job-\ud800") for each in audits) < 54
+
+
+@pytest.mark.parametrize("margin", [float("inf"), 1e30])  # greedy, and of seeded_top2
+def test_a_fault_waits_where_a_grammar_leaves_one_token(margin):
+    from margingate.runtime.rows import inject_fault
+
+    gate = SimpleNamespace(faults=frozenset({1}), injected_first=None)
+    req = SimpleNamespace(gate=gate, output_ids=[], req_pool_idx=0)
+    best = SimpleNamespace(runner_up=[9], margin=[margin])
     result = SimpleNamespace(logits_output=SimpleNamespace(gate=best), next_token_ids=[5])
     assert not inject_fault(None, req, result, 0) and result.next_token_ids == [5]
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.constrained.base_grammar_backend import GrammarRow
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from margingate.runtime import constraints, hook_table, verifier
 from margingate.runtime.verifier import RowInput, Verifier
@@ -39,9 +41,10 @@ def grammar(tokenizer):
 
 
 def make_request(grammar: Any, output: list[int], bias: Any = None) -> SimpleNamespace:
-    gate = SimpleNamespace(grammar_start=None, penalties=None)
+    gate = SimpleNamespace(grammar_start=None, grammar_failed=False, penalties=None)
     params = SimpleNamespace(logit_bias=bias)
     made = SimpleNamespace(gate=gate, sampling_params=params, output_ids=[], grammar=grammar)
+    made.finished, made.to_finish = lambda: False, None
     constraints.begin(made)
     for token in output if grammar is not None else ():
         made.grammar.accept_token(token)
@@ -116,12 +119,16 @@ def test_thinking_is_not_masked_and_is_walked_through(grammar, tokenizer):
     assert req.grammar._is_generation()
 
 
-def test_a_token_that_the_grammar_does_not_take_ends_the_walk_and_no_server(grammar, tokenizer):
+def test_a_token_that_the_grammar_does_not_take_aborts_its_request(grammar, tokenizer):
     output = ids(tokenizer, "yes")
     req = make_request(grammar.copy(), output)
     req.output_ids = [*output, ids(tokenizer, "zebra")[0]]
-    assert len(list(constraints.of_rows(req, [1, 2, 3], VOCABULARY))) == 3
+    before = req.grammar
+    first, *_, last = constraints.of_rows(req, [1, 2, len(req.output_ids) + 1], VOCABULARY)
+    assert first.mask is not None and last is None, "no verdict without its mask"
+    assert req.gate.grammar_failed and req.to_finish is None, "the pass gives it up"
     constraints.follow(req)
+    assert isinstance(req.to_finish, FINISH_ABORT) and req.grammar is before
 
 
 def test_a_bias_changes_its_tokens_alone(grammar):
@@ -173,12 +180,80 @@ def test_whole_biases_are_added_like_floats():
     assert logits[0][0, 5] == -3
 
 
-class FailedGrammar:
-    def copy(self):
-        raise ValueError("recursion without an end")
+class Fails:
+    """A grammar of a backend that gives up at one thing; it notes the tokens that it took."""
+
+    def __init__(self, at: str = "", taken: tuple[int, ...] = ()) -> None:
+        self.at, self.taken = at, taken
+
+    def _do(self, what: str) -> None:
+        if what == self.at:
+            raise ValueError("a limit of the backend's own")
+
+    def copy(self) -> Fails:
+        self._do("copy")
+        return Fails(self.at, self.taken)
+
+    def accept_token(self, token: int) -> None:
+        self._do("accept")
+        self.taken += (token,)
+
+    def is_terminated(self) -> bool:
+        self._do("terminated")
+        return False
+
+    def allocate_vocab_mask(self, size: int, rows: int, device: str) -> torch.Tensor:
+        self._do("allocate")
+        return torch.zeros(rows, size // 32, dtype=torch.int32)
+
+    def fill_vocab_mask(self, mask: torch.Tensor, row: int) -> None:
+        self._do("fill")
 
 
-def test_a_grammar_that_cannot_be_copied_does_not_raise():
-    req = make_request(FailedGrammar(), [])
-    assert req.gate.grammar_start is None
-    assert list(constraints.of_rows(req, [1], 16)) == [None]
+STEPS = ["copy", "accept", "terminated", "allocate", "fill"]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_no_row_has_a_mask_from_where_its_grammar_fails(step):
+    req = make_request(Fails(), [])
+    req.output_ids = [4, 5]
+    assert None not in constraints.of_rows(req, [2, 3], 64)
+    req.gate.grammar_start.at = step
+    assert list(constraints.of_rows(req, [2, 3], 64)) == [None, None]
+    assert req.gate.grammar_failed
+
+
+@pytest.mark.parametrize("step", ["copy", "accept"])
+def test_a_grammar_that_cannot_follow_is_left_and_its_request_aborted(step):
+    advanced = Fails()
+    req = make_request(advanced, [4, 5])
+    req.gate.grammar_start.at = step
+    constraints.follow(req)
+    assert req.grammar is advanced and advanced.taken == (4, 5), "not walked twice"
+    assert req.to_finish.to_json() == FINISH_ABORT().to_json()
+
+
+def test_a_grammar_that_cannot_be_kept_aborts_its_request_behind_the_first_token():
+    """SGLang's own abort of such a grammar begins there: the answer is as long as ungated."""
+    good, bad = make_request(Fails(), []), make_request(Fails("copy"), [])
+    assert bad.gate.grammar_start is None and bad.to_finish is None
+    assert list(constraints.of_rows(bad, [2], 64)) == [None]
+    constraints.abort_failed([good, bad])
+    assert good.to_finish is None and isinstance(bad.to_finish, FINISH_ABORT)
+    bad.finished, bad.to_finish = lambda: True, None
+    constraints.abort_failed([bad])
+    assert bad.to_finish is None, "it had its end"
+
+
+def test_real_grammars_that_end_a_scheduler_do_not(tokenizer):
+    """llguidance gives these up when their first mask is computed; then they cannot be copied."""
+    from sglang.srt.constrained.llguidance_backend import GuidanceBackend
+
+    backend = GuidanceBackend(tokenizer, n_vocab=VOCABULARY)
+    made = backend.dispatch_ebnf("root ::= root")
+    mask = made.allocate_vocab_mask(VOCABULARY, 1, "cpu")
+    made.fill_vocab_mask_batched([GrammarRow(0, made)], mask)  # as the fast path does
+    req = make_request(made, [])
+    assert req.gate.grammar_failed
+    with pytest.raises(ValueError):  # which SGLang takes as an abort
+        made.accept_token(5)

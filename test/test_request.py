@@ -336,6 +336,33 @@ def test_gated_requests_have_radix_namespaces_of_their_own():
     assert keys == [CACHE_NAMESPACE, CACHE_NAMESPACE + "salt", None, "salt"]
 
 
+def test_two_keys_of_ungated_requests_never_share_a_namespace():
+    given = ["x", "margingate:x", "not-margingate:x", "not-not-margingate:x", "not-x"]
+    keys = []
+    for extra in given:
+        req = request(OPT_OUT, extra_key=extra)
+        attach(req, CONFIG)
+        keys.append(req.extra_key)
+    assert len(set(keys)) == len(given)
+
+
+@pytest.mark.parametrize(("faults", "room", "refused"), [([1], 0, True), ([1], 1, False)])
+def test_a_fault_in_an_answer_without_room_is_answered(faults, room, refused):
+    """SGLang cuts `max_new_tokens` behind `Req.__init__`, so this is asked at the queue."""
+    from margingate.runtime import scheduler
+
+    req, aborts = request({"gate_fault_rows": faults}), []
+    attach(req, FAULTY)
+    req.sampling_params.max_new_tokens, req.to_finish = room, None
+    req.set_finish_with_abort = aborts.append
+    scheduler.add_request(None, req)
+    text = (
+        "gate_fault_rows is [1], but a prompt of 3 tokens leaves no room for an answer: shorten "
+        "the prompt, or raise --context-length."
+    )
+    assert aborts == [text] * refused
+
+
 @pytest.mark.parametrize("extra", [CACHE_NAMESPACE, CACHE_NAMESPACE + "salt"])
 def test_a_request_that_is_not_gated_cannot_ask_for_a_gated_namespace(extra):
     """Its columns come from batched prefills: a gated prompt that met them would drift."""

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from margingate.core.ledger import Ledger
 from margingate.core.queue import MicroBatchQueue
-from margingate.runtime import hook_table, rides, verdicts
+from margingate.runtime import ends, hook_table, rides, verdicts
 from margingate.runtime.request import now
 from margingate.runtime.rides import PATIENCE, Ride, Rides
 from margingate.runtime.verifier import RowInput, RowResult, Verifier
@@ -27,6 +28,7 @@ def make_request(key: str, **changes: Any) -> SimpleNamespace:
     given.setdefault("grammar", None)
     given["sampling_params"] = SimpleNamespace(logit_bias=given.pop("bias", None))
     gate = SimpleNamespace(key=key, draw=given.pop("draw", None), grammar_start=None)
+    gate.grammar_failed = False
     gate.penalties = None
     return SimpleNamespace(gate=gate, rid=key, **given)
 
@@ -247,3 +249,40 @@ def test_the_steps_rows_come_first_in_the_forward():
 def test_a_forward_without_a_gate_is_sglangs_own(monkeypatch):
     monkeypatch.setattr(rides.state, "active", lambda: None)
     assert rides.forward(lambda *given: given, "runner", "batch", None) == ("runner", "batch", None)
+
+
+def grammar_fails_at(controller: Controller, key: str) -> Any:
+    """A request in whose verify pass the grammar gives up."""
+    req = controller.add(key, 4, 3, grammar=object())
+    req.gate.grammar_failed = True
+    req.gate.counts = SimpleNamespace(passes=0)
+    req.finished_reason = req.to_finish = None
+    req.finished = lambda: req.finished_reason is not None
+    req.update_finish_state = lambda _n: vars(req).update(finished_reason=req.to_finish)
+    return req
+
+
+def test_a_grammar_that_fails_in_a_pass_aborts_its_request_and_nothing_else(monkeypatch):
+    """Whatever token a row without its mask says, it is no verdict."""
+    freed: list[Any] = []
+    monkeypatch.setattr(ends, "end", lambda _c, req: freed.append(req))
+    controller = Controller(1, rejoining=[], observers=(), dues={}, totals=SimpleNamespace())
+    controller.totals.passes = 0
+    judged: list[int] = []
+    monkeypatch.setattr(verdicts, "_judge", lambda _c, row, _r: judged.append(row.rid))
+    controller.note_settled = lambda _req: None
+    bad, good = grammar_fails_at(controller, "bad"), controller.add("good", 4, 3)
+    good.gate.counts, good.finished = SimpleNamespace(passes=0), lambda: False
+    controller.held = {"bad": bad}  # type: ignore[assignment]
+    bad.gate.hold = SimpleNamespace(since=0.0)
+    bad.gate.counts.drain_s = 0.0
+    rows = controller.queue.next_batch(controller.ledger)
+    assert {row.rid for row in rows} == {"bad", "good"}
+    results = [RowResult(999, 1.0, None)] * len(rows)
+    for row, result in zip(rows, results, strict=True):
+        assert row.rid == "good" or not verdicts.matches(controller, row, result)
+    verdicts.enter(controller, rows, results, now(), "full")
+    assert isinstance(bad.finished_reason, FINISH_ABORT) and freed == [bad]
+    assert set(judged) == {"good"} and not controller.held
+    controller.queue.note("good", 1)
+    assert all(row.rid != "bad" for row in controller.queue.next_batch(controller.ledger))

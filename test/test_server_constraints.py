@@ -9,6 +9,7 @@ from collections import Counter
 
 import openai
 import pytest
+import requests
 from checks import assert_clean, assert_gate_worked, assert_same, forced, needs_the_whole_model
 
 from margingate.client import Answer, Client
@@ -184,3 +185,20 @@ def test_the_openai_client_has_json_mode_and_penalties(client):
     texts = [reply.choices[0].message.content for reply in (plain, *less)]
     assert texts[0] != texts[1] == texts[2]
     assert less[0].metadata["gate"][0]["gated"]
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_a_grammar_that_its_backend_gives_up_on_ends_its_request_alone(client, ignore_eos):
+    """Here llguidance does when its first mask is computed: nothing of it can be copied then.
+
+    Ungated, end tokens follow each other where they are ignored; no pass could verify those.
+    """
+    ends = []
+    for own in ({"deterministic": False}, {}, {}, forced([1]), forced([2])):
+        params = {"temperature": 0, "max_new_tokens": 4, "ebnf": "root ::= root", **own}
+        body = {"text": "case: ", "sampling_params": params | {"ignore_eos": ignore_eos}}
+        reply = requests.post(f"{client.base_url}/generate", json=body, timeout=300).json()
+        ends.append((reply["text"], reply["meta_info"]["finish_reason"]["type"]))
+    assert ends[1:] == [("", "abort" if ignore_eos else "stop")] * 4
+    assert ignore_eos or ends[0] == ends[1]
+    assert_clean(client)

@@ -17,6 +17,11 @@ MANAGER = SimpleNamespace(
     sampling_params_class=SamplingParams, model_config=SimpleNamespace(vocab_size=1000)
 )
 
+EXPRESSIONS = (
+    "a regular expression or a list of them, with fewer than 1000000 steps at one place: repeats "
+    "multiply where they may share characters, and one without a bound counts 1000"
+)
+
 SERVED: tuple[dict[str, Any], ...] = (
     {},
     {"temperature": 0, "top_p": 1, "min_p": 0.05, "top_k": -1, "max_new_tokens": 8},
@@ -51,12 +56,12 @@ REFUSED: tuple[tuple[str, Any, str], ...] = (
     (
         "stop_regex",
         "((",
-        "a regular expression or a list of them, with few repeats and none inside another",
+        EXPRESSIONS,
     ),
     (
         "stop_regex",
         ["a", "(("],
-        "a regular expression or a list of them, with few repeats and none inside another",
+        EXPRESSIONS,
     ),
     ("stop_token_ids", 5, "a list of token ids"),
     ("stop_token_ids", ["x"], "a list of token ids"),
@@ -74,12 +79,12 @@ REFUSED: tuple[tuple[str, Any, str], ...] = (
     (
         "stop_regex",
         "(a+)+$b",
-        "a regular expression or a list of them, with few repeats and none inside another",
+        EXPRESSIONS,
     ),
     (
         "stop_regex",
         "(a|aa)+$b",
-        "a regular expression or a list of them, with few repeats and none inside another",
+        EXPRESSIONS,
     ),
     ("logit_bias", {"x": 1}, "an object with a finite number for each token id"),
 )
@@ -137,3 +142,45 @@ def test_embedding_overrides_are_no_json():
         validate_one_request(MANAGER, obj, [1])
     obj.positional_embed_overrides = PositionalEmbeds(embeds=torch.zeros(1, 4), positions=[0])
     validate_one_request(MANAGER, obj, [1])
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "(a+)+$b",
+        "(a|aa)+$b",
+        "a*a*b",
+        "a+a+b",
+        ".*foo.*bar",
+        "(?i)a*A*b",
+        r"\w+\d+x",
+        "a*b?a*c",
+        "(.{1,300}a){1,100}",
+        "((a{0,30}){0,30}){0,30}b",
+        "(?:a*)*",
+        f"({'a*' * 200})*b",
+    ],
+)
+def test_expressions_that_may_stall_the_scheduler_are_refused(expression):
+    assert refusal({"stop_regex": expression}).startswith("stop_regex is ")
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "a*b",
+        "[^\n]*END",
+        r"\d+\.\d+b",
+        r"\n\s*\d+\.\s+",
+        r"\w+\s+\w+\s",
+        "(a|b)+c",
+        "",
+        "a{0}",
+        "[a-z]+-[0-9]+-x",
+        "[^,]*,[^,]*;",
+        "(red|blue)-[0-9]{3}",
+        "(?i)</(think|tool)>",
+    ],
+)
+def test_expressions_whose_repeats_share_no_character_are_served(expression):
+    assert refusal({"stop_regex": expression}) == ""

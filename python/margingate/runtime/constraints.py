@@ -2,16 +2,19 @@
 
 A grammar's state follows from the tokens so far. So a row that is verified gets the mask that the
 fast path had, and a request that is taken back gets the state that its tokens lead to: both by
-walking from a copy that was made before its first token.
+walking from a copy that was made before its first token. A grammar that fails at that (backends
+have limits of their own) is noted in `req.gate.grammar_failed`; it ends its request, as a token
+that a grammar does not take ends it in SGLang.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from margingate.runtime import penalties, state
 
@@ -53,62 +56,101 @@ def constrained(req: Any) -> bool:
 def begin(req: Any) -> None:
     """Before the request's first token is processed: keep the grammar's state."""
     if req.grammar is not None:
-        req.gate.grammar_start = _copy(req.grammar)
+        req.gate.grammar_start = _copy(req)
 
 
 def follow(req: Any) -> None:
-    """The output was changed: grammar and counts become those that it leads to."""
+    """The output was changed: grammar and counts become those that it leads to.
+
+    Where the grammar cannot follow, the request is aborted; its grammar stays as it was.
+    """
     if req.gate.penalties is not None:
         state.controller().penalties.recount(req)
-    if req.gate.grammar_start is not None:
-        req.grammar = _copy(req.gate.grammar_start) or req.grammar
-        _walk(req.grammar, req.output_ids)
+    if req.grammar is None and req.gate.grammar_start is None:
+        return
+    grammar = _start(req)
+    if grammar is not None and _walk(req, grammar, req.output_ids):
+        req.grammar = grammar
+    else:
+        abort(req)
+
+
+def abort(req: Any) -> None:
+    """End the request with its next finish check, as SGLang does where a token is not taken."""
+    if not req.finished() and req.to_finish is None:
+        req.to_finish = FINISH_ABORT()
+
+
+def abort_failed(reqs: Iterable[Any]) -> None:
+    """After a prefill: those whose grammar could not be kept in `begin`.
+
+    SGLang's own abort begins here too, so that the answer has as many tokens as without a gate.
+    Where SGLang would go on, no pass could verify what follows: whether one is due must not decide.
+    """
+    for req in reqs:
+        if req.gate.grammar_failed:
+            abort(req)
 
 
 def of_rows(req: Any, rows: Sequence[int], size: int) -> Iterator[Constraint | None]:
     """The constraint of each row (from 1, ascending).
 
+    From the row on where the grammar fails there is no mask: no verdict may be made of that.
+
     Args:
         size: of the vocabulary.
     """
     bias = {int(token): value for token, value in (req.sampling_params.logit_bias or {}).items()}
-    start, done = req.gate.grammar_start, 0
-    grammar = None if start is None else _copy(start)
+    grammar, done = None if req.grammar is None else _start(req), 0
     for row in rows:
         mask = None
-        if grammar is not None and not _walk(grammar, req.output_ids[done : row - 1]):
+        if grammar is not None and _walk(req, grammar, req.output_ids[done : row - 1]):
+            mask = _mask(req, grammar, size)
+        if req.gate.grammar_failed:
             grammar = None
-        if grammar is not None and not grammar.is_terminated():
-            mask = _mask(grammar, size)
         done = row - 1
         penalty = penalties.of_row(req, row)
         free = mask is None and not bias and penalty is None
         yield None if free else Constraint(grammar, mask, bias, penalty)
 
 
-def _walk(grammar: Any, tokens: Sequence[int]) -> bool:
-    """Whether the grammar took all tokens. One that it does not take ends the request in SGLang."""
+# Backends raise errors of their own: a grammar that fails in any way is no reason to end a server.
+
+
+def _start(req: Any) -> Any:
+    """A grammar without a token; None where there is none to be had."""
+    start = req.gate.grammar_start
+    return None if start is None else _copy(req, start)
+
+
+def _copy(req: Any, grammar: Any = None) -> Any:
+    """Of the request's grammar if no other is given. None where it fails, which is noted."""
+    try:
+        return (req.grammar if grammar is None else grammar).copy()
+    except Exception:
+        req.gate.grammar_failed = True
+        return None
+
+
+def _walk(req: Any, grammar: Any, tokens: Sequence[int]) -> bool:
+    """Whether the grammar took all tokens; a failure is noted."""
     try:
         for token in tokens:
             grammar.accept_token(token)
-    except Exception:  # backends raise errors of their own
+    except Exception:
+        req.gate.grammar_failed = True
         return False
     return True
 
 
-def _copy(grammar: Any) -> Any:
-    """None where the grammar has failed: SGLang's own next step aborts its request."""
+def _mask(req: Any, grammar: Any, size: int) -> torch.Tensor | None:
+    """None where the grammar is through, or fails, which is noted."""
     try:
-        return grammar.copy()
-    except Exception:
-        return None
-
-
-def _mask(grammar: Any, size: int) -> torch.Tensor | None:
-    """None where the grammar gives up, as above."""
-    try:
+        if grammar.is_terminated():
+            return None
         mask: torch.Tensor = grammar.allocate_vocab_mask(size, 1, "cpu")
         grammar.fill_vocab_mask(mask, 0)
     except Exception:
+        req.gate.grammar_failed = True
         return None
     return mask

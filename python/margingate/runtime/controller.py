@@ -129,6 +129,8 @@ class GateController:
                 original(self.scheduler, batch, result)
         finally:
             self.processing = False
+        if batch.forward_mode.is_extend():
+            constraints.abort_failed(gated)
         for req in behind:
             rollback.drop_last_column(self.scheduler, req)
         self.step += 1

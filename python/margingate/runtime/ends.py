@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.mem_cache.common import release_kv_cache
 
+from margingate.runtime import constraints
 from margingate.runtime.request import Hold, now
 
 if TYPE_CHECKING:
@@ -47,6 +48,18 @@ def end(controller: GateController, req: Any) -> None:
     release_kv_cache(req, controller.scheduler.tree_cache)
     req.time_stats.set_completion_time()
     controller.ended.append(req)
+
+
+def give_up(controller: GateController, req: Any) -> None:
+    """Its grammar failed in a verify pass: abort it now. Only with nothing in flight."""
+    if req.finished():
+        return
+    let_go(controller, req)
+    controller.rejoining = [other for other in controller.rejoining if other is not req]
+    controller.queue.forget(req.gate.key)
+    constraints.abort(req)
+    req.update_finish_state(1)
+    end(controller, req)
 
 
 def abort(controller: GateController, matches: Any) -> None:

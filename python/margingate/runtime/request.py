@@ -99,6 +99,7 @@ class GateRequest:
     generation: int = 0  # of the weights it was admitted with
     injected_first: int | None = None  # what prefill chose before a fault replaced it
     grammar_start: Any = None  # a copy of SGLang's grammar object before the first token
+    grammar_failed: bool = False  # it could not be copied, walked or asked: see constraints
 
     def forget_rows(self, kept: int) -> None:
         """Drop what is known of the rows after the first `kept`."""
@@ -161,6 +162,16 @@ def attach(req: Any, config: GateConfig) -> None:
         req.extra_key = CACHE_NAMESPACE + (req.extra_key or "")
     elif (req.extra_key or "").startswith((CACHE_NAMESPACE, _UNGATED)):
         req.extra_key = _UNGATED + req.extra_key  # also those that have it: no two may meet
+
+
+def without_room(req: Any) -> str:
+    """Once SGLang has cut `max_new_tokens`: the sentence for faults that can be nowhere."""
+    if not req.gate.faults or req.sampling_params.max_new_tokens > 0:
+        return ""
+    return (
+        f"{FAULT_ROWS} is {sorted(req.gate.faults)}, but a prompt of {len(req.origin_input_ids)} "
+        "tokens leaves no room for an answer: shorten the prompt, or raise --context-length."
+    )
 
 
 def digest(ids: Iterable[int]) -> str:

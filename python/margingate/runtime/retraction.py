@@ -88,9 +88,17 @@ def _replay(controller: GateController, keys: list[str]) -> None:
     controller.rides.enter()
     for key in keys:
         controller.queue.drain(key)  # first in each pass
-    while any(controller.ledger.is_open(key) and controller.ledger.wanted(key) for key in keys):
+    while any(_waits(controller, key) for key in keys):
         rows = controller.queue.next_batch(controller.ledger)
         verdicts.run_pass(controller, rows, Due.DRAINING)
+
+
+def _waits(controller: GateController, key: str) -> bool:
+    ledger = controller.ledger
+    # One whose grammar failed is finished, and its rows are never computed.
+    return (
+        ledger.is_open(key) and bool(ledger.wanted(key)) and not controller.requests[key].finished()
+    )
 
 
 def _restore_one(controller: GateController, batch: Any, req: Any) -> bool:

@@ -42,7 +42,9 @@ def inject_fault(relay: Any, req: Any, result: Any, i: int) -> bool:
     due = gate.faults & {row, -row}
     if not due:
         return False
-    best = result.logits_output.gate
+    best = getattr(result.logits_output, "gate", None)
+    if best is None:
+        return False  # nothing was chosen: there is no room for a token
     if float(best.margin[i]) > _ONE_CHOICE:
         return False  # its grammar leaves one token
     gate.faults -= due

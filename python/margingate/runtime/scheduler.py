@@ -91,8 +91,10 @@ def request_init(_result: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
 def add_request(_scheduler: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
     """BEFORE Scheduler._add_request_to_queue: answer what cannot be served with HTTP 400."""
     gate = getattr(req, "gate", None)
-    if gate is not None and gate.refusal and req.to_finish is None:
-        req.set_finish_with_abort(gate.refusal)  # it goes on as a prompt of one token
+    if gate is None or req.to_finish is not None:
+        return
+    if refusal := gate.refusal or request.without_room(req):
+        req.set_finish_with_abort(refusal)  # it goes on as a prompt of one token
         req.input_embeds = req.positional_embed_overrides = None
 
 

@@ -61,7 +61,9 @@ def enter(
     """
     controller.totals.passes += 1
     controller.dues[due] = controller.dues.get(due, 0) + 1
-    open_rows = [each for each in zip(rows, results, strict=True) if of(controller, each[0])]
+    for req in {id(req): req for row in rows if (req := _failed(controller, row))}.values():
+        ends.give_up(controller, req)
+    open_rows = [each for each in zip(rows, results, strict=True) if _is_open(controller, each[0])]
     keys = dict.fromkeys(row.rid for row, _ in open_rows)
     for key in keys:
         controller.requests[key].gate.counts.passes += 1
@@ -80,11 +82,26 @@ def of(controller: GateController, row: Row) -> Any:
     return controller.requests.get(row.rid)
 
 
+def _failed(controller: GateController, row: Row) -> Any:
+    """The row's request if its grammar failed and left the row without a mask; row 1 needs none."""
+    req = of(controller, row)
+    current = req is not None and controller.ledger.epoch(row.rid) == row.epoch
+    return req if current and row.index > 1 and req.gate.grammar_failed else None
+
+
+def _is_open(controller: GateController, row: Row) -> bool:
+    """Whether the row's request is there, and was not given up."""
+    req = of(controller, row)
+    return req is not None and not (req.gate.grammar_failed and req.finished())
+
+
 def matches(controller: GateController, row: Row, result: RowResult | None) -> bool:
     """Whether this verdict takes nothing back: it agrees, or its row is not there any more."""
     req = of(controller, row)
     if req is None or controller.ledger.epoch(row.rid) != row.epoch:
         return True
+    if _failed(controller, row):
+        return False
     token: int = req.output_ids[row.index - 1]
     return token == verdict(controller, row, result).token
 

@@ -17,9 +17,9 @@ from sglang.srt.managers.embed_types import PositionalEmbeds
 
 from margingate.runtime import request_table
 from margingate.runtime.request import SWITCH
-from margingate.runtime.stop_expressions import stalls
+from margingate.runtime.stop_expressions import LIMIT, UNBOUNDED, stalls
 
-MOST_COPIES = 128  # of a request; as many as OpenAI's API takes, and each is a request of its own
+MOST_COPIES = 128  # of a request, each a request of its own; ask for more in several
 _SHOWN = 80  # characters of a value in a sentence
 _FLOAT32 = float(np.finfo(np.float32).max)
 
@@ -105,7 +105,9 @@ _KINDS: dict[str, _Kind] = {
     "stop": (_texts, "a text or a list of texts"),
     "stop_regex": (
         _expressions,
-        "a regular expression or a list of them, with few repeats and none inside another",
+        f"a regular expression or a list of them, with fewer than {LIMIT} steps at one place: "
+        f"repeats multiply where they may share characters, and one without a bound counts "
+        f"{UNBOUNDED}",
     ),
     "stop_token_ids": (_ids, "a list of token ids"),
     "logit_bias": (_biases, "an object with a finite number for each token id"),
