@@ -109,7 +109,12 @@ def _tried(member: probe.Member, classes: Mapping[int, int]) -> int:
     if _may_join(member):
         return reach(classes)
     unsteady = len(set(classes.values())) > 1
-    return max(classes) if member.kind == "linear" and not member.widened and unsteady else 0
+    return max(classes) if _may_replace(member) and unsteady else 0
+
+
+def _may_replace(member: probe.Member) -> bool:
+    """Whether the batch-invariant kernel may take its place: measured without a bias, not wide."""
+    return member.kind == "linear" and not member.widened and member.call.bias is not True
 
 
 def _may_join(member: probe.Member) -> bool:
@@ -171,7 +176,7 @@ def _plan(same: Sequence[probe.Member], classes: dict[int, int], *, to_the_top: 
     if joins:
         most = reach(classes)
         kernel = _microseconds(own, weight, sorted({most, *(n for n in counts if n < most)}))
-    elif not first.widened and first.call.bias is not True:
+    elif _may_replace(first):
         if _may_join(first):  # what `probe_groups` had compiled ends at `reach`
             compile_ahead([_need(weight, classes, max(classes), each) for each in (True, False)])
         # RuntimeError: it does not run here, as where DeepGEMM has nothing to compile with
