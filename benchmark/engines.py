@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -28,6 +29,7 @@ CPU = {"device": "cpu", "mem_fraction_static": 0.3}
 LONGEST = 16384  # tokens of a request
 MOST_KV = 400_000  # tokens of a K/V pool that is fitted
 BESIDE = 6 << 30  # bytes of a server beside weights and K/V: context, graphs, workspaces, prefill
+NO_PREFILL_GRAPHS = {"cuda_graph_backend_prefill": "disabled"}  # they take long to capture
 MARK = "@@ "  # before a line that is meant for the parent
 START_S, ASK_S = 240, 180  # a worker that says nothing for so long is given up
 
@@ -125,12 +127,10 @@ def start(model: str, kv_tokens: int, largest: int, **options: Any) -> Any:
         load_format="dummy",
         skip_tokenizer_init=True,
         cuda_graph_max_bs_decode=largest,
-        cuda_graph_backend_prefill="disabled",  # a start of minutes; decode is what is timed
         context_length=context(model),
         max_total_tokens=kv_tokens,
         log_level="info",
-        **_machine(),
-        **options,
+        **{**_machine(), **NO_PREFILL_GRAPHS, **options},
     )
 
 
@@ -173,16 +173,19 @@ class Worker:
     """The process of one engine."""
 
     def __init__(self, mode: str, args: argparse.Namespace) -> None:
-        """Its log is args.logs/MODE.log; K/V pool and logs are as `settle` left them."""
+        """Its log is args.logs/MODE.log; K/V pool and logs are as `settle` left them.
+
+        A mode may be NAME@FOLDER: as NAME, with margingate from another checkout.
+        """
         fixed = ("--kv-tokens", str(args.kv_tokens), "--one", mode)
         self.mode = mode
-        self.log = args.logs / f"{args.out.stem}.{mode.replace(':', '_')}.log"
+        self.log = args.logs / f"{args.out.stem}.{re.sub('[:@/]', '_', mode)}.log"
         self.process = subprocess.Popen(
             [sys.executable, *sys.argv, *fixed],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log.open("w"),
-            env=os.environ if on_gpu() else {**CPU_ENV, **os.environ},
+            env=_environment(mode),
             text=True,
         )
         self._said: queue.Queue[Any] = queue.Queue()
@@ -229,6 +232,14 @@ class Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
         return said
+
+
+def _environment(mode: str) -> dict[str, str]:
+    found = dict(os.environ) if on_gpu() else {**CPU_ENV, **os.environ}
+    if code := mode.partition("@")[2]:
+        first = (f"{code}/python", f"{code}/sgl-kernel-patches")
+        found["PYTHONPATH"] = os.pathsep.join((*first, found.get("PYTHONPATH", "")))
+    return found
 
 
 def all_up(modes: Sequence[str], args: argparse.Namespace) -> list[Worker]:
