@@ -249,7 +249,7 @@ def test_a_refused_value_is_one_line(prepare, argv, words):
 
 
 def test_without_the_flag_there_is_no_attribute(prepare, server_args_class, folder):
-    from margingate.runtime.arguments import gate_config
+    from margingate.runtime.server_args import gate_config
 
     for server_args in (
         prepare(),
@@ -564,7 +564,7 @@ def launched(gated: bool, *infos: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def test_a_scheduler_that_came_up_without_the_gate_ends_the_server():
-    from margingate.runtime.arguments import confirm_schedulers
+    from margingate.runtime.install import confirm_schedulers
 
     with pytest.raises(GateError) as caught:
         confirm_schedulers(launched(True, {"margingate": {}}, {"max_req_input_len": 1}))
@@ -574,7 +574,7 @@ def test_a_scheduler_that_came_up_without_the_gate_ends_the_server():
 
 
 def test_schedulers_with_the_gate_and_servers_without_it_pass():
-    from margingate.runtime.arguments import confirm_schedulers
+    from margingate.runtime.install import confirm_schedulers
 
     confirm_schedulers(launched(True, {"margingate": {}}, {"margingate": {}}))
     confirm_schedulers(launched(False, {}))

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from margingate.config import GateConfig, GateError
 from margingate.core.audit import MOST_STARTS, Audits, Bits, Recorded, grid, pieces
+from margingate.runtime.record import GateRequest
 from margingate.runtime.replay import Part, Replay
-from margingate.runtime.request import GateRequest
 from margingate.runtime.verifier import RowLogprobs, RowResult
 
 

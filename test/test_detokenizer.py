@@ -85,12 +85,12 @@ def test_every_size_of_bursts(tokenizer, text):
 
 
 def test_the_process_has_the_hook_before_sglang_starts(monkeypatch):
-    from margingate.runtime import detokenizer, hooks
+    from margingate.runtime import detokenizer_process, hooks
     from margingate.runtime.tokenizer_hooks import DETOKENIZER_HOOKS
 
     installed: list[Any] = []
     monkeypatch.setattr(hooks, "install", installed.append)
-    assert detokenizer.run(lambda *args: (args, list(installed)), 1, 2) == (
+    assert detokenizer_process.run(lambda *args: (args, list(installed)), 1, 2) == (
         (1, 2),
         [DETOKENIZER_HOOKS],
     )

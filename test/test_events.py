@@ -331,7 +331,7 @@ def test_an_endpoint_without_a_host_cannot_be_subscribed_to():
 
 def test_the_observer_tells_what_the_gate_does(endpoint, out):
     from margingate.runtime.events import GateEvents
-    from margingate.runtime.request import Counts
+    from margingate.runtime.record import Counts
 
     counts = Counts(steps=9, flagged=1)
     gate = SimpleNamespace(margins=[9.0, 0.1, 5.0], flags=bytearray(3), counts=counts)

@@ -42,8 +42,9 @@ if not HookRegistry._hooks:
     sys.exit()
 
 from margingate.runtime import hooks
-from margingate.runtime.hook_table import (
-    ALL_HOOKS, DETOKENIZER_HOOKS, SCHEDULER_HOOKS, STARTUP_HOOKS, TOKENIZER_HOOKS)
+from margingate.runtime.hook_table import SCHEDULER_HOOKS
+from margingate.runtime.startup_hooks import ALL_HOOKS, STARTUP_HOOKS
+from margingate.runtime.tokenizer_hooks import DETOKENIZER_HOOKS, TOKENIZER_HOOKS
 
 def layers(hook):
     function = hooks.resolve(hook)
@@ -127,9 +128,9 @@ def hooks() -> types.ModuleType:
 
 @pytest.fixture(scope="module")
 def table() -> types.ModuleType:
-    from margingate.runtime import hook_table
+    from margingate.runtime import startup_hooks
 
-    return hook_table
+    return startup_hooks
 
 
 @pytest.fixture
@@ -456,10 +457,10 @@ def test_what_is_replaced_on_an_instance_is_there(table):
 
 
 def test_the_command_without_sglang_is_one_line(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "margingate.runtime.hook_table", None)
+    monkeypatch.setitem(sys.modules, "margingate.runtime.startup_hooks", None)
     package = sys.modules.get("margingate.runtime")
     if package is not None:
-        monkeypatch.delattr(package, "hook_table", raising=False)
+        monkeypatch.delattr(package, "startup_hooks", raising=False)
     assert main(["hooks"]) == 2
     said = capsys.readouterr()
     assert (said.out, said.err.count("\n")) == ("", 1)

@@ -2,11 +2,10 @@
 
 from types import SimpleNamespace
 
-from margingate.runtime import hook_table, integrity
+from margingate.runtime import integrity
 
 
 def test_a_busy_server_is_checked_rarely_and_an_idle_one_each_time(monkeypatch):
-    assert hook_table.RUNTIME_HOOKS
     checks, idle = [], False
     monkeypatch.setattr(integrity, "check", checks.append)
     controller = SimpleNamespace(scheduler=SimpleNamespace(is_fully_idle=lambda: idle))

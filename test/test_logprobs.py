@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sglang.srt.layers import logprob_processor
 from sglang.srt.layers.logprob_processor import LogprobResult, LogprobStage, OutputLogprobProcessor
 
-from margingate.runtime import (  # hook_table leads: a cycle
+from margingate.runtime import (
     hook_table,
     logprobs,
     margins,

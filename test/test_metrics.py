@@ -16,7 +16,7 @@ from margingate.core.audit import Audits, Bits
 from margingate.core.policy import Reason
 from margingate.runtime import metrics
 from margingate.runtime.metrics import COUNTED, FLUSH_S, METRICS, PREFIX, GateMetrics
-from margingate.runtime.request import Counts
+from margingate.runtime.record import Counts
 
 DOCS = Path(__file__).parents[1] / "docs"
 LABELS = {"model_name": "m", "tp_rank": 0}

@@ -11,15 +11,14 @@ import pytest
 
 from margingate.core.costs import DELAYS, Costs, best_delay
 from margingate.core.queue import MicroBatchQueue
-from margingate.runtime import hook_table, pacing
+from margingate.runtime import pacing
 from margingate.runtime.pacing import EVERY, FEW, FIRST, Pacer
-from margingate.runtime.request import Counts
+from margingate.runtime.record import Counts
 
 COSTS = Costs(step_ms=8.0, pass_ms=9.0, rows=256)
 
 
 def make_controller(**changes: Any) -> SimpleNamespace:
-    assert hook_table.RUNTIME_HOOKS
     given = {
         "queue": MicroBatchQueue(256, 0),
         "totals": Counts(),

@@ -25,10 +25,10 @@ from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from margingate.core.ledger import Ledger
-from margingate.runtime import hook_table, integrity, state
+from margingate.runtime import integrity, state
 from margingate.runtime.canonical_prefill import Prefill
 from margingate.runtime.radix import GateRadixCache, canonical_columns
-from margingate.runtime.request import CACHE_NAMESPACE, GateRequest
+from margingate.runtime.record import CACHE_NAMESPACE, GateRequest
 
 CHUNK = 4
 SLOTS = 160
@@ -47,7 +47,6 @@ class Column(NamedTuple):
 @pytest.fixture(scope="module", autouse=True)
 def server() -> Iterator[None]:
     """SGLang's global settings, which a server would have published, and the gate's state."""
-    assert hook_table.RUNTIME_HOOKS
     published = SimpleNamespace(strip_thinking_cache=False, speculative_algorithm=None)
     with pytest.MonkeyPatch.context() as patch:
         for module, name in ((common, "get_serving"), (common, "get_spec")):

@@ -7,17 +7,16 @@ from typing import Any
 import pytest
 
 from margingate.config import GateConfig, GateError
-from margingate.runtime.request import (
+from margingate.runtime.record import (
     CACHE_NAMESPACE,
     LOGPROB_LISTS,
     ColumnsWanted,
     Counts,
     GateRequest,
-    attach,
-    digest,
     logprob_lists,
 )
-from margingate.runtime.seeds import Draw
+from margingate.runtime.request import attach, digest
+from margingate.runtime.sampling_params import Draw
 
 CONFIG = GateConfig()
 FAULTY = GateConfig(inject_faults=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from time import monotonic as now
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from margingate.core.ledger import Ledger
 from margingate.core.queue import MicroBatchQueue
-from margingate.runtime import ends, hook_table, rides, verdicts
-from margingate.runtime.request import now
+from margingate.runtime import ends, rides, verdicts
 from margingate.runtime.rides import PATIENCE, Ride, Rides
 from margingate.runtime.verifier import RowInput, RowResult, Verifier
 from margingate_kernels import Top2
@@ -37,7 +37,6 @@ class Controller:
     """What rides look at; the ledger and the queue are the real ones."""
 
     def __init__(self, delay: int = 2, **changes: Any) -> None:
-        assert hook_table.RUNTIME_HOOKS
         self.ledger, self.queue = Ledger("sparse", "span"), MicroBatchQueue(V, delay)
         self.requests: dict[str, Any] = {}
         self.held: set[str] = set()

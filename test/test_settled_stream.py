@@ -5,12 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from margingate.runtime import hook_table, stream
+from margingate.runtime import stream
 
 
 @pytest.mark.parametrize(("frontier", "copied"), [(4, False), (3, True)])
 def test_an_output_that_is_settled_is_not_copied(monkeypatch, frontier, copied):
-    assert hook_table.RUNTIME_HOOKS
     ledger = SimpleNamespace(frontier=lambda _key: frontier, mark_sent=lambda *_: None)
     monkeypatch.setattr(stream.state, "controller", lambda: SimpleNamespace(ledger=ledger))
     tokens = array("q", [5, 6, 7, 8])

@@ -5,14 +5,13 @@ from types import SimpleNamespace
 import pytest
 from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 
-from margingate.runtime import fingerprint, hook_table, state
+from margingate.runtime import fingerprint, state
 
 
 @pytest.mark.parametrize(
     ("idle", "flush", "done"), [(False, True, False), (False, False, True), (True, True, True)]
 )
 def test_an_update_that_flushes_is_refused_while_requests_wait(monkeypatch, idle, flush, done):
-    assert hook_table.RUNTIME_HOOKS
     controller = SimpleNamespace(
         scheduler=SimpleNamespace(is_fully_idle=lambda: idle),
         fingerprint=SimpleNamespace(weights_changed=lambda **_: None),

@@ -9,9 +9,9 @@ def load() -> None:
     SGLang logs an exception raised here and serves on, so nothing here may decide: without the
     options, `--deterministic-gate` is an unknown argument and the server does not start.
     """
-    from margingate.runtime import hook_table, hooks
+    from margingate.runtime import hooks, startup_hooks
 
-    hooks.register(hook_table.STARTUP_HOOKS)
+    hooks.register(startup_hooks.STARTUP_HOOKS)
 
 
 def host_platform() -> str | None:

@@ -29,16 +29,21 @@ that server's attention backend alone, not on the class.
 def ledger() -> str:
     """The Markdown document, a row per hook. Imports SGLang; raises CliError without it."""
     try:
-        from margingate.runtime import hook_table, instance_patches
+        from margingate.runtime import (
+            hook_table,
+            instance_patches,
+            startup_hooks,
+            tokenizer_hooks,
+        )
     except ImportError as err:
         raise CliError(
             f"the ledger names functions of SGLang, which cannot be imported ({err}); pip install"
             " sglang==0.5.17."
         ) from err
     processes = {
-        "startup": hook_table.STARTUP_HOOKS,
-        "launcher": hook_table.TOKENIZER_HOOKS,
-        "detokenizer": hook_table.DETOKENIZER_HOOKS,
+        "startup": startup_hooks.STARTUP_HOOKS,
+        "launcher": tokenizer_hooks.TOKENIZER_HOOKS,
+        "detokenizer": tokenizer_hooks.DETOKENIZER_HOOKS,
         "scheduler": hook_table.SCHEDULER_HOOKS,
     }
     rows = [_cells(hook, process) for process, hooks in processes.items() for hook in hooks]

@@ -14,7 +14,7 @@ from typing import Any
 from sglang.srt.entrypoints.anthropic.protocol import AnthropicMessagesResponse
 
 from margingate.runtime.openai_answers import records_of
-from margingate.runtime.stream import INFO_KEY
+from margingate.runtime.record import INFO_KEY
 
 _END = "event: message_delta\n"
 

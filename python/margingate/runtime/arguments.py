@@ -13,11 +13,10 @@ from typing import Any
 
 from margingate.config import GateConfig, GateError, load_threshold, make_config
 from margingate.runtime import hooks, machine, publisher, refusals, refused_models
+from margingate.runtime.server_args import ATTRIBUTE, RADIX_BACKEND, gate_config
 
 logger = logging.getLogger(__name__)
 
-ATTRIBUTE = "_margingate"  # where ServerArgs carries the GateConfig; absent: not gated
-RADIX_BACKEND = "margingate"
 _PREFIX = "gate_"
 _pending: ContextVar[dict[str, Any] | None] = ContextVar("margingate_pending", default=None)
 _wanted: ContextVar[bool] = ContextVar("margingate_wanted", default=False)  # by Engine(...)
@@ -25,11 +24,6 @@ _wanted: ContextVar[bool] = ContextVar("margingate_wanted", default=False)  # by
 DEVICE_DEFAULTS = {"cpu": {"rows": 16, "prefill_chunk": 64}}
 DEFAULTS = {"rows": 64, "prefill_chunk": 512}
 STOCK_PATH_ROWS = 128  # of a verify pass on a GPU: more cost more a pass, and hold more requests
-
-
-def gate_config(server_args: Any) -> GateConfig | None:
-    """The gate's settings of these server arguments, or None where the flag is absent."""
-    return getattr(server_args, ATTRIBUTE, None)
 
 
 def add_options(_result: Any, parser: argparse.ArgumentParser) -> None:
@@ -237,20 +231,3 @@ def model_identity(model_path: str, options: dict[str, Any]) -> dict[str, str]:
             f"--gate-threshold auto compares the calibration with {path}, which cannot be read: "
             "give --model-path a local folder, or the threshold as a number."
         ) from None
-
-
-def confirm_schedulers(result: Any, *_args: Any, **_kwargs: Any) -> None:
-    """AFTER Engine._launch_subprocesses: every scheduler must have said that its gate is up.
-
-    Raises:
-        GateError: a scheduler came up ungated (its process did not load the plugin).
-    """
-    tokenizer_manager, _, _, init_result, *_rest = result
-    if tokenizer_manager is None or gate_config(tokenizer_manager.server_args) is None:
-        return
-    for rank, info in enumerate(init_result.scheduler_infos):
-        if "margingate" not in info:
-            raise GateError(
-                f"scheduler {rank} came up without the gate although --deterministic-gate is set: "
-                "check that SGLANG_PLUGINS and SGLANG_PLATFORM let the plugin 'margingate' load."
-            )

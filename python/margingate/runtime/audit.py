@@ -28,6 +28,7 @@ from margingate.core.audit import Audits, Bits, Recorded
 from margingate.runtime import constraints, integrity, radix, state
 from margingate.runtime.column_bits import ColumnBits
 from margingate.runtime.observer import Observer
+from margingate.runtime.record import is_gated
 from margingate.runtime.replay import Part, Replay, room
 from margingate.runtime.verifier import RowResult
 
@@ -225,7 +226,7 @@ class _Comparison:
 def before_free(req: Any) -> None:
     """Of any request, gated or not: the last moment at which its columns are its own."""
     controller = state.active()
-    if controller is not None and radix.is_gated(req) and req.req_pool_idx is not None:
+    if controller is not None and is_gated(req) and req.req_pool_idx is not None:
         controller.auditor.freed(req)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from margingate.runtime import ends, rollback
-from margingate.runtime.radix import is_gated
+from margingate.runtime.record import is_gated
 
 if TYPE_CHECKING:
     from margingate.runtime.controller import GateController

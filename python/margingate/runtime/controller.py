@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator
+from time import monotonic as now
 from typing import Any
 
 from margingate.config import GateConfig
@@ -30,8 +31,8 @@ from margingate.runtime.canonical import CanonicalSteps, check_padding, measure
 from margingate.runtime.invariance import largest_rows
 from margingate.runtime.observer import Observer
 from margingate.runtime.overlap import InFlight, passed_over
-from margingate.runtime.radix import GateRadixCache, is_gated
-from margingate.runtime.request import Counts, GateRequest, now
+from margingate.runtime.radix import GateRadixCache
+from margingate.runtime.record import Counts, GateRequest, is_gated
 from margingate.runtime.rides import Rides
 from margingate.runtime.rows import inject_fault
 from margingate.runtime.simulate import Simulator

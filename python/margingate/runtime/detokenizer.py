@@ -7,18 +7,7 @@ note then goes back too, and the part in between is sent twice. Several tokens a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
-
-from margingate.runtime import hooks
-
-
-def run(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """SGLang's detokenizer process with our hooks: SGLang loads no plugins in it."""
-    from margingate.runtime.tokenizer_hooks import DETOKENIZER_HOOKS
-
-    hooks.install(DETOKENIZER_HOOKS)
-    return original(*args, **kwargs)
 
 
 def decode(original: Any, manager: Any, recv_obj: Any) -> list[str]:

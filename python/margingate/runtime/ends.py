@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from time import monotonic as now
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.mem_cache.common import release_kv_cache
 
 from margingate.runtime import constraints
-from margingate.runtime.request import Hold, now
+from margingate.runtime.record import Hold
 
 if TYPE_CHECKING:
     from margingate.runtime.controller import GateController

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from time import monotonic as now
 from typing import TYPE_CHECKING, Any
 
 from margingate.core.ledger import Outcome
 from margingate.events import End, Flag, Pass, Settled, Step, Totals, Verdict
 from margingate.runtime.observer import Observer, summed
 from margingate.runtime.publisher import Publisher, endpoint_of
-from margingate.runtime.request import now
 
 if TYPE_CHECKING:
     from margingate.runtime.controller import GateController

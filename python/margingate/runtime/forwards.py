@@ -12,7 +12,7 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from margingate.runtime.request import GateRequest
+from margingate.runtime.record import GateRequest
 
 
 def internal_request(name: str, prompt: Sequence[int]) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 
-from margingate.runtime.request import SWITCH
+from margingate.runtime.record import SWITCH
 
 
 class Endpoint(RuntimeEndpoint):

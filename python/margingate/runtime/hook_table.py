@@ -1,4 +1,4 @@
-"""Every patch, a row each. docs/hooks.md is printed from this; a test holds the two together."""
+"""Every patch of a gated scheduler, a row each."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ from margingate.runtime import (
 )
 from margingate.runtime.hooks import Hook
 from margingate.runtime.path_hooks import INVARIANT_HOOKS, STOCK_HOOKS
-from margingate.runtime.startup_hooks import STARTUP_HOOKS
-from margingate.runtime.tokenizer_hooks import DETOKENIZER_HOOKS, TOKENIZER_HOOKS
 
 AFTER, AROUND, BEFORE = HookType.AFTER, HookType.AROUND, HookType.BEFORE
 _SCHEDULER = "managers.scheduler.Scheduler."
@@ -262,4 +260,3 @@ STUDY_HOOKS = (
     ),
 )
 SCHEDULER_HOOKS = (*RUNTIME_HOOKS, *INVARIANT_HOOKS, *STOCK_HOOKS, *STUDY_HOOKS)
-ALL_HOOKS = (*STARTUP_HOOKS, *TOKENIZER_HOOKS, *DETOKENIZER_HOOKS, *SCHEDULER_HOOKS)

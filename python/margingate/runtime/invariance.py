@@ -26,10 +26,10 @@ from margingate.runtime import (
     probe_plans,
     ranks,
 )
-from margingate.runtime.arguments import gate_config
 from margingate.runtime.invariant_matmul import invariant_matmul
 from margingate.runtime.observed_calls import ROWS, ObservedCall, observing, refuse_unmeasured
 from margingate.runtime.probe_attention import probe_attention
+from margingate.runtime.server_args import gate_config
 from margingate.runtime.verifier import RowInput, Verifier, scratch_rows
 
 logger = logging.getLogger(__name__)

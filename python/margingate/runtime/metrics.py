@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
+from time import monotonic as now
 from typing import TYPE_CHECKING, Any
 
 from margingate.config import GateError
@@ -16,7 +17,6 @@ from margingate.core.policy import Reason
 from margingate.core.queue import Due
 from margingate.runtime import audit
 from margingate.runtime.observer import Observer, summed
-from margingate.runtime.request import now
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry

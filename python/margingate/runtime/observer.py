@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from margingate.core.ledger import Outcome
-from margingate.runtime.request import Counts
+from margingate.runtime.record import Counts
 
 if TYPE_CHECKING:
     from margingate.runtime.controller import GateController

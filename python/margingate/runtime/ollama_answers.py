@@ -12,7 +12,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from margingate.runtime.stream import INFO_KEY
+from margingate.runtime.record import INFO_KEY
 
 _META = "margingate_meta"  # on a request's state: `meta_info` of its last output
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionResponse, CompletionResponse
 
-from margingate.runtime.stream import INFO_KEY
+from margingate.runtime.record import INFO_KEY
 
 # By index of the choice, on requests whose stream wants them.
 _RECORDS = "_margingate_records"

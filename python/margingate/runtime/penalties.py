@@ -17,38 +17,9 @@ from typing import Any
 
 import torch
 
+from margingate.runtime.sampling_params import NONE, Penalties
+
 FEW = 8  # rows of the table, once it has any
-NONE = (0.0, 0.0, 1.0)  # frequency, presence, repetition that change nothing
-
-
-@dataclass(frozen=True, slots=True)
-class Penalties:
-    """Of one request. They count output tokens; of the prompt's none, as in SGLang."""
-
-    frequency: float  # logits off for each time that the token came
-    presence: float  # logits off if it came at all
-    repetition: float  # divides the logit of one that came, or multiplies it below 0
-    min_new_tokens: int  # before these no token may come that ends the answer
-
-    @property
-    def values(self) -> tuple[float, float, float]:
-        """The three that count, in the order of NONE."""
-        return self.frequency, self.presence, self.repetition
-
-
-def take(params: Any) -> Penalties | None:
-    """Take them off SGLang's SamplingParams, which has none afterwards; None if it had none."""
-    found = Penalties(
-        params.frequency_penalty,
-        params.presence_penalty,
-        params.repetition_penalty,
-        params.min_new_tokens,
-    )
-    if found.values == NONE and not found.min_new_tokens:
-        return None
-    params.frequency_penalty, params.presence_penalty, params.repetition_penalty = NONE
-    params.min_new_tokens = 0
-    return found
 
 
 def penalize(

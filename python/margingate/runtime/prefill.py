@@ -12,7 +12,7 @@ from typing import Any
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult
 
 from margingate.runtime import state
-from margingate.runtime.radix import is_gated
+from margingate.runtime.record import is_gated
 
 
 def add_one_req(

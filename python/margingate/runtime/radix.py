@@ -18,16 +18,11 @@ from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 from sglang.srt.mem_cache.registry import TreeCacheBuildContext, default_radix_cache_factory
 
 from margingate.runtime import state
-from margingate.runtime.arguments import gate_config
+from margingate.runtime.record import is_gated
+from margingate.runtime.server_args import gate_config
 
 if TYPE_CHECKING:
     from margingate.runtime.canonical_prefill import Prefill
-
-
-def is_gated(req: Any) -> bool:
-    """Whether this SGLang request is gated; False for requests made before the gate was up."""
-    gate = getattr(req, "gate", None)
-    return gate is not None and gate.gated
 
 
 def canonical_columns(req: Any) -> int:

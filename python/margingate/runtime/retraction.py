@@ -16,8 +16,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from margingate.core.queue import Due
 from margingate.runtime import constraints, ends, rollback, state, verdicts
-from margingate.runtime.radix import is_gated
-from margingate.runtime.request import Kept, logprob_lists
+from margingate.runtime.record import Kept, is_gated, logprob_lists
 
 if TYPE_CHECKING:
     from margingate.runtime.controller import GateController

@@ -15,6 +15,7 @@ they are entered at once; a flip is entered with nothing in flight.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from time import monotonic as now
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
@@ -23,7 +24,6 @@ from sglang.srt.model_executor.model_runner import ModelRunnerOutput
 from margingate.core.costs import has_room
 from margingate.core.ledger import Row
 from margingate.runtime import constraints, own_attention, state, verdicts
-from margingate.runtime.request import now
 from margingate.runtime.verifier import RowResult
 from margingate_kernels import Top2, softmax_top2
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from margingate.runtime import constraints
-from margingate.runtime.request import logprob_lists
+from margingate.runtime.record import logprob_lists
 from margingate.runtime.verifier import RowResult
 
 

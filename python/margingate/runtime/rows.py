@@ -6,7 +6,7 @@ from typing import Any
 
 from margingate.core.ledger import Row
 from margingate.runtime.constraints import Constraint
-from margingate.runtime.request import GateRequest
+from margingate.runtime.record import GateRequest
 from margingate.runtime.verifier import RowInput, RowResult
 
 _ONE_CHOICE = 1e29  # a greedy margin is inf there; seeded_top2 takes masked logits as -1e30

@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from sglang.srt.layers.sampler import SGLANG_RETURN_ORIGINAL_LOGPROB
-from sglang.srt.sampling.sampling_params import TOP_K_ALL
 
+from margingate.runtime.sampling_params import Draw
 from margingate_kernels import Draws
 
 # SGLang's `sampling_seed` tensor holds the seeds of the gate's rows, and this for all others. It is
 # None while a batch has none of ours, so that greedy batches do no work for it.
 NO_SEED = -1
-LARGEST_SEED = (1 << 63) - 1
 _SEEDED = "gate_seeded"  # on SamplingBatchInfo: by row, is it ours
-
-
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """How a request's tokens are drawn; the position comes from the row."""
-
-    seed: int  # 0 to LARGEST_SEED
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-
-    @property
-    def filters(self) -> bool:
-        """Whether a token may be left out."""
-        return self.top_k != TOP_K_ALL or self.top_p < 1 or self.min_p > 0
-
-
-def draw_of(params: Any) -> Draw | None:
-    """From SGLang's SamplingParams; None for a greedy request and for one without a seed."""
-    if params.top_k <= 1 or params.sampling_seed is None:
-        return None
-    return Draw(params.sampling_seed, params.temperature, params.top_k, params.top_p, params.min_p)
 
 
 def from_schedule_batch(_result: Any, info: Any, batch: Any, _vocab: int) -> None:

@@ -1,11 +1,16 @@
-"""Rows of the ledger of patches that every process of every server has."""
+"""Rows of the ledger of patches that every process of every server has; and all rows.
+
+docs/hooks.md is printed from them; a test holds the two together.
+"""
 
 from __future__ import annotations
 
 from sglang.srt.plugins.hook_registry import HookType
 
-from margingate.runtime import arguments, scheduler
+from margingate.runtime import arguments, install
+from margingate.runtime.hook_table import SCHEDULER_HOOKS
 from margingate.runtime.hooks import Hook
+from margingate.runtime.tokenizer_hooks import DETOKENIZER_HOOKS, TOKENIZER_HOOKS
 
 AFTER, AROUND = HookType.AFTER, HookType.AROUND
 _OPTIONS = "SGLang lets plugins declare arguments"
@@ -48,7 +53,7 @@ STARTUP_HOOKS = (
     Hook(
         "managers.scheduler.Scheduler.__init__",
         AROUND,
-        scheduler.init,
+        install.init,
         None,
         "patches a gated scheduler, and only that",
         _CALLBACK,
@@ -64,10 +69,11 @@ STARTUP_HOOKS = (
     Hook(
         "entrypoints.engine.Engine._launch_subprocesses",
         AROUND,
-        scheduler.launch,
+        install.launch,
         "cls server_args init_tokenizer_manager_func run_scheduler_process_func "
         "run_detokenizer_process_func port_args",
         "a scheduler that came up without its gate ends the server",
         "a failing plugin ends the server by itself",
     ),
 )
+ALL_HOOKS = (*STARTUP_HOOKS, *TOKENIZER_HOOKS, *DETOKENIZER_HOOKS, *SCHEDULER_HOOKS)

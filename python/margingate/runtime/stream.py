@@ -7,9 +7,7 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from margingate.runtime import ends, retraction, state
-from margingate.runtime.radix import is_gated
-
-INFO_KEY = "gate"
+from margingate.runtime.record import INFO_KEY, is_gated
 
 
 class _WithLastToken(list[Any]):

@@ -10,7 +10,7 @@ import torch
 from sglang.srt.utils import use_intel_amx_backend
 
 from margingate.runtime import state
-from margingate.runtime.request import ColumnsWanted, GateRequest
+from margingate.runtime.record import ColumnsWanted, GateRequest
 
 CANDIDATES = 8  # tokens whose logits are computed again in higher precision
 ROWS = 1024  # of the buffer that decode graphs write to; larger forwards run without a graph

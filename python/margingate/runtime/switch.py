@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from margingate.runtime.request import SWITCH, not_a_switch, not_an_object
+from margingate.runtime.record import SWITCH, not_a_switch, not_an_object
 
 
 def _with_switch(custom: Any, value: Any) -> dict[str, Any]:

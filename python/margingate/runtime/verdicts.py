@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from itertools import groupby, repeat
+from time import monotonic as now
 from typing import TYPE_CHECKING, Any
 
 from margingate.core.ledger import Outcome, Row
 from margingate.runtime import constraints, ends, rollback
-from margingate.runtime.request import now
 from margingate.runtime.rows import first_token, row_input
 from margingate.runtime.verifier import RowInput, RowResult
 

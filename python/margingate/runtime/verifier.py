@@ -26,7 +26,8 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from margingate.config import GateConfig, GateError
 from margingate.runtime import logprobs, own_attention, own_decode
 from margingate.runtime.constraints import Constraint
-from margingate.runtime.seeds import Draw, logprob_temperature, stack
+from margingate.runtime.sampling_params import Draw
+from margingate.runtime.seeds import logprob_temperature, stack
 from margingate_kernels import seeded_top2, softmax_top2
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from sglang.srt.managers.embed_types import PositionalEmbeds
 
 from margingate.runtime import request_table
-from margingate.runtime.request import SWITCH
+from margingate.runtime.record import SWITCH
 from margingate.runtime.stop_expressions import LIMIT, UNBOUNDED, stalls
 
 MOST_COPIES = 128  # of a request, each a request of its own; ask for more in several

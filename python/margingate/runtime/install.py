@@ -1,0 +1,89 @@
+"""A gated server starts: its processes are patched, and each scheduler is asked for its gate."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import Any
+
+from sglang.srt.mem_cache.registry import (
+    register_radix_cache_backend,
+    registered_radix_cache_backends,
+)
+
+from margingate.config import GateError
+from margingate.runtime import (
+    audit,
+    detokenizer_process,
+    events,
+    hook_table,
+    hooks,
+    metrics,
+    pacing,
+    radix,
+    refused_models,
+    state,
+)
+from margingate.runtime.arguments import gate_to_launch
+from margingate.runtime.controller import GateController
+from margingate.runtime.server_args import RADIX_BACKEND, gate_config
+from margingate.runtime.tally import Tally
+from margingate.runtime.tokenizer_hooks import TOKENIZER_HOOKS
+
+logger = logging.getLogger(__name__)
+
+
+def init(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """AROUND Scheduler.__init__: a gated scheduler is patched here, and nowhere else."""
+    config = gate_config(server_args)
+    if config is None:
+        original(self, server_args, *args, **kwargs)
+        return
+    hooks.check_version()
+    hooks.install(hook_table.RUNTIME_HOOKS)
+    hooks.install(hook_table.INVARIANT_HOOKS if config.invariant else hook_table.STOCK_HOOKS)
+    if config.study:
+        hooks.install(hook_table.STUDY_HOOKS)
+    if RADIX_BACKEND not in registered_radix_cache_backends():
+        register_radix_cache_backend(RADIX_BACKEND, radix.build)
+    original(self, server_args, *args, **kwargs)
+    refused_models.refuse_columns(self.tp_worker.model_runner)
+    controller = GateController(self, config)
+    controller.observers += metrics.observers(controller)
+    controller.observers += events.observers(controller)
+    controller.observers += audit.observers(controller)
+    controller.observers += pacing.observers(controller)
+    controller.observers += (Tally(exact=config.guarantee == "exact"),)
+    state.set_controller(controller)
+    logger.info("margingate: the deterministic gate is up: %s", config)
+
+
+def launch(original: Any, cls: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND Engine._launch_subprocesses: patch this process, then ask every scheduler."""
+    config = gate_to_launch(server_args)
+    if config is None:
+        return original(cls, server_args, *args, **kwargs)
+    hooks.install(TOKENIZER_HOOKS)
+    # By name, as SGLang passes it: this process starts detokenizers, which load no plugins.
+    run = kwargs["run_detokenizer_process_func"]
+    kwargs["run_detokenizer_process_func"] = partial(detokenizer_process.run, run)
+    result = original(cls, server_args, *args, **kwargs)
+    confirm_schedulers(result)
+    return result
+
+
+def confirm_schedulers(result: Any, *_args: Any, **_kwargs: Any) -> None:
+    """AFTER Engine._launch_subprocesses: every scheduler must have said that its gate is up.
+
+    Raises:
+        GateError: a scheduler came up ungated (its process did not load the plugin).
+    """
+    tokenizer_manager, _, _, init_result, *_rest = result
+    if tokenizer_manager is None or gate_config(tokenizer_manager.server_args) is None:
+        return
+    for rank, info in enumerate(init_result.scheduler_infos):
+        if "margingate" not in info:
+            raise GateError(
+                f"scheduler {rank} came up without the gate although --deterministic-gate is set: "
+                "check that SGLANG_PLUGINS and SGLANG_PLATFORM let the plugin 'margingate' load."
+            )
