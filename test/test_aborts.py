@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -38,7 +38,7 @@ def test_an_abort_ends_the_request_of_that_id(monkeypatch, place, rid, abort_all
     from sglang.srt.managers.io_struct import AbortReq
     from sglang.srt.managers.scheduler import Scheduler
 
-    from margingate.runtime import aborts, ends, state
+    from margingate.runtime import aborts, ends
 
     reqs = [Req(name) for name in ("job-1", "job-10", "job-11", "job-2")]
     there = {place: reqs}
@@ -57,15 +57,16 @@ def test_an_abort_ends_the_request_of_that_id(monkeypatch, place, rid, abort_all
         dllm_config=None,
         disaggregation_mode=DisaggregationMode.NULL,
         ps=SimpleNamespace(pp_size=1),
+        tree_cache=None,
         ipc_channels=SimpleNamespace(send_to_tokenizer=output),
     )
 
-    def abort(_controller: Any, wanted: Any) -> None:
+    def abort(_requests: Any, _tree: Any, wanted: Any) -> None:
         gone.update(req.rid for req in there.get("held", []) if wanted(req))
 
     monkeypatch.setattr(ends, "abort", abort)
-    monkeypatch.setattr(state, "controller", lambda: None)
-    aborts.abort_request(Scheduler.abort_request, scheduler, AbortReq(rid=rid, abort_all=abort_all))
+    asked = AbortReq(rid=rid, abort_all=abort_all)
+    aborts.abort_request(cast(Any, None), Scheduler.abort_request, scheduler, asked)
     assert [req.rid for req in reqs] == ["job-1", "job-10", "job-11", "job-2"]
     gone |= {req.rid for req in reqs if req.to_finish}
     if place == "chunked":

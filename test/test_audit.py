@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from margingate.config import GateConfig, GateError
 from margingate.core.audit import MOST_STARTS, Audits, Bits, Recorded, grid, pieces
+from margingate.runtime.forward_record import record_on
 from margingate.runtime.record import GateRequest
 from margingate.runtime.replay import Part, Replay
 from margingate.runtime.verifier import RowLogprobs, RowResult
@@ -186,7 +187,7 @@ class Server:
         socket = SimpleNamespace(poll=self._poll)
         self.pool = Pool()
         pages = torch.arange(32).view(4, 8) % 16
-        self.scheduler = SimpleNamespace(
+        self.scheduler: Any = SimpleNamespace(
             server_args=SimpleNamespace(random_seed=5),
             ipc_channels=SimpleNamespace(recv_from_tokenizer=socket, recv_from_rpc=None),
             weight_updater=SimpleNamespace(offload_tags=set()),
@@ -197,24 +198,22 @@ class Server:
             tree_cache=SimpleNamespace(evictable_size=lambda: 4),
         )
         self.canonical = 3  # rows
-        self.controller = SimpleNamespace(
-            scheduler=self.scheduler,
-            config=GateConfig(audit_rate=1.0),
-            fingerprint=SimpleNamespace(generation=2),
-            observers=(SimpleNamespace(audited=self.told.append),),
-            requests={"key": None},
-            ledger=SimpleNamespace(canonical=lambda _key: self.canonical),
+        self.fingerprint: Any = SimpleNamespace(generation=2)
+        requests: Any = SimpleNamespace(
+            observers=SimpleNamespace(audited=self.told.append),
+            canonical_columns=lambda req: (
+                len(req.origin_input_ids) + self.canonical - 1 if self.canonical else 0
+            ),
         )
-        self.auditor = audit.Auditor(self.controller)  # type: ignore[arg-type]
-        self.controller.auditor = self.auditor
+        config, checks = GateConfig(audit_rate=1.0, prefill_chunk=8), cast(Any, None)
+        self.auditor = audit.Auditor(self.scheduler, config, checks, requests, self.fingerprint)
         self.audits = self.auditor.audits
-        monkeypatch.setattr(audit.state, "active", lambda: self.controller)
         monkeypatch.setattr(audit, "Replay", self._made_up)
         self.parts = parts
         self.margins, self.logprobs = [0.25, 0.5, 0.75], [-1.0, -2.0, -3.0]
         self.columns = self.auditor._columns.of(pages[1, :5])  # the replay's
 
-    def _made_up(self, _controller: Any, recorded: Recorded, _columns: Any) -> Any:
+    def _made_up(self, _sched: Any, _checks: Any, _chunk: int, recorded: Any, _columns: Any) -> Any:
         known = 0 if recorded.columns is None else len(recorded.columns)
         return SimpleNamespace(parts=lambda: self._replay(known), rows_of=lambda: "2+1, 1")
 
@@ -264,7 +263,7 @@ class Server:
             logprob=SimpleNamespace(output_token_logprobs_val=[-1.0, -2.0, -3.0]),
         )
         vars(req).update(more)
-        self.module.before_free(req)
+        self.auditor.freed(req)
         for layer in self.pool.buffers:
             for part in layer:
                 part.zero_()  # whoever gets the slots writes to them
@@ -399,8 +398,8 @@ def test_columns_of_others_are_not_digested(server, monkeypatch):
     asked: list[Any] = []
     monkeypatch.setattr(server.auditor._columns, "of", asked.append)
     req = SimpleNamespace(gate=GateRequest("k", False), req_pool_idx=1, finished_reason="stop")
-    server.module.before_free(req)
-    server.module.before_free(SimpleNamespace(req_pool_idx=1))
+    server.auditor.freed(req)
+    server.auditor.freed(SimpleNamespace(req_pool_idx=1))
     server.audits.rate = 0.0
     server.end()
     assert not asked
@@ -433,10 +432,10 @@ def test_older_weights_given_back_memory_and_too_little_of_it(server):
     server.auditor.idle()
     assert (server.audits.waiting, server.closed) == (1, 0)
     server.scheduler.weight_updater.offload_tags.clear()
-    server.controller.fingerprint.generation = 3
+    server.fingerprint.generation = 3
     server.auditor.idle()
     assert (server.audits.waiting, server.audits.dropped, server.closed) == (0, 1, 0)
-    server.controller.fingerprint.generation = 2
+    server.fingerprint.generation = 2
     server.end(output=tuple(range(7)))  # 3 and 6 columns, and there is room for 8
     server.auditor.idle()
     assert (server.audits.audited, server.audits.dropped, server.closed) == (0, 2, 0)
@@ -467,7 +466,8 @@ def test_a_hidden_fault_is_emitted_and_not_flagged():
 
     gate = SimpleNamespace(faults=frozenset({-2, 3}), injected_first=None)
     req = SimpleNamespace(gate=gate, output_ids=[4], req_pool_idx=0)
-    output = SimpleNamespace(gate=SimpleNamespace(runner_up=[9], margin=[0.5]))
+    output = SimpleNamespace()
+    record_on(output).best = cast(Any, SimpleNamespace(runner_up=[9], margin=[0.5]))
     for tokens, emitted, flagged in (([4], 9, False), ([4, 9], 9, True), ([4, 9, 9], 5, False)):
         req.output_ids = tokens
         result = SimpleNamespace(logits_output=output, next_token_ids=[5])
@@ -499,7 +499,8 @@ def test_a_fault_waits_where_a_grammar_leaves_one_token(margin):
     gate = SimpleNamespace(faults=frozenset({1}), injected_first=None)
     req = SimpleNamespace(gate=gate, output_ids=[], req_pool_idx=0)
     best = SimpleNamespace(runner_up=[9], margin=[margin])
-    result = SimpleNamespace(logits_output=SimpleNamespace(gate=best), next_token_ids=[5])
+    result = SimpleNamespace(logits_output=SimpleNamespace(), next_token_ids=[5])
+    record_on(result.logits_output).best = cast(Any, best)
     assert not inject_fault(None, req, result, 0) and result.next_token_ids == [5]
 
 
@@ -517,7 +518,7 @@ class Forwards:
         self.verified: list[tuple[int, int]] = []
         self.asked: list[list[int]] = []
         verifier = SimpleNamespace(rows=2, choose=self._choose, run=self._run)
-        self.scheduler = SimpleNamespace(
+        self.scheduler: Any = SimpleNamespace(
             server_args=SimpleNamespace(chunked_prefill_size=-1, max_prefill_tokens=16),
             model_config=SimpleNamespace(vocab_size=50),
             req_to_token_pool=SimpleNamespace(
@@ -526,12 +527,8 @@ class Forwards:
             token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: 60),
             tree_cache=SimpleNamespace(evictable_size=lambda: 0),
         )
-        self.controller: Any = SimpleNamespace(
-            scheduler=self.scheduler,
-            verifier=verifier,
-            prefill_chunk=8,
-            prefill=SimpleNamespace(together=together),
-        )
+        prefill = SimpleNamespace(together=together)
+        self.checks: Any = SimpleNamespace(verifier=verifier, prefill=prefill)
         monkeypatch.setattr(replay, "extend", self._extend)
         monkeypatch.setattr(replay, "internal_request", self._request)
         monkeypatch.setattr(replay, "release", lambda _, req: self.released.append(req.rid))
@@ -559,7 +556,7 @@ class Forwards:
         if columns is not None:
             answer = replace(answer, columns=columns)
         digests = SimpleNamespace(of=lambda slots: self.asked.append(slots.tolist()) or slots)
-        return list(Replay(self.controller, answer, digests).parts())
+        return list(Replay(self.scheduler, self.checks, 8, answer, digests).parts())
 
 
 def test_a_replay_prefills_in_other_row_counts_beside_others_and_frees_all(monkeypatch):

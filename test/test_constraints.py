@@ -14,6 +14,7 @@ from margingate.runtime import constraints, verifier
 from margingate.runtime.verifier import RowInput, Verifier
 
 VOCABULARY = 49152
+NO_PENALTIES: Any = None
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,13 +88,13 @@ def test_a_request_that_is_taken_back_has_the_grammar_of_its_tokens(grammar, tok
     other = ids(tokenizer, "yet")
     for tokens in (output[:2], other, [], output):
         req.output_ids = list(tokens)
-        constraints.follow(req)
+        constraints.follow(req, NO_PENALTIES)
         (here,) = constraints.of_rows(req, [len(tokens) + 1], VOCABULARY)
         mask = req.grammar.allocate_vocab_mask(VOCABULARY, 1, "cpu")
         req.grammar.fill_vocab_mask(mask, 0)
         assert torch.equal(mask, here.mask)
     plain = make_request(None, output)
-    constraints.follow(plain)
+    constraints.follow(plain, NO_PENALTIES)
     assert plain.grammar is None and not constraints.constrained(plain)
 
 
@@ -114,7 +115,7 @@ def test_thinking_is_not_masked_and_is_walked_through(grammar, tokenizer):
     assert all(len(each) < VOCABULARY for each in strict)
     assert all(token in each for token, each in zip(output[answer:], strict))
     req.output_ids = output[: answer + 1]
-    constraints.follow(req)
+    constraints.follow(req, NO_PENALTIES)
     assert req.grammar._is_generation()
 
 
@@ -126,7 +127,7 @@ def test_a_token_that_the_grammar_does_not_take_aborts_its_request(grammar, toke
     first, *_, last = constraints.of_rows(req, [1, 2, len(req.output_ids) + 1], VOCABULARY)
     assert first.mask is not None and last is None, "no verdict without its mask"
     assert req.gate.grammar_failed and req.to_finish is None, "the pass gives it up"
-    constraints.follow(req)
+    constraints.follow(req, NO_PENALTIES)
     assert isinstance(req.to_finish, FINISH_ABORT) and req.grammar is before
 
 
@@ -227,7 +228,7 @@ def test_a_grammar_that_cannot_follow_is_left_and_its_request_aborted(step):
     advanced = Fails()
     req = make_request(advanced, [4, 5])
     req.gate.grammar_start.at = step
-    constraints.follow(req)
+    constraints.follow(req, NO_PENALTIES)
     assert req.grammar is advanced and advanced.taken == (4, 5), "not walked twice"
     assert req.to_finish.to_json() == FINISH_ABORT().to_json()
 

@@ -5,54 +5,48 @@ from __future__ import annotations
 from collections import deque
 from http import HTTPStatus
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
 from sglang.srt.managers.schedule_policy import AddReqResult
 
-from margingate.config import GateError
-from margingate.runtime import (
-    canonical,
-    ends,
-    margins,
-    prefill,
-    retraction,
-    scheduler,
-    stream,
-)
+from margingate.config import GateConfig, GateError
+from margingate.runtime import batches, canonical, ends, margins, retraction
 from margingate.runtime.canonical import CanonicalSteps
 from margingate.runtime.canonical_prefill import Prefill
+from margingate.runtime.open_requests import OpenRequests
 from margingate.runtime.overlap import InFlight
+from margingate.runtime.prefill import Admission
+from margingate.runtime.record import GateRequest
+from margingate.runtime.stream import SettledStream
 
 
 def unreachable(*_args, **_kwargs):
     raise AssertionError("SGLang's own code was called")
 
 
-ALONE = SimpleNamespace(prefill=Prefill())
-TOGETHER = SimpleNamespace(prefill=Prefill(together=True))
+ALONE, TOGETHER = Admission(Prefill(), 64), Admission(Prefill(together=True), 64)
 
 
-def test_prompts_that_may_share_a_forward_are_left_to_sglang(monkeypatch):
-    monkeypatch.setattr(prefill.state, "controller", lambda: TOGETHER)
+def test_prompts_that_may_share_a_forward_are_left_to_sglang():
     req = SimpleNamespace(gate=SimpleNamespace(gated=True, kept=None))
-    assert prefill.add_one_req(lambda *a: a, "adder", req, False, None) == (
+    assert TOGETHER.add_one_req(lambda *a: a, "adder", req, False, None) == (
         "adder",
         req,
         False,
         None,
     )
-    assert prefill.add_chunked_req(lambda *a: a, "adder", req) == ("adder", req)
+    assert TOGETHER.add_chunked_req(lambda *a: a, "adder", req) == ("adder", req)
 
 
 @pytest.mark.parametrize("gated", [True, False])
-def test_nothing_is_prefilled_beside_a_parked_chunk(gated, monkeypatch):
+def test_nothing_is_prefilled_beside_a_parked_chunk(gated):
     """SGLang would take the parked chunk to be in that batch, and lose the answer's first token."""
-    monkeypatch.setattr(prefill.state, "controller", lambda: ALONE)
     adder = SimpleNamespace(can_run_list=[])
     req = SimpleNamespace(gate=SimpleNamespace(gated=gated, kept=None))
-    assert prefill.add_one_req(unreachable, adder, req, True, None) is AddReqResult.OTHER
+    assert ALONE.add_one_req(unreachable, adder, req, True, None) is AddReqResult.OTHER
 
 
 def retracted(reason):
@@ -64,21 +58,22 @@ def retracted(reason):
 
 def test_a_first_token_that_stands_in_for_kept_output_ends_nothing():
     req = retracted(FINISH_LENGTH(1))
-    scheduler.update_finish_state(lambda *_: None, req)
+    ends.finish_checked(OpenRequests(GateConfig(rows=8)), req)
     assert req.finished_reason is None and req.finished_len is None
 
 
-def test_an_abort_of_a_retracted_request_stands(monkeypatch):
-    held = []
-    monkeypatch.setattr(scheduler.state, "controller", lambda: None)
-    monkeypatch.setattr(scheduler.ends, "hold", lambda _controller, req: held.append(req))
-    req = retracted(FINISH_ABORT("gone"))
-    scheduler.update_finish_state(lambda *_: None, req)
-    assert held == [req] and isinstance(req.finished_reason, FINISH_ABORT)
+def test_an_abort_of_a_retracted_request_stands():
+    requests, req = OpenRequests(GateConfig(rows=8)), retracted(FINISH_ABORT("gone"))
+    requests.open(req)
+    ends.finish_checked(requests, req)
+    assert isinstance(req.finished_reason, FINISH_ABORT) and not requests.held
 
 
 def test_a_retracted_request_sends_nothing_until_its_output_is_back():
-    stream._send_settled(unreachable, None, retracted(None))
+    nothing: Any = None
+    SettledStream(nothing, nothing, nothing, nothing)._send_settled(
+        unreachable, None, retracted(None)
+    )
 
 
 def test_steps_of_any_size_are_canonical_where_prefill_gives_their_bits():
@@ -149,11 +144,8 @@ def test_a_verifier_whose_rows_depend_on_its_padding_is_refused(ranks, said):
         (100, 3, 4300, True),
     ],
 )
-def test_a_retracted_request_is_admitted_where_its_answer_has_room_too(
-    kept, running, room, fits, monkeypatch
-):
+def test_a_retracted_request_is_admitted_where_its_answer_has_room_too(kept, running, room, fits):
     """Else it is prefilled and retracted in turns, and nothing else decodes."""
-    monkeypatch.setattr(prefill.state, "controller", lambda: TOGETHER)
     gate = SimpleNamespace(kept=None if kept is None else SimpleNamespace(tokens=[0] * kept))
     req = SimpleNamespace(
         gate=gate,
@@ -166,18 +158,17 @@ def test_a_retracted_request_is_admitted_where_its_answer_has_room_too(
         running_batch=SimpleNamespace(is_empty=lambda: not running),
         rem_total_tokens=room,
     )
-    found = prefill.add_one_req(lambda *_: "SGLang's", adder, req, False, None)
+    found = TOGETHER.add_one_req(lambda *_: "SGLang's", adder, req, False, None)
     assert found == ("SGLang's" if fits else AddReqResult.NO_TOKEN)
 
 
-def test_nothing_overtakes_a_gated_prompt_that_must_go_alone(monkeypatch):
+def test_nothing_overtakes_a_gated_prompt_that_must_go_alone():
     """Ungated prompts in chunks, one behind another, would keep it from ever starting."""
-    monkeypatch.setattr(prefill.state, "controller", lambda: ALONE)
     ungated = SimpleNamespace(gate=None)
     req = SimpleNamespace(gate=SimpleNamespace(gated=True, kept=None))
     for half_done in (True, False):
         adder = SimpleNamespace(can_run_list=[ungated])
-        found = prefill.add_one_req(unreachable, adder, req, half_done, None)
+        found = ALONE.add_one_req(unreachable, adder, req, half_done, None)
         assert found is AddReqResult.OTHER
 
 
@@ -194,31 +185,25 @@ def test_an_abort_that_meets_a_retraction_keeps_what_was_settled(reason, given_u
     assert retraction._is_given_up(SimpleNamespace(to_finish=reason)) is given_up
 
 
-def test_a_retracted_request_that_left_the_queue_is_forgotten(monkeypatch):
+def test_a_retracted_request_that_left_the_queue_is_forgotten():
     def make(key: str, *, away: bool):
-        gate = SimpleNamespace(key=key, kept=None)
-        return SimpleNamespace(gate=gate, is_retracted=away)
+        return SimpleNamespace(gate=GateRequest(key, True), is_retracted=away)
 
     keys = ("decoding", "queued", "chunked", "merging", "again", "dropped")
     reqs = {key: make(key, away=key != "decoding") for key in keys}
     reqs["again"].is_retracted, reqs["again"].gate.kept = False, object()
-    stub = SimpleNamespace(
-        requests=reqs,
-        held={},
-        rejoining=[],
-        prefilled_again=[reqs["again"]],
-        in_flight=SimpleNamespace(batches=list),
-        scheduler=SimpleNamespace(
-            running_batch=SimpleNamespace(reqs=[reqs["decoding"]]),
-            last_batch=SimpleNamespace(reqs=[reqs["merging"]]),
-            waiting_queue=[reqs["queued"]],
-            chunked_req=reqs["chunked"],
-        ),
+    requests = OpenRequests(GateConfig(rows=8))
+    for req in reqs.values():
+        requests.open(req)
+    requests.mark_prefilled_again(reqs["again"])
+    scheduler = SimpleNamespace(
+        running_batch=SimpleNamespace(reqs=[reqs["decoding"]]),
+        last_batch=SimpleNamespace(reqs=[reqs["merging"]]),
+        waiting_queue=[reqs["queued"]],
+        chunked_req=reqs["chunked"],
     )
-    forgotten: list[str] = []
-    monkeypatch.setattr(ends, "forget", lambda _, req: forgotten.append(req.gate.key))
-    ends.reap_dropped(stub)
-    assert forgotten == ["dropped"]
+    batches.close_vanished(scheduler, requests, [])
+    assert [key for key in keys if key not in requests] == ["dropped"]
 
 
 # -- what SGLang's sampler is given to choose from
@@ -237,20 +222,19 @@ def test_a_retracted_request_that_left_the_queue_is_forgotten(monkeypatch):
     ],
 )
 def test_a_greedy_batch_leaves_sglang_one_column_to_choose_from(
-    monkeypatch, greedy, observes, logprobs, masks, width
+    greedy, observes, logprobs, masks, width
 ):
     info = SimpleNamespace(
         is_all_greedy=greedy, return_sampling_masks=masks, top_ks=torch.tensor([1, 20])
     )
     forward = margins._Forward(info, None, torch.zeros(2), logprobs)
     info.temperatures = torch.ones(2, 1)
-    controller = SimpleNamespace(observes_only=observes)
-    monkeypatch.setattr(margins.state, "controller", lambda: controller)
-    monkeypatch.setattr(margins, "_forward", [forward])
+    sampling = margins.Sampling(cast(Any, None), observes=observes)
+    sampling._forward = forward
     logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 1.0]])
-    given = margins.after_preprocess(logits, "sampler", logits, info)
+    given = sampling.after_preprocess(logits)
     assert (None if given is None else given.shape[1]) == width
     assert forward.best.ids.tolist() == [1, 0] and len(logits[0]) == 3
     assert (forward.logprobs is not None) == logprobs
-    monkeypatch.setattr(margins, "_forward", [])
-    assert margins.after_preprocess(logits) is None, "log-probs without a token"
+    sampling._forward = None
+    assert sampling.after_preprocess(logits) is None, "log-probs without a token"

@@ -331,6 +331,7 @@ def test_an_endpoint_without_a_host_cannot_be_subscribed_to():
 
 def test_the_observer_tells_what_the_gate_does(endpoint, out):
     from margingate.runtime.events import GateEvents
+    from margingate.runtime.open_requests import OpenRequests
     from margingate.runtime.record import Counts
 
     counts = Counts(steps=9, flagged=1)
@@ -338,10 +339,10 @@ def test_the_observer_tells_what_the_gate_does(endpoint, out):
     finish = SimpleNamespace(to_json=lambda: {"type": "length"})
     req = SimpleNamespace(rid="r", gate=gate, output_ids=[4, 6, 7], finished_reason=finish)
     batch = SimpleNamespace(reqs=[req], forward_mode=SimpleNamespace(is_decode=lambda: True))
-    controller = SimpleNamespace(
-        step=3, canonical_steps=0, requests={"1:r": req}, held={}, totals=Counts(passes=2)
-    )
-    events = GateEvents(controller, out)
+    requests = OpenRequests(GateConfig(rows=8))
+    req.gate.key, requests.step, requests.totals = "1:r", 3, Counts(passes=2)
+    requests.open(req)
+    events = GateEvents(requests, out)
     with Subscriber(endpoint) as subscriber:
         wait_for(lambda: events.turned() or out.listening, "nobody was heard of")
         [totals] = subscriber.receive(5).message.records

@@ -184,29 +184,29 @@ def test_without_a_promise_there_is_none_and_no_weights_are_read(fingerprint, pa
     ],
 )
 def test_whatever_replaces_weights_is_noticed(
-    fingerprint, monkeypatch, server, received, success, generations, flushed
+    fingerprint, server, received, success, generations, flushed
 ):
     server.cached = True
     idle = SimpleNamespace(is_fully_idle=lambda: True)
-    controller = SimpleNamespace(fingerprint=server.fingerprint, scheduler=idle)
-    monkeypatch.setattr(fingerprint.state, "controller", lambda: controller)
     result = SimpleNamespace(success=success)
     ask = SimpleNamespace(**received)
-    assert fingerprint.weights_change(lambda manager, ask: result, None, ask) is result
+    found = fingerprint.weights_change(
+        server.fingerprint, idle, lambda manager, ask: result, None, ask
+    )
+    assert found is result
     assert server.fingerprint.admit() == generations
     assert (server.now() is None) is (generations == 1 and not flushed)
 
 
-def test_an_update_that_raises_is_noticed_too(fingerprint, monkeypatch, server):
+def test_an_update_that_raises_is_noticed_too(fingerprint, server):
     idle = SimpleNamespace(is_fully_idle=lambda: True)
-    controller = SimpleNamespace(fingerprint=server.fingerprint, scheduler=idle)
-    monkeypatch.setattr(fingerprint.state, "controller", lambda: controller)
 
     def fail(_manager: Any, _received: Any) -> None:
         raise RuntimeError("half of them are in")
 
     with pytest.raises(RuntimeError):
-        fingerprint.weights_change(fail, None, SimpleNamespace(flush_cache=True))
+        asked = SimpleNamespace(flush_cache=True)
+        fingerprint.weights_change(server.fingerprint, idle, fail, None, asked)
     assert server.fingerprint.admit() == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ def ranking(monkeypatch):
         )
 
 
-def of_the_fast_path(monkeypatch, logits, temperatures, ks, ids) -> LogprobResult:
+def of_the_fast_path(logits, temperatures, ks, ids) -> LogprobResult:
     """What SGLang reports of a batch, with the sampler's hooks and its own code between them."""
     greedy = all(each == 1.0 for each in temperatures)
     info = SimpleNamespace(
@@ -109,14 +110,14 @@ def of_the_fast_path(monkeypatch, logits, temperatures, ks, ids) -> LogprobResul
         temperatures=torch.tensor(temperatures).view(-1, 1),
     )
     forward = margins._Forward(info, None, torch.zeros(len(logits)), True)
-    monkeypatch.setattr(margins.state, "controller", lambda: SimpleNamespace(observes_only=False))
-    monkeypatch.setattr(margins, "_forward", [forward])
-    left = margins.after_preprocess(logits)
+    sampling = margins.Sampling(cast(Any, None), observes=False)
+    sampling._forward = forward
+    left = sampling.after_preprocess(logits)
     left = logits if left is None else left
     theirs = torch.log_softmax(left, -1) if greedy else torch.log(torch.softmax(left, -1))
     original = OutputLogprobProcessor.compute_logprobs
     chosen = torch.argmax(left, -1)
-    return margins.compute_logprobs(original, OutputLogprobProcessor(), theirs, ks, ids, chosen)
+    return sampling.compute_logprobs(original, OutputLogprobProcessor(), theirs, ks, ids, chosen)
 
 
 @pytest.mark.parametrize("temperatures", [(1.0, 1.0, 1.0, 1.0), (1.0, 0.7, 1.3, 1.0)])
@@ -124,7 +125,7 @@ def test_the_verifier_says_of_a_row_what_the_fast_path_says(monkeypatch, ranking
     """Also where the neighbours want more: the rows of the pass are other ones, with other k."""
     logits = scores(4, 4)
     ks, ids = [10, 0, 50, 3], [(5, 260), None, None, ()]
-    result = of_the_fast_path(monkeypatch, logits.clone(), temperatures, ks, ids)
+    result = of_the_fast_path(logits.clone(), temperatures, ks, ids)
     draws = [None if t == 1.0 else SimpleNamespace(temperature=t) for t in temperatures]
     tokens = softmax_top2(logits).ids.tolist()
     for order in ([0, 1, 2, 3], [3, 0], [0], [2, 1]):

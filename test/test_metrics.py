@@ -11,12 +11,13 @@ from prometheus_client import CollectorRegistry
 from test_layering import MODULES, below, imported
 
 from margingate.calibration import miss_bound
-from margingate.config import GateError
+from margingate.config import GateConfig, GateError
 from margingate.core.audit import Audits, Bits
 from margingate.core.policy import Reason
 from margingate.runtime import metrics
 from margingate.runtime.metrics import COUNTED, FLUSH_S, METRICS, PREFIX, GateMetrics
-from margingate.runtime.record import Counts
+from margingate.runtime.open_requests import OpenRequests
+from margingate.runtime.record import Counts, GateRequest, Hold
 
 DOCS = Path(__file__).parents[1] / "docs"
 LABELS = {"model_name": "m", "tp_rank": 0}
@@ -24,27 +25,22 @@ SUFFIXES = {"counter": ("",), "gauge": ("",), "histogram": ("_bucket", "_sum", "
 SERIES = {PREFIX + m.name + suffix: m.name for m in METRICS for suffix in SUFFIXES[m.kind]}
 
 
-def request(**counts: float) -> Any:
-    return SimpleNamespace(gate=SimpleNamespace(counts=Counts(**counts)))
+def request(key: str = "1:a", **counts: float) -> Any:
+    return SimpleNamespace(gate=GateRequest(key, True, counts=Counts(**counts)))
 
 
 class Gate:
-    """A controller's counters, the metrics that watch it, and a clock."""
+    """A scheduler's counters, the metrics that watch it, and a clock."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, policy: str = "margin") -> None:
         self.time = 100.0
         monkeypatch.setattr(metrics, "now", lambda: self.time)
-        self.controller = SimpleNamespace(
-            totals=Counts(),
-            requests={},
-            held={},
-            reasons={},
-            dues={},
-            observes_only=policy == "observe",
-            auditor=SimpleNamespace(audits=Audits(1)),
-        )
+        self.requests, self.audits = OpenRequests(GateConfig(rows=8)), Audits(1)
         self.registry = CollectorRegistry()
-        self.metrics = GateMetrics(self.controller, LABELS, self.registry)
+        observes = policy == "observe"
+        self.metrics = GateMetrics(
+            self.requests, self.audits, LABELS, self.registry, observes=observes
+        )
 
     def step(self, mode: str = "decode", gated: int = 1, canonical: bool = False) -> None:
         forward_mode = SimpleNamespace(is_decode=lambda: mode == "decode")
@@ -78,11 +74,13 @@ def test_every_series_is_there_at_zero_from_the_start(gate):
 
 def test_counters_are_those_of_ended_and_open_requests(gate):
     rising = {field: 10 + i for i, field in enumerate(COUNTED.values())}
-    gate.controller.totals = Counts(**rising, passes=7)
-    gate.controller.requests = {"1:a": request(flips=2), "2:b": request(flips=3, passes=5)}
-    gate.controller.held = {"2:b": gate.controller.requests["2:b"]}
-    gate.controller.reasons = {Reason.ABOVE: 6, Reason.BELOW: 2}
-    gate.controller.dues = {"full": 4, "idle": 3}
+    gate.requests.totals = Counts(**rising, passes=7)
+    ended, held = request("1:a", flips=2), request("2:b", flips=3, passes=5)
+    for each in (ended, held):
+        gate.requests.open(each)
+    gate.requests.withhold(held, Hold(None, None, 0.0))
+    gate.requests.reasons = {Reason.ABOVE: 6, Reason.BELOW: 2}
+    gate.requests.dues = {"full": 4, "idle": 3}
     gate.step()
     gate.turn()
     for name, field in COUNTED.items():
@@ -91,9 +89,8 @@ def test_counters_are_those_of_ended_and_open_requests(gate):
     assert (gate["passes_total{full}"], gate["passes_total{idle}"]) == (4, 3)
     assert (gate["open_reqs"], gate["held_reqs"]) == (2, 1)
 
-    ended = gate.controller.requests.pop("1:a")
-    gate.controller.totals.add(ended.gate.counts)
-    gate.controller.reasons[Reason.ABOVE] += 1
+    gate.requests.close(ended)
+    gate.requests.reasons[Reason.ABOVE] += 1
     gate.metrics.ended(ended)
     gate.turn()
     assert gate["flips_total"] == rising["flips"] + 5
@@ -102,7 +99,7 @@ def test_counters_are_those_of_ended_and_open_requests(gate):
 
 
 def test_audits_are_told_while_nothing_else_happens(gate):
-    audits = gate.controller.auditor.audits
+    audits = gate.audits
     gate.turn()
     assert gate["audit_mismatch_bound"] == 0, "nothing was flushed yet"
     audits.compared(40, mismatch=False)
@@ -158,8 +155,8 @@ def test_prometheus_is_told_at_most_every_half_second_and_in_the_end(gate):
 
 def test_policy_observe_counts_flags_that_nobody_acts_upon(monkeypatch):
     gate = Gate(monkeypatch, "observe")
-    gate.controller.totals = Counts(steps=9, flagged=4)
-    gate.controller.reasons = {"observed": 9}
+    gate.requests.totals = Counts(steps=9, flagged=4)
+    gate.requests.reasons = {"observed": 9}
     gate.step(gated=0)
     gate.turn()
     assert (gate["rows_total{observed}"], gate["flagged_rows_total{observed}"]) == (9, 4)
@@ -169,13 +166,14 @@ def test_policy_observe_counts_flags_that_nobody_acts_upon(monkeypatch):
 def test_what_cannot_be_registered_is_an_error(gate, labels):
     registry = gate.registry if labels is LABELS else CollectorRegistry()
     with pytest.raises(GateError, match=r"sglang:gate_rows_total cannot be registered: .+: drop"):
-        GateMetrics(gate.controller, labels, registry)
+        GateMetrics(gate.requests, gate.audits, labels, registry)
 
 
 def test_metrics_are_kept_where_sglang_keeps_its_own():
     reporter = SimpleNamespace(current_scheduler_metrics_enabled=False)
     scheduler = SimpleNamespace(metrics_reporter=reporter, metrics_collector=None)
-    assert metrics.observers(SimpleNamespace(scheduler=scheduler)) == ()
+    requests = OpenRequests(GateConfig(rows=8))
+    assert metrics.observers(scheduler, requests, Audits(1), observes=False) == ()
 
 
 def test_prometheus_client_is_imported_late():

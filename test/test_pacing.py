@@ -9,28 +9,18 @@ from typing import Any
 
 import pytest
 
+from margingate.config import GateConfig
 from margingate.core.costs import DELAYS, Costs, best_delay
-from margingate.core.queue import MicroBatchQueue
 from margingate.runtime import pacing
+from margingate.runtime.open_requests import OpenRequests
 from margingate.runtime.pacing import EVERY, FEW, FIRST, Pacer
-from margingate.runtime.record import Counts
+from margingate.runtime.record import Counts, GateRequest
 
 COSTS = Costs(step_ms=8.0, pass_ms=9.0, rows=256)
 
 
-def make_controller(**changes: Any) -> SimpleNamespace:
-    given = {
-        "queue": MicroBatchQueue(256, 0),
-        "totals": Counts(),
-        "requests": {},
-        "config": SimpleNamespace(max_delay=None),
-        "verifier": SimpleNamespace(device="cuda"),
-        "canonical": None,
-        "observes_only": False,
-        "rides": SimpleNamespace(serves=True),
-        "scheduler": SimpleNamespace(server_args=SimpleNamespace(tp_size=1)),
-    }
-    return SimpleNamespace(**{**given, **changes})
+def make_requests() -> OpenRequests:
+    return OpenRequests(GateConfig(rows=256, max_delay=0))
 
 
 def step(pacer: Pacer, gated: int, times: int = EVERY, *, decode: bool = True) -> None:
@@ -40,39 +30,43 @@ def step(pacer: Pacer, gated: int, times: int = EVERY, *, decode: bool = True) -
 
 
 def test_the_first_delay_is_that_of_a_load_made_up(caplog):
-    controller = make_controller()
+    requests = make_requests()
     with caplog.at_level(logging.INFO):
-        Pacer(controller, COSTS)
-    assert controller.queue.max_delay == best_delay(FIRST, COSTS) > 0
+        Pacer(requests, COSTS)
+    assert requests.queue.max_delay == best_delay(FIRST, COSTS) > 0
     assert "(at start: 8.0 requests a step, 15.0 % flagged, 0.50 % flips" in caplog.text
 
 
 def test_flips_shorten_the_wait_and_calm_makes_it_long_again(caplog):
-    controller = make_controller()
-    pacer = Pacer(controller, COSTS)
-    first = controller.queue.max_delay
+    requests = make_requests()
+    pacer = Pacer(requests, COSTS)
+    first = requests.queue.max_delay
     with caplog.at_level(logging.INFO):
-        controller.totals = Counts(steps=50_000, flagged=10_000, flips=10_000)
+        requests.totals = Counts(steps=50_000, flagged=10_000, flips=10_000)
         step(pacer, 2, EVERY - 1)
-        assert controller.queue.max_delay == first, "not yet"
+        assert requests.queue.max_delay == first, "not yet"
         step(pacer, 2, 1)
-    wild = controller.queue.max_delay
+    wild = requests.queue.max_delay
     assert wild in DELAYS and wild < first and "after 50000 rows: 2.0 requests" in caplog.text
     # What was seen before does not count again.
-    controller.totals = Counts(steps=150_000, flagged=60_000, flips=10_000)
+    requests.totals = Counts(steps=150_000, flagged=60_000, flips=10_000)
     step(pacer, 2)
-    assert controller.queue.max_delay > wild
+    assert requests.queue.max_delay > wild
 
 
 def test_open_requests_count_and_are_not_counted_twice_when_they_end(monkeypatch):
     seen = []
     monkeypatch.setattr(pacing, "best_delay", lambda load, *_: seen.append(load) or 4)
-    open_one = SimpleNamespace(gate=SimpleNamespace(counts=Counts(steps=1000, flagged=1000)))
-    controller = make_controller(requests={"a": open_one})
-    pacer = Pacer(controller, COSTS)
+    counts = Counts(steps=1000, flagged=1000)
+    open_one, requests = (
+        SimpleNamespace(gate=GateRequest("a", True, counts=counts)),
+        make_requests(),
+    )
+    requests.open(open_one)
+    pacer = Pacer(requests, COSTS)
     step(pacer, 3)
     assert seen[-1].requests == 3 and seen[-1].trigger_rate == pytest.approx((1000 + 150) / 2000)
-    controller.requests, controller.totals = {}, Counts(steps=1000, flagged=1000)
+    requests.close(open_one)
     step(pacer, 5)
     assert seen[-1].requests == 5 and seen[-1].trigger_rate == pytest.approx(FIRST.trigger_rate)
     assert seen[-1].flip_rate == pytest.approx(FIRST.flip_rate)
@@ -81,7 +75,7 @@ def test_open_requests_count_and_are_not_counted_twice_when_they_end(monkeypatch
 def test_prefills_and_steps_without_gated_requests_are_not_looked_at(monkeypatch):
     looks = []
     monkeypatch.setattr(pacing, "best_delay", lambda load, *_: looks.append(load) or 4)
-    pacer = Pacer(make_controller(), COSTS)
+    pacer = Pacer(make_requests(), COSTS)
     step(pacer, 0, 3 * EVERY)
     step(pacer, 4, 3 * EVERY, decode=False)
     assert len(looks) == 1
@@ -90,34 +84,34 @@ def test_prefills_and_steps_without_gated_requests_are_not_looked_at(monkeypatch
 
 
 def test_a_delay_that_stays_is_not_told(caplog):
-    pacer = Pacer(make_controller(), COSTS)
+    pacer = Pacer(make_requests(), COSTS)
     with caplog.at_level(logging.INFO):
         step(pacer, int(FIRST.requests))
     assert not caplog.text
 
 
+def observers(*, max_delay: int | None = None, device: str = "cuda", merges: bool = True) -> Any:
+    """The queue's delay afterwards, and who is to be told."""
+    scheduler = SimpleNamespace(server_args=SimpleNamespace(tp_size=1))
+    verifier: Any = SimpleNamespace(device=device, rows=COSTS.rows)
+    requests, config = make_requests(), GateConfig(max_delay=max_delay)
+    found = pacing.observers(scheduler, config, verifier, requests, merges=merges)
+    return requests.queue.max_delay, found
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"config": SimpleNamespace(max_delay=0)},
-        {"config": SimpleNamespace(max_delay=8)},
-        {"canonical": object()},
-        {"observes_only": True},
-        {"verifier": SimpleNamespace(device="cpu")},
-    ],
+    "changes", [{"max_delay": 0}, {"max_delay": 8}, {"merges": False}, {"device": "cpu"}]
 )
 def test_there_is_no_pacer_where_passes_are_not_to_be_spaced(changes, monkeypatch):
     monkeypatch.setattr(pacing, "measure", None)
-    controller = make_controller(**changes)
-    assert pacing.observers(controller) == () and controller.queue.max_delay == 0
+    assert observers(**changes) == (0, ())
 
 
 def test_the_pacer_of_a_stock_path_on_a_gpu_is_measured(monkeypatch):
     monkeypatch.setattr(pacing, "measure", lambda _verifier: (COSTS.step_ms, COSTS.pass_ms))
-    controller = make_controller(verifier=SimpleNamespace(device="cuda", rows=COSTS.rows))
-    (pacer,) = pacing.observers(controller)
+    delay, (pacer,) = observers()
     riding = replace(COSTS, rides=True)
-    assert isinstance(pacer, Pacer) and controller.queue.max_delay == best_delay(FIRST, riding)
+    assert isinstance(pacer, Pacer) and delay == best_delay(FIRST, riding)
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,12 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from margingate.core.ledger import Ledger
-from margingate.runtime import integrity, state
+from margingate.config import GateConfig
+from margingate.runtime import integrity
 from margingate.runtime.canonical_prefill import Prefill
-from margingate.runtime.radix import GateRadixCache, canonical_columns
+from margingate.runtime.open_requests import OpenRequests
+from margingate.runtime.overlap import InFlight
+from margingate.runtime.radix import GateRadixCache
 from margingate.runtime.record import CACHE_NAMESPACE, GateRequest
 
 CHUNK = 4
@@ -53,7 +55,6 @@ def server() -> Iterator[None]:
             patch.setattr(module, name, lambda: published)
         patch.setattr(schedule_batch, "get_serving", lambda: published)
         yield
-    state.set_controller(None)
 
 
 class World:
@@ -64,30 +65,23 @@ class World:
         self.allocator = TokenToKVPoolAllocator(SLOTS, torch.bfloat16, "cpu", None, False)
         params = CacheInitParams(False, self.pool, self.allocator, page_size=1)
         self.tree = GateRadixCache(params, CHUNK)
-        self.tree.share(prefill)
+        self.requests = OpenRequests(GateConfig(rows=64))
+        self.tree.share(prefill, self.requests)
         self.alone = not prefill.together
         self.columns: dict[int, Column] = {}  # by slot
         self.live: list[Any] = []
-        self.ledger = Ledger("sparse", "span")
+        self.ledger = self.requests.ledger
         self.made = 0
-        scheduler = SimpleNamespace(
+        self.scheduler = SimpleNamespace(
             token_to_kv_pool_allocator=self.allocator,
             tree_cache=self.tree,
             req_to_token_pool=self.pool,
             running_batch=SimpleNamespace(reqs=self.live),
             last_batch=None,
             chunked_req=None,
+            enable_overlap=False,
         )
-        self.controller = SimpleNamespace(
-            ledger=self.ledger,
-            requests={},
-            scheduler=scheduler,
-            batch=None,
-            held={},
-            rejoining=[],
-            in_flight=SimpleNamespace(batches=list),
-        )
-        state.set_controller(self.controller)
+        self.in_flight = InFlight(self.scheduler)
 
     # -- what the scheduler does
 
@@ -164,15 +158,13 @@ class World:
     def _emit(self, req: Any, canonical: bool) -> None:
         key = req.gate.key
         if req.gate.gated:
-            if key not in self.controller.requests:
-                self.ledger.open(key)
-                self.controller.requests[key] = req
+            if key not in self.requests:
+                self.requests.open(req)
             self.ledger.emit(key, flagged=False, canonical=canonical)
         req.output_ids.append(len(req.output_ids) % 2)
 
     def _forget(self, req: Any) -> None:
-        if self.controller.requests.pop(req.gate.key, None) is not None:
-            self.ledger.close(req.gate.key)
+        self.requests.close(req)
 
     def _allocate(self, req: Any, start: int, end: int) -> None:
         common.evict_from_tree_cache(self.tree, end - start)
@@ -198,7 +190,7 @@ class World:
 
     def check(self) -> None:
         """Each slot is somebody's, each column where it belongs, each lock somebody's too."""
-        integrity.check(self.controller)
+        integrity.check(self.scheduler, self.requests, self.in_flight)
         for req in self.live:
             if req.kv is not None:
                 self._check_columns(self.slots(req, req.kv.kv_allocated_len), self.tokens(req))
@@ -334,9 +326,9 @@ def test_what_a_verify_pass_repaired_enters_too(world: World):
     world.prefill(req)
     for canonical in (True, False, True):
         world.decode(req, canonical)
-    assert canonical_columns(req) == 11
+    assert world.requests.canonical_columns(req) == 11
     world.verify(req)
-    assert canonical_columns(req) == 13
+    assert world.requests.canonical_columns(req) == 13
     world.decode(req, False)
     world.finish(req)
     assert world.shared() == [(*PROMPT, *req.output_ids[:3])]
@@ -351,13 +343,12 @@ def test_what_is_not_to_enter_or_not_known_adds_nothing(world: World, how: dict[
 
 
 @pytest.mark.parametrize("world", [ANSWERS], indirect=True)
-def test_without_a_gate_no_column_is_canonical(world: World):
+def test_of_a_request_that_is_not_open_no_column_is_canonical(world: World):
     req = world.arrive(PROMPT)
     world.prefill(req)
-    assert canonical_columns(req) == 10
-    state.set_controller(None)
-    assert canonical_columns(req) == 0
-    state.set_controller(world.controller)
+    assert world.requests.canonical_columns(req) == 10
+    world.requests.close(req)
+    assert world.requests.canonical_columns(req) == 0
 
 
 @pytest.mark.parametrize("world", [TOGETHER], indirect=True)

@@ -2,16 +2,18 @@
 
 from array import array
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from margingate.runtime import stream
+from margingate.runtime.stream import SettledStream
 
 
 @pytest.mark.parametrize(("frontier", "copied"), [(4, False), (3, True)])
-def test_an_output_that_is_settled_is_not_copied(monkeypatch, frontier, copied):
+def test_an_output_that_is_settled_is_not_copied(frontier, copied):
     ledger = SimpleNamespace(frontier=lambda _key: frontier, mark_sent=lambda *_: None)
-    monkeypatch.setattr(stream.state, "controller", lambda: SimpleNamespace(ledger=ledger))
+    requests, nothing = cast(Any, SimpleNamespace(ledger=ledger)), cast(Any, None)
+    sender = SettledStream(nothing, requests, nothing, nothing)
     tokens = array("q", [5, 6, 7, 8])
     req = SimpleNamespace(
         gate=SimpleNamespace(kept=None, key="a"),
@@ -21,6 +23,6 @@ def test_an_output_that_is_settled_is_not_copied(monkeypatch, frontier, copied):
     )
     seen = []
     accumulator = SimpleNamespace(default_stream_interval=1)
-    stream._send_settled(lambda _acc, req: seen.append(req.output_ids), accumulator, req)
+    sender._send_settled(lambda _acc, req: seen.append(req.output_ids), accumulator, req)
     assert (seen[0] is not tokens) == copied and list(seen[0]) == [5, 6, 7, 8][:frontier]
     assert req.output_ids is tokens and req.sampling_params.stream_interval is None

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from margingate.runtime import ends, state
+from margingate.runtime import ends
+from margingate.runtime.open_requests import OpenRequests
 
 
-def abort_request(original: Any, scheduler: Any, recv_req: Any) -> None:
-    """AROUND Scheduler.abort_request: the exact id, and the requests that SGLang does not know.
+def abort_request(requests: OpenRequests, original: Any, scheduler: Any, recv_req: Any) -> None:
+    """Around Scheduler.abort_request: the exact id, and the requests that SGLang does not know.
 
     SGLang's tokenizer process names the id of each request it means, those of a choice of `n`
     included; the scheduler then takes it for a beginning. An empty id is still all requests.
@@ -18,7 +19,7 @@ def abort_request(original: Any, scheduler: Any, recv_req: Any) -> None:
     rid = "" if recv_req.abort_all else recv_req.rid
     with _hidden(scheduler, rid):
         original(scheduler, recv_req)
-    ends.abort(state.controller(), lambda req: not rid or req.rid == rid)
+    ends.abort(requests, scheduler.tree_cache, lambda req: not rid or req.rid == rid)
 
 
 @contextmanager

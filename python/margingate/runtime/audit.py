@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import zmq
@@ -24,16 +24,17 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.utils import is_health_check_generate_req
 
 from margingate.calibration import miss_bound
+from margingate.config import GateConfig
 from margingate.core.audit import Audits, Bits, Recorded
-from margingate.runtime import constraints, integrity, radix, state
+from margingate.runtime import constraints
 from margingate.runtime.column_bits import ColumnBits
+from margingate.runtime.fingerprint import Fingerprint
 from margingate.runtime.observer import Observer
+from margingate.runtime.open_requests import OpenRequests
 from margingate.runtime.record import is_gated
 from margingate.runtime.replay import Part, Replay, room
+from margingate.runtime.startup_checks import StartupChecks
 from margingate.runtime.verifier import RowResult
-
-if TYPE_CHECKING:
-    from margingate.runtime.controller import GateController
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +44,18 @@ CONFIDENCE = 0.95  # of the bound, one-sided
 class Auditor(Observer):
     """Notes what ended, and replays it; all on the scheduler's thread."""
 
-    def __init__(self, controller: GateController) -> None:
-        self._controller = controller
-        self._scheduler = controller.scheduler
-        seed = self._scheduler.server_args.random_seed or 0
-        self.audits = Audits(controller.config.audit_rate, seed)
+    def __init__(
+        self,
+        scheduler: Any,
+        config: GateConfig,
+        checks: StartupChecks,
+        requests: OpenRequests,
+        fingerprint: Fingerprint,
+    ) -> None:
+        assert config.prefill_chunk is not None
+        self._scheduler, self._checks, self._chunk = scheduler, checks, config.prefill_chunk
+        self._requests, self._fingerprint = requests, fingerprint
+        self.audits = Audits(config.audit_rate, self._scheduler.server_args.random_seed or 0)
         self._columns = ColumnBits(self._scheduler.token_to_kv_pool_allocator.get_kvcache())
         if self.audits.rate > 0:
             # SciPy takes a while to load, and weights to reach the device: now, not while requests
@@ -59,14 +67,16 @@ class Auditor(Observer):
     # -- while requests are served
 
     def freed(self, req: Any) -> None:
-        """Digest the canonical columns of a request that ends, if it is chosen.
+        """Digest the canonical columns of a request that ends, if it is gated and chosen.
 
-        Its slots are free but hold what they held: forwards that are launched later write to them
-        later. Nothing waits for the device.
+        It is the last moment at which they are its own: its slots are free but hold what they
+        held; forwards that are launched later write to them later. Nothing waits for the device.
         """
+        if not is_gated(req) or req.req_pool_idx is None:
+            return
         if self.audits.rate == 0 or not self._is_audited(req):
             return
-        count = min(radix.canonical_columns(req), _columns_of(req))
+        count = min(self._requests.canonical_columns(req), _columns_of(req))
         table = self._scheduler.req_to_token_pool.req_to_token
         try:
             req.gate.columns = self._columns.of(table[req.req_pool_idx, :count].to(torch.int64))
@@ -106,25 +116,23 @@ class Auditor(Observer):
 
     # -- while none are
 
-    def idle(self) -> None:
-        """Replay one request, if one waits. Only when SGLang is fully idle."""
+    def idle(self) -> bool:
+        """Replay one request, if one waits; returns whether. Only when SGLang is fully idle."""
         if not self.audits.waiting or self._is_called():
-            return
+            return False
         if self._scheduler.weight_updater.offload_tags:  # the memory was given back
-            return
-        recorded = self.audits.take(self._controller.fingerprint.generation)
+            return False
+        recorded = self.audits.take(self._fingerprint.generation)
         if recorded is None:
-            return
+            return False
         if not self._fits(recorded):
             self.audits.dropped += 1
-            return
-        replay = Replay(self._controller, recorded, self._columns)
+            return False
+        replay = Replay(self._scheduler, self._checks, self._chunk, recorded, self._columns)
         with closing(replay.parts()) as parts:
             self._compare(recorded, parts, replay)
-        for observer in self._controller.observers:
-            observer.audited(recorded.rid)
-        if self._controller.config.debug:
-            integrity.check(self._controller)
+        self._requests.observers.audited(recorded.rid)
+        return True
 
     def _is_called(self) -> bool:
         """Whether a message waits for the scheduler: a request, an abort, a flush."""
@@ -223,13 +231,6 @@ class _Comparison:
             self.wrong.setdefault(kind, i + 1)
 
 
-def before_free(req: Any) -> None:
-    """Of any request, gated or not: the last moment at which its columns are its own."""
-    controller = state.active()
-    if controller is not None and is_gated(req) and req.req_pool_idx is not None:
-        controller.auditor.freed(req)
-
-
 def _columns_of(req: Any) -> int:
     """Columns of prompt and answer; the last token has none."""
     return len(req.origin_input_ids) + max(len(req.output_ids_through_stop) - 1, 0)
@@ -242,9 +243,9 @@ def _logprobs(req: Any, rows: int) -> array[float]:
     return array("f", req.logprob.output_token_logprobs_val[:rows])
 
 
-def observers(controller: GateController) -> tuple[Observer, ...]:
+def observers(auditor: Auditor) -> tuple[Observer, ...]:
     """The auditor, where there is something to audit."""
-    return (controller.auditor,) if controller.config.audit_rate > 0 else ()
+    return (auditor,) if auditor.audits.rate > 0 else ()
 
 
 def report(audits: Audits) -> dict[str, Any]:

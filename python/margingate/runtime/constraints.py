@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
-from margingate.runtime import penalties, state
+from margingate.runtime import ends, penalties
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,26 +58,20 @@ def begin(req: Any) -> None:
         req.gate.grammar_start = _copy(req)
 
 
-def follow(req: Any) -> None:
-    """The output was changed: grammar and counts become those that it leads to.
+def follow(req: Any, counts: penalties.Table) -> None:
+    """The output was changed: grammar and `counts` become those that it leads to.
 
     Where the grammar cannot follow, the request is aborted; its grammar stays as it was.
     """
     if req.gate.penalties is not None:
-        state.controller().penalties.recount(req)
+        counts.recount(req)
     if req.grammar is None and req.gate.grammar_start is None:
         return
     grammar = _start(req)
     if grammar is not None and _walk(req, grammar, req.output_ids):
         req.grammar = grammar
     else:
-        abort(req)
-
-
-def abort(req: Any) -> None:
-    """End the request with its next finish check, as SGLang does where a token is not taken."""
-    if not req.finished() and req.to_finish is None:
-        req.to_finish = FINISH_ABORT()
+        ends.abort_next(req)
 
 
 def abort_failed(reqs: Iterable[Any]) -> None:
@@ -89,7 +82,7 @@ def abort_failed(reqs: Iterable[Any]) -> None:
     """
     for req in reqs:
         if req.gate.grammar_failed:
-            abort(req)
+            ends.abort_next(req)
 
 
 def of_rows(req: Any, rows: Sequence[int], size: int) -> Iterator[Constraint | None]:

@@ -1,113 +1,81 @@
-"""The ends of requests: withheld while rows are pending, given back, aborted, forgotten."""
+"""The ends of requests: withheld while rows are pending, given back, aborted."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from time import monotonic as now
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.mem_cache.common import release_kv_cache
 
-from margingate.runtime import constraints
+from margingate.runtime.open_requests import OpenRequests
 from margingate.runtime.record import Hold
 
-if TYPE_CHECKING:
-    from margingate.runtime.controller import GateController
 
-
-def hold(controller: GateController, req: Any) -> None:
-    """AFTER the request's own finish check: withhold its end while rows are pending."""
-    key = req.gate.key
-    if key not in controller.requests or isinstance(req.finished_reason, FINISH_ABORT):
-        return
-    controller.ledger.stop(key)
-    if controller.ledger.pending(key):
-        req.gate.hold = Hold(req.finished_reason, req.finished_len, now())
+def finish_checked(requests: OpenRequests, req: Any) -> None:
+    """SGLang found that a gated request is finished: withhold its end while rows are pending."""
+    if req.gate.kept is not None and not isinstance(req.finished_reason, FINISH_ABORT):
+        # Prefilled again after a retraction: this token only stands in for the output it had.
         req.finished_reason = req.finished_len = None
-        controller.held[key] = req
-        controller.queue.note(key, controller.step)
-        controller.queue.drain(key)
+        return
+    key = req.gate.key
+    if key not in requests or isinstance(req.finished_reason, FINISH_ABORT):
+        return
+    requests.ledger.stop(key)
+    if requests.ledger.pending(key):
+        requests.withhold(req, Hold(req.finished_reason, req.finished_len, now()))
+        req.finished_reason = req.finished_len = None
 
 
-def let_go(controller: GateController, req: Any) -> None:
-    """A request decodes on, or ends: it is not held any more."""
-    if controller.held.pop(req.gate.key, None) is not None:
-        req.gate.counts.drain_s += now() - req.gate.hold.since
-        req.gate.hold = None
-
-
-def release(controller: GateController, req: Any) -> None:
+def release(requests: OpenRequests, tree: Any, req: Any) -> None:
     """All rows of a held request are settled: give it its end back."""
-    held = req.gate.hold
-    let_go(controller, req)
+    held = requests.unhold(req)
+    assert held is not None, f"request {req.rid} is not held"
     req.finished_reason, req.finished_len = held.reason, held.length
-    end(controller, req)
+    end(requests, tree, req)
 
 
-def end(controller: GateController, req: Any) -> None:
-    """Free the columns of a finished request; it is told with the next `stream`."""
-    release_kv_cache(req, controller.scheduler.tree_cache)
+def end(requests: OpenRequests, tree: Any, req: Any) -> None:
+    """Free the columns of a finished request; its end is to be sent."""
+    release_kv_cache(req, tree)
     req.time_stats.set_completion_time()
-    controller.ended.append(req)
+    requests.mark_ended(req)
 
 
-def give_up(controller: GateController, req: Any) -> None:
+def give_up(requests: OpenRequests, tree: Any, req: Any) -> None:
     """Its grammar failed in a verify pass: abort it now. Only with nothing in flight."""
     if req.finished():
         return
-    let_go(controller, req)
-    controller.rejoining = [other for other in controller.rejoining if other is not req]
-    controller.queue.forget(req.gate.key)
-    constraints.abort(req)
+    requests.unhold(req)
+    requests.verify_no_more(req)
+    abort_next(req)
     req.update_finish_state(1)
-    end(controller, req)
+    end(requests, tree, req)
 
 
-def abort(controller: GateController, matches: Any) -> None:
+def abort_next(req: Any) -> None:
+    """End the request with its next finish check, as SGLang does where a token is not taken."""
+    if not req.finished() and req.to_finish is None:
+        req.to_finish = FINISH_ABORT()
+
+
+def abort(requests: OpenRequests, tree: Any, matches: Callable[[Any], bool]) -> None:
     """A client gave up: end held and rejoining requests, which SGLang does not know of."""
-    gone = [req for req in (*controller.held.values(), *controller.rejoining) if matches(req)]
-    for req in gone:
-        controller.held.pop(req.gate.key, None)
-        controller.rejoining = [other for other in controller.rejoining if other is not req]
-        req.gate.hold = None
+    for req in filter(matches, (*requests.held, *requests.rejoining)):
+        requests.verify_no_more(req)
         req.finished_reason = FINISH_ABORT()
-        controller.queue.forget(req.gate.key)
-        end(controller, req)
-    controller.stream([])
+        end(requests, tree, req)
 
 
-def forget(controller: GateController, req: Any) -> None:
-    """The request's last output is on its way (or it vanished)."""
-    gate = req.gate
-    if controller.requests.pop(gate.key, None) is None:
-        return
-    controller.held.pop(gate.key, None)
-    controller.ledger.close(gate.key)
-    controller.queue.forget(gate.key)
-    counts = gate.counts
-    passes, counts.passes = counts.passes, 0  # passes are shared: the total counts its own
-    controller.totals.add(counts)
-    counts.passes = passes
-    for observer in controller.observers:
-        observer.ended(req)
-
-
-def reap_dropped(controller: GateController) -> None:
-    """Drop retracted requests that left SGLang's queue without a batch: aborted, or timed out."""
-    away = [r for r in controller.requests.values() if r.is_retracted or r.gate.kept is not None]
-    if not away:
-        return
-    scheduler = controller.scheduler
-    batches = (scheduler.running_batch, scheduler.last_batch, *controller.in_flight.batches())
-    known = {id(req) for batch in batches if batch is not None for req in batch.reqs}
-    known |= {id(req) for req in (*scheduler.waiting_queue, *controller.rejoining)}
-    known |= {id(scheduler.chunked_req), *map(id, controller.prefilled_again)}
-    for req in away:
-        if id(req) not in known and req.gate.key not in controller.held:
-            forget(controller, req)
-
-
-def reap(controller: GateController) -> None:
-    """When SGLang is idle nothing is open; drop what an abort in its queues left behind."""
-    for req in list(controller.requests.values()):
-        forget(controller, req)
+@contextmanager
+def passed_over(reqs: list[Any]) -> Iterator[None]:
+    """SGLang's result processing skips `reqs`, as it does with requests that were retracted."""
+    for req in reqs:
+        req.is_retracted = True
+    try:
+        yield
+    finally:
+        for req in reqs:
+            req.is_retracted = False

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from time import monotonic as now
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from margingate.core.ledger import Outcome
 from margingate.events import End, Flag, Pass, Settled, Step, Totals, Verdict
-from margingate.runtime.observer import Observer, summed
+from margingate.runtime.observer import Observer
+from margingate.runtime.open_requests import OpenRequests
 from margingate.runtime.publisher import Publisher, endpoint_of
-
-if TYPE_CHECKING:
-    from margingate.runtime.controller import GateController
 
 TOTALS_S = 1.0  # between two records of the sums
 
 
-def observers(controller: GateController) -> tuple[Observer, ...]:
-    """One for the option, on rank 0 of tensor parallelism; GateError where it cannot bind."""
-    endpoint, ranks = controller.config.events_endpoint, controller.scheduler.ps
+def observers(endpoint: str | None, ranks: Any, requests: OpenRequests) -> tuple[Observer, ...]:
+    """One for the option, on rank 0 of tensor parallelism; GateError where it cannot bind.
+
+    `ranks` is SGLang's `Scheduler.ps`.
+    """
     if endpoint is None or ranks.tp_rank != 0:
         return ()
-    return (GateEvents(controller, Publisher(endpoint_of(endpoint, ranks.dp_rank or 0))),)
+    return (GateEvents(requests, Publisher(endpoint_of(endpoint, ranks.dp_rank or 0))),)
 
 
 class GateEvents(Observer):
     """Tells a publisher of the gate's work; while nobody listens, next to nothing is done."""
 
-    def __init__(self, controller: GateController, publisher: Publisher) -> None:
-        self._controller = controller
+    def __init__(self, requests: OpenRequests, publisher: Publisher) -> None:
+        self._requests = requests
         self._out = publisher
         self._decodes = 0
         self._totals_due = 0.0  # on the clock of `now`
@@ -37,11 +37,9 @@ class GateEvents(Observer):
     def stepped(self, batch: Any, gated: int, canonical: bool) -> None:
         decode = batch.forward_mode.is_decode()
         self._decodes += decode
-        mode, size, gate = "decode" if decode else "prefill", len(batch.reqs), self._controller
+        mode, size, open_ = "decode" if decode else "prefill", len(batch.reqs), self._requests
         self._out.tell(
-            lambda: Step(
-                gate.step, mode, size, gated, canonical, len(gate.requests), len(gate.held)
-            )
+            lambda: Step(open_.step, mode, size, gated, canonical, len(open_), len(open_.held))
         )
 
     def flagged(self, req: Any, row: int, margin: float, reason: str) -> None:
@@ -69,14 +67,14 @@ class GateEvents(Observer):
         self.turned()
 
     def _totals(self) -> Totals:
-        gate = self._controller
+        requests = self._requests
         return Totals(
-            gate.step,
+            requests.step,
             self._decodes,
-            gate.canonical_steps,
-            len(gate.requests),
-            len(gate.held),
-            asdict(summed(gate)),
+            requests.canonical_steps,
+            len(requests),
+            len(requests.held),
+            asdict(requests.summed()),
         )
 
 

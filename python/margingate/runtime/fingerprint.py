@@ -26,7 +26,6 @@ from margingate.runtime import (
     machine,
     probe_cache,
     settings_table,
-    state,
     weight_updates,
     weights,
 )
@@ -252,11 +251,13 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(value if isinstance(value, bytes) else text).hexdigest()[:DIGITS]
 
 
-def weights_change(original: Any, manager: Any, received: Any) -> Any:
-    """AROUND what replaces weights in SchedulerWeightUpdaterManager, failures included."""
+def weights_change(
+    fingerprint: Fingerprint, scheduler: Any, original: Any, manager: Any, received: Any
+) -> Any:
+    """Around what replaces weights in SchedulerWeightUpdaterManager, failures included."""
     if getattr(received, "action", "") in LOOKS_ONLY:
         return original(manager, received)
-    refused = weight_updates.refusal(state.controller().scheduler, received)
+    refused = weight_updates.refusal(scheduler, received)
     if refused is not None:
         return refused
     flushed = False
@@ -265,4 +266,4 @@ def weights_change(original: Any, manager: Any, received: Any) -> Any:
         flushed = getattr(received, "flush_cache", False) and getattr(result, "success", False)
         return result
     finally:
-        state.controller().fingerprint.weights_changed(flushed=flushed)
+        fingerprint.weights_changed(flushed=flushed)

@@ -4,20 +4,7 @@ from __future__ import annotations
 
 from sglang.srt.plugins.hook_registry import HookType
 
-from margingate.runtime import (
-    aborts,
-    fingerprint,
-    info,
-    logprobs,
-    margins,
-    overlap,
-    prefill,
-    retraction,
-    scheduler,
-    seeds,
-    stream,
-    study,
-)
+from margingate.runtime import forward_record, logprobs, scheduler, seeds, study
 from margingate.runtime.hooks import Hook
 from margingate.runtime.path_hooks import INVARIANT_HOOKS, STOCK_HOOKS
 
@@ -49,7 +36,7 @@ RUNTIME_HOOKS = (
     Hook(
         "managers.schedule_policy.PrefillAdder.add_one_req",
         AROUND,
-        prefill.add_one_req,
+        scheduler.add_one_req,
         "self req has_chunked_req truncation_align_size",
         "a gated prompt is prefilled alone, on the grid",
         "prefill is batch-invariant",
@@ -57,7 +44,7 @@ RUNTIME_HOOKS = (
     Hook(
         "managers.schedule_policy.PrefillAdder.add_chunked_req",
         AROUND,
-        prefill.add_chunked_req,
+        scheduler.add_chunked_req,
         "self req",
         "a gated chunk is never shrunk",
         "prefill is batch-invariant",
@@ -65,7 +52,7 @@ RUNTIME_HOOKS = (
     Hook(
         "layers.sampler.Sampler._preprocess_logits",
         AFTER,
-        margins.after_preprocess,
+        scheduler.after_preprocess,
         "self logits sampling_info",
         "tokens and margins from the final logits; SGLang need not rank a greedy batch's again",
         "the sampler returns margins",
@@ -73,7 +60,7 @@ RUNTIME_HOOKS = (
     Hook(
         "model_executor.model_runner.ModelRunner.sample",
         AROUND,
-        margins.sample,
+        scheduler.sample,
         "self logits_output forward_batch",
         "margins ride with the result; ties go to the lowest id; draws with a seed are the gate's",
         "the sampler returns margins",
@@ -81,7 +68,7 @@ RUNTIME_HOOKS = (
     Hook(
         "layers.logprob_processor.OutputLogprobProcessor.compute_logprobs",
         AROUND,
-        margins.compute_logprobs,
+        scheduler.compute_logprobs,
         "self logprobs top_logprobs_nums token_ids_logprobs batch_next_token_ids",
         "log-probs have the same bits whether or not the batch samples; given tokens' by request",
         "SGLang computes them in one way, and lets a request want none of given tokens",
@@ -137,7 +124,7 @@ RUNTIME_HOOKS = (
     Hook(
         "managers.utils.GenerationBatchResult.copy_to_cpu",
         BEFORE,
-        overlap.before_copy,
+        forward_record.before_copy,
         "self return_logprob return_hidden_states",
         "with overlap, margins come to the CPU with the token ids, behind the same event",
         "the sampler returns margins",
@@ -169,7 +156,7 @@ RUNTIME_HOOKS = (
     Hook(
         "managers.scheduler_components.output_streamer._GenerationStreamAccumulator.accept",
         AROUND,
-        stream.accept,
+        scheduler.accept,
         "self req",
         "nothing past the frontier leaves the scheduler",
         "requests carry a number of settled tokens",
@@ -177,7 +164,7 @@ RUNTIME_HOOKS = (
     Hook(
         "managers.schedule_batch.release_req",
         AROUND,
-        retraction.release,
+        scheduler.release_req,
         "req remaing_req_count server_args req_to_token_pool token_to_kv_pool_allocator "
         "tree_cache hisparse_coordinator offload_kv",
         "a retracted request keeps its settled tokens; only its prompt is prefilled again",
@@ -202,7 +189,7 @@ RUNTIME_HOOKS = (
     Hook(
         _SCHEDULER + "abort_request",
         AROUND,
-        aborts.abort_request,
+        scheduler.abort_request,
         "self recv_req",
         "an abort ends one id, not all that begin with it; SGLang does not know held requests",
         "SGLang compares whole ids and offers plugins a callback here",
@@ -218,7 +205,7 @@ RUNTIME_HOOKS = (
     Hook(
         _SCHEDULER + "get_internal_state",
         AFTER,
-        info.internal_state,
+        scheduler.internal_state,
         "self recv_req",
         "counters in /server_info",
         "SGLang lets plugins add to it",
@@ -226,7 +213,7 @@ RUNTIME_HOOKS = (
     Hook(
         _SCHEDULER + "get_init_info",
         AFTER,
-        info.init_info,
+        scheduler.init_info,
         "self",
         "tells the launcher that the gate is up",
         "a failing plugin ends the server by itself",
@@ -235,7 +222,7 @@ RUNTIME_HOOKS = (
         Hook(
             _WEIGHTS + name,
             AROUND,
-            fingerprint.weights_change,
+            scheduler.weights_change,
             "self recv_req",
             "the fingerprint follows the weights",
             "SGLang counts changes of weights",

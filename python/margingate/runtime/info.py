@@ -6,49 +6,49 @@ from dataclasses import asdict
 from typing import Any
 
 import margingate
-from margingate.runtime import audit, invariance, machine, state, tally
-from margingate.runtime.observer import summed
+from margingate.config import GateConfig
+from margingate.runtime import audit, invariance, machine
+from margingate.runtime.controller import GateController
 
 INFO_KEY = "margingate"
 
 
-def init_info(result: dict[str, Any], *_args: Any) -> None:
-    """AFTER Scheduler.get_init_info: the launcher refuses schedulers that do not say this."""
-    controller = state.controller()
-    result[INFO_KEY] = {"version": margingate.__version__, **asdict(controller.config)}
+def init_info(config: GateConfig) -> dict[str, Any]:
+    """For Scheduler.get_init_info: the launcher refuses schedulers that do not say this."""
+    return {"version": margingate.__version__, **asdict(config)}
 
 
-def internal_state(result: Any, *_args: Any) -> None:
-    """AFTER Scheduler.get_internal_state: the counters in `/server_info`."""
-    controller = state.controller()
-    totals = asdict(summed(controller))
+def internal_state(controller: GateController) -> dict[str, Any]:
+    """For Scheduler.get_internal_state: the counters in `/server_info`."""
+    config, requests, checks = controller.config, controller.requests, controller.checks
+    totals = asdict(requests.summed())
     steps = totals["steps"]
-    result.internal_state[INFO_KEY] = {
+    return {
         **totals,
         "trigger_rate": totals["flagged"] / steps if steps else 0.0,
-        "reasons": dict(controller.reasons),
-        "fast_path": controller.config.fast_path,
+        "reasons": dict(requests.reasons),
+        "fast_path": config.fast_path,
         "overlap": controller.in_flight.overlaps,
-        "canonical_steps": controller.canonical_steps,
-        "canonical_rows": str(controller.canonical),
+        "canonical_steps": requests.canonical_steps,
+        "canonical_rows": str(checks.decode),
         "machine": machine.describe(controller.scheduler.server_args),
         "probe": {
             "operators": invariance.records(),
-            "steps": controller.canonical.record() if controller.canonical else None,
+            "steps": checks.decode.record() if checks.decode else None,
         },
-        "largest_batch": controller.largest_batch,
-        "margins": controller.histogram.record(),
-        "passes_by_reason": dict(controller.dues),
+        "largest_batch": requests.largest_batch,
+        "margins": requests.histogram.record(),
+        "passes_by_reason": dict(requests.dues),
         "passes_that_rode": controller.rides.count,
-        "max_delay": controller.queue.max_delay,
-        "open": len(controller.requests),
-        "held": len(controller.held),
-        "guarantee": controller.config.guarantee,
-        "policy": controller.config.policy,
-        "prefill": controller.prefill.record(),
-        "tally": tally.report(controller),
+        "max_delay": requests.queue.max_delay,
+        "open": len(requests),
+        "held": len(requests.held),
+        "guarantee": config.guarantee,
+        "policy": config.policy,
+        "prefill": checks.prefill.record(),
+        "tally": asdict(controller.tally),
         "audit": audit.report(controller.auditor.audits),
-        "integrity": controller.integrity.report(controller),
+        "integrity": controller.integrity.report(),
         **controller.fingerprint.of(),
         "fingerprint_of": controller.fingerprint.parts,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -22,12 +23,13 @@ from margingate.runtime import (
     pacing,
     radix,
     refused_models,
-    state,
+    scheduler,
 )
 from margingate.runtime.arguments import gate_to_launch
 from margingate.runtime.controller import GateController
+from margingate.runtime.observer import Observer
 from margingate.runtime.server_args import RADIX_BACKEND, gate_config
-from margingate.runtime.tally import Tally
+from margingate.runtime.startup_checks import run_checks
 from margingate.runtime.tokenizer_hooks import TOKENIZER_HOOKS
 
 logger = logging.getLogger(__name__)
@@ -48,14 +50,24 @@ def init(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) 
         register_radix_cache_backend(RADIX_BACKEND, radix.build)
     original(self, server_args, *args, **kwargs)
     refused_models.refuse_columns(self.tp_worker.model_runner)
-    controller = GateController(self, config)
-    controller.observers += metrics.observers(controller)
-    controller.observers += events.observers(controller)
-    controller.observers += audit.observers(controller)
-    controller.observers += pacing.observers(controller)
-    controller.observers += (Tally(exact=config.guarantee == "exact"),)
-    state.set_controller(controller)
+    controller = GateController(self, config, run_checks(self, config))
+    if isinstance(self.tree_cache, radix.GateRadixCache):
+        self.tree_cache.share(controller.checks.prefill, controller.requests)
+    controller.requests.observe(*_observers(controller))
+    scheduler.serve(controller)
     logger.info("margingate: the deterministic gate is up: %s", config)
+
+
+def _observers(controller: GateController) -> Iterator[Observer]:
+    """Those that this server has, in the order in which they are told."""
+    scheduler, config, requests = controller.scheduler, controller.config, controller.requests
+    audits, observes = controller.auditor.audits, controller.observes_only
+    yield from metrics.observers(scheduler, requests, audits, observes=observes)
+    yield from events.observers(config.events_endpoint, scheduler.ps, requests)
+    yield from audit.observers(controller.auditor)
+    verifier, merges = controller.checks.verifier, controller.rides.serves
+    yield from pacing.observers(scheduler, config, verifier, requests, merges=merges)
+    yield controller.tally
 
 
 def launch(original: Any, cls: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:

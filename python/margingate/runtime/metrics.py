@@ -13,15 +13,15 @@ from time import monotonic as now
 from typing import TYPE_CHECKING, Any
 
 from margingate.config import GateError
+from margingate.core.audit import Audits
 from margingate.core.policy import Reason
 from margingate.core.queue import Due
 from margingate.runtime import audit
-from margingate.runtime.observer import Observer, summed
+from margingate.runtime.observer import Observer
+from margingate.runtime.open_requests import OpenRequests
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
-
-    from margingate.runtime.controller import GateController
 
 PREFIX = "sglang:gate_"
 FLUSH_S = 0.5  # prometheus_client is told at most this often
@@ -185,36 +185,45 @@ _LABELS = {metric.name: metric.label for metric in METRICS}
 _Series = tuple[str, str]  # a metric's name and its own label's value, "" without one
 
 
-def observers(controller: GateController) -> tuple[Observer, ...]:
+def observers(
+    scheduler: Any, requests: OpenRequests, audits: Audits, *, observes: bool
+) -> tuple[Observer, ...]:
     """The metrics, where SGLang keeps its own in this process (--enable-metrics); else nothing.
 
     Raises:
         GateError: a metric cannot be registered.
     """
-    scheduler = controller.scheduler
     if not scheduler.metrics_reporter.current_scheduler_metrics_enabled:
         return ()
-    return (GateMetrics(controller, scheduler.metrics_collector.labels),)
+    labels = scheduler.metrics_collector.labels
+    return (GateMetrics(requests, audits, labels, observes=observes),)
 
 
 class GateMetrics(Observer):
     """Collects numbers; `flush` alone calls prometheus_client, at most every FLUSH_S.
 
-    Counters that the controller keeps anyway are read from it, so they agree with `/server_info`.
+    Counters that are kept anyway are read from where they are, so they agree with `/server_info`.
     """
 
     def __init__(
         self,
-        controller: GateController,
+        requests: OpenRequests,
+        audits: Audits,
         labels: Mapping[str, Any],
         registry: CollectorRegistry | None = None,
+        *,
+        observes: bool = False,
     ) -> None:
-        """`labels` are SGLang's, with their values; no `registry`: the process's.
+        """
+        Args:
+            labels: SGLang's, with their values.
+            registry: None: the process's.
+            observes: the policy; flags are counted, and none is acted upon.
 
         Raises:
             GateError: a metric cannot be registered.
         """
-        self._controller = controller
+        self._requests, self._audits, self._observes = requests, audits, observes
         self._labels = dict(labels)
         self._metrics: dict[str, Any] = {}
         self._register(registry)
@@ -253,7 +262,7 @@ class GateMetrics(Observer):
     # -- events
 
     def stepped(self, batch: Any, gated: int, canonical: bool) -> None:
-        self._changed = True  # what the controller counts, if nothing else
+        self._changed = True  # what is counted elsewhere, if nothing else
         if not gated:
             return
         decode = batch.forward_mode.is_decode()
@@ -274,7 +283,7 @@ class GateMetrics(Observer):
     def ended(self, req: Any) -> None:
         if req.gate.counts.drain_s > 0:
             self._observe("drain_seconds", req.gate.counts.drain_s)
-        self._changed = True  # the controller counts the rest
+        self._changed = True  # the rest is counted elsewhere
 
     def audited(self, rid: str) -> None:
         self._changed = True
@@ -305,22 +314,22 @@ class GateMetrics(Observer):
             for value in values:
                 child.observe(value)
             values.clear()
-        self._child("audit_mismatch_bound").set(audit.bound(self._controller.auditor.audits))
-        self._child("open_reqs").set(len(self._controller.requests))
-        self._child("held_reqs").set(len(self._controller.held))
+        self._child("audit_mismatch_bound").set(audit.bound(self._audits))
+        self._child("open_reqs").set(len(self._requests))
+        self._child("held_reqs").set(len(self._requests.held))
 
     def _totals(self) -> Iterator[tuple[_Series, int]]:
-        controller, counts = self._controller, summed(self._controller)
+        requests, counts = self._requests, self._requests.summed()
         yield from self._tally.items()
         for name, field in COUNTED.items():
             yield (name, ""), getattr(counts, field)
         for name, field in AUDITED.items():
-            yield (name, ""), attrgetter(field)(controller.auditor.audits)
-        for reason, rows in controller.reasons.items():
+            yield (name, ""), attrgetter(field)(self._audits)
+        for reason, rows in requests.reasons.items():
             yield ("rows_total", reason), rows
-        for due, passes in controller.dues.items():
+        for due, passes in requests.dues.items():
             yield ("passes_total", due), passes
-        if controller.observes_only:  # flags are counted, and none is acted upon
+        if self._observes:
             yield ("flagged_rows_total", Reason.OBSERVED), counts.flagged
 
     def _child(self, name: str, value: str = "") -> Any:

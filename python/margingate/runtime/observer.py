@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from margingate.core.ledger import Outcome
-from margingate.runtime.record import Counts
-
-if TYPE_CHECKING:
-    from margingate.runtime.controller import GateController
 
 
 class Observer:
@@ -44,10 +39,44 @@ class Observer:
         """The scheduler's loop comes round: all of a step is told, or there was none."""
 
 
-def summed(controller: GateController) -> Counts:
-    """What ended requests have come to, and the open ones so far; each number only ever rises."""
-    counts = replace(controller.totals)
-    for req in controller.requests.values():
-        counts.add(req.gate.counts)
-    counts.passes = controller.totals.passes  # a pass is shared; the totals count each once
-    return counts
+class Observers(Observer):
+    """Tells several observers, in the order in which they were added."""
+
+    def __init__(self) -> None:
+        self._all: tuple[Observer, ...] = ()
+
+    def add(self, *observers: Observer) -> None:
+        """Tell these too."""
+        self._all += observers
+
+    def stepped(self, batch: Any, gated: int, canonical: bool) -> None:
+        for each in self._all:
+            each.stepped(batch, gated, canonical)
+
+    def flagged(self, req: Any, row: int, margin: float, reason: str) -> None:
+        for each in self._all:
+            each.flagged(req, row, margin, reason)
+
+    def passed(self, rows: int, requests: int, seconds: float, due: str) -> None:
+        for each in self._all:
+            each.passed(rows, requests, seconds, due)
+
+    def judged(self, req: Any, row: int, outcome: Outcome, token: int, verified: int) -> None:
+        for each in self._all:
+            each.judged(req, row, outcome, token, verified)
+
+    def settled(self, req: Any, seconds: float) -> None:
+        for each in self._all:
+            each.settled(req, seconds)
+
+    def ended(self, req: Any) -> None:
+        for each in self._all:
+            each.ended(req)
+
+    def audited(self, rid: str) -> None:
+        for each in self._all:
+            each.audited(rid)
+
+    def turned(self) -> None:
+        for each in self._all:
+            each.turned()

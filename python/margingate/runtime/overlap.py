@@ -8,11 +8,7 @@ is as without overlap. With canonical steps that is rare; most steps never wait.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-
-from margingate_kernels import Top2
 
 _PROCESSED = object()  # stands in SGLang's queue for a result that was brought in early
 
@@ -23,10 +19,24 @@ class InFlight:
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
         self.overlaps = bool(scheduler.enable_overlap)
+        self._processed: Any = None  # the batch being processed, or last; without overlap alone
+
+    def arrived(self, batch: Any, result: Any) -> None:
+        """A result is about to be processed: it is on the CPU afterwards."""
+        if not self.overlaps:
+            self._processed = batch
+        elif result.copy_done is not None:
+            result.copy_done.synchronize()  # as SGLang is about to: margins came with the tokens
 
     def batches(self) -> list[Any]:
         """Their batches: at most the last one before a step is launched, two after."""
         return [batch for batch, _ in self._pending()]
+
+    def around(self) -> list[Any]:
+        """The batches between two steps that may hold a request, each once."""
+        scheduler = self._scheduler
+        found = (self._processed, scheduler.running_batch, scheduler.last_batch)
+        return list({id(batch): batch for batch in found if batch is not None}.values())
 
     def _pending(self) -> list[tuple[Any, Any]]:
         queue = getattr(self._scheduler, "result_queue", ()) if self.overlaps else ()
@@ -62,34 +72,3 @@ class InFlight:
     def is_processed(result: Any) -> bool:
         """Whether this is no result, but the place of one that was brought in."""
         return result is _PROCESSED
-
-
-@contextmanager
-def passed_over(reqs: list[Any]) -> Iterator[None]:
-    """SGLang's result processing skips `reqs`, as it does with requests that were retracted."""
-    for req in reqs:
-        req.is_retracted = True
-    try:
-        yield
-    finally:
-        for req in reqs:
-            req.is_retracted = False
-
-
-def before_copy(result: Any, *_args: Any, **_kwargs: Any) -> None:
-    """BEFORE GenerationBatchResult.copy_to_cpu: margins go to the CPU with the token ids.
-
-    Nothing waits here; the result's own `copy_done` event covers the copies. What they are copied
-    from is kept until then.
-    """
-    output = result.logits_output
-    best, ride = (getattr(output, name, None) for name in ("gate", "gate_ride"))
-    if best is not None and best.margin.is_cuda:
-        output.gate_on_device, output.gate = best, _on_cpu(best, "margin", "runner_up")
-    if ride is not None and ride.best.margin.is_cuda:
-        ride.on_device, ride.best = ride.best, _on_cpu(ride.best, "margin", "ids")
-
-
-def _on_cpu(best: Top2, *names: str) -> Top2:
-    copies = {name: getattr(best, name).to("cpu", non_blocking=True) for name in names}
-    return best._replace(**copies)

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from margingate.config import GateConfig
 from margingate.core.costs import Costs, Load, best_delay, overhead
 from margingate.runtime.observer import Observer
+from margingate.runtime.open_requests import OpenRequests
 from margingate.runtime.ranks import slowest
 from margingate.runtime.verifier import RowInput, Verifier
-
-if TYPE_CHECKING:
-    from margingate.runtime.controller import GateController
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +31,9 @@ AT_START = "at start"
 class Pacer(Observer):
     """Sets the queue's delay from what the last steps looked like."""
 
-    def __init__(self, controller: GateController, costs: Costs) -> None:
-        self._controller, self._costs = controller, costs
-        self._steps = self._requests = 0
+    def __init__(self, requests: OpenRequests, costs: Costs) -> None:
+        self._requests, self._costs = requests, costs
+        self._steps = self._gated = 0
         self._seen = (0, 0, 0)  # rows, flags and flips so far
         self._choose(FIRST, AT_START)
 
@@ -42,7 +41,7 @@ class Pacer(Observer):
         if gated == 0 or not batch.forward_mode.is_decode():
             return
         self._steps += 1
-        self._requests += gated
+        self._gated += gated
         if self._steps == EVERY:
             self._look()
 
@@ -51,25 +50,19 @@ class Pacer(Observer):
         rows, flagged, flips = (a - b for a, b in zip(now, self._seen, strict=True))
         weight = rows + PRIOR_ROWS
         load = Load(
-            self._requests / self._steps,
+            self._gated / self._steps,
             (flagged + FIRST.trigger_rate * PRIOR_ROWS) / weight,
             (flips + FIRST.flip_rate * PRIOR_ROWS) / weight,
         )
-        self._seen, self._steps, self._requests = now, 0, 0
+        self._seen, self._steps, self._gated = now, 0, 0
         self._choose(load, f"after {rows} rows")
 
     def _counts(self) -> tuple[int, int, int]:
-        controller = self._controller
-        open_counts = [req.gate.counts for req in controller.requests.values()]
-        every = [controller.totals, *open_counts]
-        return (
-            sum(one.steps for one in every),
-            sum(one.flagged for one in every),
-            sum(one.flips for one in every),
-        )
+        counts = self._requests.summed()
+        return counts.steps, counts.flagged, counts.flips
 
     def _choose(self, load: Load, when: str) -> None:
-        queue, costs = self._controller.queue, self._costs
+        queue, costs = self._requests.queue, self._costs
         starts = when == AT_START
         chosen = best_delay(load, costs, None if starts else queue.max_delay)
         if chosen == queue.max_delay and not starts:
@@ -84,15 +77,17 @@ class Pacer(Observer):
         )
 
 
-def observers(controller: GateController) -> tuple[Observer, ...]:
-    """A pacer, where passes are to be spaced; the delay is 0 elsewhere."""
-    config, verifier = controller.config, controller.verifier
-    canonical = controller.canonical is not None or controller.observes_only
-    if config.max_delay is not None or canonical or verifier.device == "cpu":
+def observers(
+    scheduler: Any, config: GateConfig, verifier: Verifier, requests: OpenRequests, *, merges: bool
+) -> tuple[Observer, ...]:
+    """A pacer, where passes are to be spaced; the delay is 0 elsewhere.
+
+    merges: passes are merged into decode steps, which is so where these are not canonical.
+    """
+    if config.max_delay is not None or not merges or verifier.device == "cpu":
         return ()
-    step_ms, pass_ms = slowest(controller.scheduler, measure(verifier))
-    costs = Costs(step_ms, pass_ms, verifier.rows, rides=controller.rides.serves)
-    return (Pacer(controller, costs),)
+    step_ms, pass_ms = slowest(scheduler, measure(verifier))
+    return (Pacer(requests, Costs(step_ms, pass_ms, verifier.rows, rides=merges)),)
 
 
 def measure(verifier: Verifier) -> tuple[float, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sglang.srt.plugins.hook_registry import HookType
 
-from margingate.runtime import all_reduce, invariance, own_attention, rides
+from margingate.runtime import all_reduce, invariance, own_attention, scheduler
 from margingate.runtime.hooks import Hook
 
 AROUND, BEFORE = HookType.AROUND, HookType.BEFORE
@@ -58,7 +58,7 @@ STOCK_HOOKS = (
     Hook(
         "model_executor.model_runner.ModelRunner._forward_raw",
         AROUND,
-        rides.forward,
+        scheduler.forward,
         "self forward_batch pp_proxy_tensors reinit_attn_backend split_forward_count",
         "a verify pass rides in a decode step",
         "SGLang lets plugins add rows to a decode forward",

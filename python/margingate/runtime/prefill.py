@@ -11,19 +11,54 @@ from typing import Any
 
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult
 
-from margingate.runtime import state
+from margingate.runtime.canonical_prefill import Prefill
 from margingate.runtime.record import is_gated
 
 
-def add_one_req(
-    original: Any, adder: Any, req: Any, has_chunked_req: bool, truncation_align_size: int | None
-) -> Any:
-    """AROUND PrefillAdder.add_one_req: keep gated requests apart, where they must be."""
-    if _lacks_room_to_replay(adder, req):
-        return AddReqResult.NO_TOKEN
-    if state.controller().prefill.together:
-        return original(adder, req, has_chunked_req, truncation_align_size)
-    return _add_alone(original, adder, req, has_chunked_req, truncation_align_size)
+class Admission:
+    """Which prompts may be in the next prefill forward."""
+
+    def __init__(self, prefill: Prefill, chunk: int) -> None:
+        """`chunk`: tokens of a forward on the grid."""
+        self._together, self._chunk = prefill.together, chunk
+
+    def add_one_req(
+        self, original: Any, adder: Any, req: Any, has_chunked_req: bool, align: int | None
+    ) -> Any:
+        """AROUND PrefillAdder.add_one_req: keep gated requests apart, where they must be."""
+        if _lacks_room_to_replay(adder, req):
+            return AddReqResult.NO_TOKEN
+        if self._together:
+            return original(adder, req, has_chunked_req, align)
+        return self._add_alone(original, adder, req, has_chunked_req, align)
+
+    def _add_alone(
+        self, original: Any, adder: Any, req: Any, has_chunked_req: bool, align: int | None
+    ) -> Any:
+        if has_chunked_req and not adder.can_run_list:
+            return AddReqResult.OTHER  # a parked chunk; SGLang takes it to be in any batch it makes
+        if any(is_gated(other) for other in adder.can_run_list):
+            return AddReqResult.OTHER
+        if not is_gated(req):
+            return original(adder, req, has_chunked_req, align)
+        if has_chunked_req:  # a prompt is half done and goes first
+            return AddReqResult.OTHER
+        if adder.can_run_list:
+            return AddReqResult.OTHER  # nothing overtakes it, or it might wait for ever
+        adder.rem_chunk_tokens = self._chunk
+        result = original(adder, req, has_chunked_req, align)
+        return AddReqResult.OTHER if adder.can_run_list else result
+
+    def add_chunked_req(self, original: Any, adder: Any, req: Any) -> Any:
+        """AROUND PrefillAdder.add_chunked_req: never shrink a gated chunk; park it instead."""
+        if not is_gated(req) or self._together:
+            return original(adder, req)
+        need = min(self._chunk, len(req.full_untruncated_fill_ids) - len(req.prefix_indices))
+        if need > adder.cur_rem_tokens or 0 < adder.rem_total_tokens < need:
+            req.set_extend_range(len(req.prefix_indices), len(req.prefix_indices))
+            return req
+        adder.rem_chunk_tokens = self._chunk
+        return original(adder, req)
 
 
 def _lacks_room_to_replay(adder: Any, req: Any) -> bool:
@@ -41,34 +76,3 @@ def _lacks_room_to_replay(adder: Any, req: Any) -> bool:
     more = max(req.sampling_params.max_new_tokens - len(kept.tokens), 0)
     needed = prompt + len(kept.tokens) + min(more, CLIP_MAX_NEW_TOKENS)
     return bool(needed >= adder.rem_total_tokens)
-
-
-def _add_alone(
-    original: Any, adder: Any, req: Any, has_chunked_req: bool, truncation_align_size: int | None
-) -> Any:
-    if has_chunked_req and not adder.can_run_list:
-        return AddReqResult.OTHER  # a parked chunk; SGLang takes it to be in any batch it makes
-    if any(is_gated(other) for other in adder.can_run_list):
-        return AddReqResult.OTHER
-    if not is_gated(req):
-        return original(adder, req, has_chunked_req, truncation_align_size)
-    if has_chunked_req:  # a prompt is half done and goes first
-        return AddReqResult.OTHER
-    if adder.can_run_list:
-        return AddReqResult.OTHER  # nothing overtakes it, or it might wait for ever
-    adder.rem_chunk_tokens = state.controller().prefill_chunk
-    result = original(adder, req, has_chunked_req, truncation_align_size)
-    return AddReqResult.OTHER if adder.can_run_list else result
-
-
-def add_chunked_req(original: Any, adder: Any, req: Any) -> Any:
-    """AROUND PrefillAdder.add_chunked_req: never shrink a gated chunk; park it instead."""
-    if not is_gated(req) or state.controller().prefill.together:
-        return original(adder, req)
-    chunk = state.controller().prefill_chunk
-    need = min(chunk, len(req.full_untruncated_fill_ids) - len(req.prefix_indices))
-    if need > adder.cur_rem_tokens or 0 < adder.rem_total_tokens < need:
-        req.set_extend_range(len(req.prefix_indices), len(req.prefix_indices))
-        return req
-    adder.rem_chunk_tokens = chunk
-    return original(adder, req)

@@ -10,31 +10,17 @@ the canonical part of an answer.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 from sglang.srt.mem_cache.registry import TreeCacheBuildContext, default_radix_cache_factory
 
-from margingate.runtime import state
+from margingate.runtime.canonical_prefill import Prefill
+from margingate.runtime.open_requests import OpenRequests
 from margingate.runtime.record import is_gated
 from margingate.runtime.server_args import gate_config
-
-if TYPE_CHECKING:
-    from margingate.runtime.canonical_prefill import Prefill
-
-
-def canonical_columns(req: Any) -> int:
-    """Columns from the prompt's first on that are canonical; the row of token j writes that of j-1.
-
-    Of a request that the ledger does not know, none.
-    """
-    controller = state.active()
-    if controller is None or req.gate.key not in controller.requests:
-        return 0
-    rows: int = controller.ledger.canonical(req.gate.key)
-    return len(req.origin_input_ids) + rows - 1 if rows else 0
 
 
 def build(context: TreeCacheBuildContext) -> Any:
@@ -52,13 +38,13 @@ class GateRadixCache(RadixCache):
     def __init__(self, params: Any, chunk: int) -> None:
         super().__init__(params)
         self.chunk = chunk  # tokens
-        self.answers = False  # whether canonical columns of answers enter too
+        self._requests: OpenRequests | None = None  # whose canonical columns enter; None: none
 
-    def share(self, prefill: Prefill) -> None:
+    def share(self, prefill: Prefill, requests: OpenRequests) -> None:
         """Adopt what was measured; before the first request."""
         if prefill.together:
             self.chunk = 1
-        self.answers = prefill.as_decoded
+        self._requests = requests if prefill.as_decoded else None
 
     def _grid(self, length: int) -> int:
         return length // self.chunk * self.chunk
@@ -124,8 +110,8 @@ class GateRadixCache(RadixCache):
             return
         owned = req.cache_protected_len
         row = self.req_to_token_pool.req_to_token[req.req_pool_idx]
-        if is_insert and self.answers:
-            end = min(canonical_columns(req), kv_len_to_handle)
+        if is_insert and self._requests is not None:
+            end = min(self._requests.canonical_columns(req), kv_len_to_handle)
             if end > owned:
                 tokens = (req.origin_input_ids + req.output_ids)[:end]
                 self._add(req, RadixKey(tokens, req.extra_key), row)

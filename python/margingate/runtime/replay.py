@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -18,10 +18,8 @@ from margingate.core.audit import Piece, Recorded, grid, pieces
 from margingate.core.chance import generator
 from margingate.runtime import rollback
 from margingate.runtime.forwards import extend, internal_request, release
+from margingate.runtime.startup_checks import StartupChecks
 from margingate.runtime.verifier import RowInput, RowResult
-
-if TYPE_CHECKING:
-    from margingate.runtime.controller import GateController
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +34,16 @@ class Part:
 class Replay:
     """One replay; `parts` runs it."""
 
-    def __init__(self, controller: GateController, recorded: Recorded, columns: Any) -> None:
-        """`columns` is a `ColumnBits`."""
-        self._controller, self._recorded, self._columns = controller, recorded, columns
-        self._scheduler = controller.scheduler
+    def __init__(
+        self, scheduler: Any, checks: StartupChecks, chunk: int, recorded: Recorded, columns: Any
+    ) -> None:
+        """
+        Args:
+            chunk: tokens of a forward on the grid, where prompts are prefilled alone.
+            columns: a `ColumnBits`.
+        """
+        self._scheduler, self._checks, self._chunk = scheduler, checks, chunk
+        self._recorded, self._columns = recorded, columns
         self._wants = (0, None) if recorded.logprobs else None
         self.plan = self._plan()
 
@@ -63,8 +67,8 @@ class Replay:
 
     def _plan(self) -> list[Piece]:
         length = len(self._recorded.prompt)
-        if not self._controller.prefill.together:
-            return grid(length, self._controller.prefill_chunk)
+        if not self._checks.prefill.together:
+            return grid(length, self._chunk)
         args = self._scheduler.server_args
         chunk = args.chunked_prefill_size or -1
         drawn = pieces(self._recorded.rid, length, chunk if chunk > 0 else args.max_prefill_tokens)
@@ -85,7 +89,7 @@ class Replay:
             rows: list[RowResult] = []
             if piece.end == length:
                 last = self._row(req, length - 1, recorded.prompt[-1])
-                rows = self._controller.verifier.choose(logits, [last])
+                rows = self._checks.verifier.choose(logits, [last])
             yield self._part(req, rows, piece.start, piece.end)
 
     def _extend(self, req: Any, piece: Piece, draw: Any) -> torch.Tensor:
@@ -103,7 +107,7 @@ class Replay:
 
     def _decode(self, req: Any) -> Iterator[Part]:
         """Rows 2 to the last, as verify passes."""
-        recorded, verifier = self._recorded, self._controller.verifier
+        recorded, verifier = self._recorded, self._checks.verifier
         length, count = len(recorded.prompt), len(recorded.output) - 1
         if count == 0:
             return

@@ -43,6 +43,16 @@ def attach(req: Any, config: GateConfig) -> None:
         req.extra_key = _UNGATED + req.extra_key  # also those that have it: no two may meet
 
 
+def refuse(req: Any) -> None:
+    """As it is queued: a request that cannot be served is aborted, which is HTTP 400."""
+    gate = getattr(req, "gate", None)
+    if gate is None or req.to_finish is not None:
+        return
+    if refusal := gate.refusal or without_room(req):
+        req.set_finish_with_abort(refusal)  # it goes on as a prompt of one token
+        req.input_embeds = req.positional_embed_overrides = None
+
+
 def without_room(req: Any) -> str:
     """Once SGLang has cut `max_new_tokens`: the sentence for faults that can be nowhere."""
     if not req.gate.faults or req.sampling_params.max_new_tokens > 0:

@@ -10,41 +10,110 @@ from __future__ import annotations
 import logging
 from array import array
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from margingate.core.queue import Due
-from margingate.runtime import constraints, ends, rollback, state, verdicts
+from margingate.runtime import constraints, rollback
+from margingate.runtime.open_requests import OpenRequests
+from margingate.runtime.penalties import Table
 from margingate.runtime.record import Kept, is_gated, logprob_lists
-
-if TYPE_CHECKING:
-    from margingate.runtime.controller import GateController
+from margingate.runtime.rides import Rides
+from margingate.runtime.verdicts import Passes
 
 logger = logging.getLogger(__name__)
 
 
-def release(original: Any, *, req: Any, **kwargs: Any) -> None:
-    """AROUND schedule_batch.release_req: keep the settled tokens apart, forget the rest."""
-    controller = state.active()
-    if controller is None or not is_gated(req) or req.gate.key not in controller.requests:
+class Retractions:
+    """Takes requests of one scheduler out of their columns and puts them back in."""
+
+    def __init__(
+        self, scheduler: Any, requests: OpenRequests, passes: Passes, rides: Rides, penalties: Table
+    ) -> None:
+        self._scheduler, self._requests = scheduler, requests
+        self._passes, self._rides, self._penalties = passes, rides, penalties
+
+    def release(self, original: Any, req: Any, **kwargs: Any) -> None:
+        """AROUND schedule_batch.release_req: keep the settled tokens apart, forget the rest."""
+        if not is_gated(req) or req.gate.key not in self._requests:
+            original(req=req, **kwargs)
+            return
+        kept = self._requests.retract(req)
         original(req=req, **kwargs)
-        return
-    kept = controller.ledger.retract(req.gate.key)
-    original(req=req, **kwargs)
-    controller.queue.forget(req.gate.key)
-    controller.prefilled_again = [other for other in controller.prefilled_again if other is not req]
-    if _is_given_up(req):
-        ends.forget(controller, req)
-        return
-    req.gate.counts.retractions += 1
-    if req.gate.kept is None and kept > 0:
-        _set_aside(req, kept)
-    req.output_ids = array("q")
-    req.full_untruncated_fill_ids = array("q")
-    constraints.follow(req)
-    req.gate.forget_rows(kept)
-    req.gate.waits_since = None
+        if _is_given_up(req):
+            self._requests.close(req)
+            return
+        req.gate.counts.retractions += 1
+        if req.gate.kept is None and kept > 0:
+            _set_aside(req, kept)
+        req.output_ids = array("q")
+        req.full_untruncated_fill_ids = array("q")
+        constraints.follow(req, self._penalties)
+        req.gate.forget_rows(kept)
+        req.gate.waits_since = None
+
+    def give_back(self, req: Any) -> None:
+        """Put the kept tokens and log-probs back as the request's output."""
+        kept = req.gate.kept
+        req.gate.kept = None
+        req.output_ids = kept.tokens
+        for name, values in kept.logprobs.items():
+            setattr(req.logprob, name, values)
+        constraints.follow(req, self._penalties)
+
+    def restore(self, batch: Any) -> None:
+        """After the prompt's new prefill: give the output back and want its columns replayed."""
+        replayed = [
+            req
+            for req in self._requests.take_prefilled_again()
+            if not req.finished() and self._restore_one(batch, req)  # not aborted meanwhile
+        ]
+        if replayed:
+            self._replay(replayed)
+
+    def _replay(self, reqs: list[Any]) -> None:
+        """Compute the columns of what was kept, whatever else waits: the next step reads them."""
+        self._rides.enter()
+        for req in reqs:
+            self._requests.queue.drain(req.gate.key)  # first in each pass
+        while any(map(self._waits, reqs)):
+            self._passes.run(self._requests.next_batch(), Due.DRAINING)
+
+    def _waits(self, req: Any) -> bool:
+        ledger, key = self._requests.ledger, req.gate.key
+        # One whose grammar failed is finished, and its rows are never computed.
+        return ledger.is_open(key) and bool(ledger.wanted(key)) and not req.finished()
+
+    def _restore_one(self, batch: Any, req: Any) -> bool:
+        """Returns whether there was room."""
+        tokens = req.gate.kept.tokens
+        more = len(tokens) - 1
+        if more and not rollback.extend_columns(self._scheduler, req, more):
+            self._retract_again(batch, req)
+            return False
+        if req.output_ids[0] != tokens[0]:
+            req.gate.counts.missed += 1
+            logger.warning(
+                "margingate: request %s chose another first token after a retraction: its prefill "
+                "is not canonical on this machine; please report it.",
+                req.rid,
+            )
+        self.give_back(req)
+        req.full_untruncated_fill_ids = array("q")
+        req.decode_batch_idx += more
+        rollback.set_running_tail(self._scheduler, (batch,), req)
+        rollback.recount_reasoning(self._scheduler, req)
+        self._requests.replay(req)
+        return True
+
+    def _retract_again(self, batch: Any, req: Any) -> None:
+        """No room for the replay: wait in the queue for the running requests to end."""
+        index = batch.reqs.index(req)
+        batch.release_req(index, len(batch.reqs) - 1, self._scheduler.server_args)
+        stay = [i for i in range(len(batch.reqs)) if i != index]
+        batch.filter_batch(keep_indices=stay)
+        self._scheduler._add_request_to_queue(req, is_retracted=True)
 
 
 def _is_given_up(req: Any) -> bool:
@@ -59,75 +128,3 @@ def _set_aside(req: Any, kept: int) -> None:
     req.gate.kept = Kept(req.output_ids[:kept], {n: v[:kept] for n, v in lists.items()})
     for values in lists.values():
         values.clear()
-
-
-def give_back(req: Any) -> None:
-    """Put the kept tokens and log-probs back as the request's output."""
-    kept = req.gate.kept
-    req.gate.kept = None
-    req.output_ids = kept.tokens
-    for name, values in kept.logprobs.items():
-        setattr(req.logprob, name, values)
-    constraints.follow(req)
-
-
-def restore(controller: GateController, batch: Any) -> None:
-    """After the prompt's new prefill: give the output back and want its columns replayed."""
-    reqs, controller.prefilled_again = controller.prefilled_again, []
-    replayed = []
-    for req in reqs:
-        if not req.finished() and _restore_one(controller, batch, req):  # not aborted meanwhile
-            replayed.append(req.gate.key)
-    if replayed:
-        _replay(controller, replayed)
-
-
-def _replay(controller: GateController, keys: list[str]) -> None:
-    """Compute the columns of what was kept, whatever else waits: the next step reads them."""
-    controller.rides.enter()
-    for key in keys:
-        controller.queue.drain(key)  # first in each pass
-    while any(_waits(controller, key) for key in keys):
-        rows = controller.queue.next_batch(controller.ledger)
-        verdicts.run_pass(controller, rows, Due.DRAINING)
-
-
-def _waits(controller: GateController, key: str) -> bool:
-    ledger = controller.ledger
-    # One whose grammar failed is finished, and its rows are never computed.
-    return (
-        ledger.is_open(key) and bool(ledger.wanted(key)) and not controller.requests[key].finished()
-    )
-
-
-def _restore_one(controller: GateController, batch: Any, req: Any) -> bool:
-    """Returns whether there was room."""
-    tokens = req.gate.kept.tokens
-    if len(tokens) > 1 and not rollback.extend_columns(controller.scheduler, req, len(tokens) - 1):
-        _retract_again(controller, batch, req)
-        return False
-    if req.output_ids[0] != tokens[0]:
-        req.gate.counts.missed += 1
-        logger.warning(
-            "margingate: request %s chose another first token after a retraction: its prefill is "
-            "not canonical on this machine; please report it.",
-            req.rid,
-        )
-    give_back(req)
-    req.full_untruncated_fill_ids = array("q")
-    req.decode_batch_idx += len(tokens) - 1
-    rollback.set_running_tail(controller.scheduler, (batch,), req)
-    rollback.recount_reasoning(controller.scheduler, req)
-    controller.ledger.replay(req.gate.key)
-    controller.queue.note(req.gate.key, controller.step)
-    return True
-
-
-def _retract_again(controller: GateController, batch: Any, req: Any) -> None:
-    """No room for the replay: wait in the queue for the running requests to end."""
-    scheduler = controller.scheduler
-    index = batch.reqs.index(req)
-    batch.release_req(index, len(batch.reqs) - 1, scheduler.server_args)
-    stay = [i for i in range(len(batch.reqs)) if i != index]
-    batch.filter_batch(keep_indices=stay)
-    scheduler._add_request_to_queue(req, is_retracted=True)

@@ -14,123 +14,135 @@ they are entered at once; a flip is entered with nothing in flight.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from time import monotonic as now
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.model_runner import ModelRunnerOutput
 
 from margingate.core.costs import has_room
 from margingate.core.ledger import Row
-from margingate.runtime import constraints, own_attention, state, verdicts
-from margingate.runtime.verifier import RowResult
-from margingate_kernels import Top2, softmax_top2
-
-if TYPE_CHECKING:
-    from margingate.runtime.controller import GateController
+from margingate.runtime import constraints, own_attention, verdicts
+from margingate.runtime.forward_record import MergedPass, record_of, record_on
+from margingate.runtime.open_requests import OpenRequests
+from margingate.runtime.verdicts import Passes
+from margingate.runtime.verifier import RowResult, Verifier
+from margingate_kernels import softmax_top2
 
 PATIENCE = 8  # batches that a due pass waits for a decode step; prompts may come first
 IN_FLIGHT = 2  # tokens of a request, at most, that the CPU does not know of yet
 
 
-@dataclass(slots=True)
-class Ride:
-    """A pass on its way; with the step's logits, as `logits_output.gate_ride`."""
-
-    rows: tuple[Row, ...]
-    due: str
-    start: float  # request.now
-    best: Top2  # of the rows with an input, by the verifier's logits
-    on_device: Top2 | None = None  # what `best` is copied from
-
-    def results(self) -> list[RowResult | None]:
-        """Of each row, as `verdicts.by_row`; what they are read from is on the CPU by now."""
-        pairs = zip(self.best.ids.tolist(), self.best.margin.tolist(), strict=True)
-        return verdicts.by_row(self.rows, (RowResult(*pair, None) for pair in pairs))
+def results_of(merged: MergedPass) -> list[RowResult | None]:
+    """Of each row, as `verdicts.by_row`; what they are read from is on the CPU by now."""
+    pairs = zip(merged.best.ids.tolist(), merged.best.margin.tolist(), strict=True)
+    return verdicts.by_row(merged.rows, (RowResult(*pair, None) for pair in pairs))
 
 
 class Rides:
-    """The passes of one controller that ride, and those whose verdicts are to be entered."""
+    """The passes of one scheduler that ride, and those whose verdicts are to be entered."""
 
-    def __init__(self, controller: GateController) -> None:
-        self._controller = controller
-        # Where steps are canonical there is hardly a pass.
-        self.serves = controller.canonical is None and not controller.observes_only
-        self.landed: list[tuple[Ride, list[RowResult | None]]] = []
+    def __init__(
+        self,
+        scheduler: Any,
+        requests: OpenRequests,
+        passes: Passes,
+        verifier: Verifier,
+        *,
+        serves: bool,
+    ) -> None:
+        """`serves`: whether any do. On the invariant path hardly a row is flagged: none need."""
+        self._scheduler, self._requests = scheduler, requests
+        self._passes, self._verifier = passes, verifier
+        self.serves = serves
+        self.landed: list[tuple[MergedPass, list[RowResult | None]]] = []
         self.count = 0  # passes that rode
         self._due_since: int | None = None
 
-    def expected(self, due: str | None) -> bool:
-        """Whether what is due now, if anything is, will soon be carried by a decode step."""
-        controller = self._controller
-        running = controller.scheduler.running_batch
-        if (
-            due is None
-            or not self.serves
-            or all(controller.is_held(req) for req in running.reqs)
-            or not self._room(running.reqs)
-        ):
+    def note_due(self, due: str | None) -> None:
+        """What is due now, if anything is: counts how long it waits for a step to carry it."""
+        if due is None or not self._may_wait():
             self._due_since = None
+        elif self._due_since is None:
+            self._due_since = self._requests.step
+
+    def will_merge(self) -> bool:
+        """Whether a decode step will soon carry what was noted as due."""
+        since = self._due_since
+        return since is not None and self._requests.step - since <= PATIENCE
+
+    def _may_wait(self) -> bool:
+        if not self.serves:
             return False
-        if self._due_since is None:
-            self._due_since = controller.step
-        return controller.step - self._due_since <= PATIENCE
+        decoding = self._scheduler.running_batch.reqs
+        return not all(map(self._requests.is_held, decoding)) and self._room(decoding) > 0
 
     def board(self, batch: Any) -> tuple[tuple[Row, ...], str] | None:
         """The rows that this decode forward is to carry, and why; None if no pass is due."""
-        controller = self._controller
         if not self.serves or not batch.forward_mode.is_decode():
             return None
-        due = controller.queue.due(controller.ledger, controller.step, idle=False)
-        room = 0 if due is None else self._room(controller.scheduler.running_batch.reqs)
-        room = min(room, controller.verifier.rows - batch.batch_size)
+        due = self._requests.due(idle=False)
+        room = 0 if due is None else self._room(self._scheduler.running_batch.reqs)
+        room = min(room, self._verifier.rows - batch.batch_size)
         if due is None or room <= 0:
             return None
         self._due_since = None
         self.count += 1
-        return controller.queue.next_batch(controller.ledger, room), due
+        return self._requests.next_batch(room), due
+
+    def forward(self, original: Any, runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """AROUND ModelRunner._forward_raw: a decode step that carries a pass."""
+        boarded = self.board(batch)
+        if boarded is None:
+            return original(runner, batch, *args, **kwargs)
+        start = now()
+        rows, due = boarded
+        inputs = self._passes.inputs_of(rows)
+        verifier = self._verifier
+        logits = verifier.forward(inputs, verifier.rows, beside=batch)
+        first, last = batch.batch_size, batch.batch_size + len(inputs)
+        best = softmax_top2(logits[first:last])
+        output = LogitsProcessorOutput(next_token_logits=logits[:first])
+        record_on(output).merged = MergedPass(rows, due, start, best)
+        return ModelRunnerOutput(logits_output=output, can_run_graph=verifier.has_graphs)
 
     def land(self, result: Any) -> None:
         """A step's results are in: enter the verdicts it carried, unless one takes tokens back.
 
         Behind verdicts that wait for their moment, the next ones wait too.
         """
-        ride: Ride | None = getattr(getattr(result, "logits_output", None), "gate_ride", None)
-        if ride is None:
+        record = record_of(result)
+        if record is None or record.merged is None:
             return
-        results = ride.results()
-        pairs = zip(ride.rows, results, strict=True)
+        results = results_of(record.merged)
+        pairs = zip(record.merged.rows, results, strict=True)
         waiting = bool(self.landed)
-        self.landed.append((ride, results))
-        if not waiting and all(
-            verdicts.matches(self._controller, row, each) for row, each in pairs
-        ):
+        self.landed.append((record.merged, results))
+        if not waiting and all(self._passes.matches(row, each) for row, each in pairs):
             self.enter()
 
     def enter(self) -> None:
         """Enter the verdicts that came. Nothing may be in flight if one of them is a flip."""
         landed, self.landed = self.landed, []
-        for ride, results in landed:
-            verdicts.enter(self._controller, ride.rows, results, ride.start, ride.due)
+        for merged, results in landed:
+            self._passes.enter(merged.rows, results, merged.start, merged.due)
 
     def _room(self, decoding: list[Any]) -> int:
         """Rows of a pass that a step of these requests has room for; 0 where it should not wait
         for one.
         """
-        controller = self._controller
-        rows = controller.verifier.rows
-        if not controller.queue.max_delay or not has_room(len(decoding), rows):
+        rows = self._verifier.rows
+        if not self._requests.queue.max_delay or not has_room(len(decoding), rows):
             return 0
         # What the CPU would have to wait for is verified in a pass of its own.
-        waiting = [controller.requests[key] for key in controller.queue.waiting(controller.ledger)]
+        waiting = self._requests.waiting()
         if any(
             req.return_logprob or req.gate.draw is not None or constraints.constrained(req)
             for req in waiting
         ):
             return 0
         alone, room = rows, rows - len(decoding)
-        own = own_attention.of(controller.verifier.backend)
+        own = own_attention.of(self._verifier.backend)
         if own is not None:  # its forwards have room for so many keys
             longest = max(map(_most_keys, waiting), default=1)
             alone = min(alone, own.room // longest)
@@ -141,21 +153,3 @@ class Rides:
 def _most_keys(req: Any) -> int:
     """Keys that a row of this request may see; tokens whose results are in flight come on top."""
     return len(req.origin_input_ids) + len(req.output_ids) + IN_FLIGHT
-
-
-def forward(original: Any, runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND ModelRunner._forward_raw: a decode step that carries a pass."""
-    controller = state.active()
-    boarded = None if controller is None else controller.rides.board(batch)
-    if controller is None or boarded is None:
-        return original(runner, batch, *args, **kwargs)
-    start = now()
-    rows, due = boarded
-    inputs = verdicts.inputs_of(controller, rows)
-    verifier = controller.verifier
-    logits = verifier.forward(inputs, verifier.rows, beside=batch)
-    first, last = batch.batch_size, batch.batch_size + len(inputs)
-    best = softmax_top2(logits[first:last])
-    output = LogitsProcessorOutput(next_token_logits=logits[:first])
-    output.gate_ride = Ride(rows, due, start, best)
-    return ModelRunnerOutput(logits_output=output, can_run_graph=verifier.has_graphs)

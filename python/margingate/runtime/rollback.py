@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from margingate.runtime import constraints
 from margingate.runtime.record import logprob_lists
 from margingate.runtime.verifier import RowResult
 
@@ -16,8 +15,9 @@ from margingate.runtime.verifier import RowResult
 def to_row(scheduler: Any, batches: Iterable[Any], req: Any, row: int, result: RowResult) -> bool:
     """Make `row` (from 1) the request's last output token, with the verifier's token.
 
-    Frees the slots behind it, corrects lengths, log-probs and what the next decode step reads.
-    Mutates `req`, the page table's allocator, the token relay and the request's row in `batches`.
+    Frees the slots behind it, corrects lengths, log-probs and what the next decode step reads; what
+    constrains the next row is the caller's. Mutates `req`, the page table's allocator, the token
+    relay and the request's row in `batches`, each of which is there once.
     Returns whether any of the batches holds the request.
     """
     columns = len(req.origin_input_ids) + row - 1  # the new last token has no column yet
@@ -28,7 +28,6 @@ def to_row(scheduler: Any, batches: Iterable[Any], req: Any, row: int, result: R
     req.finished_reason = req.finished_len = None
     _cut_logprobs(req, row, result)
     recount_reasoning(scheduler, req)
-    constraints.follow(req)
     scheduler.future_map.output_tokens_buf[req.req_pool_idx] = result.token
     return _set_length(batches, req, columns)
 
@@ -51,7 +50,7 @@ def drop_last_column(scheduler: Any, req: Any) -> None:
 def _set_length(batches: Iterable[Any], req: Any, columns: int) -> bool:
     """Set the sequence length of the request's row; new tensors, never written in place."""
     found = False
-    for batch in {id(batch): batch for batch in batches if batch is not None}.values():
+    for batch in batches:
         index = next((i for i, other in enumerate(batch.reqs) if other is req), None)
         if index is None:
             continue

@@ -6,6 +6,7 @@ from typing import Any
 
 from margingate.core.ledger import Row
 from margingate.runtime.constraints import Constraint
+from margingate.runtime.forward_record import record_of
 from margingate.runtime.record import GateRequest
 from margingate.runtime.verifier import RowInput, RowResult
 
@@ -42,7 +43,8 @@ def inject_fault(relay: Any, req: Any, result: Any, i: int) -> bool:
     due = gate.faults & {row, -row}
     if not due:
         return False
-    best = getattr(result.logits_output, "gate", None)
+    record = record_of(result)
+    best = None if record is None else record.best
     if best is None:
         return False  # nothing was chosen: there is no room for a token
     if float(best.margin[i]) > _ONE_CHOICE:

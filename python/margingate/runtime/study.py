@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from sglang.srt.utils import use_intel_amx_backend
 
-from margingate.runtime import state
+from margingate.runtime.forward_record import record_on
 from margingate.runtime.record import ColumnsWanted, GateRequest
 
 CANDIDATES = 8  # tokens whose logits are computed again in higher precision
@@ -57,11 +57,11 @@ def force(relay: Any, req: Any, result: Any, i: int, margin: float) -> None:
     Mutates the request's choices, the result and the token relay.
     """
     gate: GateRequest = req.gate
-    output = result.logits_output
-    if not hasattr(output, "gate_study"):  # the batch's first row: once for all of them
-        output.gate_study = _chosen(result)
-    token, *finer = output.gate_study[i]
-    gate.choices.append((token, margin, len(output.gate_study), *finer))
+    record = record_on(result.logits_output)
+    if record.study is None:  # the batch's first row: once for all of them
+        record.study = _chosen(result)
+    token, *finer = record.study[i]
+    gate.choices.append((token, margin, len(record.study), *finer))
     if len(req.output_ids) < len(gate.forced):
         wanted = gate.forced[len(req.output_ids)]
         if wanted != token:  # each write is a kernel
@@ -124,15 +124,20 @@ def _weight(vocab: int) -> torch.Tensor | None:
 # -- K/V columns
 
 
-def before_free(pool: Any, req: Any) -> None:
-    """As SGLang frees a request: the columns' slots are free, but hold what they held."""
+def before_free(pool: Any, columns_pool: Any, req: Any) -> None:
+    """As SGLang frees a request: the columns' slots are free, but hold what they held.
+
+    Args:
+        pool: SGLang's ReqToTokenPool.
+        columns_pool: its K/V pool.
+    """
     gate = getattr(req, "gate", None)
     if gate is None or gate.columns_wanted is None or req.req_pool_idx is None:
         return
     prompt = len(req.origin_input_ids)
     length = prompt + max(len(req.output_ids) - 1, 0)  # the last token has no column
     slots = pool.req_to_token[req.req_pool_idx, :length].to(torch.int64)
-    columns = _gather(state.controller().scheduler.token_to_kv_pool_allocator.get_kvcache(), slots)
+    columns = _gather(columns_pool, slots)
     gate.drift = _keep_or_compare(gate.columns_wanted, columns, prompt)
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 from margingate.runtime.observer import Observer
-
-if TYPE_CHECKING:
-    from margingate.runtime.controller import GateController
 
 
 @dataclass
@@ -40,9 +37,3 @@ class Tally(Observer):
     def settled(self, req: Any, seconds: float) -> None:
         self.waits += 1
         self.waited_s += seconds
-
-
-def report(controller: GateController) -> dict[str, Any]:
-    """For `/server_info`; empty where nobody tallies."""
-    found = (asdict(o) for o in controller.observers if isinstance(o, Tally))
-    return next(found, {})

@@ -7,9 +7,9 @@ from sglang.srt.plugins.hook_registry import HookType
 from margingate.runtime import (
     anthropic_answers,
     detokenizer,
+    meta_info,
     ollama_answers,
     openai_answers,
-    stream,
     switch,
     wellformed,
 )
@@ -29,7 +29,7 @@ TOKENIZER_HOOKS = (
     Hook(
         _MANAGER + "_handle_batch_output",
         AROUND,
-        stream.handle_batch_output,
+        meta_info.handle_batch_output,
         "self recv_obj",
         'meta_info["gate"] is a record per request, not a list per token',
         "customized info can be per request",
