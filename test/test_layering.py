@@ -2,9 +2,10 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,86 @@ def test_the_runtime_is_loaded_by_the_plugin_and_late(module):
     if not below(module, "margingate.runtime"):
         early = imported(module, at_load=True)
         assert not [found for found in early if below(found, "margingate.runtime")]
+
+
+def circle(graph: Mapping[str, Iterable[str]]) -> list[str]:
+    """Modules that import each other in a ring, in its order; empty without one."""
+    done: set[str] = set()
+
+    def search(module: str, way: list[str]) -> list[str]:
+        if module in way:
+            return way[way.index(module) :]
+        if module not in done:
+            for below_it in graph[module]:
+                if found := search(below_it, [*way, module]):
+                    return found
+            done.add(module)
+        return []
+
+    return next(filter(None, (search(module, []) for module in graph)), [])
+
+
+def test_a_circle_is_found():
+    assert circle({"a": ["b"], "b": ["c", "d"], "c": [], "d": ["b"]}) == ["b", "d"]
+    assert not circle({"a": ["b", "c"], "b": ["c"], "c": []})
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """Not in a function either, and not for types: an arrow that runs back up hides an owner."""
+    modules = {m for m, path in MODULES.items() if path.name != "__init__.py"}
+    assert not circle({module: sorted(imported(module) & modules - {module}) for module in modules})
+
+
+def test_who_opens_the_controller():
+    """Others are given what they use."""
+    controller = "margingate.runtime.controller"
+    users = {m.rpartition(".")[2] for m in MODULES if controller in imported(m)}
+    assert users == {"batches", "info", "install", "scheduler"}
+
+
+# Modules that change SGLang's request (`Req`), and what of it.
+WRITERS = {
+    "aborts": "its id, hidden from an abort of another one",
+    "constraints": "its grammar",
+    "ends": "how it ended",
+    "forwards": "requests of its own, that no client sent",
+    "radix": "its columns in the tree",
+    "request": "the gate's record, its namespace, and inputs of one that is refused",
+    "retraction": "its output, while its columns are gone",
+    "rollback": "its output and its columns",
+    "stream": "what of its output SGLang sends",
+}
+
+
+def written(tree: ast.AST) -> set[str]:
+    """Attributes of requests that are assigned to; the gate's own record of one is no such."""
+    targets: list[ast.expr] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            targets += node.targets
+        elif isinstance(node, ast.AugAssign | ast.AnnAssign):
+            targets.append(node.target)
+        elif isinstance(node, ast.Delete):
+            targets += node.targets
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr":
+            targets.append(ast.Attribute(node.args[0], ast.unparse(node.args[1])))
+    flat = [each for target in targets for each in getattr(target, "elts", [target])]
+    found = {ast.unparse(each) for each in flat}
+    return {text for text in found if re.match(r"(self\.)?_?(req|other|kept)\.(?!gate\.)", text)}
+
+
+def test_what_is_written_is_seen():
+    source = "req.a = 1\nreq.a.b[0] = req.c, self.req.d = 2\nreq.gate.e += 1\nx = req.f\n"
+    found = written(ast.parse(source + "setattr(req.g, name, 3)\nreq.gate = 4\ndel req.h[1:]"))
+    assert found == {"req.a", "req.a.b[0]", "req.c", "self.req.d", "req.g.name", "req.gate"} | {
+        "req.h[1:]"
+    }
+
+
+def test_who_writes_sglangs_request():
+    runtime = [module for module in MODULES if below(module, "margingate.runtime")]
+    found = {m.rpartition(".")[2] for m in runtime if written(ast.parse(MODULES[m].read_text()))}
+    assert found == set(WRITERS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)

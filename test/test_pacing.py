@@ -58,10 +58,8 @@ def test_open_requests_count_and_are_not_counted_twice_when_they_end(monkeypatch
     seen = []
     monkeypatch.setattr(pacing, "best_delay", lambda load, *_: seen.append(load) or 4)
     counts = Counts(steps=1000, flagged=1000)
-    open_one, requests = (
-        SimpleNamespace(gate=GateRequest("a", True, counts=counts)),
-        make_requests(),
-    )
+    open_one = SimpleNamespace(gate=GateRequest("a", True, counts=counts))
+    requests = make_requests()
     requests.open(open_one)
     pacer = Pacer(requests, COSTS)
     step(pacer, 3)
