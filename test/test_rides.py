@@ -16,7 +16,7 @@ from margingate.runtime import ends, rides, scheduler
 from margingate.runtime.forward_record import MergedPass, record_on
 from margingate.runtime.open_requests import OpenRequests
 from margingate.runtime.record import GateRequest, Hold
-from margingate.runtime.rides import PATIENCE, Rides
+from margingate.runtime.rides import PATIENCE, MergedPasses
 from margingate.runtime.simulate import Simulator
 from margingate.runtime.verdicts import Passes
 from margingate.runtime.verifier import RowInput, RowResult, Verifier
@@ -54,12 +54,14 @@ class Server:
             in_flight=cast(Any, None),
             penalties=cast(Any, None),
         )
-        self.rides = Rides(self.scheduler, self.requests, self.passes, verifier, serves=serves)
+        self.merged = MergedPasses(
+            self.scheduler, self.requests, self.passes, verifier, serves=serves
+        )
 
     def expected(self, due: str | None) -> bool:
         """Whether a step will carry what is due, in a turn that begins with it."""
-        self.rides.note_due(due)
-        return self.rides.will_merge()
+        self.merged.note_due(due)
+        return self.merged.will_merge()
 
     def add(self, key: str, rows: int, flagged: int, **changes: Any) -> Any:
         """A decoding request with `rows` rows, the one at `flagged` flagged now."""
@@ -73,7 +75,7 @@ class Server:
 
     def board(self, mode: Any = DECODE, rows: int | None = None) -> Any:
         count = len(self.scheduler.running_batch.reqs) if rows is None else rows
-        return self.rides.board(SimpleNamespace(forward_mode=mode, batch_size=count))
+        return self.merged.take_rows(SimpleNamespace(forward_mode=mode, batch_size=count))
 
 
 def best(tokens: list[int], margin: float = 1.0) -> Top2:
@@ -90,7 +92,7 @@ def carrying(merged: MergedPass) -> Any:
 
 def land(server: Server, boarded: Any, tokens: list[int]) -> None:
     rows, due = boarded
-    server.rides.land(carrying(MergedPass(rows, due, now(), best(tokens))))
+    server.merged.process_results(carrying(MergedPass(rows, due, now(), best(tokens))))
 
 
 @pytest.fixture
@@ -112,7 +114,7 @@ def test_a_due_pass_rides_in_the_next_decode_step_and_in_no_prefill():
     assert server.board(PREFILL) is None
     rows, due = server.board()
     assert [row.index for row in rows] == [2, 3, 4, 5] and due == "delay"
-    assert server.rides.count == 1
+    assert server.merged.count == 1
     assert server.board() is None, "its rows are in flight"
 
 
@@ -184,7 +186,7 @@ def test_verdicts_that_agree_are_entered_at_once(entered):
     server.requests.step = 1
     boarded = server.board()
     land(server, boarded, [101, 102, 103])
-    assert not server.rides.landed
+    assert not server.merged.waiting
     [(rows, results)] = entered
     assert rows == boarded[0] and [each.token for each in results] == [101, 102, 103]
 
@@ -194,13 +196,13 @@ def test_a_flip_waits_for_a_moment_with_nothing_in_flight(entered):
     server.add("a", 6, 4)
     server.requests.step = 1
     land(server, server.board(), [101, 7, 103])
-    assert not entered and len(server.rides.landed) == 1
+    assert not entered and len(server.merged.waiting) == 1
     server.add("b", 6, 4)
     server.requests.step = 2
     land(server, server.board(), [101, 102, 103])
     assert not entered, "the next ones wait behind it"
-    server.rides.enter()
-    assert len(entered) == 2 and not server.rides.landed
+    server.merged.enter()
+    assert len(entered) == 2 and not server.merged.waiting
 
 
 @pytest.mark.parametrize("gone", ["retracted", "closed"])
@@ -220,9 +222,9 @@ def test_verdicts_on_rows_that_are_gone_take_nothing_back(gone: str, entered):
 
 def test_a_result_without_a_pass_lands_nothing(entered):
     server = Server(1)
-    server.rides.land(SimpleNamespace(logits_output=None))
-    server.rides.land(SimpleNamespace(logits_output=SimpleNamespace()))
-    assert not entered and not server.rides.landed
+    server.merged.process_results(SimpleNamespace(logits_output=None))
+    server.merged.process_results(SimpleNamespace(logits_output=SimpleNamespace()))
+    assert not entered and not server.merged.waiting
 
 
 def test_the_first_row_is_judged_by_the_prefill():

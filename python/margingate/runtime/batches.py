@@ -22,14 +22,14 @@ def next_batch(controller: GateController, original: Any, running: Any, last: An
             if batch is not None and batch.reqs:
                 _eject(requests, batch)
         if _memory_is_short(scheduler, running):
-            controller.settle_all()
+            controller.verify_everything()
     if requests.rejoining:
         running = rollback.rejoin(scheduler, running, requests.take_rejoining())
     plan = original(scheduler, running_batch=running, last_batch=last)
     if plan.batch_to_run is not None and plan.batch_to_run.forward_mode.is_extend():
         controller.penalties.admit(plan.batch_to_run)
     if plan.batch_to_run is None and (requests.held or requests.any_pending()):
-        controller.settle_all()  # nobody will join them: verify now, decode on in the next turn
+        controller.verify_everything()  # nobody will join them; they decode on in the next turn
     requests.observers.turned()
     return plan
 

@@ -25,7 +25,7 @@ from margingate.runtime.overlap import InFlight
 from margingate.runtime.prefill import Admission
 from margingate.runtime.record import GateRequest, is_gated
 from margingate.runtime.retraction import Retractions
-from margingate.runtime.rides import Rides
+from margingate.runtime.rides import MergedPasses
 from margingate.runtime.rows import inject_fault
 from margingate.runtime.simulate import Simulator
 from margingate.runtime.startup_checks import StartupChecks
@@ -62,8 +62,10 @@ class GateController:
             penalties=self.penalties,
         )
         merges = checks.decode is None and not self.observes_only
-        self.rides = Rides(scheduler, requests, self.passes, checks.verifier, serves=merges)
-        self.retractions = Retractions(scheduler, requests, self.passes, self.rides, self.penalties)
+        self.merged = MergedPasses(scheduler, requests, self.passes, checks.verifier, serves=merges)
+        self.retractions = Retractions(
+            scheduler, requests, self.passes, self.merged, self.penalties
+        )
         self.admission = Admission(checks.prefill, config.prefill_chunk)
         self.fingerprint = fingerprint.make(scheduler, config, checks.verifier, checks.prefill)
         self.output = SettledStream(config, requests, self.retractions, self.fingerprint)
@@ -86,8 +88,8 @@ class GateController:
         canonical = self._record(batch, result)
         self._append(original, batch, result, gated)
         self.requests.stepped(batch, len(gated), canonical)
-        self.rides.land(result)
-        if not self.in_flight.overlaps and (gated or self.rides.landed):
+        self.merged.process_results(result)
+        if not self.in_flight.overlaps and (gated or self.merged.waiting):
             self.verify(batch, gated)
         self.send(gated)
         if self.config.debug:
@@ -101,7 +103,7 @@ class GateController:
         if not self.in_flight.overlaps:
             return
         due = self.requests.due(idle=False)
-        self.rides.note_due(due)
+        self.merged.note_due(due)
         if self._waits(due) or _any_kept(last):
             self.in_flight.bring_in()
             reqs = list(self.requests)
@@ -194,10 +196,10 @@ class GateController:
             rollback.drop_last_column(self.scheduler, req)
 
     def verify_due(self, idle: bool) -> None:
-        """With nothing in flight: enter what is known, run every pass that is due and does not
-        ride, then end the requests that waited for them.
+        """With nothing in flight: enter what is known, run every pass that is due and is not
+        merged, then end the requests that waited for them.
         """
-        self.rides.enter()
+        self.merged.enter()
         while due := self._next_due(idle):
             self.passes.run(self.requests.next_batch(), due)
         for req in self.requests.to_release():
@@ -206,8 +208,8 @@ class GateController:
     def _next_due(self, idle: bool) -> str | None:
         """Why a pass of its own is due, if one is: none that a decode step will carry."""
         due = self.requests.due(idle=idle)
-        self.rides.note_due(due)
-        return due if idle or not self.rides.will_merge() else None
+        self.merged.note_due(due)
+        return due if idle or not self.merged.will_merge() else None
 
     def _waits(self, due: str | None) -> bool:
         """Whether anything is to be done that needs nothing in flight; `due` as was noted."""
@@ -215,8 +217,8 @@ class GateController:
         return bool(
             requests.outside()
             or requests.prefilled_again
-            or self.rides.landed
-            or (due is not None and not self.rides.will_merge())
+            or self.merged.waiting
+            or (due is not None and not self.merged.will_merge())
             or any(self._full_tails(requests))
         )
 
@@ -235,7 +237,7 @@ class GateController:
 
     # -- between steps
 
-    def settle_all(self) -> None:
+    def verify_everything(self) -> None:
         """Verify whatever waits, full micro-batch or not."""
         self.in_flight.bring_in()
         self.verify_due(idle=True)

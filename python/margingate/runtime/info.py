@@ -39,7 +39,7 @@ def internal_state(controller: GateController) -> dict[str, Any]:
         "largest_batch": requests.largest_batch,
         "margins": requests.histogram.record(),
         "passes_by_reason": dict(requests.dues),
-        "passes_that_rode": controller.rides.count,
+        "passes_that_rode": controller.merged.count,
         "max_delay": requests.queue.max_delay,
         "open": len(requests),
         "held": len(requests.held),

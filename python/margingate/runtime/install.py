@@ -65,7 +65,7 @@ def _observers(controller: GateController) -> Iterator[Observer]:
     yield from metrics.observers(scheduler, requests, audits, observes=observes)
     yield from events.observers(config.events_endpoint, scheduler.ps, requests)
     yield from audit.observers(controller.auditor)
-    verifier, merges = controller.checks.verifier, controller.rides.serves
+    verifier, merges = controller.checks.verifier, controller.merged.serves
     yield from pacing.observers(scheduler, config, verifier, requests, merges=merges)
     yield controller.tally
 

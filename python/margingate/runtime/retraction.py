@@ -19,7 +19,7 @@ from margingate.runtime import constraints, rollback
 from margingate.runtime.open_requests import OpenRequests
 from margingate.runtime.penalties import Table
 from margingate.runtime.record import Kept, is_gated, logprob_lists
-from margingate.runtime.rides import Rides
+from margingate.runtime.rides import MergedPasses
 from margingate.runtime.verdicts import Passes
 
 logger = logging.getLogger(__name__)
@@ -29,10 +29,15 @@ class Retractions:
     """Takes requests of one scheduler out of their columns and puts them back in."""
 
     def __init__(
-        self, scheduler: Any, requests: OpenRequests, passes: Passes, rides: Rides, penalties: Table
+        self,
+        scheduler: Any,
+        requests: OpenRequests,
+        passes: Passes,
+        merged: MergedPasses,
+        penalties: Table,
     ) -> None:
         self._scheduler, self._requests = scheduler, requests
-        self._passes, self._rides, self._penalties = passes, rides, penalties
+        self._passes, self._merged, self._penalties = passes, merged, penalties
 
     def release(self, original: Any, req: Any, **kwargs: Any) -> None:
         """AROUND schedule_batch.release_req: keep the settled tokens apart, forget the rest."""
@@ -74,7 +79,7 @@ class Retractions:
 
     def _replay(self, reqs: list[Any]) -> None:
         """Compute the columns of what was kept, whatever else waits: the next step reads them."""
-        self._rides.enter()
+        self._merged.enter()
         for req in reqs:
             self._requests.queue.drain(req.gate.key)  # first in each pass
         while any(map(self._waits, reqs)):

@@ -1,4 +1,4 @@
-"""Verify passes that ride in a decode step.
+"""Verify passes that are merged into a decode step.
 
 On the stock fast path a pass of V rows costs about what a decode step does, however few of its rows
 are wanted: both read the whole model. So a pass that is due waits for the next decode step and
@@ -7,7 +7,7 @@ nothing is different, as a row of a V-row forward does not depend on the others.
 rows of the fast path as ever. A forward writes the columns of all its rows before it attends, so
 they see the repaired ones.
 
-With --gate-max-delay 0 nothing rides: flagged rows are verified at once. Else nothing waits for a
+With --gate-max-delay 0 none is merged: flagged rows are verified at once. Else nothing waits for a
 pass, under overlap scheduling either: the verdicts come with the step's results. Where they agree
 they are entered at once; a flip is entered with nothing in flight.
 """
@@ -39,8 +39,8 @@ def results_of(merged: MergedPass) -> list[RowResult | None]:
     return verdicts.by_row(merged.rows, (RowResult(*pair, None) for pair in pairs))
 
 
-class Rides:
-    """The passes of one scheduler that ride, and those whose verdicts are to be entered."""
+class MergedPasses:
+    """The passes of one scheduler that are merged, and those whose verdicts are to be entered."""
 
     def __init__(
         self,
@@ -51,12 +51,12 @@ class Rides:
         *,
         serves: bool,
     ) -> None:
-        """`serves`: whether any do. On the invariant path hardly a row is flagged: none need."""
+        """`serves`: whether any is. On the invariant path too few rows are flagged for that."""
         self._scheduler, self._requests = scheduler, requests
         self._passes, self._verifier = passes, verifier
         self.serves = serves
-        self.landed: list[tuple[MergedPass, list[RowResult | None]]] = []
-        self.count = 0  # passes that rode
+        self.waiting: list[tuple[MergedPass, list[RowResult | None]]] = []
+        self.count = 0  # passes that were merged
         self._due_since: int | None = None
 
     def note_due(self, due: str | None) -> None:
@@ -77,7 +77,7 @@ class Rides:
         decoding = self._scheduler.running_batch.reqs
         return not all(map(self._requests.is_held, decoding)) and self._room(decoding) > 0
 
-    def board(self, batch: Any) -> tuple[tuple[Row, ...], str] | None:
+    def take_rows(self, batch: Any) -> tuple[tuple[Row, ...], str] | None:
         """The rows that this decode forward is to carry, and why; None if no pass is due."""
         if not self.serves or not batch.forward_mode.is_decode():
             return None
@@ -92,11 +92,11 @@ class Rides:
 
     def forward(self, original: Any, runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """AROUND ModelRunner._forward_raw: a decode step that carries a pass."""
-        boarded = self.board(batch)
-        if boarded is None:
+        taken = self.take_rows(batch)
+        if taken is None:
             return original(runner, batch, *args, **kwargs)
         start = now()
-        rows, due = boarded
+        rows, due = taken
         inputs = self._passes.inputs_of(rows)
         verifier = self._verifier
         logits = verifier.forward(inputs, verifier.rows, beside=batch)
@@ -106,7 +106,7 @@ class Rides:
         record_on(output).merged = MergedPass(rows, due, start, best)
         return ModelRunnerOutput(logits_output=output, can_run_graph=verifier.has_graphs)
 
-    def land(self, result: Any) -> None:
+    def process_results(self, result: Any) -> None:
         """A step's results are in: enter the verdicts it carried, unless one takes tokens back.
 
         Behind verdicts that wait for their moment, the next ones wait too.
@@ -116,15 +116,15 @@ class Rides:
             return
         results = results_of(record.merged)
         pairs = zip(record.merged.rows, results, strict=True)
-        waiting = bool(self.landed)
-        self.landed.append((record.merged, results))
-        if not waiting and all(self._passes.matches(row, each) for row, each in pairs):
+        behind = bool(self.waiting)
+        self.waiting.append((record.merged, results))
+        if not behind and all(self._passes.matches(row, each) for row, each in pairs):
             self.enter()
 
     def enter(self) -> None:
         """Enter the verdicts that came. Nothing may be in flight if one of them is a flip."""
-        landed, self.landed = self.landed, []
-        for merged, results in landed:
+        waiting, self.waiting = self.waiting, []
+        for merged, results in waiting:
             self._passes.enter(merged.rows, results, merged.start, merged.due)
 
     def _room(self, decoding: list[Any]) -> int:

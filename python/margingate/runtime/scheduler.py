@@ -110,7 +110,7 @@ def forward(original: Any, runner: Any, forward_batch: Any, *args: Any, **kwargs
     """AROUND ModelRunner._forward_raw."""
     if _controller is None:
         return original(runner, forward_batch, *args, **kwargs)
-    return _controller.rides.forward(original, runner, forward_batch, *args, **kwargs)
+    return _controller.merged.forward(original, runner, forward_batch, *args, **kwargs)
 
 
 def sample(original: Any, runner: Any, logits_output: Any, forward_batch: Any) -> Any:
@@ -149,7 +149,7 @@ def on_idle(_result: Any, scheduler: Any) -> None:
 
 def pause_generation(_scheduler: Any, _received: Any) -> None:
     """BEFORE Scheduler.pause_generation: let nothing wait across a pause."""
-    _gate().settle_all()
+    _gate().verify_everything()
 
 
 def weights_change(original: Any, manager: Any, received: Any) -> Any:
