@@ -123,7 +123,7 @@ class GateController:
         known = {id(req) for req in reqs}
         reqs = reqs + [req for req in ended if id(req) not in known]
         # A prompt that is prefilled in chunks has no row yet, and nothing to send.
-        opened = [req for req in reqs if req.finished() or req.gate.key in self.requests]
+        opened = self.requests.opened(reqs)
         reqs = [req for req in opened if not req.finished_output and (req.finished() or req.stream)]
         if reqs:
             logprobs = any(req.return_logprob for req in reqs)
@@ -172,7 +172,7 @@ class GateController:
         requests, key = self.requests, req.gate.key
         relay = None if self.in_flight.overlaps else self.scheduler.future_map
         fault = bool(req.gate.faults) and inject_fault(relay, req, result, i)
-        if key not in requests:
+        if not req.gate.flags and key not in requests:  # once a request, not once a token
             requests.open(req)
             constraints.begin(req)
         # Batch-invariant arithmetic on K/V that is not canonical gives no canonical bits, and a

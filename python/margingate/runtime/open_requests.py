@@ -84,6 +84,10 @@ class OpenRequests:
         """Whether the end of the request is withheld."""
         return is_gated(req) and req.gate.key in self._held
 
+    def opened(self, reqs: Sequence[Any]) -> list[Any]:
+        """Those of `reqs` that have a row, or ended before they had one."""
+        return [req for req in reqs if req.finished() or req.gate.key in self._open]
+
     def is_settled(self, req: Any) -> bool:
         """Whether all that was emitted may be sent."""
         key = req.gate.key
@@ -153,8 +157,9 @@ class OpenRequests:
             gate.counts.flagged += 1
             self.queue.note(gate.key, self.step)
             self.observers.flagged(req, len(gate.flags), margin, decision.reason)
-        if gate.waits_since is None and not self.is_settled(req):
-            gate.waits_since = now()
+        if gate.waits_since is None:
+            settled_rows, rows = self.ledger.frontier(gate.key), self.ledger.emitted(gate.key)
+            gate.waits_since = None if settled_rows == rows else now()
 
     def count_observed(self, req: Any, *, flagged: bool) -> None:
         """An ungated row was emitted; `flagged`: the threshold would have flagged it."""
