@@ -170,6 +170,8 @@ WRITERS = {
     "constraints": "its grammar",
     "ends": "how it ended",
     "forwards": "requests of its own, that no client sent",
+    "guard": "how one ends that we failed on, and its namespace",
+    "prefill": "the namespace of one that we failed on, and that it ends",
     "radix": "its columns in the tree",
     "request": "the gate's record, its namespace, and inputs of one that is refused",
     "retraction": "its output, while its columns are gone",

@@ -13,6 +13,7 @@ from margingate.runtime import (
     constraints,
     ends,
     fingerprint,
+    guard,
     integrity,
     penalties,
     rollback,
@@ -100,8 +101,14 @@ class GateController:
         whose result came, or is on its way.
         """
         self.in_flight.bring_in_prefill()
-        if not self.in_flight.overlaps:
-            return
+        if self.in_flight.overlaps:
+            self._verify_what_waits(last)
+        if self.requests.failed():
+            self.in_flight.bring_in()
+            ends.end_failed(self.requests, self.scheduler.tree_cache)
+            self.send([])
+
+    def _verify_what_waits(self, last: Any) -> None:
         due = self.requests.due(idle=False)
         self.merged.note_due(due)
         if self._waits(due) or _any_kept(last):
@@ -154,7 +161,11 @@ class GateController:
                 continue
             margin = margins[i] if margins is not None else float("inf")
             if gate.gated:
-                self._record_gated(req, result, i, margin, canonical)
+                try:
+                    self._record_gated(req, result, i, margin, canonical)
+                except Exception as error:  # no context manager: this runs for each token
+                    guard.note("a row of the ledger", error)
+                    guard.end(req, "a row of the ledger", error)
             elif self.observes_only:
                 self.requests.count_observed(req, flagged=not margin >= self.config.threshold)
                 if self.config.study:

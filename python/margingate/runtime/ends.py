@@ -55,6 +55,12 @@ def give_up(requests: OpenRequests, tree: Any, req: Any) -> None:
     end(requests, tree, req)
 
 
+def end_failed(requests: OpenRequests, tree: Any) -> None:
+    """End those that an exception of ours ended, and no finish check would. Nothing in flight."""
+    for req in requests.failed():
+        give_up(requests, tree, req)
+
+
 def abort_next(req: Any) -> None:
     """End the request with its next finish check, as SGLang does where a token is not taken."""
     if not req.finished() and req.to_finish is None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from sglang.srt.plugins.hook_registry import HookType
 
-from margingate.runtime import forward_record, logprobs, scheduler, seeds, study
+from margingate.runtime import forward_record, logprobs, prefill, scheduler, seeds, study
+from margingate.runtime.guard import Policy
 from margingate.runtime.hooks import Hook
 from margingate.runtime.path_hooks import INVARIANT_HOOKS, STOCK_HOOKS
 
@@ -24,6 +25,7 @@ RUNTIME_HOOKS = (
         None,
         "per-request switch, refusals and radix namespace",
         _CALLBACK,
+        Policy.REQUEST,
     ),
     Hook(
         _SCHEDULER + "_add_request_to_queue",
@@ -32,6 +34,7 @@ RUNTIME_HOOKS = (
         "self req is_retracted",
         "HTTP 400 for what the gate cannot serve, and for ids outside the vocabulary",
         "SGLang checks input ids itself and lets plugins refuse a request",
+        Policy.REQUEST,
     ),
     Hook(
         "managers.schedule_policy.PrefillAdder.add_one_req",
@@ -40,6 +43,8 @@ RUNTIME_HOOKS = (
         "self req has_chunked_req truncation_align_size",
         "a gated prompt is prefilled alone, on the grid",
         "prefill is batch-invariant",
+        Policy.REQUEST,
+        prefill.refuse_failed,
     ),
     Hook(
         "managers.schedule_policy.PrefillAdder.add_chunked_req",
@@ -96,6 +101,7 @@ RUNTIME_HOOKS = (
         "self req",
         "K/V columns of a finished request are digested for an audit, or compared by --gate-study",
         _CALLBACK,
+        Policy.OBSERVE,
     ),
     Hook(
         _SAMPLING + "adjusted_from_schedule_batch",
@@ -136,6 +142,7 @@ RUNTIME_HOOKS = (
         "self batch result",
         "margins in, verification after the commit, settled tokens out",
         _CALLBACK,
+        Policy.BATCH,
     ),
     Hook(
         _SCHEDULER + "get_next_batch_to_run",
@@ -144,6 +151,7 @@ RUNTIME_HOOKS = (
         "self running_batch last_batch",
         "stopped requests leave the batch while their rows are pending",
         _CALLBACK,
+        Policy.BATCH,
     ),
     Hook(
         "managers.schedule_batch.Req.update_finish_state",
@@ -152,6 +160,7 @@ RUNTIME_HOOKS = (
         "self new_accepted_len",
         "withholds the end of a request with pending rows",
         _CALLBACK,
+        Policy.REQUEST,
     ),
     Hook(
         "managers.scheduler_components.output_streamer._GenerationStreamAccumulator.accept",
@@ -160,6 +169,8 @@ RUNTIME_HOOKS = (
         "self req",
         "nothing past the frontier leaves the scheduler",
         "requests carry a number of settled tokens",
+        Policy.REQUEST,
+        scheduler.accept_failed,
     ),
     Hook(
         "managers.schedule_batch.release_req",
@@ -169,6 +180,7 @@ RUNTIME_HOOKS = (
         "tree_cache hisparse_coordinator offload_kv",
         "a retracted request keeps its settled tokens; only its prompt is prefilled again",
         "retraction can replay decoded columns",
+        Policy.REQUEST,
     ),
     Hook(
         _SCHEDULER + "is_fully_idle",
@@ -185,6 +197,7 @@ RUNTIME_HOOKS = (
         "self",
         "forgets requests that vanished from SGLang's queues; audits",
         _CALLBACK,
+        Policy.OBSERVE,
     ),
     Hook(
         _SCHEDULER + "abort_request",
@@ -209,6 +222,7 @@ RUNTIME_HOOKS = (
         "self recv_req",
         "counters in /server_info",
         "SGLang lets plugins add to it",
+        Policy.OBSERVE,
     ),
     Hook(
         _SCHEDULER + "get_init_info",

@@ -7,7 +7,7 @@ from typing import Any
 
 import margingate
 from margingate.config import GateConfig
-from margingate.runtime import audit, invariance, machine
+from margingate.runtime import audit, guard, invariance, machine
 from margingate.runtime.controller import GateController
 
 INFO_KEY = "margingate"
@@ -41,6 +41,8 @@ def internal_state(controller: GateController) -> dict[str, Any]:
         "passes_by_reason": dict(requests.dues),
         "passes_that_rode": controller.merged.count,
         "max_delay": requests.queue.max_delay,
+        "hooks_fired": {name: each.fired for name, each in guard.tallies().items()},
+        "hooks_failed": guard.failures(),
         "open": len(requests),
         "held": len(requests.held),
         "guarantee": config.guarantee,

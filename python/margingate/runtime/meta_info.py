@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from margingate.runtime import guard
 from margingate.runtime.record import INFO_KEY
 
 
@@ -20,9 +21,16 @@ class _Merged(dict[str, Any]):
 
 async def handle_batch_output(original: Any, manager: Any, received: Any) -> None:
     """AROUND TokenizerManager._handle_batch_output: `meta_info["gate"]` is a record, not a list."""
+    try:
+        _merge(manager, received)
+    except Exception as error:  # raised here it would end the loop that serves all clients
+        guard.note("TokenizerManager._handle_batch_output", error)
+    await original(manager, received)
+
+
+def _merge(manager: Any, received: Any) -> None:
     if getattr(received, "customized_info", None) is not None:
         for rid in received.rids:
             request_state = manager.rid_to_state.get(rid)
             if request_state is not None:
                 request_state.customized_info_accumulated.setdefault(INFO_KEY, _Merged())
-    await original(manager, received)

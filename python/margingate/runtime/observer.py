@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from margingate.core.ledger import Outcome
+from margingate.runtime import guard
 
 
 class Observer:
@@ -40,7 +41,7 @@ class Observer:
 
 
 class Observers(Observer):
-    """Tells several observers, in the order in which they were added."""
+    """Tells several observers, in the order in which they were added; what one raises is noted."""
 
     def __init__(self) -> None:
         self._all: tuple[Observer, ...] = ()
@@ -50,33 +51,25 @@ class Observers(Observer):
         self._all += observers
 
     def stepped(self, batch: Any, gated: int, canonical: bool) -> None:
-        for each in self._all:
-            each.stepped(batch, gated, canonical)
+        guard.tell(self._all, "stepped", batch, gated, canonical)
 
     def flagged(self, req: Any, row: int, margin: float, reason: str) -> None:
-        for each in self._all:
-            each.flagged(req, row, margin, reason)
+        guard.tell(self._all, "flagged", req, row, margin, reason)
 
     def passed(self, rows: int, requests: int, seconds: float, due: str) -> None:
-        for each in self._all:
-            each.passed(rows, requests, seconds, due)
+        guard.tell(self._all, "passed", rows, requests, seconds, due)
 
     def judged(self, req: Any, row: int, outcome: Outcome, token: int, verified: int) -> None:
-        for each in self._all:
-            each.judged(req, row, outcome, token, verified)
+        guard.tell(self._all, "judged", req, row, outcome, token, verified)
 
     def settled(self, req: Any, seconds: float) -> None:
-        for each in self._all:
-            each.settled(req, seconds)
+        guard.tell(self._all, "settled", req, seconds)
 
     def ended(self, req: Any) -> None:
-        for each in self._all:
-            each.ended(req)
+        guard.tell(self._all, "ended", req)
 
     def audited(self, rid: str) -> None:
-        for each in self._all:
-            each.audited(rid)
+        guard.tell(self._all, "audited", rid)
 
     def turned(self) -> None:
-        for each in self._all:
-            each.turned()
+        guard.tell(self._all, "turned")

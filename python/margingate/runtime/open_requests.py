@@ -80,6 +80,10 @@ class OpenRequests:
         """Whether a request is held or rejoins: it owns slots, and no batch of SGLang has it."""
         return bool(self._held or self._rejoining)
 
+    def failed(self) -> list[Any]:
+        """Held and rejoining ones that an exception of ours ended: no finish check will see it."""
+        return [req for req in (*self._held.values(), *self._rejoining) if req.gate.failed]
+
     def is_held(self, req: Any) -> bool:
         """Whether the end of the request is withheld."""
         return is_gated(req) and req.gate.key in self._held

@@ -75,6 +75,11 @@ def accept(original: Any, accumulator: Any, *, req: Any) -> None:
     _gate().output.accept(original, accumulator, req)
 
 
+def accept_failed(original: Any, accumulator: Any, *, req: Any) -> None:
+    """After a failure of `accept`."""
+    _gate().output.accept_failed(original, accumulator, req)
+
+
 # -- batches
 
 

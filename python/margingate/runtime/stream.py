@@ -56,6 +56,12 @@ class SettledStream:
         elif req.stream and not self._muted:
             self._send_settled(original, accumulator, req)
 
+    def accept_failed(self, original: Any, accumulator: Any, req: Any) -> None:
+        """After a failure of `accept`: the end is told, and nothing else."""
+        if req.finished():
+            original(accumulator, req=req)
+            self._requests.close(req)
+
     def _send_last(self, original: Any, accumulator: Any, req: Any) -> None:
         gate = getattr(req, "gate", None)
         if gate is not None:
@@ -73,7 +79,7 @@ class SettledStream:
         """An aborted request ends with what was settled."""
         if req.gate.kept is not None:
             self._retractions.give_back(req)
-        frontier = self._requests.ledger.frontier(req.gate.key)
+        frontier = 0 if req.gate.failed else self._requests.ledger.frontier(req.gate.key)
         req.finished_len = min(max(frontier, req.send_token_offset), len(req.output_ids))
 
     def _send_settled(self, original: Any, accumulator: Any, req: Any) -> None:

@@ -9,7 +9,7 @@ from time import monotonic as now
 from typing import Any
 
 from margingate.core.ledger import Outcome, Row
-from margingate.runtime import constraints, ends, rollback
+from margingate.runtime import constraints, ends, guard, rollback
 from margingate.runtime.open_requests import OpenRequests
 from margingate.runtime.overlap import InFlight
 from margingate.runtime.penalties import Table
@@ -78,7 +78,8 @@ class Passes:
         reqs = [requests[key] for key in dict.fromkeys(row.rid for row, _ in judged)]
         requests.pass_began(reqs, due)
         for row, result in judged:
-            self._judge(row, self._verdict(row, result))
+            with guard.request(requests.of_row(row), "a verdict"):
+                self._judge(row, self._verdict(row, result))
         requests.pass_entered(reqs)
         requests.observers.passed(len(rows), len(reqs), now() - start, due)
 
