@@ -5,13 +5,16 @@
 Starts a reference server, then one server after the other, each with one setting more, and asks all
 of them the same requests, alone and together. Compared are the fingerprint and, bit by bit, token
 ids, texts and log-probs of the answers that are gated on both. A setting that ends the start counts
-as refused, with the sentence. Goes on where --out was left, so that it can be run in slices of
---budget-s. Prints a table; ends with status 1 where a fingerprint is the same and an answer is not.
+as refused, with the sentence. With --together N, each server has N of those settings at once that
+are called without effect, and a group that turns out otherwise is taken apart. Goes on where --out
+was left, so that it can be run in slices of --budget-s. Prints a table; ends with status 1 where a
+fingerprint is the same and an answer is not.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import tempfile
@@ -27,8 +30,8 @@ from fingerprint_requests import ask_all
 from margingate.cli.model import ensure_model
 from margingate.servers import Server, ServerError, launch
 
-REFERENCE = "reference"
-BROKEN = "BROKEN"
+REFERENCE, FOLDER = "reference", "smollm2"
+BROKEN, SAME = "BROKEN", "same answers"
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Setting:
 
     args: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
-    folder: str = "smollm2"  # the model's
+    folder: str = FOLDER  # the model's
 
 
 def _args(*names: str) -> dict[str, Setting]:
@@ -52,43 +55,44 @@ def _env(*names: str) -> dict[str, Setting]:
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
 )
-# Those that are called without effect come first, for they claim equal answers: the likeliest to
-# break that before the others.
-SETTINGS: dict[str, Setting] = {
-    REFERENCE: Setting(),
-    "a folder named as a model that SGLang knows": Setting(folder="vicuna-7b"),
+# Each claims the same answers under the same fingerprint; the likeliest to break that come first.
+# None undoes another, so that a server may have many of them: a group says no less than a pair.
+WITHOUT_EFFECT: dict[str, Setting] = {
     "the same again": Setting(),
-    **_args("--chunked-prefill-size 128", "--disable-radix-cache", "--max-running-requests 3"),
-    **_args("--stream-interval 5", "--incremental-streaming-output"),
-    **_args("--schedule-policy lof", "--gate-overlap on", "--served-model-name another"),
-    **_args("--enable-priority-scheduling --schedule-low-priority-values-first"),
-    **_args("--num-continuous-decode-steps 4", "--random-seed 7", "--max-prefill-tokens 128"),
-    **_env("SGLANG_TEST_RETRACT=1", "GLIBC_TUNABLES=glibc.cpu.hwcaps=-AVX2,-FMA,-AVX512F"),
-    **_args("--enable-custom-logit-processor", "--prefill-max-requests 1"),
-    **_env("OMP_WAIT_POLICY=ACTIVE", "PYTHONHASHSEED=1"),
-    # In the fingerprint by what they become, or refused.
-    **_args("--constrained-json-disable-any-whitespace", "--grammar-backend xgrammar"),
-    **_args("--max-total-tokens 1024", "--chunked-prefill-size 32", "--page-size 16"),
-    **_args("--constrained-json-whitespace-pattern [\\n]{1,2}", "--kv-cache-dtype fp8_e5m2"),
-    **_args("--enable-mixed-chunk", "--tool-call-parser hermes", "--sampling-defaults openai"),
-    "a chat template": Setting(("--chat-template", "FOLDER/one.jinja")),
-    **_args("--gate-rows 8", "--gate-guarantee exact", "--gate-fast-path stock"),
-    # Without effect, and less likely to have one.
-    **_args("--gate-max-delay 3", "--gate-audit-rate 1", "--skip-server-warmup"),
-    **_args("--scheduler-recv-interval 5", "--schedule-conservativeness 0.1"),
-    **_args("--schedule-policy random", "--radix-eviction-policy lfu", "--max-queued-requests 2"),
-    **_args("--mem-fraction-static 0.2", "--min-free-slots-delay 2", "--enable-dynamic-chunking"),
-    **_args("--enable-cache-report", "--enable-metrics", "--batch-notify-size 2"),
-    **_args("--weight-loader-disable-mmap", "--sleep-on-idle"),
-    **_args("--log-requests --log-requests-level 3", "--disable-overlap-schedule"),
+    **_args("--disable-radix-cache", "--max-running-requests 3"),
+    **_args("--schedule-policy lof", "--num-continuous-decode-steps 4", "--max-prefill-tokens 128"),
+    **_args("--scheduler-recv-interval 5", "--prefill-max-requests 1", "--sleep-on-idle"),
+    **_env("SGLANG_TEST_RETRACT=1", "SGLANG_INIT_NEW_TOKEN_RATIO=0.1", "PYTHONHASHSEED=1"),
+    **_args("--stream-interval 5", "--incremental-streaming-output", "--batch-notify-size 2"),
+    **_args("--served-model-name another", "--random-seed 7", "--enable-cache-report"),
+    **_args("--enable-metrics", "--log-requests --log-requests-level 3", "--skip-server-warmup"),
+    **_args("--weight-loader-disable-mmap", "--enable-custom-logit-processor"),
     "another name of the model's folder": Setting(folder="a-copy"),
-    **_env("LC_ALL=C", "MALLOC_ARENA_MAX=1", "TOKENIZERS_PARALLELISM=false"),
-    **_args("--reasoning-parser qwen3", "--context-length 2048", "--grammar-backend outlines"),
+    **_args("--gate-overlap on", "--gate-max-delay 3", "--gate-audit-rate 1"),
+    **_args("--enable-priority-scheduling --schedule-low-priority-values-first"),
+    **_args("--radix-eviction-policy lfu", "--schedule-conservativeness 0.1"),
+    **_args("--mem-fraction-static 0.2", "--weight-version another", "--decode-log-interval 1"),
+    **_env("OMP_WAIT_POLICY=ACTIVE", "LC_ALL=C", "TOKENIZERS_PARALLELISM=false"),
+    **_env("GLIBC_TUNABLES=glibc.cpu.hwcaps=-AVX2,-FMA,-AVX512F", "MALLOC_ARENA_MAX=1"),
+}
+# In the fingerprint, by what they become at least, or refused.
+COUNTED: dict[str, Setting] = {
+    "a folder named as a model that SGLang knows": Setting(folder="vicuna-7b"),
+    **_args("--page-size 16", "--kv-cache-dtype fp8_e5m2", "--enable-mixed-chunk"),
+    **_args("--constrained-json-disable-any-whitespace", "--grammar-backend xgrammar"),
+    "a chat template": Setting(("--chat-template", "FOLDER/one.jinja")),
+    **_args("--max-total-tokens 1024", "--chunked-prefill-size 128", "--chunked-prefill-size 32"),
+    **_args("--context-length 2048", "--grammar-backend none"),
+    **_args("--constrained-json-whitespace-pattern [\\n]{1,2}", "--tool-call-parser hermes"),
+    **_args("--sampling-defaults openai", "--gate-rows 8", "--gate-guarantee exact"),
+    **_args("--gate-fast-path stock", "--reasoning-parser qwen3"),
     **_args('--preferred-sampling-params {"repetition_penalty":1.3}'),
     # These change the arithmetic, so that each start measures anew.
     **_env("ONEDNN_MAX_CPU_ISA=AVX512_CORE", "OMP_NUM_THREADS=1", "ATEN_CPU_CAPABILITY=avx2"),
     **_args("--enable-fp32-lm-head", "--dtype float32"),
 }
+SETTINGS = {REFERENCE: Setting()} | WITHOUT_EFFECT | COUNTED
+AND = " + "
 
 
 def folders(root: Path, layers: int) -> None:
@@ -105,11 +109,26 @@ def folders(root: Path, layers: int) -> None:
     (root / "one.jinja").write_text(TEMPLATE)
 
 
+def combined(name: str) -> Setting:
+    """Of one setting, or of several whose names are joined by AND."""
+    chosen = [SETTINGS[each] for each in name.split(AND)]
+    env = {key: value for one in chosen for key, value in one.env.items()}
+    folders = [one.folder for one in chosen if one.folder != FOLDER]
+    return Setting(tuple(arg for one in chosen for arg in one.args), env, *folders)
+
+
+def names(together: int) -> list[str]:
+    """Of the servers: `together` of the settings without effect in each, the others alone."""
+    quiet = list(WITHOUT_EFFECT)
+    groups = [AND.join(quiet[i : i + together]) for i in range(0, len(quiet), together)]
+    return [REFERENCE, *groups, *COUNTED]
+
+
 def measure(name: str, root: Path) -> dict[str, Any]:
     """What a server with this setting says: its fingerprint and answers, or why it has none."""
-    setting = SETTINGS[name]
+    setting = combined(name)
     args = [each.replace("FOLDER", str(root)) for each in setting.args]
-    log = root / "logs" / f"{list(SETTINGS).index(name)}.log"
+    log = root / "logs" / f"{hashlib.sha256(name.encode()).hexdigest()[:8]}.log"
     server = launch(root / setting.folder, log, *args, gate=True, env=setting.env, stop_s=0.5)
     begun = time.monotonic()
     try:
@@ -136,52 +155,67 @@ def verdict(reference: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     both = [name for name in mine if mine[name]["gated"] and theirs[name]["gated"]]
     other = [name for name in both if mine[name] != theirs[name]]
     same = reference["fingerprint"] == found["fingerprint"] is not None
-    kind = (BROKEN if other else "same answers") if same else "another fingerprint"
+    kind = (BROKEN if other else SAME) if same else "another fingerprint"
     left = [name for name in mine if name not in both]
     return {"is": kind, "compared": len(both), "other": other, "not compared": left}
 
 
-def table(record: dict[str, Any]) -> bool:
-    """Print a row a setting; returns whether one is broken."""
-    reference, broken = record[REFERENCE], False
-    for name, found in record.items():
-        if name == REFERENCE or name not in SETTINGS:
-            continue
-        row = verdict(reference, found)
-        broken |= row["is"] == BROKEN
+def broken(record: dict[str, Any], name: str) -> bool:
+    """Whether this server has the fingerprint of the reference and not its answers."""
+    return bool(verdict(record[REFERENCE], record[name])["is"] == BROKEN)
+
+
+def apart(record: dict[str, Any]) -> list[str]:
+    """The members of groups that did not give the same answers, each to be asked alone."""
+    groups = [name for name in record if AND in name]
+    bad = [name for name in groups if verdict(record[REFERENCE], record[name])["is"] != SAME]
+    return [each for name in bad for each in name.split(AND)]
+
+
+def table(record: dict[str, Any]) -> None:
+    """Print a row a server."""
+    for name in list(record)[1:]:
+        row = verdict(record[REFERENCE], record[name])
+        print(f"{name}\n    {row['is']}: ", end="")
         if row["is"] == "refused":
-            print(f"{name:66} refused: {row['why'][:160]}")
+            print(row["why"])
             continue
-        counted = f"{len(row['other']):3} of {row['compared']} answers are others"
-        missing = f"; not compared: {', '.join(row['not compared'])}" if row["not compared"] else ""
-        print(f"{name:66} {row['is']:20} {counted}{missing}")
-        if row["is"] == BROKEN:
-            print(f"    others: {', '.join(row['other'])}")
-    return broken
+        said = f"{len(row['other'])} of {row['compared']} answers are others"
+        parts = {"others": row["other"][:9], "not compared": row["not compared"]}
+        lists = [f"; {what}: {'; '.join(some)}" for what, some in parts.items() if some]
+        print(said + "".join(lists))
 
 
-def main() -> int:
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=5, help="of SmolLM2's 30")
     parser.add_argument("--only", nargs="+", choices=SETTINGS, help="these, even if done before")
+    parser.add_argument("--together", type=int, default=1, help="settings without effect a server")
     parser.add_argument("--budget-s", type=float, default=1e9, help="start no server after that")
     parser.add_argument("--table", action="store_true", help="print what --out holds, no more")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = options()
     record = json.loads(args.out.read_text())["servers"] if args.out.exists() else {}
     root = Path(tempfile.gettempdir()) / f"margingate-pairs-{args.layers}"
     folders(root, args.layers)
     begun = time.monotonic()
-    todo = args.only or [name for name in SETTINGS if name not in record]
-    for name in [] if args.table else todo:
-        if time.monotonic() - begun > args.budget_s:
-            print(f"{name} and what follows is left for another run.")
-            break
+    todo = args.only or [name for name in names(args.together) if name not in record]
+    todo = [] if args.table else list(todo)
+    while todo and time.monotonic() - begun < args.budget_s:
+        name = todo.pop(0)
         record[name] = measure(name, root)
         print(f"{time.monotonic() - begun:4.0f} s {name}", flush=True)
         text = json.dumps({"environment": environment(), "servers": record}, indent=1)
         args.out.write_text(text)
-    return int(table(record))
+        todo = todo or [each for each in apart(record) if each not in record]
+    if todo:
+        print(f"left for another run: {', '.join(todo)}")
+    table(record)
+    return int(any(broken(record, name) for name in record))
 
 
 if __name__ == "__main__":
