@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -156,3 +157,14 @@ def test_the_entry_points_and_the_command_line_load_neither_torch_nor_sglang():
         "print(json.dumps({'modules': sorted(sys.modules)}))"
     )
     assert not {"torch", "sglang", "transformers"} & set(loaded["modules"])
+
+
+def test_the_table_of_faults_names_tests_that_exist():
+    """Else a fault's test could go, or be renamed, and nobody would see it."""
+    folder = Path(__file__).parent
+    rows = re.findall(r"^\| .+ \| `(\w+)` \| (.+) \|$", (folder / "README.md").read_text(), re.M)
+    assert len(rows) >= 30
+    for module, tests in rows:
+        source = (folder / f"test_{module}.py").read_text()
+        for test in re.findall(r"`(\w+)`", tests):
+            assert f"\ndef {test}(" in source, f"test_{module}.py has no {test}"
