@@ -8,7 +8,7 @@ ids, texts and log-probs of the answers that are gated on both. A setting that e
 as refused, with the sentence. With --together N, each server has N of those settings at once that
 are called without effect, and a group that turns out otherwise is taken apart. Goes on where --out
 was left, so that it can be run in slices of --budget-s. Prints a table; ends with status 1 where a
-fingerprint is the same and an answer is not.
+fingerprint is the same and an answer is not, or a request ended a server.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import requests
 from determinism import environment
 from fingerprint_requests import ask_all
 
@@ -31,7 +32,7 @@ from margingate.cli.model import ensure_model
 from margingate.servers import Server, ServerError, launch
 
 REFERENCE, FOLDER = "reference", "smollm2"
-BROKEN, SAME = "BROKEN", "same answers"
+BROKEN, SAME, ENDED = "BROKEN", "same answers", "ended"
 
 
 @dataclass(frozen=True)
@@ -137,11 +138,11 @@ def measure(name: str, root: Path) -> dict[str, Any]:
             return {**_asked(server), "up_s": up_s, "seconds": time.monotonic() - begun}
     except ServerError as error:
         return {"refused": str(error)}
+    except requests.ConnectionError:
+        return {ENDED: str(server.error("ended while it was asked"))}
 
 
 def _asked(server: Server) -> dict[str, Any]:
-    import requests
-
     info = requests.get(f"{server.base_url}/server_info", timeout=60).json()
     gate = info["internal_states"][0]["margingate"]
     return {"fingerprint": gate["fingerprint"], "answers": ask_all(server.base_url)}
@@ -149,8 +150,9 @@ def _asked(server: Server) -> dict[str, Any]:
 
 def verdict(reference: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """Of one server beside the reference: compared and other answers, and what that means."""
-    if "refused" in found:
-        return {"is": "refused", "why": found["refused"]}
+    for kind in ("refused", ENDED):
+        if kind in found:
+            return {"is": kind, "why": found[kind]}
     mine, theirs = reference["answers"], found["answers"]
     both = [name for name in mine if mine[name]["gated"] and theirs[name]["gated"]]
     other = [name for name in both if mine[name] != theirs[name]]
@@ -161,8 +163,8 @@ def verdict(reference: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
 
 
 def broken(record: dict[str, Any], name: str) -> bool:
-    """Whether this server has the fingerprint of the reference and not its answers."""
-    return bool(verdict(record[REFERENCE], record[name])["is"] == BROKEN)
+    """Whether this server has the fingerprint of the reference and not its answers, or ended."""
+    return verdict(record[REFERENCE], record[name])["is"] in (BROKEN, ENDED)
 
 
 def apart(record: dict[str, Any]) -> list[str]:
@@ -177,7 +179,7 @@ def table(record: dict[str, Any]) -> None:
     for name in list(record)[1:]:
         row = verdict(record[REFERENCE], record[name])
         print(f"{name}\n    {row['is']}: ", end="")
-        if row["is"] == "refused":
+        if "why" in row:
             print(row["why"])
             continue
         said = f"{len(row['other'])} of {row['compared']} answers are others"

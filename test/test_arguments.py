@@ -481,6 +481,17 @@ def test_the_grid_must_fit_into_a_forward(size, chunk, refused):
     assert f"--chunked-prefill-size lets a forward hold only {size} tokens" in str(caught.value)
 
 
+def test_a_grammar_backend_that_needs_a_driver_is_refused_on_a_cpu(prepare):
+    """The first grammar would end the scheduler."""
+    assert prepare(GATE).grammar_backend == "llguidance"
+    assert prepare(GATE, "--grammar-backend", "outlines").grammar_backend == "outlines"
+    text = exits(prepare, GATE, "--grammar-backend", "xgrammar")
+    assert text == (
+        "--grammar-backend is xgrammar, whose masks need a GPU's driver, but --device is cpu: use "
+        "llguidance."
+    )
+
+
 # Models
 
 
