@@ -27,7 +27,7 @@ SCHEMA = {
     "additionalProperties": False,
 }
 REGEX = r"(yes|no|maybe), because [a-z ]{5,30}\."
-FORMS = ({"json_schema": json.dumps(SCHEMA)}, {"regex": REGEX}, {"logit_bias": {"260": 4.0}}, {})
+FORMS = ({"json_schema": json.dumps(SCHEMA)}, {"regex": REGEX}, {"logit_bias": {"260": 4}}, {})
 PENALTIES = (
     {"frequency_penalty": 0.6, "presence_penalty": 0.4},
     {"repetition_penalty": 1.25},
