@@ -74,7 +74,9 @@ WITHOUT_EFFECT: dict[str, Setting] = {
     **_args("--radix-eviction-policy lfu", "--schedule-conservativeness 0.1"),
     **_args("--mem-fraction-static 0.2", "--weight-version another", "--decode-log-interval 1"),
     **_env("OMP_WAIT_POLICY=ACTIVE", "LC_ALL=C", "TOKENIZERS_PARALLELISM=false"),
-    **_env("GLIBC_TUNABLES=glibc.cpu.hwcaps=-AVX2,-FMA,-AVX512F", "MALLOC_ARENA_MAX=1"),
+    **_env("MALLOC_ARENA_MAX=1", "TZ=Asia/Tokyo"),
+    **_args("--detokenizer-worker-num 2", "--enable-request-time-stats-logging"),
+    **_args("--gc-threshold 50", "--stream-response-default-include-usage"),
 }
 # In the fingerprint, by what they become at least, or refused.
 COUNTED: dict[str, Setting] = {
@@ -89,6 +91,7 @@ COUNTED: dict[str, Setting] = {
     **_args("--gate-fast-path stock", "--reasoning-parser qwen3"),
     **_args('--preferred-sampling-params {"repetition_penalty":1.3}'),
     # These change the arithmetic, so that each start measures anew.
+    **_env("GLIBC_TUNABLES=glibc.cpu.hwcaps=-AVX2,-FMA,-AVX512F"),
     **_env("ONEDNN_MAX_CPU_ISA=AVX512_CORE", "OMP_NUM_THREADS=1", "ATEN_CPU_CAPABILITY=avx2"),
     **_args("--enable-fp32-lm-head", "--dtype float32"),
 }

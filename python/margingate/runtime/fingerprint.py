@@ -150,7 +150,7 @@ def make(scheduler: Any, config: GateConfig, verifier: Verifier, prefill: Prefil
     """The fingerprint of a scheduler whose gate is about to come up."""
     args, runner = scheduler.server_args, verifier.runner
     known = probe_cache.identity(runner, (), 0)
-    versions = known["versions"] | {name: machine.version(name) for name in LIBRARIES}
+    versions = known["versions"] | libraries()
     parts = {
         "files": files(args.model_path, args.tokenizer_path, args.revision),
         "arguments": arguments(args),
@@ -167,6 +167,11 @@ def make(scheduler: Any, config: GateConfig, verifier: Verifier, prefill: Prefil
         lambda: _weights(scheduler, runner.model),
         lambda: not tree.evictable_size() and not tree.protected_size(),
     )
+
+
+def libraries() -> dict[str, str | None]:
+    """Versions of LIBRARIES, of Python and of the C library."""
+    return {name: machine.version(name) for name in LIBRARIES} | machine.interpreter()
 
 
 def files(model: str, tokenizer: str, revision: str | None) -> dict[str, str] | None:
