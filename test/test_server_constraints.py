@@ -86,7 +86,7 @@ def assert_penalised(answers: list[Answer], plain: list[Answer]) -> None:
             assert answer.tokens == without.tokens
     assert changed >= len(answers) // len(PENALTIES), "no penalty told"
     if not slow_bfloat16():  # a part of the model repeats its nonsense all the same
-        assert most(answers[:2]) < most(plain[:2])
+        assert most(answers[:2]) <= most(plain[:2])  # as often, where the text repeats nothing
 
 
 def test_answers_are_as_asked_and_those_alone(client, prompts, params, kinds, alone):
