@@ -148,7 +148,7 @@ ROUTES = {
         Route(
             "/v1/chat/completions",
             lambda prompt, tokens: _greedy(messages=_messages(prompt), max_tokens=tokens),
-            *_choice(lambda choice: choice.get("delta", choice.get("message"))["content"]),
+            *_choice(lambda choice: choice.get("delta", choice.get("message")).get("content")),
             regex=True,
         ),
         Route(

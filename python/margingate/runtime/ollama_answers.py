@@ -66,7 +66,8 @@ def init(_result: Any, serving: Any, *_args: Any, **_kwargs: Any) -> None:
 def options(result: dict[str, Any], _serving: Any, given: Any = None) -> dict[str, Any]:
     """AFTER OllamaServing._convert_options_to_sampling_params: SGLang's names and values.
 
-    `deterministic` may be an option, as Ollama's clients have no other place for it. A negative `num_predict` (-1: no bound, -2: to the end of the context) is no bound in both.
+    A negative `num_predict` (-1: no bound, -2: to the end of the context) is no bound in both.
+    `deterministic` may be among the options, which is where Ollama's clients let one add.
     """
     params = dict(result)
     if "seed" in params:

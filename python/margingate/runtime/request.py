@@ -165,7 +165,7 @@ def attach(req: Any, config: GateConfig) -> None:
 
 
 def clip(req: Any) -> None:
-    """Once SGLang has cut `max_new_tokens`: a least length, which the gate took, is not above it."""
+    """Once SGLang has cut `max_new_tokens`: the least length, which the gate has, is no more."""
     penalties, room = req.gate.penalties, req.sampling_params.max_new_tokens
     if penalties is not None and penalties.min_new_tokens > room:
         req.gate.penalties = replace(penalties, min_new_tokens=room)

@@ -16,7 +16,7 @@ from margingate.runtime.stream import INFO_KEY
 
 
 async def create(original: Any, serving: Any, request: Any, raw_request: Any = None) -> Any:
-    """AROUND OpenAIServingResponses.create_responses: `deterministic` beside OpenAI's parameters."""
+    """AROUND OpenAIServingResponses.create_responses: `deterministic` in the body."""
     if sentence := await switch.note(raw_request):
         return serving.create_error_response(sentence)
     return await original(serving, request, raw_request)

@@ -1,8 +1,8 @@
 """The per-request switch, written as any other sampling parameter.
 
 `deterministic` goes into `custom_params`, which SGLang carries to the scheduler; a server without
-the gate knows neither and says so. Requests of Anthropic's, Ollama's and the responses route have no
-`custom_params`: there it is read from the body and waits on the HTTP request for the manager.
+the gate knows neither and says so. Requests of Anthropic's, Ollama's and the responses routes have
+no `custom_params`: there it is read from the body and waits on the HTTP request for the manager.
 """
 
 from __future__ import annotations
