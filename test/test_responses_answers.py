@@ -36,7 +36,7 @@ def test_the_last_event_has_the_record_as_text_beside_what_was_sent(metadata):
     asked = ResponsesRequest(input="x", stream=True, store=False, metadata=metadata)
 
     async def events() -> list[Any]:
-        stream = responses_answers.answer(
+        stream = responses_answers.stream(
             Serving.responses_stream_generator_non_harmony,
             serving,
             asked,
@@ -55,6 +55,17 @@ def test_the_last_event_has_the_record_as_text_beside_what_was_sent(metadata):
     assert found.output_text == "今日は😀"
     assert json.loads(found.metadata.pop("gate")) == RECORD
     assert found.metadata == (metadata or {})
+
+
+def test_an_answer_has_the_record_too():
+    asked = SimpleNamespace(metadata=None)
+
+    async def original(_serving: Any, request: Any, _params: Any, outputs: Any) -> Any:
+        texts = [context.last_output["text"] async for context in outputs]
+        return texts, request.metadata
+
+    found = asyncio.run(responses_answers.answer(original, None, asked, {}, contexts()))
+    assert found == (["今日", "今日は😀"], {"gate": json.dumps(RECORD)})
 
 
 @pytest.mark.parametrize(("value", "refused"), [(False, False), (None, False), ("no", True)])

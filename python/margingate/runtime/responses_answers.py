@@ -22,15 +22,25 @@ async def create(original: Any, serving: Any, request: Any, raw_request: Any = N
     return await original(serving, request, raw_request)
 
 
-def answer(
+async def answer(
     original: Any, serving: Any, request: Any, params: Any, contexts: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """AROUND what makes an answer, or a stream of events, of SGLang's contexts.
+    """AROUND OpenAIServingResponses.responses_full_generator.
 
     Mutates the request's `metadata`, which SGLang copies into its answers.
     """
     noting = _noting(contexts, request)
-    return original(serving, request, params, noting, *args, **kwargs)
+    return await original(serving, request, params, noting, *args, **kwargs)
+
+
+async def stream(
+    original: Any, serving: Any, request: Any, params: Any, contexts: Any, *args: Any, **kwargs: Any
+) -> AsyncIterator[str]:
+    """AROUND its stream of events; mutates the same."""
+    noting = _noting(contexts, request)
+    async with aclosing(original(serving, request, params, noting, *args, **kwargs)) as events:
+        async for event in events:
+            yield event
 
 
 async def _noting(contexts: Any, request: Any) -> AsyncIterator[Any]:

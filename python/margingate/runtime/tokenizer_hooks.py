@@ -120,7 +120,7 @@ TOKENIZER_HOOKS = (
     Hook(
         _RESPONSES + "responses_stream_generator_non_harmony",
         AROUND,
-        responses_answers.answer,
+        responses_answers.stream,
         "self request sampling_params result_generator model_name tokenizer request_metadata "
         "created_time require_reasoning",
         "the gate's record in the last event of a response",
