@@ -349,8 +349,9 @@ def test_two_keys_of_ungated_requests_never_share_a_namespace():
 @pytest.mark.parametrize(("faults", "room", "refused"), [([1], 0, True), ([1], 1, False)])
 def test_a_fault_in_an_answer_without_room_is_answered(faults, room, refused):
     """SGLang cuts `max_new_tokens` behind `Req.__init__`, so this is asked at the queue."""
-    from margingate.runtime import scheduler
+    from margingate.runtime import hook_table, scheduler
 
+    assert hook_table.RUNTIME_HOOKS  # the two import each other: this one first
     req, aborts = request({"gate_fault_rows": faults}), []
     attach(req, FAULTY)
     req.sampling_params.max_new_tokens, req.to_finish = room, None
@@ -361,6 +362,20 @@ def test_a_fault_in_an_answer_without_room_is_answered(faults, room, refused):
         "the prompt, or raise --context-length."
     )
     assert aborts == [text] * refused
+
+
+@pytest.mark.parametrize(("least", "room", "kept"), [(6, 3, 3), (6, 0, 0), (2, 3, 2)])
+def test_a_least_length_is_cut_with_the_length(least, room, kept):
+    """As SGLang cuts it, which the gate has taken it from by then."""
+    from margingate.runtime import hook_table, scheduler
+
+    assert hook_table.RUNTIME_HOOKS  # the two import each other: this one first
+    req = request(min_new_tokens=least, repetition_penalty=1.5)
+    attach(req, CONFIG)
+    req.sampling_params.max_new_tokens, req.to_finish = room, None
+    scheduler.add_request(None, req)
+    assert req.gate.penalties.values == (0.0, 0.0, 1.5)
+    assert req.gate.penalties.min_new_tokens == kept
 
 
 @pytest.mark.parametrize("extra", [CACHE_NAMESPACE, CACHE_NAMESPACE + "salt"])

@@ -7,7 +7,7 @@ import itertools
 import time
 from array import array
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from margingate.config import GateConfig
@@ -162,6 +162,13 @@ def attach(req: Any, config: GateConfig) -> None:
         req.extra_key = CACHE_NAMESPACE + (req.extra_key or "")
     elif (req.extra_key or "").startswith((CACHE_NAMESPACE, _UNGATED)):
         req.extra_key = _UNGATED + req.extra_key  # also those that have it: no two may meet
+
+
+def clip(req: Any) -> None:
+    """Once SGLang has cut `max_new_tokens`: the least length, which the gate has, is no more."""
+    penalties, room = req.gate.penalties, req.sampling_params.max_new_tokens
+    if penalties is not None and penalties.min_new_tokens > room:
+        req.gate.penalties = replace(penalties, min_new_tokens=room)
 
 
 def without_room(req: Any) -> str:

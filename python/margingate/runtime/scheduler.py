@@ -93,6 +93,7 @@ def add_request(_scheduler: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
     gate = getattr(req, "gate", None)
     if gate is None or req.to_finish is not None:
         return
+    request.clip(req)
     if refusal := gate.refusal or request.without_room(req):
         req.set_finish_with_abort(refusal)  # it goes on as a prompt of one token
         req.input_embeds = req.positional_embed_overrides = None
