@@ -26,7 +26,7 @@ from typing import Any
 import requests
 from determinism import environment
 
-from margingate.servers import Server, launch
+from margingate.harness.servers import Server, launch
 
 MODES: dict[str, tuple[bool, tuple[str, ...]]] = {
     "stock": (False, ()),
@@ -248,7 +248,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     if args.model is None:
-        from margingate.cli.model import ensure_model
+        from margingate.harness.embedded_model import ensure_model
 
         args.model = str(ensure_model("smollm2"))
     record: dict[str, Any] = {"environment": environment(), "modes": {}}

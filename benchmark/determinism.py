@@ -26,8 +26,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from margingate.client import Answer, Client, Prompt, chat_prompts, identical, read_prompts
-from margingate.servers import launch
+from margingate.harness.client import Answer, Client, Prompt, chat_prompts, identical, read_prompts
+from margingate.harness.servers import launch
 
 GATE = "--deterministic-gate"
 STOCK_PATH = (GATE, "--gate-fast-path", "stock")
@@ -224,7 +224,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     args = arguments()
     if args.model is None:
-        from margingate.cli.model import ensure_model
+        from margingate.harness.embedded_model import ensure_model
 
         args.model = str(ensure_model("smollm2"))
     pairs = [pair for path in args.prompts for pair in read_prompts(path, args.per_file)]

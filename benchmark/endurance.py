@@ -29,8 +29,8 @@ import aiohttp
 import psutil
 from determinism import environment
 
-from margingate.client import Client, Prompt, chat_prompts, read_prompts
-from margingate.servers import Server, launch, retracting
+from margingate.harness.client import Client, Prompt, chat_prompts, read_prompts
+from margingate.harness.servers import Server, launch, retracting
 
 STOCK_PATH = ("--gate-fast-path", "stock")
 SCHEMA = {
@@ -270,7 +270,7 @@ def settled(client: Client) -> dict[str, Any]:
 def main() -> int:
     args = arguments()
     if args.model is None:
-        from margingate.cli.model import ensure_model
+        from margingate.harness.embedded_model import ensure_model
 
         args.model = str(ensure_model("smollm2"))
     each = -(-args.distinct // len(args.prompts))

@@ -23,7 +23,7 @@ from typing import Any
 
 from determinism import processor
 
-from margingate.servers import CPU_ENV, telling_line
+from margingate.harness.servers import CPU_ENV, telling_line
 
 CPU = {"device": "cpu", "mem_fraction_static": 0.3}
 LONGEST = 16384  # tokens of a request

@@ -39,7 +39,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from margingate.servers import Server, launch, machine_args
+from margingate.harness.servers import Server, launch, machine_args
 
 HERE = Path(__file__).parent
 VOCAB = 49152

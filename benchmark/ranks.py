@@ -21,8 +21,8 @@ from determinism import GATE, STOCK_PATH, arrange, counters, environment
 from sameness import WithLogprobs, compare
 from serving_load import make_tokenizer, vocabulary
 
-from margingate.client import Prompt
-from margingate.servers import ServerError, launch
+from margingate.harness.client import Prompt
+from margingate.harness.servers import ServerError, launch
 
 SERVERS: dict[str, tuple[str, ...]] = {
     "stock": ("--attention-backend", "flashinfer"),

@@ -25,8 +25,8 @@ from typing import Any
 
 from determinism import GATE, HOPEFUL, STOCK_PATH, arrange, counters, environment
 
-from margingate.client import Answer, Client, Prompt, chat_prompts, read_prompts
-from margingate.servers import Server, launch
+from margingate.harness.client import Answer, Client, Prompt, chat_prompts, read_prompts
+from margingate.harness.servers import Server, launch
 
 FLASHINFER = ("--attention-backend", "flashinfer")
 EXACT = (GATE, "--gate-guarantee", "exact")

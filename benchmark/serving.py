@@ -32,8 +32,8 @@ import engines
 from serving_load import Load, lengths, requests, vocabulary
 from serving_table import ratio, short, table
 
-from margingate.client import Client
-from margingate.servers import GATE, Server, ServerError, launch
+from margingate.harness.client import Client
+from margingate.harness.servers import GATE, Server, ServerError, launch
 
 FLASHINFER = ("--attention-backend", "flashinfer")
 TRITON = ("--attention-backend", "triton")

@@ -20,7 +20,7 @@ from typing import Any
 import aiohttp
 import requests
 
-from margingate.client import Answer, Client, Prompt, read_prompts
+from margingate.harness.client import Answer, Client, Prompt, read_prompts
 
 
 def arguments() -> argparse.Namespace:

@@ -11,7 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from margingate.calibration import (
+from margingate.cli import main as cli
+from margingate.cli.calibrate import make_record, meaning, tokenized
+from margingate.config import GateError, load_threshold
+from margingate.errors import CliError
+from margingate.harness.client import Prompt
+from margingate.study.threshold import (
     TooFewStepsError,
     Trials,
     choose_threshold,
@@ -20,12 +25,7 @@ from margingate.calibration import (
     steps_needed,
     widest_gap,
 )
-from margingate.cli import main as cli
-from margingate.cli.calibrate import make_record, meaning, tokenized
-from margingate.cli.calibrate_measure import Journal, Walk, distinct, flips, groups, moved
-from margingate.cli.errors import CliError
-from margingate.client import Prompt
-from margingate.config import GateError, load_threshold
+from margingate.study.walk import Journal, Walk, distinct, flips, groups, moved
 
 
 def test_the_bound_is_clopper_and_pearsons():

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from margingate.cli import check
-from margingate.cli.inputs import server_root
 from margingate.cli.main import main
+from margingate.harness.inputs import server_root
 
 RESULT = {
     "model": "m",

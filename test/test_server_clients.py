@@ -17,7 +17,7 @@ import requests
 from checks import assert_clean, assert_gate_worked, assert_same
 from conftest import TOKENS
 
-from margingate.client import Answer, Client
+from margingate.harness.client import Answer, Client
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SERVE = (str(Path(sys.executable).with_name("sglang")), "serve")

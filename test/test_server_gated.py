@@ -24,9 +24,9 @@ from checks import (
 )
 from conftest import TOKENS
 
-from margingate.client import Answer, Client, Prompt, chat_prompts
 from margingate.events import AnyRecord, End, Flag, Subscriber, Verdict
-from margingate.servers import free_port, slow_bfloat16
+from margingate.harness.client import Answer, Client, Prompt, chat_prompts
+from margingate.harness.servers import free_port, slow_bfloat16
 
 
 @pytest.fixture(scope="module")

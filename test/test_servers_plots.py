@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from margingate.cli import demo
-from margingate.cli.errors import CliError
 from margingate.cli.main import main
-from margingate.client import Answer, read_prompts
 from margingate.core.histogram import MarginHistogram
-from margingate.plots import Margins, plot_margins, telling_counts
-from margingate.servers import Server, ServerError, free_port, telling_line
+from margingate.errors import CliError
+from margingate.harness.client import Answer, read_prompts
+from margingate.harness.servers import Server, ServerError, free_port, telling_line
+from margingate.study.plots import Margins, plot_margins, telling_counts
 
 # A launcher as SGLang's: unhealthy first, with a child that ignores SIGTERM.
 FAKE = """
@@ -111,7 +111,7 @@ def test_the_group_ends_with_the_process_that_started_it(tmp_path, number):
     fake(tmp_path)  # writes the script
     code = f"""
         import sys, time
-        from margingate.servers import Server
+        from margingate.harness.servers import Server
         command = (sys.executable, {str(tmp_path / "fake.py")!r})
         with Server([], {str(tmp_path / "log")!r}, command=command, stop_s=0.5) as server:
             print(server.pid, flush=True)
@@ -282,8 +282,8 @@ def test_demo_refuses_in_one_line_before_any_server(tmp_path, capsys, options, w
 
 def test_a_server_that_fails_is_the_demos_one_sentence(tmp_path, monkeypatch):
     code = "raise SystemExit('margingate: --gate-rows is 0: give a whole number.')"
-    monkeypatch.setattr("margingate.client.chat_prompts", lambda pairs, model: [])
-    monkeypatch.setattr("margingate.servers.launch", lambda *a, **k: fake(tmp_path, code))
+    monkeypatch.setattr("margingate.harness.client.chat_prompts", lambda pairs, model: [])
+    monkeypatch.setattr("margingate.harness.servers.launch", lambda *a, **k: fake(tmp_path, code))
     with pytest.raises(CliError, match=r"stock: the server on port .* --gate-rows is 0"):
         demo.measure(tmp_path, [("a", "b")], 1, tmp_path, {"stock": (), "gated": ()})
     assert os.path.exists(tmp_path / "logs" / "fake.log")

@@ -18,15 +18,15 @@ import pytest
 import requests
 
 from margingate.cli import calibrate, calibrate_measure, study_measure
-from margingate.cli.errors import CliError
 from margingate.cli.main import main
-from margingate.cli.study_measure import drift, identical, same_rows
-from margingate.cli.study_more_tables import more_tables, near_flips, spans
-from margingate.cli.study_report import recall_curve
-from margingate.cli.study_steps import Signal, bars_by_size, signals, steps_of
-from margingate.cli.study_tables import calibrated_table, first_threshold, make_tables, to_markdown
-from margingate.client import Answer, Prompt
-from margingate.servers import ServerError
+from margingate.errors import CliError
+from margingate.harness.client import Answer, Prompt
+from margingate.harness.servers import ServerError
+from margingate.study.column_tables import more_tables, near_flips, spans
+from margingate.study.measure import drift, identical, same_rows
+from margingate.study.report import recall_curve
+from margingate.study.steps import Signal, bars_by_size, signals, steps_of
+from margingate.study.tables import calibrated_table, first_threshold, make_tables, to_markdown
 
 MACHINE = {"device": "d", "dtype": "torch.bfloat16", "attention": "a"}
 PROBE = {
@@ -255,7 +255,7 @@ def test_a_server_that_fails_is_one_sentence(tmp_path, monkeypatch, error, said)
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setattr("margingate.servers.launch", lambda *_, **__: Failing())
+    monkeypatch.setattr("margingate.harness.servers.launch", lambda *_, **__: Failing())
     args = SimpleNamespace(out=tmp_path / "out.json", server_args=[], tokens=1)
     with pytest.raises(CliError, match=re.escape(said)), calibrate.observing_server(args, tmp_path):
         pass

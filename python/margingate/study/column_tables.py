@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from margingate.cli.study_tables import Table, percent
+from margingate.study.row_counts import classes_of_steps, short_name, spans
+from margingate.study.tables import Table, percent
 
 LAYERS = ("first layer", "middle layer", "last layer")
 NEAR = 8  # columns before and after a flip
@@ -118,30 +119,18 @@ def _repaired(results: Sequence[Mapping[str, Any]]) -> Table:
 def _operators(probe: Mapping[str, Any]) -> Table:
     rows = []
     for operator in probe["operators"]:
-        name = operator["name"].rsplit(".", 1)[-1]
         shape = " x ".join(map(str, operator["shape"]))
-        rows.append((name, operator["kind"], shape, spans(operator["classes"])))
+        rows.append(
+            (short_name(operator["name"]), operator["kind"], shape, spans(operator["classes"]))
+        )
     steps = (probe.get("steps") or {}).get("measured", [])
     if steps:
-        whole = [[count, 0 if same else 1] for count, same in steps]
-        rows.append(("decode step, as a gated server runs it", "model", "", spans(whole)))
+        whole = spans(classes_of_steps(steps))
+        rows.append(("decode step, as a gated server runs it", "model", "", whole))
     return Table(
         "The cause: row counts that give a row the same bits",
         "margingate's probe of each operator; `|` separates classes of row counts. An operator "
         "with one class cannot flip a token.",
         ("operator", "kind", "shape", "row counts with the same bits"),
         rows,
-    )
-
-
-def spans(classes: Sequence[Sequence[int]]) -> str:
-    """Runs of row counts with one class, or how many classes there are."""
-    from margingate.core.rowclass import runs
-
-    found = runs({count: key for count, key in classes})
-    if len(found) > 6:
-        return f"{len({key for _, key in classes})} classes"
-    return " | ".join(
-        f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        for counts, _ in found
     )

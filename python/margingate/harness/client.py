@@ -212,13 +212,3 @@ class Client:
         """The gate's counters; KeyError on a server without the gate."""
         state: dict[str, Any] = self.get("/server_info")["internal_states"][0]["margingate"]
         return state
-
-
-def identical(reference: Sequence[Answer], answers: Sequence[Answer]) -> int:
-    """How many of `answers` have the tokens that `reference` has for a prompt of that name.
-
-    Raises:
-        KeyError: an answer whose prompt `reference` lacks.
-    """
-    tokens = {answer.name: answer.tokens for answer in reference}
-    return sum(tokens[answer.name] == answer.tokens for answer in answers)

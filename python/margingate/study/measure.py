@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from margingate.cli.calibrate_measure import ALONE, Journal, along, ask, flips, groups
+from margingate.harness.answers import common_prefix, identical
+from margingate.study.journal import Journal
+from margingate.study.steps_of_walk import ALONE, flips
+from margingate.study.walk import along, ask, groups
 
 if TYPE_CHECKING:
-    from margingate.client import Answer, Client, Prompt
+    from margingate.harness.client import Answer, Client, Prompt
 
 STUDIED = ("--deterministic-gate", "--gate-fast-path", "stock", "--gate-study")
 COMPARED = 32  # answers of a case whose columns are compared; a server keeps 64
@@ -106,8 +109,8 @@ def sequences(
         "prompts": len(prompts),
         "batch_size": size,
         "identical": {
-            "batched": identical(alone, batched),
-            "shuffled": identical(alone, shuffled),
+            "batched": identical(alone.values(), batched.values()),
+            "shuffled": identical(alone.values(), shuffled.values()),
         },
         "counters": {name: after[name] - before[name] for name in COUNTERS},
         "drift": drift(alone, batched, compared),
@@ -132,11 +135,6 @@ def _answers(
     return found
 
 
-def identical(alone: Mapping[str, Answer], answers: Mapping[str, Answer]) -> int:
-    """How many answers have the tokens that they have alone."""
-    return sum(alone[name].tokens == answer.tokens for name, answer in answers.items())
-
-
 def drift(
     alone: Mapping[str, Answer], answers: Mapping[str, Answer], names: set[str]
 ) -> dict[str, Any]:
@@ -147,7 +145,7 @@ def drift(
     layers: list[list[float]] = []
     for name in sorted(names & set(answers)):
         found = answers[name].meta["gate"]["columns"]
-        shared = same_rows(alone[name].tokens, answers[name].tokens)
+        shared = common_prefix(alone[name].tokens, answers[name].tokens)  # row 2 holds token 1
         layers = layers or [[] for _ in found["rows"]]
         for distances, rows in zip(layers, found["rows"], strict=True):
             distances += [relative for _, relative in rows[:shared]]
@@ -156,12 +154,6 @@ def drift(
         "same_bits": sum(not any(each) for each in zip(*layers, strict=True)),
         "relative_l2": [_quantiles(sorted(distances)) for distances in layers],
     }
-
-
-def same_rows(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many decoded columns hold the same tokens in both; the column of row 2 holds token 1."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _quantiles(ascending: Sequence[float]) -> list[float]:

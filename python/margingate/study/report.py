@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from margingate.calibration import clopper_pearson
-from margingate.cli.calibrate import write
-from margingate.cli.errors import CliError
-from margingate.cli.study_more_tables import LAYERS, near_flips
-from margingate.cli.study_steps import Signal, Steps, signals, steps_of
-from margingate.cli.study_tables import CONFIDENCE, Table, first_threshold
+from margingate.confidence import clopper_pearson
+from margingate.errors import CliError
+from margingate.study.column_tables import LAYERS, near_flips
+from margingate.study.row_counts import grid
+from margingate.study.session import write
+from margingate.study.steps import Signal, Steps, signals, steps_of
+from margingate.study.tables import CONFIDENCE, Table, first_threshold
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
@@ -38,7 +39,7 @@ def write_report(record: Mapping[str, Any], tables: Sequence[Table], folder: Pat
     Raises CliError where matplotlib is not installed or the folder cannot be written.
     """
     try:
-        import margingate.plots  # noqa: F401
+        import margingate.study.plots  # noqa: F401
     except ImportError as err:
         raise CliError(
             f"--report draws with matplotlib, which cannot be imported ({err}): install it, or "
@@ -109,7 +110,7 @@ def _plots(record: Mapping[str, Any], folder: Path) -> list[Path]:
 
 def _plot_margins(steps: Steps, threshold: float, path: Path) -> None:
     from margingate.core.histogram import MarginHistogram
-    from margingate.plots import Margins, plot_margins
+    from margingate.study.plots import Margins, plot_margins
 
     histogram = MarginHistogram()
     histogram.add_steps(steps.margins.tolist())
@@ -121,7 +122,7 @@ def _plot_margins(steps: Steps, threshold: float, path: Path) -> None:
 
 
 def _plot_rates(steps: Steps, sets: Sequence[str], path: Path) -> None:
-    from margingate.plots import plot_rates
+    from margingate.study.plots import plot_rates
 
     rates = {}
     for name in sets:
@@ -132,7 +133,7 @@ def _plot_rates(steps: Steps, sets: Sequence[str], path: Path) -> None:
 
 
 def _plot_recall(steps: Steps, path: Path) -> None:
-    from margingate.plots import plot_recall
+    from margingate.study.plots import plot_recall
 
     curves = {signal.name: recall_curve(signal) for signal in signals(steps) if signal.flips.any()}
     plot_recall(curves, path, "Flips caught by steps flagged")
@@ -148,7 +149,7 @@ def recall_curve(signal: Signal) -> tuple[list[float], list[float]]:
 
 
 def _plot_columns(near: Mapping[int, list[list[tuple[float, float]]]], path: Path) -> None:
-    from margingate.plots import plot_offsets
+    from margingate.study.plots import plot_offsets
 
     count = len(next(iter(near.values())))
     layers = {
@@ -159,7 +160,6 @@ def _plot_columns(near: Mapping[int, list[list[tuple[float, float]]]], path: Pat
 
 
 def _plot_operators(probe: Mapping[str, Any], path: Path) -> None:
-    from margingate.plots import plot_classes
+    from margingate.study.plots import plot_classes
 
-    grid = {one["name"].rsplit(".", 1)[-1]: dict(one["classes"]) for one in probe["operators"]}
-    plot_classes(grid, path, "Row counts that give a row the same bits")
+    plot_classes(grid(probe["operators"]), path, "Row counts that give a row the same bits")

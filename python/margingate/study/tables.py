@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from margingate.calibration import above, clopper_pearson, miss_bound
-from margingate.cli.study_steps import Signal, Steps, bars_by_size, signals, steps_of
+from margingate import markdown
+from margingate.confidence import clopper_pearson, miss_bound
+from margingate.study.steps import Signal, Steps, bars_by_size, signals, steps_of
+from margingate.study.threshold import above
 
 CONFIDENCE = 0.95
 THRESHOLDS = (0.015625, 0.0625, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0)
@@ -263,10 +265,5 @@ def _transferred(
 
 def to_markdown(table: Table) -> str:
     """The table under its title, as Markdown."""
-    lines = [f"### {table.title}", "", table.about, "", _line(table.columns)]
-    lines.append(_line("---" for _ in table.columns))
-    return "\n".join([*lines, *map(_line, table.rows)])
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    lines = markdown.table(table.columns, table.rows)
+    return "\n".join([f"### {table.title}", "", table.about, "", *lines])

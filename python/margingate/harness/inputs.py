@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from margingate.cli.errors import CliError
+from margingate.errors import CliError
 
 MOST_SAID = 200  # characters of a server's answer that a sentence quotes
 
 
 def read_pairs(path: Path, count: int | None = None) -> list[tuple[str, str]]:
     """The first `count` (id, text) pairs of a --prompts file; raises CliError."""
-    from margingate.client import read_prompts
+    from margingate.harness.client import read_prompts
 
     try:
         return read_prompts(path, count)
@@ -92,3 +93,25 @@ def refuse_out(path: Path) -> None:
         raise CliError(f"--out {path} is a folder: name a file in it.")
     if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise CliError(f"--out {path} cannot be written: name a file in a folder that can.")
+
+
+def make_folder(option: str, folder: Path) -> None:
+    """Make a folder that an option names, where there is none; raises CliError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise CliError(
+            f"{option} {folder} cannot be made ({err.strerror}): name another folder."
+        ) from err
+
+
+def make_writable_folder(option: str, folder: Path) -> None:
+    """The same, and raises CliError too where no file can be made in it."""
+    make_folder(option, folder)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as err:
+        raise CliError(
+            f"{option} {folder} cannot be written ({err.strerror}): name another folder."
+        ) from err

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from margingate.cli.bar import Bar, progress
-from margingate.cli.errors import CliError
+from margingate.errors import CliError
+from margingate.harness.defaults import SEED
+from margingate.harness.progress import Bar, progress
 
 if TYPE_CHECKING:
-    from margingate.client import Answer, Client, Prompt
-    from margingate.plots import Margins
-    from margingate.servers import Server
+    from margingate.harness.client import Answer, Client, Prompt
+    from margingate.harness.servers import Server
+    from margingate.study.plots import Margins
 
 SIDES = ("stock", "gated")
 TOGETHER = {
@@ -25,7 +26,6 @@ TOGETHER = {
 }
 RUNS = ("alone", *TOGETHER)
 COUNTERS = ("steps", "canonical", "flagged", "replayed", "flips", "missed", "rolled_back", "passes")
-SEED = 20260530
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def measure(
 
     `extra`: more arguments for SGLang, by side.
     """
-    from margingate.client import Client, chat_prompts
-    from margingate.servers import ServerError, launch
+    from margingate.harness.client import Client, chat_prompts
+    from margingate.harness.servers import ServerError, launch
 
     prompts = chat_prompts(pairs, model)
     sides = {}
@@ -126,7 +126,7 @@ def _counters(state: dict[str, Any]) -> dict[str, int]:
 
 
 def _side(runs: dict[str, Run], before: dict[str, Any], after: dict[str, Any]) -> Side:
-    from margingate.plots import Margins
+    from margingate.study.plots import Margins
 
     if not after:
         return Side(runs, None, None)

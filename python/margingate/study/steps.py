@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from margingate.calibration import MANTISSA
-from margingate.cli.calibrate_measure import Walk, distinct
-
-ALONE = 1
+from margingate.study.steps_of_walk import ALONE, Walk, distinct
+from margingate.study.threshold import MANTISSA
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Steps:
     rows: np.ndarray  # int: 2 and up
     margins: np.ndarray  # logits
     ulps: np.ndarray  # the margin in steps of the logits' own precision at the best logit
-    gaps: np.ndarray  # logits: the margin and one such step, as `calibration.widest_gap`
+    gaps: np.ndarray  # logits: the margin and one such step, as `threshold.widest_gap`
     flips: np.ndarray  # bool: another token than alone
     moved: np.ndarray  # bool: other numbers than alone, as far as they are known
     distinct: int  # steps, less those with the numbers of the same step in another batch
@@ -47,43 +45,68 @@ def steps_of(record: Mapping[str, Any]) -> Steps:
     exact = bool(batched) and all(one["exact_tokens"] for one in (*batched, *alone.values()))
     parts = [_walk(one, alone[one["name"]], exact) for one in batched]
     lengths = [len(one["tokens"]) - 1 for one in batched]
-    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    rows, margins, tops, flips, signed, exact_margins, exact_flips, company, moved = columns
+    joined = _WalkSteps(*map(np.concatenate, zip(*parts, strict=True)))
+    margins, tops = joined.margins, joined.tops
     step = _ulp(tops, _logits_dtype(record))
     return Steps(
-        np.repeat([sets[one["name"]] for one in batched], lengths),
-        np.exp2(np.ceil(np.log2(company))).astype(int),
-        rows,
-        margins,
-        margins / step if len(tops) else tops,
-        margins + step if len(tops) else tops,
-        flips,
-        moved,
-        len(distinct(map(Walk.from_record, batched))),
-        signed,
-        exact_margins,
-        exact_flips,
-        _prefill(batched, alone, sets),
+        sets=np.repeat([sets[one["name"]] for one in batched], lengths),
+        sizes=np.exp2(np.ceil(np.log2(joined.requests))).astype(int),
+        rows=joined.rows,
+        margins=margins,
+        ulps=margins / step if len(tops) else tops,
+        gaps=margins + step if len(tops) else tops,
+        flips=joined.flips,
+        moved=joined.moved,
+        distinct=len(distinct(map(Walk.from_record, batched))),
+        signed=joined.signed,
+        exact_margins=joined.exact_margins,
+        exact_flips=joined.exact_flips,
+        prefill=_prefill(batched, alone, sets),
     )
 
 
-def _walk(one: Mapping[str, Any], alone: Mapping[str, Any], exact: bool) -> tuple[np.ndarray, ...]:
-    """From row 2 on, in the order in which `steps_of` unpacks them."""
+class _WalkSteps(NamedTuple):
+    """One entry per decode step of a walk; the last four are empty without exact products."""
+
+    rows: np.ndarray  # int: 2 and up
+    requests: np.ndarray  # int: in the step
+    margins: np.ndarray  # logits
+    flips: np.ndarray  # bool: another token than alone
+    moved: np.ndarray  # bool: other numbers than alone
+    tops: np.ndarray  # the best logit
+    signed: np.ndarray  # as in Steps, like the two below
+    exact_margins: np.ndarray
+    exact_flips: np.ndarray
+
+
+def _walk(one: Mapping[str, Any], alone: Mapping[str, Any], exact: bool) -> _WalkSteps:
+    """The decode steps of one walk, beside those of the same request alone."""
     tokens = np.array(one["tokens"][1:])
-    flips = tokens != np.array(alone["tokens"][1:])
-    rows, margins = np.arange(2, len(tokens) + 2), np.array(one["margins"][1:], float)
-    company = np.array(one["rows"][1:])
-    moved = np.array(
-        [a != b for a, b in zip(_numbers(one), _numbers(alone), strict=True)][1:], dtype=bool
+    pairs = zip(_numbers(one), _numbers(alone), strict=True)
+    return _WalkSteps(
+        rows=np.arange(2, len(tokens) + 2),
+        requests=np.array(one["rows"][1:]),
+        margins=np.array(one["margins"][1:], float),
+        flips=tokens != np.array(alone["tokens"][1:]),
+        moved=np.array([a != b for a, b in pairs][1:], dtype=bool),
+        **(_exact(one, alone, tokens) if exact else dict.fromkeys(_EXACT, np.array([]))),
     )
-    if not exact:
-        nothing = np.array([])
-        return rows, margins, nothing, flips, nothing, nothing, nothing, company, moved
-    best, gaps = np.array(one["exact_tokens"][1:]), np.array(one["exact_margins"][1:], float)
-    signed = np.where(best == tokens, gaps, 0.0)
-    others = best != np.array(alone["exact_tokens"][1:])
-    tops = np.array(one["tops"][1:], float)
-    return rows, margins, tops, flips, signed, gaps, others, company, moved
+
+
+_EXACT = ("tops", "signed", "exact_margins", "exact_flips")
+
+
+def _exact(
+    one: Mapping[str, Any], alone: Mapping[str, Any], tokens: np.ndarray
+) -> dict[str, np.ndarray]:
+    """What exact products of the same hidden states tell of a walk, by the names of _EXACT."""
+    best, margins = np.array(one["exact_tokens"][1:]), np.array(one["exact_margins"][1:], float)
+    return {
+        "tops": np.array(one["tops"][1:], float),
+        "signed": np.where(best == tokens, margins, 0.0),
+        "exact_margins": margins,
+        "exact_flips": best != np.array(alone["exact_tokens"][1:]),
+    }
 
 
 def _numbers(one: Mapping[str, Any]) -> list[tuple[Any, ...]]:
