@@ -26,7 +26,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from margingate.harness.client import Answer, Client, Prompt, chat_prompts, identical, read_prompts
+from margingate.harness.answers import identical
+from margingate.harness.client import Answer, Client, Prompt, chat_prompts, read_prompts
 from margingate.harness.servers import launch
 
 GATE = "--deterministic-gate"

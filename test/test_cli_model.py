@@ -244,5 +244,5 @@ def test_ctrl_c_is_130(monkeypatch):
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model, "ensure_model", interrupted)
+    monkeypatch.setattr("margingate.cli.model.ensure_model", interrupted)
     assert main(["model", "smollm2"]) == 130
