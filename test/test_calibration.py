@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from margingate.cli import main as cli
 from margingate.cli.calibrate import meaning
+from margingate.confidence import miss_bound, steps_needed
 from margingate.config import GateError, load_threshold
 from margingate.errors import CliError
 from margingate.harness.client import Prompt
@@ -24,8 +25,6 @@ from margingate.study.threshold import (
     Trials,
     choose_threshold,
     flagged_share,
-    miss_bound,
-    steps_needed,
     widest_gap,
 )
 from margingate.study.walk import groups

@@ -43,10 +43,8 @@ def test_the_table_and_its_meaning(capsys):
 
 def test_differences_name_the_first_character():
     alone = {"a": "same", "b": "one", "c": "on"}
-    assert batch_check._differences(alone, {"a": "same", "b": "owe", "c": "one"}) == {
-        "b": 1,
-        "c": 2,
-    }
+    said = {"a": "same", "b": "owe", "c": "one"}
+    assert batch_check._differences(alone, said) == {"b": 1, "c": 2}
 
 
 @pytest.mark.parametrize(

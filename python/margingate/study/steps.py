@@ -45,7 +45,7 @@ def steps_of(record: Mapping[str, Any]) -> Steps:
     exact = bool(batched) and all(one["exact_tokens"] for one in (*batched, *alone.values()))
     parts = [_walk(one, alone[one["name"]], exact) for one in batched]
     lengths = [len(one["tokens"]) - 1 for one in batched]
-    joined = _WalkSteps(*map(np.concatenate, zip(*parts, strict=True)))
+    joined = _joined(parts)
     margins, tops = joined.margins, joined.tops
     step = _ulp(tops, _logits_dtype(record))
     return Steps(
@@ -94,6 +94,12 @@ def _walk(one: Mapping[str, Any], alone: Mapping[str, Any], exact: bool) -> _Wal
 
 
 _EXACT = ("tops", "signed", "exact_margins", "exact_flips")
+
+
+def _joined(parts: Sequence[_WalkSteps]) -> _WalkSteps:
+    """All walks' steps behind each other; raises ValueError without a walk."""
+    fields = range(len(_WalkSteps._fields))
+    return _WalkSteps(*(np.concatenate([part[i] for part in parts]) for i in fields))
 
 
 def _exact(
