@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from margingate.harness.defaults import PROMPTS
+
 ROOT = Path(__file__).parents[1]
-PROMPTS = ROOT / "python/margingate/data/demo_prompts.jsonl"
 NOWHERE = "http://127.0.0.1:9"
 TURNS = ("--base-url", NOWHERE, "--conversations", "2", "--prompts", str(PROMPTS))
 HOLES = ("--model", "tiny", "--out", "x")

@@ -185,12 +185,9 @@ class GateConfig:
             raise GateError(
                 "--gate-threshold is infinite: use --gate-policy always to verify every row."
             )
-        if self.rows is not None:
-            _check_range("--gate-rows", self.rows, 1, MAX_ROWS)
-        if self.max_delay is not None:
-            _check_range("--gate-max-delay", self.max_delay, 0, 1 << 20)
-        if self.prefill_chunk is not None:
-            _check_range("--gate-prefill-chunk", self.prefill_chunk, 1, 1 << 20)
+        _check_range("--gate-rows", self.rows, 1, MAX_ROWS)
+        _check_range("--gate-max-delay", self.max_delay, 0, 1 << 20)
+        _check_range("--gate-prefill-chunk", self.prefill_chunk, 1, 1 << 20)
         if self.events_endpoint is not None:
             check_endpoint("--gate-events-endpoint", self.events_endpoint)
         _check_share("--gate-audit-rate", self.audit_rate)
@@ -251,6 +248,8 @@ def _check_choice(option: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def _check_range(option: str, value: Any, low: int, high: int) -> None:
+    if value is None:  # chosen when the device is known
+        return
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise GateError(f"{option} is {value!r}: give a whole number from {low} to {high}.")
 

@@ -31,12 +31,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "threshold would cost and miss. Can be ended and started again.",
     )
     add_walk_options(parser)
-    _add_options(parser)
+    _add_files(parser)
+    _add_measurements(parser)
     usual = {name: parser.get_default(name) for name in MEASURING}
     parser.set_defaults(func=run, usual=usual)
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
+def _add_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=Path,
@@ -60,6 +61,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="count what the threshold that margingate calibrate wrote here misses; may be .xz",
     )
+
+
+def _add_measurements(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--columns",
         type=int,

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from margingate.errors import CliError
 from margingate.study.journal import Journal
-from margingate.study.steps_of_walk import ALONE, FIRST, Walk, flips, moved
-from margingate.study.threshold import TooFewStepsError, Trials, choose_threshold, flagged_share
+from margingate.study.steps_of_walk import ALONE, FIRST, Step, Walk, flips, moved
+from margingate.study.threshold import (
+    Choice,
+    TooFewStepsError,
+    Trials,
+    choose_threshold,
+    flagged_share,
+)
 
 
 class Target(NamedTuple):
@@ -28,31 +34,12 @@ def make_record(
 ) -> dict[str, Any]:
     """The calibration file; raises CliError where the steps are too few."""
     sizes = sorted(set(batch_sizes))
-    walks: dict[tuple[int, str], Walk]
     walks = {k: one for k, one in journal.walks.items() if k[0] in (ALONE, *sizes)}
-    alone = {name: one for (size, name), one in walks.items() if size == ALONE}
     batched = [one for (size, _), one in walks.items() if size != ALONE]
     margins = [margin for one in batched for margin in one.margins[FIRST - 1 :]]
-    moving = moved(alone.values(), batched)
-    once = dict.fromkeys(moving)
-    trials = Trials(len(margins), len(moving), len(once))
-    flipped = [one for one in once if one.token != alone[one.prompt].tokens[one.row - 1]]
+    trials, flipped = _trials(walks)
     dtype = machine.get("lm_head", machine.get("dtype", ""))
-    try:
-        choice = choose_threshold(
-            trials,
-            [one.gap(dtype) for one in flipped],
-            target.miss_rate,
-            target.confidence,
-            headroom=target.headroom,
-        )
-    except TooFewStepsError as err:
-        raise CliError(
-            f"{err.distinct} distinct steps with other numbers than alone cannot show a miss rate "
-            f"of {target.miss_rate:g}, which takes {err.needed} where {len(moving)} of "
-            f"{len(margins)} have such: give more --prompts, --tokens or --batch-sizes, or a "
-            "higher --target-miss-rate; what was measured is kept."
-        ) from err
+    choice = _choose(trials, [one.gap(dtype) for one in flipped], target)
     found = flips(walks)
     return {
         "schema": 1,
@@ -60,7 +47,7 @@ def make_record(
         "machine": machine,
         "threshold": choice.threshold,
         "trigger_rate": flagged_share(margins, choice.threshold),
-        "steps": len(margins),
+        "steps": trials.steps,
         "moved_steps": trials.moved,
         "distinct_steps": trials.distinct,
         "flips": len(found),
@@ -74,3 +61,29 @@ def make_record(
         "prompts": len({name for _, name in walks}),
         "flipped_steps": found,
     }
+
+
+def _trials(walks: Mapping[tuple[int, str], Walk]) -> tuple[Trials, list[Step]]:
+    """The counts of steps, and the distinct ones that flipped."""
+    alone = {name: one for (size, name), one in walks.items() if size == ALONE}
+    batched = [one for (size, _), one in walks.items() if size != ALONE]
+    steps = sum(len(one.margins) - (FIRST - 1) for one in batched)
+    moving = moved(alone.values(), batched)
+    once = dict.fromkeys(moving)
+    flipped = [one for one in once if one.token != alone[one.prompt].tokens[one.row - 1]]
+    return Trials(steps, len(moving), len(once)), flipped
+
+
+def _choose(trials: Trials, gaps: Sequence[float], target: Target) -> Choice:
+    """The threshold for distinct flips with these gaps, logits; raises CliError."""
+    try:
+        return choose_threshold(
+            trials, gaps, target.miss_rate, target.confidence, headroom=target.headroom
+        )
+    except TooFewStepsError as err:
+        raise CliError(
+            f"{err.distinct} distinct steps with other numbers than alone cannot show a miss rate "
+            f"of {target.miss_rate:g}, which takes {err.needed} where {trials.moved} of "
+            f"{trials.steps} have such: give more --prompts, --tokens or --batch-sizes, or a "
+            "higher --target-miss-rate; what was measured is kept."
+        ) from err
