@@ -187,5 +187,5 @@ def test_the_entry_points_and_the_command_line_load_neither_torch_nor_sglang():
 def test_the_frontend_is_loaded_when_it_is_asked_for():
     import margingate.frontend
 
-    with pytest.raises(AttributeError, match="module 'margingate.frontend' has no attribute 'x'"):
+    with pytest.raises(AttributeError, match="has no attribute 'x'"):
         margingate.frontend.x  # noqa: B018
