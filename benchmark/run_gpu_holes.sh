@@ -18,19 +18,20 @@ export PYTHONUNBUFFERED=1 PYTHONPATH=$CODE:$CODE/python:$CODE/sgl-kernel-patches
 # SGLang finds the plugin by its metadata.
 python3 -c 'import importlib.metadata as m; m.distribution("margingate")' 2>/dev/null ||
     python3 setup.py -q egg_info || exit 1
+cd "$here" # whose scripts are run
 
 what=${1:-all}
 shift
 status=0
 counts() {
-    timeout -k 5 150 python3 "$here/benchmark/row_counts.py" --out "$OUT/row_counts.json" \
+    timeout -k 5 150 python3 -m benchmark.kernels.row_counts --out "$OUT/row_counts.json" \
         >"$OUT/row_counts.txt" 2>&1 || status=$?
     cat "$OUT/row_counts.txt"
 }
 ask() { # NAME OPTIONS...: one model, both graph settings, within what is left of 530 s
     local name=$1 left=$((530 - SECONDS))
     shift
-    timeout -k 10 $((left < 240 ? left : 240)) python3 "$here/benchmark/holes.py" \
+    timeout -k 10 $((left < 240 ? left : 240)) python3 -m benchmark.sameness.holes \
         --out "$OUT/$name.json" --logs "$LOGS" "$@" >"$LOGS/$name.txt" 2>&1
 }
 holes() {

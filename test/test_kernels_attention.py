@@ -51,7 +51,7 @@ from margingate_kernels import (
 )
 
 HOPPER_SHARED, HOPPER_PER_PROGRAM = 228 * 1024, 1024  # bytes of an SM; kept for each program
-BENCHMARK = Path(__file__).parents[1] / "benchmark/attention_kernels.py"
+BENCHMARK = Path(__file__).parents[1] / "benchmark/kernels/attention.py"
 LENGTHS = (1, 63, 64, 65, 255, 256, 257, 600)
 SHAPES = ((2, 2, 64), (3, 1, 64), (4, 1, 128), (1, 1, 128))  # heads, K/V heads, head size
 SHAPE = (2, 1, 64)  # where one is enough

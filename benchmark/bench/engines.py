@@ -21,9 +21,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from determinism import processor
-
-from margingate.harness.servers import CPU_ENV, telling_line
+from benchmark.bench.machine import processor
+from margingate.servers import CPU_ENV, telling_line
 
 CPU = {"device": "cpu", "mem_fraction_static": 0.3}
 LONGEST = 16384  # tokens of a request
@@ -69,7 +68,7 @@ def model_folder(text: str) -> str:
         why = getattr(error, "strerror", None) or error
         raise argparse.ArgumentTypeError(
             f"{text}/config.json cannot be read ({why}): give a folder such as "
-            "benchmark/configs/llama-3.1-8b"
+            "benchmark/models/configs/llama-3.1-8b"
         ) from None
     return text
 
@@ -181,7 +180,7 @@ class Worker:
         self.mode = mode
         self.log = args.logs / f"{args.out.stem}.{re.sub('[:@/]', '_', mode)}.log"
         self.process = subprocess.Popen(
-            [sys.executable, *sys.argv, *fixed],
+            [sys.executable, "-m", _script(), *sys.argv[1:], *fixed],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log.open("w"),
@@ -234,6 +233,13 @@ class Worker:
         return said
 
 
+def _script() -> str:
+    """The module that was started with `python -m`, under the name it has there."""
+    spec = sys.modules["__main__"].__spec__
+    assert spec is not None
+    return spec.name
+
+
 def _environment(mode: str) -> dict[str, str]:
     found = dict(os.environ) if on_gpu() else {**CPU_ENV, **os.environ}
     if code := mode.partition("@")[2]:
@@ -268,10 +274,3 @@ def write(out: Path, results: Any) -> None:
         "results": results,
     }
     out.write_text(json.dumps(record, indent=1))
-
-
-if __name__ == "__main__":
-    sys.exit(
-        "engines.py is what decode_step.py, latency_increment.py and serving.py share: run one of "
-        "these."
-    )

@@ -13,7 +13,6 @@ import json
 import os
 import random
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +163,3 @@ def vocabulary(model: Path | str) -> int:
     """Token ids of a model folder."""
     config: dict[str, int] = json.loads((Path(model) / "config.json").read_text())
     return config["vocab_size"]
-
-
-if __name__ == "__main__":
-    sys.exit("serving_load.py makes the requests of serving.py: run that.")

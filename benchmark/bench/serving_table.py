@@ -1,6 +1,6 @@
-"""The table of benchmark/serving.py; run by itself, that of a file it wrote.
+"""The table of `benchmark.speed.serving`; run by itself, that of a file it wrote.
 
-python benchmark/serving_table.py serving.json
+    python -m benchmark.bench.serving_table serving.json
 """
 
 from __future__ import annotations

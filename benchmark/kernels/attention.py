@@ -2,7 +2,7 @@
 
 Run on one GPU, with nothing else on it; SGLang is not needed:
 
-    PYTHONPATH=sgl-kernel-patches python benchmark/attention_kernels.py --out attention.json
+    PYTHONPATH=sgl-kernel-patches python -m benchmark.kernels.attention --out attention.json
 
 Microseconds a layer: the median over replays of a CUDA graph of a few calls, which decode over
 different parts of a K/V pool. Slots are in random order. A case is requests x tokens of each, in
@@ -35,6 +35,7 @@ from unittest.mock import patch
 import torch
 import triton
 
+from benchmark.bench.gpu_timing import bandwidth, microseconds
 from margingate_kernels import (
     Chunks,
     Columns,
@@ -78,7 +79,7 @@ SWEEP = (
 def main() -> None:
     args = arguments()
     if not torch.cuda.is_available():
-        sys.exit("attention_kernels.py needs a CUDA device and torch sees none.")
+        sys.exit("benchmark.kernels.attention needs a CUDA device and torch sees none.")
     gb_s = bandwidth()
     print(f"{torch.cuda.get_device_name()}, copy {gb_s:.0f} GB/s; microseconds a layer")
     record: dict[str, Any] = {
@@ -158,30 +159,9 @@ def print_tables(results: Sequence[dict[str, Any]]) -> None:
 # ---- times -------------------------------------------------------------------------------------
 
 
-def microseconds(call: Callable[[int], Any]) -> float:
+def layer_us(call: Callable[[int], Any]) -> float:
     """Median time of a call within a CUDA graph of CALLS; `call` gets the number of an input."""
-    call(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(CALLS):
-            call(i)
-    times = []
-    for _ in range(12):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / CALLS * 1e3)
-    return statistics.median(times[2:])
-
-
-def bandwidth() -> float:
-    """GB/s of a large copy, bytes read and written."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    return 2 * (1 << 30) / microseconds(lambda _: target.copy_(source)) / 1e3
+    return statistics.median(microseconds(call, range(CALLS), replays=10, warm_up=2))
 
 
 class Pool:
@@ -241,7 +221,7 @@ def time_decode(pool: Pool, rows: int, tokens: int) -> float:
         paged = attention.Paged(pool.k, pool.v, tables[i], indptr)
         attention.decode_attention(queries[i], paged, pool.scale, out, space)
 
-    return microseconds(call)
+    return layer_us(call)
 
 
 def time_extend(pool: Pool, requests: int, tokens: int, cached: int) -> float:
@@ -256,7 +236,7 @@ def time_extend(pool: Pool, requests: int, tokens: int, cached: int) -> float:
     queries = pool.queries(requests * tokens)
     columns = pool.columns(chunks.page_table[:, cached:].flatten())
     out = torch.empty_like(queries)
-    return microseconds(lambda _: extend_attention(queries, columns, chunks, pool.scale, out))
+    return layer_us(lambda _: extend_attention(queries, columns, chunks, pool.scale, out))
 
 
 def flashinfer_space() -> torch.Tensor:
@@ -279,7 +259,7 @@ def time_flashinfer_decode(pool: Pool, rows: int, tokens: int) -> float:
         )
         wrappers.append(wrapper)
     queries = [pool.queries(rows) for _ in range(CALLS)]
-    return microseconds(lambda i: wrappers[i].run(queries[i], pool.paged()))
+    return layer_us(lambda i: wrappers[i].run(queries[i], pool.paged()))
 
 
 def time_flashinfer_extend(pool: Pool, requests: int, tokens: int, cached: int) -> float:
@@ -296,7 +276,7 @@ def time_flashinfer_extend(pool: Pool, requests: int, tokens: int, cached: int) 
         kv_data_type=BF16,
     )
     queries = pool.queries(requests * tokens)
-    return microseconds(lambda _: wrapper.run(queries, pool.paged()))
+    return layer_us(lambda _: wrapper.run(queries, pool.paged()))
 
 
 # ---- bits --------------------------------------------------------------------------------------

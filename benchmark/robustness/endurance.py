@@ -1,6 +1,6 @@
 """Ten minutes of ordinary trouble: clients abort, disconnect and send nonsense; nothing leaks.
 
-    python benchmark/endurance.py --prompts ../shared/data/*.jsonl --out result.json
+    python -m benchmark.robustness.endurance --prompts ../shared/data/*.jsonl --out result.json
 
 Starts a gated server and asks it some requests one at a time, each with parameters drawn at random:
 seeds, grammars, penalties, biases, stops, log-probs. Then it sends them at random times, beside
@@ -27,10 +27,10 @@ from typing import Any
 
 import aiohttp
 import psutil
-from determinism import environment
 
-from margingate.harness.client import Client, Prompt, chat_prompts, read_prompts
-from margingate.harness.servers import Server, launch, retracting
+from benchmark.bench.machine import environment
+from margingate.client import Client, Prompt, chat_prompts, read_prompts
+from margingate.servers import Server, launch, retracting
 
 STOCK_PATH = ("--gate-fast-path", "stock")
 SCHEMA = {

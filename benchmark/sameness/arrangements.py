@@ -1,6 +1,7 @@
 """Determinism on a real server: the same prompts alone, batched, shuffled, cached, retracted.
 
-    python benchmark/determinism.py --prompts ../shared/data/*.jsonl --cases stock margin \
+    python -m benchmark.sameness.arrangements --prompts ../shared/data/*.jsonl \
+        --cases stock margin \
         --out benchmark/results/determinism.json
 
 Every case starts its own server, takes the answers of one request at a time as its reference and
@@ -14,24 +15,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import random
-import sys
 import tempfile
 import time
-import zlib
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from margingate.harness.answers import identical
-from margingate.harness.client import Answer, Client, Prompt, chat_prompts, read_prompts
-from margingate.harness.servers import launch
+from benchmark.bench.arrangements import (
+    ARRANGEMENTS,
+    GATE,
+    HOPEFUL,
+    STOCK_PATH,
+    Sampler,
+    agreeing,
+    arrange,
+    counters,
+)
+from benchmark.bench.machine import environment
+from margingate.client import Answer, Client, Prompt, chat_prompts, identical, read_prompts
+from margingate.servers import launch
 
-GATE = "--deterministic-gate"
-STOCK_PATH = (GATE, "--gate-fast-path", "stock")
 THRESHOLDS = (0.13, 0.26, 0.51, 1.01, 2.01)
 CASES: dict[str, tuple[str, ...]] = {
     "stock": (),
@@ -48,12 +51,6 @@ CASES: dict[str, tuple[str, ...]] = {
         for t in THRESHOLDS
     },
 }
-ARRANGEMENTS = ("batched", "shuffled1", "shuffled2", "shuffled3", "arriving", "cached")
-HOPEFUL = ("--schedule-conservativeness", "0.05")
-COUNTERS = (
-    *("steps", "flagged", "verified", "flips", "missed", "rolled_back", "passes"),
-    "passes_that_rode",
-)
 
 
 def arguments() -> argparse.Namespace:
@@ -86,51 +83,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("server_args", nargs="*", help="for every server, after --")
     return parser.parse_args()
-
-
-class Sampler(Client):
-    """Sends each prompt with the same parameters, and a seed made from its name."""
-
-    def __init__(self, base_url: str, tokens: int, sampling: dict[str, Any] | None) -> None:
-        super().__init__(base_url, tokens)
-        self.sampling = sampling
-
-    async def _post(self, session: Any, prompt: Prompt, **extra: Any) -> Answer:
-        if self.sampling is not None:
-            seed = zlib.crc32(prompt.name.encode())
-            own = {**self.sampling, "sampling_seed": seed, **extra.get("sampling_params", {})}
-            extra["sampling_params"] = own
-        return await super()._post(session, prompt, **extra)
-
-
-def arrange(client: Client, prompts: Sequence[Prompt], name: str, at_once: int) -> list[Answer]:
-    """Send the prompts in one arrangement; all but `cached` start from an empty radix tree."""
-    if name != "cached":
-        client.flush()
-    if name.startswith("shuffled"):
-        prompts = random.Random(int(name[-1])).sample(prompts, len(prompts))
-    if name == "arriving":
-        rng = random.Random(17)
-        return client.together(prompts, delays_s=[rng.uniform(0, 20) for _ in prompts])
-    step = at_once or len(prompts)
-    groups = [prompts[i : i + step] for i in range(0, len(prompts), step)]
-    return [answer for group in groups for answer in client.together(group)]
-
-
-def counters(client: Client) -> dict[str, Any]:
-    try:
-        state = client.gate_state()
-    except KeyError:
-        return {}
-    return {name: state[name] for name in COUNTERS} | {"integrity": state["integrity"]}
-
-
-def agreeing(runs: Sequence[Sequence[Answer]]) -> int:
-    """Prompts whose tokens are the same in every run, whatever they were alone."""
-    seen: dict[str, set[tuple[int, ...]]] = {}
-    for answer in (answer for run in runs for answer in run):
-        seen.setdefault(answer.name, set()).add(answer.tokens)
-    return sum(len(tokens) == 1 for tokens in seen.values())
 
 
 def answers_alone(
@@ -186,25 +138,6 @@ def run_case(args: argparse.Namespace, case: str, prompts: list[Prompt]) -> dict
             print(f"{case:22} retracted  {count}, {record['retractions']} times", flush=True)
     tokens = sum(len(answer.tokens) for answer in alone)
     return record | {"identical": identical_in, "seconds": seconds, "tokens_alone": tokens}
-
-
-def environment() -> dict[str, Any]:
-    import torch
-
-    cuda = torch.cuda.is_available()
-    return {
-        "device": torch.cuda.get_device_name() if cuda else processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "command": sys.argv,
-        **{name: metadata.version(name) for name in ("torch", "sglang")},
-    }
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:

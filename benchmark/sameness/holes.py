@@ -1,7 +1,9 @@
 """Does an answer depend on the row count that its prompt had alone, or on its company's?
 
-    python benchmark/holes.py --model qwen2.5-1.5b --out qwen.json [--logs DIR] [-- server options]
-    python benchmark/holes.py --model llama-3.1-8b --random-counts 25 --max 4096 --out random.json
+    python -m benchmark.sameness.holes --model qwen2.5-1.5b \
+        --out qwen.json [--logs DIR] [-- server options]
+    python -m benchmark.sameness.holes --model llama-3.1-8b --random-counts 25 --max 4096 \
+        --out random.json
 
 Writes a model with the layers' shapes of `--model`, `--layers` of them, normal weights (standard
 deviation 1 / sqrt(inputs), so that a last bit of any layer reaches the logits, and top logits are
@@ -41,7 +43,7 @@ from typing import Any, NamedTuple
 
 from margingate.harness.servers import Server, launch, machine_args
 
-HERE = Path(__file__).parent
+CONFIGS = Path(__file__).parents[1] / "models/configs"
 VOCAB = 49152
 ROPE = {
     "rope_type": "llama3",
@@ -72,7 +74,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_theta": 5e5,
         "rope_scaling": ROPE,
     },
-    "llama-3.1-8b": json.loads((HERE / "configs/llama-3.1-8b/config.json").read_text()),
+    "llama-3.1-8b": json.loads((CONFIGS / "llama-3.1-8b/config.json").read_text()),
     "tiny": {
         **LLAMA,
         "hidden_size": 128,

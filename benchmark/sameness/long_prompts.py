@@ -1,6 +1,7 @@
 """Long prompts, and short ones beside them, on an 8B shape with dummy weights: do they change?
 
-    python benchmark/long_prompts.py --model benchmark/configs/llama-3.1-8b --gate --out long.json
+    python -m benchmark.sameness.long_prompts --model benchmark/models/configs/llama-3.1-8b \
+        --gate --out long.json
 
 Prompts of up to 32,000 tokens and two dozen short ones are answered one at a time and then all at
 once, on one engine. Dummy weights have near-ties everywhere, so a bit that differs soon shows.

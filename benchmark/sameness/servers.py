@@ -1,6 +1,7 @@
 """Is an answer the same on servers that are set up differently, and however it is sent?
 
-    python benchmark/sameness.py --model MODEL --prompts ../shared/data/*.jsonl --out sameness.json
+    python -m benchmark.sameness.servers --model MODEL --prompts ../shared/data/*.jsonl \
+        --out sameness.json
 
 Starts several servers side by side. The gated ones, with other guarantees, prefill chunks, caches
 and memory, share one reference: each of them answers a part of the prompts one at a time. Then each
@@ -17,16 +18,23 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from determinism import GATE, HOPEFUL, STOCK_PATH, arrange, counters, environment
-
-from margingate.harness.client import Answer, Client, Prompt, chat_prompts, read_prompts
-from margingate.harness.servers import Server, launch
+from benchmark.bench.arrangements import (
+    GATE,
+    HOPEFUL,
+    STOCK_PATH,
+    WithLogprobs,
+    arrange,
+    compare,
+    counters,
+)
+from benchmark.bench.machine import environment
+from margingate.client import Answer, Client, Prompt, chat_prompts, read_prompts
+from margingate.servers import Server, launch
 
 FLASHINFER = ("--attention-backend", "flashinfer")
 EXACT = (GATE, "--gate-guarantee", "exact")
@@ -77,29 +85,6 @@ class Case:
     client: Client
     reference: dict[str, Answer] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
-
-
-def values(answer: Answer) -> list[float]:
-    return [value for value, *_ in answer.meta["output_token_logprobs"]]
-
-
-def compare(reference: dict[str, Answer], answers: Sequence[Answer]) -> dict[str, int]:
-    """Answers with the same tokens, and with the same log-probs too; cached tokens."""
-    pairs = [(reference[answer.name], answer) for answer in answers]
-    return {
-        "of": len(pairs),
-        "tokens": sum(a.tokens == b.tokens for a, b in pairs),
-        "logprobs": sum(values(a) == values(b) for a, b in pairs),
-        "cached": sum(b.meta["cached_tokens"] for _, b in pairs),
-        "retractions": sum(b.meta.get("num_retractions", 0) for _, b in pairs),
-    }
-
-
-class WithLogprobs(Client):
-    """Asks for the log-probs of every token."""
-
-    async def _post(self, session: Any, prompt: Prompt, **extra: Any) -> Answer:
-        return await super()._post(session, prompt, return_logprob=True, **extra)
 
 
 def start(args: argparse.Namespace, prompts: list[Prompt]) -> list[Case]:

@@ -1,6 +1,7 @@
 """Several GPUs: does an answer depend on its batch with `--tp-size N`?
 
-    python benchmark/ranks.py --model benchmark/configs/llama-3.1-8b --tp-size 2 --out ranks.json
+    python -m benchmark.sameness.tensor_parallel --model benchmark/models/configs/llama-3.1-8b \
+        --tp-size 2 --out ranks.json
 
 Dummy weights, whose margins are tiny: without the gate many answers change. Each server answers
 random prompts one at a time, then all at once, and all at once in another order. Counted are
@@ -16,13 +17,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import engines
-from determinism import GATE, STOCK_PATH, arrange, counters, environment
-from sameness import WithLogprobs, compare
-from serving_load import make_tokenizer, vocabulary
-
-from margingate.harness.client import Prompt
-from margingate.harness.servers import ServerError, launch
+from benchmark.bench import engines
+from benchmark.bench.arrangements import (
+    GATE,
+    STOCK_PATH,
+    WithLogprobs,
+    arrange,
+    compare,
+    counters,
+)
+from benchmark.bench.load import make_tokenizer, vocabulary
+from benchmark.bench.machine import environment
+from margingate.client import Prompt
+from margingate.servers import ServerError, launch
 
 SERVERS: dict[str, tuple[str, ...]] = {
     "stock": ("--attention-backend", "flashinfer"),

@@ -1,8 +1,9 @@
 """Decode-step latency by batch size and context: stock, gated, and SGLang's deterministic mode.
 
-    python benchmark/decode_step.py --model benchmark/configs/llama-3.1-8b --out steps.json
+    python -m benchmark.speed.decode_step --model benchmark/models/configs/llama-3.1-8b \
+        --out steps.json
 
-Dummy weights: for speed only. As many engines as fit are up at once (engines.py), and every point
+Dummy weights: for speed only. As many engines as fit are up at once (bench.engines), and every point
 is measured engine by engine; ratios are to the first mode, within a group where it is up. The last
 request of a batch is streamed, the others are not: with all of them decoding, the time between its
 tokens is a step, scheduling and output included. Points beyond the K/V pool are left out.
@@ -22,7 +23,7 @@ from functools import partial
 from itertools import pairwise, product
 from typing import Any
 
-import engines
+from benchmark.bench import engines
 
 GATE = {"deterministic_gate": True}
 DETERMINISTIC = {"enable_deterministic_inference": True}

@@ -1,6 +1,6 @@
 """What events cost: the time per token of a real server, with and without subscribers.
 
-    python benchmark/events_overhead.py --out events.json
+    python -m benchmark.speed.events_overhead --out events.json
 
 Two servers are up, with and without --gate-events-endpoint, and sleep while they are idle. The same
 batch of prompts goes to one of them at a time, mode after mode, again and again; the first round

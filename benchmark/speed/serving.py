@@ -1,10 +1,11 @@
 """Serving throughput, TTFT and TPOT: stock, SGLang's deterministic mode, and the gate.
 
-    python benchmark/serving.py --model benchmark/configs/llama-3.1-8b --out serving.json
+    python -m benchmark.speed.serving --model benchmark/models/configs/llama-3.1-8b \
+        --out serving.json
 
 Dummy weights: for speed only. A point is a length mix at a request rate, sent by SGLang's own
 benchmark (sglang.benchmark.serving): the same requests at the same times to each server. As many
-servers as fit are up at once (engines.py), and each point is measured server by server, so one has
+servers as fit are up at once (bench.engines), and each point is measured server by server, so one has
 the machine at a time; with `--together 1` each has the GPU and its memory for itself, one after
 another. Ratios are to the first mode, within a group where it is up. At rate inf there are as many
 requests as `--tokens` hold, or twice what the K/V pool does, and `--requests` at most. Results are
@@ -28,12 +29,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import engines
-from serving_load import Load, lengths, requests, vocabulary
-from serving_table import ratio, short, table
-
-from margingate.harness.client import Client
-from margingate.harness.servers import GATE, Server, ServerError, launch
+from benchmark.bench import engines
+from benchmark.bench.load import Load, lengths, requests, vocabulary
+from benchmark.bench.serving_table import ratio, short, table
+from margingate.client import Client
+from margingate.servers import GATE, Server, ServerError, launch
 
 FLASHINFER = ("--attention-backend", "flashinfer")
 TRITON = ("--attention-backend", "triton")

@@ -1,6 +1,7 @@
 """What verification adds to a decode step, by the share of rows that are flagged.
 
-    python benchmark/latency_increment.py --model benchmark/configs/llama-3.1-8b --out inc.json
+    python -m benchmark.speed.verification_overhead \
+        --model benchmark/models/configs/llama-3.1-8b --out inc.json
 
 Dummy weights. A stock engine (FlashInfer on a GPU), and gated ones with `--gate-fast-path stock`.
 `always` verifies every row at every step, in passes of their own (`--gate-max-delay 0`) that are as
@@ -19,7 +20,7 @@ tokens between them: prefill and the end cancel out.
 
 The figure of merit of either is the increment of `always` over stock, divided by that of `margin`.
 The best of some rounds counts; each round does the same work. Where not all engines fit into the
-GPU's memory, each group has a stock one of its own (engines.py).
+GPU's memory, each group has a stock one of its own (bench/engines.py).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import time
 from functools import partial
 from typing import Any
 
-import engines
+from benchmark.bench import engines
 
 STOCK, ALWAYS, MARGIN = "stock", "always", "margin-"
 USUAL = (STOCK, ALWAYS, "margin-0.1856", "margin-0.05", "margin-0.5")
