@@ -1,6 +1,6 @@
 """The table of `benchmark.speed.serving`; run by itself, that of a file it wrote.
 
-    python -m benchmark.bench.serving_table serving.json
+python -m benchmark.bench.serving_table serving.json
 """
 
 from __future__ import annotations

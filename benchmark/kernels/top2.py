@@ -56,9 +56,7 @@ class Timing(NamedTuple):
 def main() -> None:
     args = parse_args()
     if not torch.cuda.is_available():
-        sys.exit(
-            "benchmark.kernels.top2 needs a CUDA device and torch sees none."
-        )
+        sys.exit("benchmark.kernels.top2 needs a CUDA device and torch sees none.")
     copied = bandwidth(args.replays)
     report = {**describe_run(args), "copy_bandwidth_gb_s": copied, "results": []}
     print(f"{report['device']}, copy {copied:.0f} GB/s; microseconds per call")
