@@ -26,9 +26,9 @@ HOLES = ("--model", "tiny", "--out", "x")
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     """Python with these arguments, as one would start it in the checkout."""
+    command = (sys.executable, *command)
     return subprocess.run(
-        [sys.executable, *command],
-        **{"capture_output": True, "text": True, "check": False, "timeout": 120, "cwd": ROOT},
+        command, capture_output=True, text=True, check=False, timeout=120, cwd=ROOT
     )
 
 
@@ -100,7 +100,7 @@ def test_a_benchmark_that_lacks_something_is_one_sentence(script, arguments, sai
 SCRIPTS = sorted(
     ".".join(path.relative_to(ROOT / "benchmark").with_suffix("").parts)
     for path in (ROOT / "benchmark").glob("*/*.py")
-    if "__main__" in path.read_text()
+    if 'if __name__ == "__main__"' in path.read_text()
 )
 
 

@@ -3,7 +3,7 @@
     python -m benchmark.speed.decode_step --model benchmark/models/configs/llama-3.1-8b \
         --out steps.json
 
-Dummy weights: for speed only. As many engines as fit are up at once (bench.engines), and every point
+Dummy weights: for speed only. As many engines as fit are up at once, and every point
 is measured engine by engine; ratios are to the first mode, within a group where it is up. The last
 request of a batch is streamed, the others are not: with all of them decoding, the time between its
 tokens is a step, scheduling and output included. Points beyond the K/V pool are left out.

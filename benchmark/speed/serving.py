@@ -5,7 +5,7 @@
 
 Dummy weights: for speed only. A point is a length mix at a request rate, sent by SGLang's own
 benchmark (sglang.benchmark.serving): the same requests at the same times to each server. As many
-servers as fit are up at once (bench.engines), and each point is measured server by server, so one has
+servers as fit are up at once, and each point is measured server by server, so one has
 the machine at a time; with `--together 1` each has the GPU and its memory for itself, one after
 another. Ratios are to the first mode, within a group where it is up. At rate inf there are as many
 requests as `--tokens` hold, or twice what the K/V pool does, and `--requests` at most. Results are
