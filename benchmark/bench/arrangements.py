@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-from margingate.client import Answer, Client, Prompt
+from margingate.harness.client import Answer, Client, Prompt
 
 GATE = "--deterministic-gate"
 STOCK_PATH = (GATE, "--gate-fast-path", "stock")

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.bench.machine import processor
-from margingate.servers import CPU_ENV, telling_line
 
 CPU = {"device": "cpu", "mem_fraction_static": 0.3}
 LONGEST = 16384  # tokens of a request
@@ -241,6 +240,8 @@ def _script() -> str:
 
 
 def _environment(mode: str) -> dict[str, str]:
+    from margingate.harness.servers import CPU_ENV  # here: another checkout may lack it
+
     found = dict(os.environ) if on_gpu() else {**CPU_ENV, **os.environ}
     if code := mode.partition("@")[2]:
         first = (f"{code}/python", f"{code}/sgl-kernel-patches")
@@ -250,6 +251,8 @@ def _environment(mode: str) -> dict[str, str]:
 
 def all_up(modes: Sequence[str], args: argparse.Namespace) -> list[Worker]:
     """A worker for each mode, started side by side; those that came up, in order."""
+    from margingate.harness.servers import telling_line
+
     begun = time.monotonic()
     up = []
     for worker in [Worker(mode, args) for mode in modes]:

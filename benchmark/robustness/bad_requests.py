@@ -26,7 +26,7 @@ from typing import Any
 import requests
 
 from benchmark.bench.machine import environment
-from margingate.servers import Server, launch
+from margingate.harness.servers import Server, launch
 
 MODES: dict[str, tuple[bool, tuple[str, ...]]] = {
     "stock": (False, ()),

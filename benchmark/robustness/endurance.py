@@ -29,8 +29,8 @@ import aiohttp
 import psutil
 
 from benchmark.bench.machine import environment
-from margingate.client import Client, Prompt, chat_prompts, read_prompts
-from margingate.servers import Server, launch, retracting
+from margingate.harness.client import Client, Prompt, chat_prompts, read_prompts
+from margingate.harness.servers import Server, launch, retracting
 
 STOCK_PATH = ("--gate-fast-path", "stock")
 SCHEMA = {

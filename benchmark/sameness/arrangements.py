@@ -32,8 +32,9 @@ from benchmark.bench.arrangements import (
     counters,
 )
 from benchmark.bench.machine import environment
-from margingate.client import Answer, Client, Prompt, chat_prompts, identical, read_prompts
-from margingate.servers import launch
+from margingate.harness.answers import identical
+from margingate.harness.client import Answer, Client, Prompt, chat_prompts, read_prompts
+from margingate.harness.servers import launch
 
 THRESHOLDS = (0.13, 0.26, 0.51, 1.01, 2.01)
 CASES: dict[str, tuple[str, ...]] = {

@@ -33,8 +33,8 @@ from benchmark.bench.arrangements import (
     counters,
 )
 from benchmark.bench.machine import environment
-from margingate.client import Answer, Client, Prompt, chat_prompts, read_prompts
-from margingate.servers import Server, launch
+from margingate.harness.client import Answer, Client, Prompt, chat_prompts, read_prompts
+from margingate.harness.servers import Server, launch
 
 FLASHINFER = ("--attention-backend", "flashinfer")
 EXACT = (GATE, "--gate-guarantee", "exact")

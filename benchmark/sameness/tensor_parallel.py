@@ -28,8 +28,8 @@ from benchmark.bench.arrangements import (
 )
 from benchmark.bench.load import make_tokenizer, vocabulary
 from benchmark.bench.machine import environment
-from margingate.client import Prompt
-from margingate.servers import ServerError, launch
+from margingate.harness.client import Prompt
+from margingate.harness.servers import ServerError, launch
 
 SERVERS: dict[str, tuple[str, ...]] = {
     "stock": ("--attention-backend", "flashinfer"),

@@ -32,8 +32,8 @@ from typing import Any
 from benchmark.bench import engines
 from benchmark.bench.load import Load, lengths, requests, vocabulary
 from benchmark.bench.serving_table import ratio, short, table
-from margingate.client import Client
-from margingate.servers import GATE, Server, ServerError, launch
+from margingate.harness.client import Client
+from margingate.harness.servers import GATE, Server, ServerError, launch
 
 FLASHINFER = ("--attention-backend", "flashinfer")
 TRITON = ("--attention-backend", "triton")
