@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from benchmark.kernels import row_counts
+from margingate.harness.defaults import PROMPTS
 
 ROOT = Path(__file__).parents[1]
 NOWHERE = "http://127.0.0.1:9"

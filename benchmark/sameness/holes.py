@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import re
 import sys
@@ -132,6 +133,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kv-tokens", type=int, default=200_000)
     parser.add_argument("--start-s", type=float, default=150)
     parser.add_argument("--scratch", type=Path, help="where the model is written; default: /tmp")
+    parser.add_argument("--code", type=Path, help="another checkout, whose servers are asked")
     parser.add_argument("--logs", type=Path, help="folder of the logs; default: that of --out")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("server_args", nargs="*", help="for the servers, after --")
@@ -214,10 +216,18 @@ def parameters(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
 # -- one server
 
 
+def environment_of(code: Path) -> dict[str, str]:
+    """With which a process imports margingate from that checkout."""
+    code = code.resolve()
+    first = (str(code), f"{code}/python", f"{code}/sgl-kernel-patches")
+    return {"PYTHONPATH": os.pathsep.join((*first, os.environ.get("PYTHONPATH", "")))}
+
+
 def case(folder: Path, graphs: str, args: argparse.Namespace) -> dict[str, Any]:
     """Start a server, ask in all phases, print and return what differs."""
     log = args.logs / f"{args.out.stem}-graphs-{graphs}.log"
-    server = launch(folder, log, *options(graphs, args), gate=True, start_s=args.start_s)
+    env = environment_of(args.code) if args.code else {}
+    server = launch(folder, log, *options(graphs, args), gate=True, start_s=args.start_s, env=env)
     began = time.monotonic()
     try:
         with server:
