@@ -125,8 +125,8 @@ class GateConfig:
     )
     probe: str = _option(
         "cached",
-        "Which row counts give a row the same bits: cached uses what an earlier start on this "
-        "device with these versions found, if there was one; fresh measures again.",
+        "cached: use what an earlier start on this device with these versions measured, if there "
+        "was one; fresh: measure again which row counts give a row the same bits.",
         choices=PROBES,
     )
     audit_rate: float = _option(
@@ -138,8 +138,8 @@ class GateConfig:
     )
     events_endpoint: str | None = _option(
         None,
-        "Publish flags, verdicts, flips and repairs there, for margingate watch and other "
-        "subscribers; a slow or absent one never slows a step.",
+        "Publish flags, verdicts, flips and repairs at this address, for margingate watch and "
+        "other subscribers; a slow or absent subscriber never slows a step.",
         metavar="tcp://HOST:PORT|ipc://PATH",
     )
     simulate_trigger_rate: float | None = _option(

@@ -13,7 +13,7 @@ from margingate.errors import CliError
 
 # Each module has `add_parser(subparsers)`, which sets `func=run`, and imports nothing heavy when
 # it is itself imported: `margingate --help` imports them all.
-COMMANDS = ("model", "hooks", "probe", "calibrate", "study", "check", "watch", "demo")
+COMMANDS = ("model", "hooks", "reference", "probe", "calibrate", "study", "check", "watch", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
