@@ -87,6 +87,18 @@ def test_links_lead_to_files_and_headings(page):
             assert anchor in anchors(target), link
 
 
+NAMED = re.compile(r"`((?:\w+/)+)(\w+\.\w+)`")
+FOLDERS = (ROOT, ROOT / "python" / "margingate", ROOT / "python" / "margingate" / "runtime")
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda page: page.name)
+def test_files_that_a_page_names_are_there(page):
+    """Of folders that are there: from the root, the package or its runtime."""
+    for folder, file in NAMED.findall(page.read_text()):
+        places = [root / folder for root in FOLDERS if (root / folder).is_dir()]
+        assert not places or any((place / file).exists() for place in places), folder + file
+
+
 def test_the_readme_takes_three_minutes():
     assert README.count("\n") <= 120
     prose = re.sub(r"\]\([^)]*\)|[|`*#<>-]", " ", README)
