@@ -42,7 +42,7 @@ class Changed(NamedTuple):
 
 
 def read_changed(record: Mapping[str, Any], server: str) -> dict[str, Changed]:
-    """By arrangement, from a record of `benchmark/sameness/servers.py`; one without a cache hit has none.
+    """By arrangement, from a record of that script; an arrangement without a cache hit is left out.
 
     Raises:
         KeyError: the record lacks the server or an arrangement.
