@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from margingate.cli.model import ensure_model
 from margingate.config import GateConfig, GateError
+from margingate.harness.embedded_model import ensure_model
 from margingate.runtime import machine, refusals, refused_models
 from margingate.runtime.refused_settings import SERVER_REFUSALS, Refusal
 

@@ -18,7 +18,7 @@ from checks import assert_clean, assert_gate_worked, assert_same
 from conftest import TOKENS
 from routes import CHATS, ROUTES, Said
 
-from margingate.client import Answer, Client
+from margingate.harness.client import Answer, Client
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FAULTS = {"gate_fault_rows": [2, 3, 7]}

@@ -12,8 +12,8 @@ import pytest
 import requests
 from checks import assert_clean, assert_gate_worked, assert_same, forced, needs_the_whole_model
 
-from margingate.client import Answer, Client
-from margingate.servers import retracting, slow_bfloat16
+from margingate.harness.client import Answer, Client
+from margingate.harness.servers import retracting, slow_bfloat16
 
 TOKENS = 48
 SCHEMA = {

@@ -26,9 +26,10 @@ from checks import (
 )
 from conftest import TOKENS
 
-from margingate.client import Answer, Client, Prompt, chat_prompts
+from margingate import api
 from margingate.events import AnyRecord, End, Flag, Subscriber, Verdict
-from margingate.servers import Server, free_port, slow_bfloat16
+from margingate.harness.client import Answer, Client, Prompt, chat_prompts
+from margingate.harness.servers import Server, free_port, slow_bfloat16
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,8 @@ def test_what_meta_info_says(client, prompts):
     said = opted_out[0].meta["gate"]
     assert (said["gated"], said["because"]) == (False, "deterministic is false")
     assert len(said["prompt"]) == 16
+    state = {*client.gate_state(), "fingerprint_because"}  # the last one only where there is none
+    assert state == {entry.name for entry in (*api.SERVER, *api.COUNTS)}
 
 
 def stream(client: Client, prompt: Prompt, **params) -> tuple[list[str], dict]:

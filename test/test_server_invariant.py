@@ -14,8 +14,8 @@ from conftest import TOKENS
 from test_server_constraints import FORMS, PENALTIES
 
 from margingate.cli.main import main
-from margingate.client import Answer, Client, Prompt
-from margingate.servers import slow_bfloat16
+from margingate.harness.client import Answer, Client, Prompt
+from margingate.harness.servers import slow_bfloat16
 
 
 @pytest.fixture(scope="module")
