@@ -428,13 +428,13 @@ def test_the_document_is_what_the_command_prints(capsys, table):
     assert printed == DOCUMENT.read_text(), "run: margingate hooks > docs/hooks.md"
 
 
-def test_the_document_has_a_row_with_five_cells_for_each_hook(table):
+def test_the_document_has_a_row_with_six_cells_for_each_hook(table):
     from margingate.runtime.instance_patches import INSTANCE_PATCHES
 
     rows = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("| `")]
     processes = [row.split(" | ")[2] for row in rows]
     assert len(rows) == len(table.ALL_HOOKS) + len(INSTANCE_PATCHES)
-    assert all(row.count(" | ") == 4 for row in rows)
+    assert all(row.count(" | ") == 5 for row in rows)
     assert processes.count("startup") == len(table.STARTUP_HOOKS)
     assert processes.count("launcher") == len(table.TOKENIZER_HOOKS)
     assert processes.count("detokenizer") == len(table.DETOKENIZER_HOOKS)

@@ -26,8 +26,8 @@ from typing import Any
 
 import requests
 
+from benchmark.bench.fingerprint_requests import ask_all
 from benchmark.bench.machine import environment
-from benchmark.sameness.fingerprint_requests import ask_all
 from margingate.harness.embedded_model import ensure_model
 from margingate.harness.servers import Server, ServerError, launch
 

@@ -112,6 +112,10 @@ SERVER = (
         '`"ok"`, or the first invariant that does not hold; checked when the server is idle, and '
         "at most once a minute when it is not",
     ),
+    Entry(
+        "hooks_fired", "calls of each patch in the scheduler so far, by target ([list](hooks.md))"
+    ),
+    Entry("hooks_failed", "those of them that raised; each ended at most what the list says"),
     Entry("fingerprint", "that of a request that would be admitted now"),
     Entry("fingerprint_because", "only where `fingerprint` is `null`: why there is none"),
     Entry("fingerprint_of", "the parts of the fingerprint, by which two servers can be compared"),

@@ -15,14 +15,15 @@ from margingate.errors import CliError
 if TYPE_CHECKING:
     from margingate.runtime.hooks import Hook
 
-COLUMNS = ("Target", "Kind", "Process", "Why", "Remove when")
+COLUMNS = ("Target", "Kind", "Process", "Failure ends", "Why", "Remove when")
 ABOUT = """\
 # What margingate patches in SGLang
 
 Made by `margingate hooks > docs/hooks.md`. Targets are below `sglang.srt`. Process: `startup` is
 every process of every server, gated or not; `launcher`, `detokenizer` and `scheduler` are those
 of a server started with `--deterministic-gate`, and of no other. Kind `instance`: replaced on
-that server's attention backend alone, not on the class.
+that server's attention backend alone, not on the class. Failure ends: what an exception of
+margingate in it ends.
 """
 
 
@@ -43,14 +44,28 @@ def ledger() -> str:
     }
     rows = [_cells(hook, process) for process, hooks in processes.items() for hook in hooks]
     rows += [
-        (f"`{patch.owner}.{patch.name}`", "instance", "scheduler", patch.why, patch.remove_when)
+        (
+            f"`{patch.owner}.{patch.name}`",
+            "instance",
+            "scheduler",
+            "process",
+            patch.why,
+            patch.remove_when,
+        )
         for patch in instance_patches.INSTANCE_PATCHES
     ]
     return "\n".join([ABOUT, *markdown.table(COLUMNS, rows), ""])
 
 
 def _cells(hook: "Hook", process: str) -> tuple[str, ...]:
-    return (f"`{hook.target}`", hook.kind.value, process, hook.why, hook.remove_when)
+    return (
+        f"`{hook.target}`",
+        hook.kind.value,
+        process,
+        hook.policy.value,
+        hook.why,
+        hook.remove_when,
+    )
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -25,7 +25,7 @@ from sglang.srt.managers.utils import is_health_check_generate_req
 
 from margingate.confidence import miss_bound
 from margingate.core.audit import Audits, Bits, Recorded
-from margingate.runtime import constraints, integrity, radix, state
+from margingate.runtime import constraints, guard, integrity, radix, state
 from margingate.runtime.column_bits import ColumnBits
 from margingate.runtime.observer import Observer
 from margingate.runtime.replay import Part, Replay, room
@@ -120,8 +120,7 @@ class Auditor(Observer):
         replay = Replay(self._controller, recorded, self._columns)
         with closing(replay.parts()) as parts:
             self._compare(recorded, parts, replay)
-        for observer in self._controller.observers:
-            observer.audited(recorded.rid)
+        guard.tell(self._controller.observers, "audited", recorded.rid)
         if self._controller.config.debug:
             integrity.check(self._controller)
 

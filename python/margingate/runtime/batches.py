@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from margingate.runtime import ends, rollback
+from margingate.runtime import ends, guard, rollback
 from margingate.runtime.radix import is_gated
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ def next_batch(controller: GateController, original: Any, running: Any, last: An
     if controller.in_flight.overlaps and (controller.waits() or _any_kept(last)):
         controller.in_flight.bring_in()
         controller.settle(last, list(controller.requests.values()))
+    if controller.failed:
+        controller.in_flight.bring_in()
+        ends.end_failed(controller)
     if controller.held:
         for batch in (running, last):
             if batch is not None and batch.reqs:
@@ -36,8 +39,7 @@ def next_batch(controller: GateController, original: Any, running: Any, last: An
         controller.penalties.admit(plan.batch_to_run)
     if plan.batch_to_run is None and (controller.held or controller.queue_waits()):
         controller.settle_all()  # nobody will join them: verify now, decode on in the next turn
-    for observer in controller.observers:
-        observer.turned()
+    guard.tell(controller.observers, "turned")
     return plan
 
 

@@ -17,6 +17,7 @@ from margingate.runtime import (
     constraints,
     ends,
     fingerprint,
+    guard,
     integrity,
     own_attention,
     penalties,
@@ -94,6 +95,7 @@ class GateController:
         self.integrity = integrity.Reports()
         self.observes_only = config.policy == "observe"
         self.rides = Rides(self)
+        self.failed = False  # an exception of ours ended a request since the last batch
         self.processing = False  # inside SGLang's own result processing
         self.observers: tuple[Observer, ...] = ()
 
@@ -134,8 +136,7 @@ class GateController:
         for req in behind:
             rollback.drop_last_column(self.scheduler, req)
         self.step += 1
-        for observer in self.observers:
-            observer.stepped(batch, len(gated), canonical)
+        guard.tell(self.observers, "stepped", batch, len(gated), canonical)
         return gated
 
     def settle(self, batch: Any, reqs: list[Any]) -> None:
@@ -197,7 +198,11 @@ class GateController:
             if gate.gated:
                 relay = None if self.in_flight.overlaps else self.scheduler.future_map
                 fault = bool(gate.faults) and inject_fault(relay, req, result, i)
-                self._emit(req, gate, margin, canonical, fault)
+                try:
+                    self._emit(req, gate, margin, canonical, fault)
+                except Exception as error:  # no context manager: this runs for each token
+                    guard.note("a row of the ledger", error)
+                    guard.end(req, "a row of the ledger", error)
             elif self.observes_only:
                 self._observe(gate, margin)
                 if self.config.study:
@@ -235,8 +240,8 @@ class GateController:
         if decision.flagged:
             gate.counts.flagged += 1
             self.queue.note(gate.key, self.step)
-            for observer in self.observers:
-                observer.flagged(req, len(gate.flags), margin, decision.reason)
+            told = (req, len(gate.flags), margin, decision.reason)
+            guard.tell(self.observers, "flagged", *told)
         if gate.waits_since is None and not self._is_settled(gate):
             gate.waits_since = now()
 
@@ -276,8 +281,7 @@ class GateController:
             return
         waited, gate.waits_since = now() - gate.waits_since, None
         gate.counts.settle_s += waited
-        for observer in self.observers:
-            observer.settled(req, waited)
+        guard.tell(self.observers, "settled", req, waited)
 
     # -- output
 

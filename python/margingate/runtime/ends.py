@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.mem_cache.common import release_kv_cache
 
-from margingate.runtime import constraints
+from margingate.runtime import constraints, guard
 from margingate.runtime.request import Hold, now
 
 if TYPE_CHECKING:
@@ -62,6 +62,15 @@ def give_up(controller: GateController, req: Any) -> None:
     end(controller, req)
 
 
+def end_failed(controller: GateController) -> None:
+    """Those that an exception of ours ends, and no finish check would. Nothing in flight."""
+    controller.failed = False
+    for req in (*controller.held.values(), *controller.rejoining):
+        if req.gate.failed:
+            give_up(controller, req)
+    controller.stream([])
+
+
 def abort(controller: GateController, matches: Any) -> None:
     """A client gave up: end held and rejoining requests, which SGLang does not know of."""
     gone = [req for req in (*controller.held.values(), *controller.rejoining) if matches(req)]
@@ -87,8 +96,7 @@ def forget(controller: GateController, req: Any) -> None:
     passes, counts.passes = counts.passes, 0  # passes are shared: the total counts its own
     controller.totals.add(counts)
     counts.passes = passes
-    for observer in controller.observers:
-        observer.ended(req)
+    guard.tell(controller.observers, "ended", req)
 
 
 def reap_dropped(controller: GateController) -> None:

@@ -18,6 +18,7 @@ from margingate.runtime import (
     stream,
     study,
 )
+from margingate.runtime.guard import Policy
 from margingate.runtime.hooks import Hook
 from margingate.runtime.path_hooks import INVARIANT_HOOKS, STOCK_HOOKS
 from margingate.runtime.startup_hooks import STARTUP_HOOKS
@@ -39,6 +40,7 @@ RUNTIME_HOOKS = (
         None,
         "per-request switch, refusals and radix namespace",
         _CALLBACK,
+        Policy.REQUEST,
     ),
     Hook(
         _SCHEDULER + "_add_request_to_queue",
@@ -47,6 +49,7 @@ RUNTIME_HOOKS = (
         "self req is_retracted",
         "HTTP 400 for what the gate cannot serve, and for ids outside the vocabulary",
         "SGLang checks input ids itself and lets plugins refuse a request",
+        Policy.REQUEST,
     ),
     Hook(
         "managers.schedule_policy.PrefillAdder.add_one_req",
@@ -55,6 +58,8 @@ RUNTIME_HOOKS = (
         "self req has_chunked_req truncation_align_size",
         "a gated prompt is prefilled alone, on the grid",
         "prefill is batch-invariant",
+        Policy.REQUEST,
+        prefill.refuse_failed,
     ),
     Hook(
         "managers.schedule_policy.PrefillAdder.add_chunked_req",
@@ -111,6 +116,7 @@ RUNTIME_HOOKS = (
         "self req",
         "K/V columns of a finished request are digested for an audit, or compared by --gate-study",
         _CALLBACK,
+        Policy.OBSERVE,
     ),
     Hook(
         _SAMPLING + "adjusted_from_schedule_batch",
@@ -151,6 +157,7 @@ RUNTIME_HOOKS = (
         "self batch result",
         "margins in, verification after the commit, settled tokens out",
         _CALLBACK,
+        Policy.BATCH,
     ),
     Hook(
         _SCHEDULER + "get_next_batch_to_run",
@@ -159,6 +166,7 @@ RUNTIME_HOOKS = (
         "self running_batch last_batch",
         "stopped requests leave the batch while their rows are pending",
         _CALLBACK,
+        Policy.BATCH,
     ),
     Hook(
         "managers.schedule_batch.Req.update_finish_state",
@@ -167,6 +175,7 @@ RUNTIME_HOOKS = (
         "self new_accepted_len",
         "withholds the end of a request with pending rows",
         _CALLBACK,
+        Policy.REQUEST,
     ),
     Hook(
         "managers.scheduler_components.output_streamer._GenerationStreamAccumulator.accept",
@@ -175,6 +184,8 @@ RUNTIME_HOOKS = (
         "self req",
         "nothing past the frontier leaves the scheduler",
         "requests carry a number of settled tokens",
+        Policy.REQUEST,
+        stream.accept_failed,
     ),
     Hook(
         "managers.schedule_batch.release_req",
@@ -184,6 +195,7 @@ RUNTIME_HOOKS = (
         "tree_cache hisparse_coordinator offload_kv",
         "a retracted request keeps its settled tokens; only its prompt is prefilled again",
         "retraction can replay decoded columns",
+        Policy.REQUEST,
     ),
     Hook(
         _SCHEDULER + "is_fully_idle",
@@ -200,6 +212,7 @@ RUNTIME_HOOKS = (
         "self",
         "forgets requests that vanished from SGLang's queues; audits",
         _CALLBACK,
+        Policy.OBSERVE,
     ),
     Hook(
         _SCHEDULER + "abort_request",
@@ -224,6 +237,7 @@ RUNTIME_HOOKS = (
         "self recv_req",
         "counters in /server_info",
         "SGLang lets plugins add to it",
+        Policy.OBSERVE,
     ),
     Hook(
         _SCHEDULER + "get_init_info",

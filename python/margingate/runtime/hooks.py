@@ -17,6 +17,8 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
 from margingate.config import GateError
+from margingate.runtime import guard
+from margingate.runtime.guard import Policy
 
 SGLANG_VERSION = "0.5.17"
 _SRT = "sglang.srt."
@@ -34,6 +36,8 @@ class Hook:
     parameters: str | None  # the target's parameter names, space-separated; None: not compared
     why: str
     remove_when: str
+    policy: Policy = Policy.FATAL  # what an exception in it ends
+    instead: Callable[..., Any] | None = None  # of the original then, where AROUND; as `function`
 
     @property
     def path(self) -> str:
@@ -85,19 +89,27 @@ def register(hooks: Iterable[Hook]) -> None:
     for hook in hooks:
         check_target(hook)
     for hook in hooks:
-        HookRegistry.register(hook.path, hook.function, hook.kind, source=_SOURCE)
+        around = hook.kind is HookType.AROUND
+        function = guard.wrap(
+            hook.target, hook.function, hook.policy, around=around, instead=hook.instead
+        )
+        HookRegistry.register(hook.path, function, hook.kind, source=_SOURCE)
 
 
 def is_applied(hook: Hook) -> bool:
-    """Whether the hook's function is in the chain of wrappers around its target."""
+    """Whether the hook's guarded function is in the chain of wrappers around its target."""
     layer: Any = resolve(hook)
     layer = getattr(layer, "__func__", layer)
     while layer is not None:
         cells = getattr(layer, "__closure__", None) or ()
-        if any(cell.cell_contents is hook.function for cell in cells):
+        if any(_guards(cell.cell_contents, hook.function) for cell in cells):
             return True
         layer = getattr(layer, "__wrapped__", None)
     return False
+
+
+def _guards(held: Any, function: Callable[..., Any]) -> bool:
+    return inspect.isfunction(held) and getattr(held, "__wrapped__", None) is function
 
 
 def install(hooks: Iterable[Hook]) -> None:

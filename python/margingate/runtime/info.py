@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 import margingate
-from margingate.runtime import audit, invariance, machine, state, tally
+from margingate.runtime import audit, guard, invariance, machine, state, tally
 from margingate.runtime.observer import summed
 
 INFO_KEY = "margingate"
@@ -41,6 +41,8 @@ def internal_state(result: Any, *_args: Any) -> None:
         "passes_by_reason": dict(controller.dues),
         "passes_that_rode": controller.rides.count,
         "max_delay": controller.queue.max_delay,
+        "hooks_fired": {name: each.fired for name, each in guard.tallies().items()},
+        "hooks_failed": guard.failures(),
         "open": len(controller.requests),
         "held": len(controller.held),
         "guarantee": controller.config.guarantee,

@@ -26,6 +26,21 @@ def add_one_req(
     return _add_alone(original, adder, req, has_chunked_req, truncation_align_size)
 
 
+def refuse_failed(original: Any, adder: Any, req: Any, *rest: Any, **named: Any) -> Any:
+    """After a failure of `add_one_req`: the next turn takes the request as a refused one.
+
+    Its prompt was matched with gated columns; prefilled beside others it must not join them.
+    """
+    if not req.gate.gated or req.gate.kept is not None:
+        return original(adder, req, *rest, **named)
+    reason = req.to_finish
+    req.set_finish_with_abort(reason.message)  # a prompt of one token
+    req.to_finish = reason
+    req.gate.gated, req.gate.ungated_because = False, "margingate failed on it"
+    req.extra_key = f"not-{req.extra_key}"
+    return AddReqResult.OTHER
+
+
 def _lacks_room_to_replay(adder: Any, req: Any) -> bool:
     """Whether a retracted request would be retracted again: its kept tokens come on top.
 

@@ -99,6 +99,7 @@ class GateRequest:
     generation: int = 0  # of the weights it was admitted with
     injected_first: int | None = None  # what prefill chose before a fault replaced it
     grammar_start: Any = None  # a copy of SGLang's grammar object before the first token
+    failed: bool = False  # by an exception of ours: it is about to end, see guard
     grammar_failed: bool = False  # it could not be copied, walked or asked: see constraints
 
     def forget_rows(self, kept: int) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
-from margingate.runtime import ends, retraction, state
+from margingate.runtime import ends, guard, retraction, state
 from margingate.runtime.radix import is_gated
 
 INFO_KEY = "gate"
@@ -30,6 +30,13 @@ def accept(original: Any, accumulator: Any, *, req: Any) -> None:
         _send_settled(original, accumulator, req)
 
 
+def accept_failed(original: Any, accumulator: Any, *, req: Any) -> None:
+    """After a failure of `accept`: the end is told, and nothing else."""
+    if req.finished():
+        original(accumulator, req=req)
+        ends.forget(state.controller(), req)
+
+
 def _send_last(original: Any, accumulator: Any, req: Any) -> None:
     controller = state.controller()
     gate = getattr(req, "gate", None)
@@ -49,7 +56,7 @@ def _cut_to_frontier(req: Any) -> None:
     """An aborted request ends with what was settled."""
     if req.gate.kept is not None:
         retraction.give_back(req)
-    frontier = state.controller().ledger.frontier(req.gate.key)
+    frontier = 0 if req.gate.failed else state.controller().ledger.frontier(req.gate.key)
     req.finished_len = min(max(frontier, req.send_token_offset), len(req.output_ids))
 
 
@@ -87,9 +94,16 @@ class _Merged(dict[str, Any]):
 
 async def handle_batch_output(original: Any, manager: Any, received: Any) -> None:
     """AROUND TokenizerManager._handle_batch_output: `meta_info["gate"]` is a record, not a list."""
+    try:
+        _merge(manager, received)
+    except Exception as error:  # raised here it would end the loop that serves all clients
+        guard.note("TokenizerManager._handle_batch_output", error)
+    await original(manager, received)
+
+
+def _merge(manager: Any, received: Any) -> None:
     if getattr(received, "customized_info", None) is not None:
         for rid in received.rids:
             request_state = manager.rid_to_state.get(rid)
             if request_state is not None:
                 request_state.customized_info_accumulated.setdefault(INFO_KEY, _Merged())
-    await original(manager, received)

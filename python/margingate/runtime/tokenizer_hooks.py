@@ -14,6 +14,7 @@ from margingate.runtime import (
     switch,
     wellformed,
 )
+from margingate.runtime.guard import Policy
 from margingate.runtime.hooks import Hook
 
 AFTER, AROUND, BEFORE = HookType.AFTER, HookType.AROUND, HookType.BEFORE
@@ -35,6 +36,7 @@ TOKENIZER_HOOKS = (
         "self recv_obj",
         'meta_info["gate"] is a record per request, not a list per token',
         "customized info can be per request",
+        Policy.CLIENT,
     ),
     Hook(
         _MANAGER + "_validate_one_request",
@@ -43,6 +45,7 @@ TOKENIZER_HOOKS = (
         "self obj input_ids",
         "HTTP 400 for sampling parameters of a type that would end the scheduler",
         "SGLang checks types",
+        Policy.CLIENT,
     ),
     Hook(
         _MANAGER + "_create_tokenized_object",
@@ -51,6 +54,7 @@ TOKENIZER_HOOKS = (
         "self obj input_text input_ids input_embeds mm_inputs token_type_ids",
         "`deterministic` among the sampling parameters",
         _SWITCH,
+        Policy.CLIENT,
     ),
     Hook(
         "entrypoints.openai.serving_base.OpenAIServingBase.handle_request",
@@ -59,6 +63,7 @@ TOKENIZER_HOOKS = (
         "self request raw_request",
         "`deterministic` beside OpenAI's parameters",
         _SWITCH,
+        Policy.CLIENT,
     ),
     Hook(
         _CHAT + "_build_chat_response",
@@ -67,6 +72,7 @@ TOKENIZER_HOOKS = (
         "self request ret created",
         "the gate's record in chat completions",
         _RECORD,
+        Policy.CLIENT,
     ),
     Hook(
         _COMPLETION + "_build_completion_response",
@@ -75,6 +81,7 @@ TOKENIZER_HOOKS = (
         "self request ret created",
         "the gate's record in completions",
         _RECORD,
+        Policy.CLIENT,
     ),
     Hook(
         _CHAT + "_generate_chat_stream",
@@ -83,6 +90,7 @@ TOKENIZER_HOOKS = (
         "self adapted_request request raw_request",
         "the gate's record in the last chunk of a chat completion",
         _RECORD,
+        Policy.CLIENT,
     ),
     Hook(
         _COMPLETION + "_generate_completion_stream",
@@ -91,6 +99,7 @@ TOKENIZER_HOOKS = (
         "self adapted_request request raw_request",
         "the gate's record in the last chunk of a completion",
         _RECORD,
+        Policy.CLIENT,
     ),
     Hook(
         _MANAGER + "generate_request",
@@ -99,6 +108,7 @@ TOKENIZER_HOOKS = (
         "self obj request",
         "notes the record for the stream that is to carry it; the switch of the three routes below",
         _RECORD,
+        Policy.CLIENT,
     ),
     Hook(
         _RESPONSES + "create_responses",
@@ -141,6 +151,7 @@ TOKENIZER_HOOKS = (
         "self response",
         "the gate's record, and the stop sequence, in Anthropic's messages",
         "SGLang names stop sequences there, and puts customized info into the answers",
+        Policy.CLIENT,
     ),
     Hook(
         _ANTHROPIC + "_generate_anthropic_stream",
@@ -149,6 +160,7 @@ TOKENIZER_HOOKS = (
         "self adapted_request processed_request anthropic_request raw_request",
         "the same in the last delta of a stream",
         "SGLang names stop sequences there, and puts customized info into the answers",
+        Policy.CLIENT,
     ),
     Hook(
         _OLLAMA + "__init__",
@@ -165,6 +177,7 @@ TOKENIZER_HOOKS = (
         "self options",
         "`seed` and a negative `num_predict` in SGLang's terms",
         "SGLang serves both",
+        Policy.CLIENT,
     ),
     *(
         Hook(
@@ -174,6 +187,7 @@ TOKENIZER_HOOKS = (
             "self request raw_request",
             "HTTP 400 for what is refused; the switch, the gate's record and `done_reason`",
             "SGLang does it, and puts customized info into the answers",
+            Policy.CLIENT,
         )
         for name in ("handle_chat", "handle_generate")
     ),
@@ -188,5 +202,6 @@ DETOKENIZER_HOOKS = (
         "self recv_obj",
         "text of several tokens at once that ends within a character is not sent twice",
         "SGLang's `sent_offset` never goes back",
+        Policy.OBSERVE,
     ),
 )

@@ -8,7 +8,7 @@ from itertools import groupby, repeat
 from typing import TYPE_CHECKING, Any
 
 from margingate.core.ledger import Outcome, Row
-from margingate.runtime import constraints, ends, rollback
+from margingate.runtime import constraints, ends, guard, rollback
 from margingate.runtime.request import now
 from margingate.runtime.rows import first_token, row_input
 from margingate.runtime.verifier import RowInput, RowResult
@@ -68,13 +68,13 @@ def enter(
     for key in keys:
         controller.requests[key].gate.counts.passes += 1
     for row, result in open_rows:
-        _judge(controller, row, verdict(controller, row, result))
+        with guard.request(of(controller, row), "a verdict"):
+            _judge(controller, row, verdict(controller, row, result))
     reqs = [controller.requests[key] for key in keys]
     for req in reqs:
         controller.queue.settle(controller.ledger, req.gate.key, controller.step)
         controller.note_settled(req)
-    for observer in controller.observers:
-        observer.passed(len(rows), len(reqs), now() - start, due)
+    guard.tell(controller.observers, "passed", len(rows), len(reqs), now() - start, due)
 
 
 def of(controller: GateController, row: Row) -> Any:
@@ -122,8 +122,8 @@ def _judge(controller: GateController, row: Row, result: RowResult) -> None:
     emitted_token = req.output_ids[row.index - 1] if epoch_is_current else -1
     outcome = ledger.verdict(row, agrees)
     counts = req.gate.counts
-    for observer in controller.observers:
-        observer.judged(req, row.index, outcome, emitted_token, result.token)
+    told = (req, row.index, outcome, emitted_token, result.token)
+    guard.tell(controller.observers, "judged", *told)
     counts.verified += 1
     if outcome is Outcome.STALE:  # an earlier row of this pass flipped, or it was retracted
         return

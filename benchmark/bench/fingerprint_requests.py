@@ -1,9 +1,8 @@
-"""The requests of fingerprint_pairs.py, and what of an answer two servers must agree on."""
+"""The requests of sameness.fingerprint_pairs, and what of an answer two servers must agree on."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -150,6 +149,3 @@ def joined(chunks: list[Body]) -> Body:
 
 
 _READ: dict[str, Callable[[Any], Body]] = {"/generate": native}
-
-if __name__ == "__main__":
-    sys.exit("fingerprint_requests.py holds what fingerprint_pairs.py asks: run that.")

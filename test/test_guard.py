@@ -1,0 +1,70 @@
+"""The guard around hooks: an original runs once, and its exceptions are its own."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from margingate.runtime import guard
+from margingate.runtime.guard import Policy
+
+
+def raising(*_args, **_kwargs):
+    raise RuntimeError("ours")
+
+
+CONTAINING = (Policy.REQUEST, Policy.BATCH, Policy.OBSERVE)
+
+
+@pytest.mark.parametrize("policy", CONTAINING)
+@pytest.mark.parametrize("first", [True, False])
+def test_an_around_hook_that_raises_calls_the_original_once(policy, first):
+    calls = []
+
+    def original(value):
+        calls.append(value)
+        return value + 1
+
+    def hook(original, value):
+        if first:
+            original(value)
+        raise RuntimeError("ours")
+
+    assert guard.wrap("toy", hook, policy, around=True)(original, 1) == 2
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("policy", Policy)
+def test_an_exception_of_the_original_passes_unchanged_and_is_not_counted(policy):
+    error = ValueError("theirs")
+
+    def original():
+        raise error
+
+    # Two hooks, one within the other's original, as result processing within scheduling.
+    inner = guard.wrap("toy.theirs", lambda original: original(), Policy.BATCH, around=True)
+    outer = guard.wrap("toy.theirs", lambda f: f(original), policy, around=True)
+    with pytest.raises(ValueError) as caught:
+        outer(inner)
+    assert caught.value is error
+    if policy in CONTAINING:
+        assert "toy.theirs" not in guard.failures()
+
+
+def test_hooks_before_and_after_change_nothing_where_they_raise():
+    hook = guard.wrap("toy.before", raising, Policy.OBSERVE, around=False)
+    assert hook("argument") is None
+    assert guard.failures()["toy.before"] == 1
+
+
+@pytest.mark.parametrize("policy", [Policy.FATAL, Policy.CLIENT])
+def test_what_is_not_contained_passes_and_is_counted(policy):
+    with pytest.raises(RuntimeError, match="ours"):
+        guard.wrap(f"toy.{policy}", raising, policy, around=False)()
+    assert guard.failures()[f"toy.{policy}"] == 1
+
+
+def test_an_observer_that_raises_keeps_the_others_informed():
+    told = []
+    observers = (SimpleNamespace(turned=raising), SimpleNamespace(turned=lambda: told.append(1)))
+    guard.tell(observers, "turned")
+    assert told == [1]
