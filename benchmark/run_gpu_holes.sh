@@ -14,24 +14,25 @@ LOGS=/tmp/margingate-logs/holes
 rm -rf "$LOGS"
 mkdir -p "$OUT" "$LOGS"
 cd "$CODE"
-export PYTHONUNBUFFERED=1 PYTHONPATH=$CODE:$CODE/python:$CODE/sgl-kernel-patches:${PYTHONPATH:-}
+export PYTHONUNBUFFERED=1 PYTHONPATH=$here:$here/python:$here/sgl-kernel-patches:${PYTHONPATH:-}
 # SGLang finds the plugin by its metadata.
 python3 -c 'import importlib.metadata as m; m.distribution("margingate")' 2>/dev/null ||
     python3 setup.py -q egg_info || exit 1
+cd "$here" # whose scripts are run
 
 what=${1:-all}
 shift
 status=0
 counts() {
-    timeout -k 5 150 python3 "$here/benchmark/row_counts.py" --out "$OUT/row_counts.json" \
+    timeout -k 5 150 python3 -m benchmark.kernels.row_counts --out "$OUT/row_counts.json" \
         >"$OUT/row_counts.txt" 2>&1 || status=$?
     cat "$OUT/row_counts.txt"
 }
 ask() { # NAME OPTIONS...: one model, both graph settings, within what is left of 530 s
     local name=$1 left=$((530 - SECONDS))
     shift
-    timeout -k 10 $((left < 240 ? left : 240)) python3 "$here/benchmark/holes.py" \
-        --out "$OUT/$name.json" --logs "$LOGS" "$@" >"$LOGS/$name.txt" 2>&1
+    timeout -k 10 $((left < 240 ? left : 240)) python3 -m benchmark.sameness.holes \
+        --code "$CODE" --out "$OUT/$name.json" --logs "$LOGS" "$@" >"$LOGS/$name.txt" 2>&1
 }
 holes() {
     ask qwen2.5-1.5b --model qwen2.5-1.5b "$@" &

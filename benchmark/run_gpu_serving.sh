@@ -18,23 +18,23 @@ python3 -c 'import importlib.metadata as m; m.distribution("margingate")' 2>/dev
 
 what=$1
 shift
-common=(--model benchmark/configs/llama-3.1-8b --logs "$LOGS" --out "$OUT/$what.json")
+common=(--model benchmark/models/configs/llama-3.1-8b --logs "$LOGS" --out "$OUT/$what.json")
 case $what in
 latency)
     # An 80 GB card holds three engines at once: two groups, each with a stock one. Of the rounds,
     # the first lets --gate-max-delay auto see the load (it looks every 256 steps).
-    timeout -k 20 300 python3 benchmark/latency_increment.py "${common[@]}" \
+    timeout -k 20 300 python3 -m benchmark.speed.verification_overhead "${common[@]}" \
         --modes ${MODES:-stock always margin-0.1856 margin-0.05 margin-0.5} \
         --batches 1 8 32 --tokens 288 --rounds 3 --kv-tokens 20000 --budget-s 130 "$@"
     ;;
 serving)
     # One at a time, so that each server has the memory and the probe the GPU for itself.
-    timeout -k 20 1400 python3 benchmark/serving.py "${common[@]}" \
+    timeout -k 20 1400 python3 -m benchmark.speed.serving "${common[@]}" \
         --modes ${MODES:-stock gate exact deterministic} --together 1 --start-s 300 \
         --mixes sharegpt 1k-1k 4k-1k --rates inf 4 --seconds 10 --tokens 130000 --budget-s 480 "$@"
     ;;
 shares)
-    timeout -k 20 600 python3 benchmark/serving.py "${common[@]}" \
+    timeout -k 20 600 python3 -m benchmark.speed.serving "${common[@]}" \
         --modes ${MODES:-stock gate gate-50 gate-10} --together 1 --start-s 300 \
         --mixes sharegpt 1k-1k --rates inf --tokens 130000 --budget-s 140 "$@"
     ;;

@@ -10,7 +10,7 @@ import sys
 
 import sglang as sgl
 
-from margingate.runtime.frontend import Endpoint
+from margingate.frontend import Endpoint
 
 TOPICS = ("sleeping well", "learning to cook", "growing tomatoes")
 VIEWS = ("a reason to try it", "a common mistake")

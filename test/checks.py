@@ -10,8 +10,8 @@ import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
-from margingate.client import Answer, Client
-from margingate.servers import slow_bfloat16
+from margingate.harness.client import Answer, Client
+from margingate.harness.servers import slow_bfloat16
 
 
 def needs_the_whole_model() -> None:

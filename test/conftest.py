@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
-import margingate
-from margingate.cli.model import ensure_model
-from margingate.client import Answer, Client, Prompt, chat_prompts, read_prompts
-from margingate.servers import Server, launch, slow_bfloat16
+from margingate.harness.client import Answer, Client, Prompt, chat_prompts, read_prompts
+from margingate.harness.defaults import PROMPTS
+from margingate.harness.embedded_model import ensure_model
+from margingate.harness.servers import Server, launch, slow_bfloat16
 
-PROMPTS = Path(margingate.__file__).parent / "data/demo_prompts.jsonl"
 Start = Callable[..., Server]
 Canonical = Callable[[Client, Sequence[Prompt]], list[Answer]]
 # On this path a decode step is what SGLang makes of it, and the gate has flips to find and repair.

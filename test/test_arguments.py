@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from margingate.cli.model import ensure_model
 from margingate.config import GateConfig, GateError
+from margingate.harness.embedded_model import ensure_model
 from margingate.runtime import machine, refusals, refused_models
 from margingate.runtime.refused_settings import SERVER_REFUSALS, Refusal
 
@@ -479,6 +479,17 @@ def test_the_grid_must_fit_into_a_forward(size, chunk, refused):
     with pytest.raises(GateError, match=f"--gate-prefill-chunk is {chunk}, but") as caught:
         refusals.refuse_chunks(server_args, config)
     assert f"--chunked-prefill-size lets a forward hold only {size} tokens" in str(caught.value)
+
+
+def test_a_grammar_backend_that_needs_a_driver_is_refused_on_a_cpu(prepare):
+    """The first grammar would end the scheduler."""
+    assert prepare(GATE).grammar_backend == "llguidance"
+    assert prepare(GATE, "--grammar-backend", "outlines").grammar_backend == "outlines"
+    text = exits(prepare, GATE, "--grammar-backend", "xgrammar")
+    assert text == (
+        "--grammar-backend is xgrammar, whose masks need a GPU's driver, but --device is cpu: use "
+        "llguidance."
+    )
 
 
 # Models

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from dataclasses import replace
@@ -11,21 +10,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from margingate.calibration import (
+from margingate.cli import main as cli
+from margingate.cli.calibrate import meaning
+from margingate.confidence import miss_bound, steps_needed
+from margingate.config import GateError, load_threshold
+from margingate.errors import CliError
+from margingate.harness.client import Prompt
+from margingate.study.calibration_file import Target, make_record
+from margingate.study.journal import Journal
+from margingate.study.session import tokenized
+from margingate.study.steps_of_walk import Walk, distinct, flips, moved
+from margingate.study.threshold import (
     TooFewStepsError,
     Trials,
     choose_threshold,
     flagged_share,
-    miss_bound,
-    steps_needed,
     widest_gap,
 )
-from margingate.cli import main as cli
-from margingate.cli.calibrate import make_record, meaning, tokenized
-from margingate.cli.calibrate_measure import Journal, Walk, distinct, flips, groups, moved
-from margingate.cli.errors import CliError
-from margingate.client import Prompt
-from margingate.config import GateError, load_threshold
+from margingate.study.walk import groups
 
 
 def test_the_bound_is_clopper_and_pearsons():
@@ -175,16 +177,14 @@ def test_groups_hold_every_prompt_once(size):
     assert all(len(group) <= size for group in found)
 
 
-def options(**changed) -> argparse.Namespace:
-    chosen = {"batch_sizes": [8], "target_miss_rate": 0.9, "confidence": 0.95}
-    chosen |= {"headroom": 0.0, **changed}
-    return argparse.Namespace(**chosen)
+def target(miss_rate: float = 0.9) -> Target:
+    return Target(miss_rate, confidence=0.95, headroom=0.0)
 
 
 def test_the_record_is_what_the_gate_reads(tmp_path):
     journal = Journal(tmp_path / "j.jsonl", {})
     journal.add(WALKS)
-    record = make_record(options(), journal, {"device": "d"}, {"config_sha256": "c"})
+    record = make_record(target(), [8], journal, {"device": "d"}, {"config_sha256": "c"})
     assert (record["steps"], record["flips"], record["prompts"]) == (4, 1, 2)
     said = meaning(record, tmp_path)
     assert "1 of 4 decode steps flip in batches of 8. 4 of the steps have other numbers" in said
@@ -200,7 +200,7 @@ def test_the_record_is_what_the_gate_reads(tmp_path):
         match=r"4 distinct steps with other numbers than alone cannot show a miss rate of 0\.01, "
         r"which takes \d+ where 4 of 4 have such",
     ):
-        make_record(options(target_miss_rate=0.01), journal, {}, {})
+        make_record(target(0.01), [8], journal, {}, {})
 
 
 def test_the_threshold_is_a_rounding_step_above_the_flips_that_it_is_to_catch(tmp_path):
@@ -212,12 +212,12 @@ def test_the_threshold_is_a_rounding_step_above_the_flips_that_it_is_to_catch(tm
     walks[1] = replace(walks[1], tokens=(5, 9, 7), margins=(2.0, 0.25, 3.0))
     journal = Journal(tmp_path / "j.jsonl", {})
     journal.add(walks)
-    for target, dtype, threshold in (
+    for rate, dtype, threshold in (
         (0.5, "torch.bfloat16", 0.0),  # so much may be missed
         (0.01, "torch.bfloat16", 0.390625),
         (0.01, "torch.float32", 0.265625),
     ):
-        record = make_record(options(target_miss_rate=target), journal, {"lm_head": dtype}, {})
+        record = make_record(target(rate), [8], journal, {"lm_head": dtype}, {})
         assert record["threshold"] == threshold
     assert (record["moved_steps"], record["distinct_steps"], record["missed"]) == (400, 400, 0)
     assert record["miss_rate_bound"] == miss_bound(0, 400, 0.975)
@@ -228,14 +228,14 @@ def test_the_bound_counts_a_step_that_several_batches_give_the_same_bits_once(tm
     one, both = Journal(tmp_path / "one.jsonl", {}), Journal(tmp_path / "both.jsonl", {})
     one.add(WALKS)
     both.add([*WALKS, *(replace(walk, batch_size=4) for walk in WALKS if walk.batch_size == 8)])
-    small = make_record(options(), one, {}, {})
-    large = make_record(options(batch_sizes=[4, 8]), both, {}, {})
+    small = make_record(target(), [8], one, {}, {})
+    large = make_record(target(), [4, 8], both, {}, {})
     assert (large["steps"], large["flips"]) == (8, 2)
     for name in ("distinct_steps", "distinct_flips", "missed", "miss_rate_bound", "threshold"):
         assert large[name] == small[name], name
     assert large["miss_rate_bound"] == miss_bound(large["missed"], 4, 0.975)
     with pytest.raises(CliError, match=r"4 distinct steps with other .* rate of 0\.5, which"):
-        make_record(options(batch_sizes=[4, 8], target_miss_rate=0.5), both, {}, {})
+        make_record(target(0.5), [4, 8], both, {}, {})
 
 
 def test_files_of_before_still_load(tmp_path):

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from margingate.cli import check
-from margingate.cli.inputs import server_root
 from margingate.cli.main import main
+from margingate.harness.inputs import server_root
+from margingate.study import batch_check
 
 RESULT = {
     "model": "m",
@@ -42,7 +43,8 @@ def test_the_table_and_its_meaning(capsys):
 
 def test_differences_name_the_first_character():
     alone = {"a": "same", "b": "one", "c": "on"}
-    assert check._differences(alone, {"a": "same", "b": "owe", "c": "one"}) == {"b": 1, "c": 2}
+    said = {"a": "same", "b": "owe", "c": "one"}
+    assert batch_check._differences(alone, said) == {"b": 1, "c": 2}
 
 
 @pytest.mark.parametrize(

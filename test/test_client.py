@@ -8,7 +8,7 @@ from threading import Thread
 
 import pytest
 
-from margingate.client import Client, Prompt, read_prompts
+from margingate.harness.client import Client, Prompt, read_prompts
 
 PAGE = b"<html>\n<body>\n<h1>502 Bad Gateway</h1>\n</body>\n</html>"
 

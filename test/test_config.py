@@ -17,6 +17,7 @@ from margingate.config import (
     GateError,
     load_threshold,
     make_config,
+    option_name,
 )
 
 MODEL = {"config_sha256": "aa"}
@@ -68,6 +69,28 @@ def test_command_line_text_becomes_numbers():
     assert (config.threshold, config.rows) == (0.25, 8)
     assert (config.max_delay, config.prefill_chunk) == (3, 128)
     assert [type(v) for v in (config.threshold, config.rows)] == [float, int]
+
+
+NUMBERS = [option for option in fields(GateConfig) if "parse" in option.metadata]
+
+
+@pytest.mark.parametrize("option", NUMBERS, ids=lambda option: option.name)
+def test_text_becomes_what_the_option_says(option):
+    config = make_config({option.name: "1", "fast_path": "stock"}, {})
+    assert type(getattr(config, option.name)) is option.metadata["parse"]
+    said = f"{option_name(option.name)} is 'x', which is not"
+    assert refused({option.name: "x"}).startswith(said)
+
+
+def test_every_number_is_made_of_text_and_every_choice_is_checked():
+    """An option is a choice, a number, a switch, or a path or an address."""
+    for option in fields(GateConfig):
+        kinds = option.metadata.keys() & {"choices", "parse"}
+        other = option.default is False or option.name in ("calibration", "events_endpoint")
+        assert len(kinds) == (not other), option.name
+        if "choices" in kinds:
+            said = f"{option_name(option.name)} is 'x': choose one of "
+            assert refused({option.name: "x"}).startswith(said)
 
 
 @pytest.mark.parametrize("name", ["policy", "guarantee", "repair"])

@@ -257,3 +257,16 @@ def test_real_grammars_that_end_a_scheduler_do_not(tokenizer):
     assert req.gate.grammar_failed
     with pytest.raises(ValueError):  # which SGLang takes as an abort
         made.accept_token(5)
+
+
+def test_a_real_grammar_that_gives_up_in_mid_answer_has_no_mask_from_there(tokenizer):
+    """This one compiles, and is too much for llguidance some twenty characters later."""
+    from sglang.srt.constrained.llguidance_backend import GuidanceBackend
+
+    made = GuidanceBackend(tokenizer, n_vocab=VOCABULARY).dispatch_regex("(.{1,300}a){1,100}")
+    req = make_request(made, [])
+    assert not req.gate.grammar_failed
+    req.output_ids = tokenizer.encode("a", add_special_tokens=False) * 30
+    masks = list(constraints.of_rows(req, [2, 31], VOCABULARY))
+    assert masks[0] is not None and masks[1] is None
+    assert req.gate.grammar_failed

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from margingate.cli.model import ensure_model
+from margingate.harness.embedded_model import ensure_model
 
 TEXTS = (
     "今日は😀",

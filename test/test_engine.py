@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from margingate.servers import CPU_ENV
+from margingate.harness.servers import CPU_ENV
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "engine.py"
 

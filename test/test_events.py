@@ -11,8 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
-from pathlib import Path
 from types import SimpleNamespace
 
 import msgspec
@@ -154,12 +152,6 @@ def test_what_is_no_endpoint_is_refused(value):
         check_endpoint("--gate-events-endpoint", value)
     text = one_sentence(caught.value)
     assert text.startswith(f"--gate-events-endpoint is {value!r}: give tcp://HOST:PORT")
-
-
-def test_the_readme_lists_every_option():
-    table = (Path(__file__).parents[1] / "README.md").read_text()
-    for option in fields(GateConfig):
-        assert f"| `--gate-{option.name.replace('_', '-')}` |" in table
 
 
 def test_each_data_parallel_rank_has_an_endpoint():

@@ -222,10 +222,23 @@ def test_the_arguments_exist_in_this_sglang(fingerprint):
 def test_a_chat_template_counts_by_its_text(fingerprint, tmp_path):
     file = tmp_path / "template.jinja"
     file.write_text("{{ messages }}")
-    args = SimpleNamespace(chat_template=str(file), quantization=None)
+    args = SimpleNamespace(chat_template=str(file), quantization=None, model_path="")
     assert fingerprint.arguments(args)["chat_template"] == "{{ messages }}"
     args.chat_template = "llama-2"
     assert fingerprint.arguments(args)["chat_template"] == "llama-2"
+
+
+def test_the_template_that_a_folders_name_stands_for_counts(fingerprint):
+    """SGLang takes it for any path with such a word, instead of the one in the folder."""
+
+    def said(path: str, template: str | None = None) -> Any:
+        args = SimpleNamespace(model_path=path, chat_template=template)
+        return fingerprint.arguments(args)["conversation"]
+
+    assert said("/data/llama") is said("/else/where") is None
+    assert said("/data/vicuna/llama") == "vicuna_v1.1"
+    assert said("/check-points/llama") not in (None, "vicuna_v1.1")
+    assert said("/data/vicuna/llama", "chatml") is None, "the option goes before"
 
 
 def test_files_count_by_name_and_content_wherever_they_are(fingerprint, tmp_path):

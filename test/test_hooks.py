@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from margingate.cli.main import main
-from margingate.cli.model import ensure_model
 from margingate.config import GateError
+from margingate.harness.embedded_model import ensure_model
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "hooks.md"
 TOY = "sglang.srt.margingate_toy"

@@ -7,12 +7,10 @@ one JSON object. With a GPU the same checks run on it as well.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -51,7 +49,6 @@ from margingate_kernels import (
 )
 
 HOPPER_SHARED, HOPPER_PER_PROGRAM = 228 * 1024, 1024  # bytes of an SM; kept for each program
-BENCHMARK = Path(__file__).parents[1] / "benchmark/attention_kernels.py"
 LENGTHS = (1, 63, 64, 65, 255, 256, 257, 600)
 SHAPES = ((2, 2, 64), (3, 1, 64), (4, 1, 128), (1, 1, 128))  # heads, K/V heads, head size
 SHAPE = (2, 1, 64)  # where one is enough
@@ -344,20 +341,12 @@ def test_jit_bodies_on_gpu(name: str) -> None:
 @pytest.mark.parametrize("shape", ["8b", "smollm2"])
 def test_the_benchmarks_own_check(shape: str) -> None:
     """Every one of 1,100 positions, in bfloat16 and in the shape of a real model."""
-    benchmark = load_benchmark()
+    from benchmark.kernels import attention as benchmark
+
     result = benchmark.check(benchmark.Pool(*benchmark.SHAPES[shape]))
     for promise in ("chunks", "beside others", "decode alone", "decode = extend"):
         assert result[promise], result
     assert max(result["extend error"], result["decode error"]) < ERROR["cuda"]
-
-
-def load_benchmark() -> Any:
-    spec = importlib.util.spec_from_file_location(BENCHMARK.stem, BENCHMARK)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @needs_gpu

@@ -109,9 +109,35 @@ def test_the_core_needs_python_and_itself(module):
         assert found.split(".")[0] in sys.stdlib_module_names or below(found, "margingate.core")
 
 
-def test_the_options_need_python_alone():
+def test_the_options_need_python_and_the_core_alone():
     for found in imported("margingate.config"):
-        assert found.split(".")[0] in sys.stdlib_module_names
+        assert found.split(".")[0] in sys.stdlib_module_names or below(found, "margingate.core")
+
+
+# From the commands down: a package imports those behind it, never those before it.
+TOOLS = ("margingate.cli", "margingate.study", "margingate.harness")
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if below(m, "margingate")])
+def test_tools_import_downwards_only(module):
+    """What is in none of them, the runtime included, is below and imports none."""
+    level = next((i for i, package in enumerate(TOOLS) if below(module, package)), len(TOOLS))
+    above = TOOLS[:level]
+    assert not [found for found in imported(module) if below(found, *above)]
+
+
+def test_tools_import_the_runtime_only_to_print_its_hooks():
+    tools = [module for module in MODULES if below(module, *TOOLS)]
+    found = {m for m in tools for one in imported(m) if below(one, "margingate.runtime")}
+    assert found == {"margingate.cli.hooks"}
+
+
+def test_tools_have_no_circle():
+    """Type-only and late imports included."""
+    tools = {m: imported(m) & MODULES.keys() for m in MODULES if below(m, *TOOLS)}
+    while ready := {m for m, needed in tools.items() if not needed & tools.keys()}:
+        tools = {m: needed for m, needed in tools.items() if m not in ready}
+    assert not tools
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if below(m, "margingate_kernels")])
@@ -233,9 +259,27 @@ def test_the_core_loads_in_milliseconds_and_without_torch():
 def test_the_entry_points_and_the_command_line_load_neither_torch_nor_sglang():
     loaded = fresh(
         "import json, sys\n"
-        "import margingate.plugin, margingate.config\n"
+        "import margingate.plugin, margingate.config, margingate.frontend\n"
         "from margingate.cli.main import build_parser\n"
         "build_parser()\n"
         "print(json.dumps({'modules': sorted(sys.modules)}))"
     )
     assert not {"torch", "sglang", "transformers"} & set(loaded["modules"])
+
+
+def test_the_table_of_faults_names_tests_that_exist():
+    """Else a fault's test could go, or be renamed, and nobody would see it."""
+    folder = Path(__file__).parent
+    rows = re.findall(r"^\| .+ \| `(\w+)` \| (.+) \|$", (folder / "README.md").read_text(), re.M)
+    assert len(rows) >= 30
+    for module, tests in rows:
+        source = (folder / f"test_{module}.py").read_text()
+        for test in re.findall(r"`(\w+)`", tests):
+            assert f"\ndef {test}(" in source, f"test_{module}.py has no {test}"
+
+
+def test_the_frontend_is_loaded_when_it_is_asked_for():
+    import margingate.frontend
+
+    with pytest.raises(AttributeError, match="has no attribute 'x'"):
+        margingate.frontend.x  # noqa: B018

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from test_layering import MODULES, below, imported
 
-from margingate.calibration import miss_bound
+from margingate.confidence import miss_bound
 from margingate.config import GateConfig, GateError
 from margingate.core.audit import Audits, Bits
 from margingate.core.policy import Reason

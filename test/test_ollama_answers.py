@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from margingate.runtime import switch
+
 RECORD = {"gated": True, "fingerprint": "0123456789abcdef"}
 
 
@@ -26,6 +28,7 @@ class Manager:
         return {"input_ids": [1, 2]} if return_dict else [1, 2]
 
     async def generate_request(self, obj: Any, _request: Any) -> AsyncIterator[Any]:
+        switch.take_noted(obj, _request)
         self.asked.append(obj)
         if self.refusal:
             raise ValueError(self.refusal)
@@ -33,6 +36,15 @@ class Manager:
             last = i == len(self.texts) - 1
             meta = {"finish_reason": {"type": "length"} if last else None, "gate": RECORD}
             yield {"text": "".join(self.texts[: i + 1]), "meta_info": meta}
+
+
+def http(body: dict[str, Any]) -> Any:
+    """A request as FastAPI has it: SGLang's class, without a field for it, drops the switch."""
+
+    async def parsed() -> dict[str, Any]:
+        return body
+
+    return SimpleNamespace(state=SimpleNamespace(), json=parsed)
 
 
 def ask(manager: Manager, route: str, **body: Any) -> tuple[int, list[dict[str, Any]]]:
@@ -44,12 +56,13 @@ def ask(manager: Manager, route: str, **body: Any) -> tuple[int, list[dict[str, 
 
     class Serving(OllamaServing):
         def _convert_options_to_sampling_params(self, options: Any = None) -> Any:
-            return ollama_answers.options(super()._convert_options_to_sampling_params(options))
+            result = super()._convert_options_to_sampling_params(options)
+            return ollama_answers.options(result, self, options)
 
     async def run() -> tuple[int, list[dict[str, Any]]]:
         serving = Serving(manager)
         ollama_answers.init(None, serving, manager)
-        raw = SimpleNamespace(state=SimpleNamespace())
+        raw = http(body.pop("body", {}))
         chat = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
         if route == "chat":
             request: Any = OllamaChatRequest(**chat, **body)
@@ -96,6 +109,35 @@ def test_options_in_the_terms_of_sglang():
     assert manager.asked[0].sampling_params == {"sampling_seed": 7, "max_new_tokens": None}
     ask(manager, "chat", stream=False)
     assert manager.asked[1].input_ids == [1, 2]
+
+
+@pytest.mark.parametrize("route", ["chat", "generate"])
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("place", ["body", "options"])
+def test_the_switch_beside_the_parameters_or_among_the_options(route, stream, place):
+    manager = Manager("a")
+    status, _ = ask(manager, route, stream=stream, **{place: {"deterministic": False}})
+    assert status == 200 and manager.asked[0].sampling_params["deterministic"] is False
+    status, lines = ask(manager, route, stream=stream, body={"deterministic": "no"})
+    assert (status, "is 'no': give true or false." in lines[0]["error"]) == (400, True)
+
+
+def test_the_switch_beside_the_parameters_of_anthropic():
+    from margingate.runtime import anthropic_answers
+
+    async def original(_serving: Any, _request: Any, raw: Any) -> Any:
+        obj = SimpleNamespace(sampling_params={"top_k": 1})
+        switch.take_noted(obj, raw)
+        return obj.sampling_params
+
+    def said(value: Any) -> Any:
+        serving = SimpleNamespace(_error_response=lambda **error: error)
+        raw = http({"deterministic": value})
+        return asyncio.run(anthropic_answers.handle(original, serving, None, raw))
+
+    assert said(None) == {"top_k": 1}
+    assert said(False) == {"top_k": 1, "deterministic": False}
+    assert said(1)["status_code"] == 400 and "is 1: give true" in said(1)["message"]
 
 
 def test_anthropic_names_the_stop_sequence_and_carries_the_record():

@@ -85,7 +85,7 @@ def test_deterministic_beside_the_parameters_of_openai(switch, body, custom):
 def test_a_backend_of_the_frontend_language_sends_the_switch():
     from sglang.lang.ir import SglSamplingParams
 
-    from margingate.runtime.frontend import Endpoint
+    from margingate.frontend import Endpoint
 
     backend = Endpoint.__new__(Endpoint)
     backend.deterministic = False

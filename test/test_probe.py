@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from margingate.cli import main as cli
 from margingate.cli import probe as command
 from margingate.core.rowclass import Route, RowPlan
-from margingate.plots import plot_classes
 from margingate.runtime import probe, probe_cache, probe_plans
+from margingate.study.plots import plot_classes
 
 FINDINGS = [
     probe.Finding("linear", "layers.0.qkv_proj", (96, 64), 30, {1: 0, 2: 0, 8: 0}, None, 0.1),
@@ -217,7 +217,7 @@ def test_the_log_of_a_server_that_did_not_probe_is_kept_and_named(tmp_path, caps
 
         def __exit__(self, *_args: object) -> None: ...
 
-    monkeypatch.setattr("margingate.servers.launch", Launched)
+    monkeypatch.setattr("margingate.harness.servers.launch", Launched)
     out = tmp_path / "report"
     assert cli.main(["probe", "--model-path", "m", "--out", str(out)]) == 2
     assert f"give http://HOST:PORT; its log is {out / 'server.log'}.\n" in capsys.readouterr().err

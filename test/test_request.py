@@ -362,6 +362,19 @@ def test_a_fault_in_an_answer_without_room_is_answered(faults, room, refused):
     assert aborts == [text] * refused
 
 
+@pytest.mark.parametrize(("least", "room", "kept"), [(6, 3, 3), (6, 0, 0), (2, 3, 2)])
+def test_a_least_length_is_cut_with_the_length(least, room, kept):
+    """As SGLang cuts it, which the gate has taken it from by then."""
+    from margingate.runtime import scheduler
+
+    req = request(min_new_tokens=least, repetition_penalty=1.5)
+    attach(req, CONFIG)
+    req.sampling_params.max_new_tokens, req.to_finish = room, None
+    scheduler.add_request(None, req)
+    assert req.gate.penalties.values == (0.0, 0.0, 1.5)
+    assert req.gate.penalties.min_new_tokens == kept
+
+
 @pytest.mark.parametrize("extra", [CACHE_NAMESPACE, CACHE_NAMESPACE + "salt"])
 def test_a_request_that_is_not_gated_cannot_ask_for_a_gated_namespace(extra):
     """Its columns come from batched prefills: a gated prompt that met them would drift."""

@@ -5,9 +5,9 @@ And what CI runs.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,16 +16,25 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmark.kernels import row_counts
+from margingate.harness.defaults import PROMPTS
+
 ROOT = Path(__file__).parents[1]
-PROMPTS = ROOT / "python/margingate/data/demo_prompts.jsonl"
 NOWHERE = "http://127.0.0.1:9"
 TURNS = ("--base-url", NOWHERE, "--conversations", "2", "--prompts", str(PROMPTS))
 HOLES = ("--model", "tiny", "--out", "x")
 
 
-def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    """Python with these arguments, as one would start it in the checkout."""
+    command = (sys.executable, *command)
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=120, cwd=ROOT
+    )
+
+
+def run_benchmark(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run("-m", f"benchmark.{name}", *arguments)
 
 
 @pytest.mark.parametrize("name", ["openai_client", "evaluation", "frontend_program"])
@@ -40,31 +49,104 @@ def test_an_example_without_a_server_is_one_sentence_and_status_2(name):
 @pytest.mark.parametrize(
     ("script", "arguments", "said"),
     [
-        ("serving_table", ["nofile"], "nofile cannot be read (No such file or directory): name"),
-        ("serving_table", [__file__], "holds no results of serving.py: name a file that it wrote"),
-        ("serving_table", [], "the following arguments are required: file"),
-        ("serving", ["--model", "no", "--out", "x"], "--model: no/config.json cannot be read (No"),
-        ("turns", [*TURNS, "--model", str(ROOT)], f"--model {ROOT} has no tokenizer that loads ("),
-        ("turns", [*TURNS, "--model", "no", "--turns", "13"], "have 24 lines, and 2 conversations"),
-        ("turns", [*TURNS, "/none", "--model", "no"], "--prompts /none cannot be read (No such"),
         (
-            "holes",
+            "bench.serving_table",
+            ["nofile"],
+            "nofile cannot be read (No such file or directory): name",
+        ),
+        (
+            "bench.serving_table",
+            [__file__],
+            "holds no results of serving.py: name a file that it wrote",
+        ),
+        ("bench.serving_table", [], "the following arguments are required: file"),
+        (
+            "speed.serving",
+            ["--model", "no", "--out", "x"],
+            "--model: no/config.json cannot be read (No",
+        ),
+        (
+            "sameness.turns",
+            [*TURNS, "--model", str(ROOT)],
+            f"--model {ROOT} has no tokenizer that loads (",
+        ),
+        (
+            "sameness.turns",
+            [*TURNS, "--model", "no", "--turns", "13"],
+            "have 24 lines, and 2 conversations",
+        ),
+        (
+            "sameness.turns",
+            [*TURNS, "/none", "--model", "no"],
+            "--prompts /none cannot be read (No such",
+        ),
+        (
+            "sameness.holes",
             [*HOLES, "--lengths", "7-x"],
             "--lengths 7-x: give numbers or ranges as 224-272.",
         ),
-        ("holes", [*HOLES, "--random-counts", "9", "--max", "8"], "give --max or less, 8."),
-        ("engines", ["--help"], "run one of these."),
-        ("serving_load", [], "makes the requests of serving.py: run that."),
+        (
+            "sameness.holes",
+            [*HOLES, "--random-counts", "9", "--max", "8"],
+            "give --max or less, 8.",
+        ),
     ],
 )
 def test_a_benchmark_that_lacks_something_is_one_sentence(script, arguments, said):
-    done = run(f"benchmark/{script}.py", *arguments)
+    done = run_benchmark(script, *arguments)
     assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
     assert said in done.stderr.splitlines()[-1]
 
 
+SCRIPTS = sorted(
+    ".".join(path.relative_to(ROOT / "benchmark").with_suffix("").parts)
+    for path in (ROOT / "benchmark").glob("*/*.py")
+    if 'if __name__ == "__main__"' in path.read_text()
+)
+
+
+def test_each_benchmark_says_how_it_is_used_and_has_a_line_in_the_readme():
+    """All at once, in one process: torch is imported once, and no GPU is needed for it."""
+    code = """if True:
+        import contextlib, importlib, io, sys
+        for name in sys.argv[1:]:
+            module = importlib.import_module(f"benchmark.{name}")
+            assert f"python -m benchmark.{name} " in module.__doc__, f"{name} does not say how"
+            sys.argv, said = [name, "--help"], io.StringIO()
+            with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+                module.main()
+            assert said.getvalue().startswith("usage: "), f"{name} has no --help"
+        """
+    done = run("-c", code, *SCRIPTS)
+    assert done.returncode == 0, done.stderr
+    listed = re.findall(r"^\| `([\w.]+)` \|", (ROOT / "benchmark/README.md").read_text(), re.M)
+    assert sorted(listed) == SCRIPTS
+
+
+def test_each_run_has_a_line_in_the_index_of_results():
+    """And each page that cites a run is named beside it."""
+    folder = ROOT / "benchmark/results"
+    lines = (folder / "README.md").read_text().splitlines()
+    cited = {match[1]: line for line in lines if (match := re.match(r"\| \[([\w-]+)\]", line))}
+    assert sorted(cited) == sorted(path.name for path in folder.iterdir() if path.is_dir())
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for name in set(re.findall(r"results/([\w-]+)", page.read_text())):
+            assert page.name in cited[name], f"{page.name} cites {name}"
+
+
+def test_an_engines_process_is_the_module_that_was_started(tmp_path):
+    """speed.decode_step starts itself once more for each engine: here one that cannot start."""
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 64, "vocab_size": 8}')
+    options = ("--modes", "stock", "--kv-tokens", "64", "--together", "1", "--budget-s", "1")
+    folder = ("--model", str(tmp_path), "--out", str(tmp_path / "steps.json"))
+    done = run_benchmark("speed.decode_step", *folder, *options)
+    assert "stock did not start" in done.stdout, done.stderr
+    log = (tmp_path / "steps.stock.log").read_text()
+    assert "benchmark/speed/decode_step.py" in log and "engines.start" in log, log
+
+
 def test_turns_without_a_server_is_one_sentence(model):
-    done = run("benchmark/turns.py", *TURNS, "--model", str(model))
+    done = run_benchmark("sameness.turns", *TURNS, "--model", str(model))
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"{NOWHERE} does not answer (")
 
@@ -75,15 +157,12 @@ def test_the_table_of_a_serving_run_is_printed(tmp_path):
     run_of = {"mix": "1k-1k", "rate": "inf", "mode": "stock", "completed": 4}
     file = tmp_path / "serving.json"
     file.write_text(json.dumps({"results": [{**run_of, **found, "ratios": dict.fromkeys(found)}]}))
-    done = run("benchmark/serving_table.py", str(file))
+    done = run_benchmark("bench.serving_table", str(file))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[1].split()[:4] == ["1k-1k@inf", "x4", "stock", "2"]
 
 
 def test_row_counts_finds_a_hole_between_counts_of_one_class():
-    spec = importlib.util.spec_from_file_location("row_counts", ROOT / "benchmark/row_counts.py")
-    row_counts = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(row_counts)
     rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.bfloat16)
     other = rows.clone()
     other[1, 0] = torch.nextafter(other[1, 0], torch.tensor(9.0, dtype=torch.bfloat16))
@@ -148,9 +227,13 @@ def test_ci_runs_the_readmes_commands_then_the_linters_then_some_modules_again(t
     assert done.returncode == 0 and done.stdout.count("== passed") == 1, done.stderr
     assert ran[:4] == ["demo", "ruff check []", "ruff format --check []", "mypy  []"]
     assert [line.partition("[")[2] for line in ran[4:]] == [f"{name}]" for name in names]
-    for line in ran[4:]:
-        assert (modules := line.split()[1:-1])
-        assert all((ROOT / name).is_file() for name in modules), modules
+    for place, line in enumerate(ran[4:]):
+        listed, _, chosen = line.partition(" [")[0].partition(" -k ")
+        modules = listed.split()[1:]
+        assert modules and bool(chosen) == (place > 0)
+        texts = [(ROOT / name).read_text() for name in modules]
+        for word in chosen.split(" or ") if chosen else ():
+            assert any(f"def test_{word}" in text for text in texts), word
     (repo / ".ci/other_cpus").write_text("#!/bin/sh\nexit 7\n")
     done = ci()
     assert done.returncode == 7 and "== passed" not in done.stdout

@@ -16,18 +16,20 @@ import pytest
 import requests
 from checks import assert_clean, assert_gate_worked, assert_same
 from conftest import TOKENS
+from routes import CHATS, ROUTES, Said
 
-from margingate.client import Answer, Client
+from margingate.harness.client import Answer, Client
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+FAULTS = {"gate_fault_rows": [2, 3, 7]}
 SERVE = (str(Path(sys.executable).with_name("sglang")), "serve")
 
 
 @pytest.fixture(scope="module")
 def client(start) -> Client:
-    """`sglang serve`, without a radix cache, and verifying every row."""
+    """`sglang serve`, without a radix cache, and verifying every row, some later than others."""
     args = ("--gate-debug", "--gate-policy", "always", "--disable-radix-cache")
-    server = start(*args, command=SERVE)
+    server = start(*args, "--gate-inject-faults", "--gate-max-delay", "8", command=SERVE)
     return Client(server.base_url, TOKENS)
 
 
@@ -137,7 +139,7 @@ def test_the_switch_as_a_sampling_parameter(client, prompts):
 
 
 @pytest.mark.parametrize("mode", ["in_place", "retract"])
-def test_a_pause_changes_no_answer(client, prompts, alone, mode):
+def test_a_pause_changes_no_answer(client, model, prompts, alone, mode):
     def post(path: str, **body: str) -> None:
         requests.post(f"{client.base_url}/{path}", json=body).raise_for_status()
 
@@ -149,6 +151,12 @@ def test_a_pause_changes_no_answer(client, prompts, alone, mode):
         post("pause_generation", mode=mode)
         time.sleep(1)
         assert not answers.done(), "nothing was paused"
+        if mode == "retract":  # requests wait, and the flush that follows an update would fail
+            update = {"model_path": str(model)}
+            url = f"{client.base_url}/update_weights_from_disk"
+            refused = requests.post(url, json=update, timeout=120)
+            assert refused.status_code == 400 and not refused.json()["success"]
+            assert "requests are not finished" in refused.json()["message"]
         post("continue_generation")
         assert_same(alone, answers.result())
     after = client.gate_state()
@@ -170,42 +178,97 @@ def test_the_fingerprint_follows_the_weights(client, prompts, alone, model, fing
     assert client.gate_state()["fingerprint"] == fingerprint
 
 
-def lines(reply: requests.Response) -> list[dict[str, Any]]:
-    """The JSON objects of a stream: lines of their own, or data of events."""
-    found = [line.removeprefix(b"data: ") for line in reply.content.splitlines()]
-    return [json.loads(line) for line in found if line.startswith(b"{")]
+# Characters of several tokens, and of several code points.
+SAYINGS = (
+    "今日は😀",
+    "नमस्ते दुनिया",
+    "مرحبا بالعالم",
+    "שלום, Привет",
+    "👩‍👩‍👧‍👦 🇩🇪",
+    "e\u0301a\u0308 n\u0303 ok",
+    "한국어 สวัสดี",
+)
+Asked = tuple[str, str, int, dict[str, Any]]  # route, prompt, tokens at most, parameters
 
 
-@pytest.mark.parametrize("tokens", [1, 8])
-def test_a_stream_says_what_the_answer_says_on_every_route(client, tokens):
-    """Ollama's and Anthropic's routes are held to chat completions, streamed and not."""
-    chat = {"model": "m", "messages": [{"role": "user", "content": "Name two rivers."}]}
-    greedy = {"temperature": 0, "max_tokens": tokens}
-    ollama = {"options": {"temperature": 0, "num_predict": tokens, "seed": 7}}
+def assert_streams_say_the_same(client: Client, asked: list[Asked], **streamed: Any) -> list[Said]:
+    """Asks all at once, each whole and streamed; returns what was said whole.
 
-    def ask(path: str, stream: bool, **body: Any) -> requests.Response:
-        reply = requests.post(client.base_url + path, json={**body, "stream": stream}, timeout=300)
-        assert reply.status_code == 200, reply.text
-        return reply
+    Args:
+        streamed: parameters of the streams alone.
+    """
 
-    whole = ask("/v1/chat/completions", False, **chat, **greedy).json()
-    want = whole["choices"][0]["message"]["content"]
-    assert ask("/api/chat", False, **chat, **ollama).json()["message"]["content"] == want
-    *_, end = said = lines(ask("/api/chat", True, **chat, **ollama))
-    assert "".join(line["message"]["content"] for line in said) == want
-    assert (end["done_reason"], end["gate"]["gated"]) == ("length", True)
-    message = ask("/v1/messages", False, **chat, **greedy).json()
-    assert message["content"][0]["text"] == want
-    assert message["metadata"]["gate"]["fingerprint"] == whole["system_fingerprint"]
-    events = lines(ask("/v1/messages", True, **chat, **greedy))
-    deltas = [x["delta"]["text"] for x in events if x["type"] == "content_block_delta"]
-    assert "".join(deltas) == want
-    (end,) = [x for x in events if x["type"] == "message_delta"]
-    assert end["metadata"]["gate"]["prompt"] == message["metadata"]["gate"]["prompt"]
+    def ask(question: Asked, stream: bool) -> Said:
+        path, prompt, tokens, own = question
+        more = {**own, **streamed} if stream else own
+        return ROUTES[path].ask(client.base_url, prompt, tokens, stream, **more)
+
+    with ThreadPoolExecutor(24) as pool:
+        both = [[pool.submit(ask, each, stream) for stream in (False, True)] for each in asked]
+        answers = [(whole.result(), said.result()) for whole, said in both]
+    for question, (whole, said) in zip(asked, answers, strict=True):
+        assert (said.text, said.end) == (whole.text, whole.end), question
+        for record in (whole.gate, said.gate):
+            assert record["gated"] and record["fingerprint"] == whole.gate["fingerprint"]
+            assert record["prompt"] == whole.gate["prompt"]
+    return [whole for whole, _ in answers]
 
 
-def test_text_of_several_tokens_at_once_is_said_once(client):
-    params = {"temperature": 0, "max_new_tokens": 24, "regex": "今日は😀", "stream_interval": 3}
-    body = {"text": "Say it: ", "sampling_params": params, "stream": True}
-    reply = requests.post(f"{client.base_url}/generate", json=body, timeout=300)
-    assert lines(reply)[-1]["text"] == "今日は😀"
+@pytest.mark.parametrize("interval", [1, 3])
+def test_constrained_texts_of_many_scripts_are_said_once(client, interval):
+    """Whole, cut within a character, and ended by a stop string; flips within characters."""
+    asked: list[Asked] = []
+    paths = [path for path, route in ROUTES.items() if route.regex]
+    for path in paths if interval == 1 else ["/generate"]:
+        for saying in SAYINGS:
+            asked.append((path, "Say it: ", 64, {"regex": saying}))
+            asked.append((path, "Say it: ", 5, {"regex": saying}))
+            asked.append((path, "Say it: ", 64, {"regex": saying + "STOP", "stop": ["STOP"]}))
+    more = {} if interval == 1 else {"stream_interval": interval}
+    answers = assert_streams_say_the_same(client, asked, custom_params=FAULTS, **more)
+    for (*_, tokens, own), said in zip(asked, answers, strict=True):
+        if tokens > 5:
+            assert (said.text, said.end) == (own["regex"].removesuffix("STOP"), "stop")
+        else:
+            assert said.end == "length"
+    assert_clean(client)
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_a_stream_says_what_the_answer_says_on_every_route(client, fingerprint, tokens):
+    prompts = [f"{saying} " * 6 for saying in SAYINGS[::2]]
+    asked = [(path, prompt, tokens, {}) for prompt in prompts for path in ROUTES]
+    answers = assert_streams_say_the_same(client, asked)
+    assert {said.gate["fingerprint"] for said in answers} == {fingerprint}
+    chats = [said.text for (path, *_), said in zip(asked, answers, strict=True) if path in CHATS]
+    for start in range(0, len(chats), len(CHATS)):
+        assert len(set(chats[start : start + len(CHATS)])) == 1, "one prompt, one template"
+    assert tokens == 1 or any(not said.text.isascii() for said in answers)
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_the_switch_on_every_route(client, path):
+    route = ROUTES[path]
+    for stream in (False, True):
+        said = route.ask(client.base_url, "Rivers:", 4, stream, deterministic=False)
+        assert said.gate["because"] == "deterministic is false"
+        reply = route.post(client.base_url, "Rivers:", 4, stream, deterministic="no")
+        assert reply.status_code == 400 or (stream and path == "/generate"), "SGLang's own"
+        assert "custom_params.deterministic is 'no': give true or false." in reply.text
+
+
+def test_openai_and_ollama_clients_reach_record_and_switch(client, fingerprint):
+    api = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0)
+    asked = {"model": "m", "input": "Name two rivers.", "temperature": 0, "max_output_tokens": 10}
+    whole = api.responses.create(**asked, metadata={"mine": "1"})
+    assert json.loads(whole.metadata["gate"])["fingerprint"] == fingerprint
+    assert whole.metadata["mine"] == "1"
+    *_, end = api.responses.create(**asked, stream=True)
+    assert end.response.output_text == whole.output_text
+    assert json.loads(end.response.metadata["gate"])["steps"] == 8
+    said = api.responses.create(**asked, extra_body={"deterministic": False})
+    assert json.loads(said.metadata["gate"])["gated"] is False
+    options = {"temperature": 0, "num_predict": 4, "deterministic": False}
+    body = {"model": "m", "prompt": "Rivers:", "stream": False, "options": options}
+    reply = requests.post(f"{client.base_url}/api/generate", json=body, timeout=300)
+    assert reply.json()["gate"]["because"] == "deterministic is false"

@@ -12,8 +12,8 @@ import pytest
 import requests
 from checks import assert_clean, assert_gate_worked, assert_same, forced, needs_the_whole_model
 
-from margingate.client import Answer, Client
-from margingate.servers import retracting, slow_bfloat16
+from margingate.harness.client import Answer, Client
+from margingate.harness.servers import retracting, slow_bfloat16
 
 TOKENS = 48
 SCHEMA = {
@@ -27,7 +27,7 @@ SCHEMA = {
     "additionalProperties": False,
 }
 REGEX = r"(yes|no|maybe), because [a-z ]{5,30}\."
-FORMS = ({"json_schema": json.dumps(SCHEMA)}, {"regex": REGEX}, {"logit_bias": {"260": 4.0}}, {})
+FORMS = ({"json_schema": json.dumps(SCHEMA)}, {"regex": REGEX}, {"logit_bias": {"260": 4}}, {})
 PENALTIES = (
     {"frequency_penalty": 0.6, "presence_penalty": 0.4},
     {"repetition_penalty": 1.25},
@@ -86,7 +86,7 @@ def assert_penalised(answers: list[Answer], plain: list[Answer]) -> None:
             assert answer.tokens == without.tokens
     assert changed >= len(answers) // len(PENALTIES), "no penalty told"
     if not slow_bfloat16():  # a part of the model repeats its nonsense all the same
-        assert most(answers[:2]) < most(plain[:2])
+        assert most(answers[:2]) <= most(plain[:2])  # as often, where the text repeats nothing
 
 
 def test_answers_are_as_asked_and_those_alone(client, prompts, params, kinds, alone):

@@ -7,11 +7,13 @@ import random
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import openai
+import psutil
 import pytest
 import requests
 import zmq
@@ -24,9 +26,10 @@ from checks import (
 )
 from conftest import TOKENS
 
-from margingate.client import Answer, Client, Prompt, chat_prompts
+from margingate import api
 from margingate.events import AnyRecord, End, Flag, Subscriber, Verdict
-from margingate.servers import free_port, slow_bfloat16
+from margingate.harness.client import Answer, Client, Prompt, chat_prompts
+from margingate.harness.servers import Server, free_port, slow_bfloat16
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +38,12 @@ def endpoint() -> str:
 
 
 @pytest.fixture(scope="module")
-def client(start, endpoint) -> Client:
-    server = start("--gate-debug", "--gate-inject-faults", "--gate-events-endpoint", endpoint)
+def server(start, endpoint) -> Server:
+    return start("--gate-debug", "--gate-inject-faults", "--gate-events-endpoint", endpoint)
+
+
+@pytest.fixture(scope="module")
+def client(server) -> Client:
     return Client(server.base_url, TOKENS)
 
 
@@ -78,6 +85,8 @@ def test_what_meta_info_says(client, prompts):
     said = opted_out[0].meta["gate"]
     assert (said["gated"], said["because"]) == (False, "deterministic is false")
     assert len(said["prompt"]) == 16
+    state = {*client.gate_state(), "fingerprint_because"}  # the last one only where there is none
+    assert state == {entry.name for entry in (*api.SERVER, *api.COUNTS)}
 
 
 def stream(client: Client, prompt: Prompt, **params) -> tuple[list[str], dict]:
@@ -186,6 +195,43 @@ def test_a_subscriber_that_never_reads_changes_nothing(client, endpoint, prompts
         before = client.gate_state()
         assert_same(alone, client.together(prompts))
         assert_gate_worked(before, client.gate_state(), batch=6)
+
+
+def memory_mib(server: Server) -> float:
+    """Of all processes of the server, together."""
+    launcher = psutil.Process(server.pid)
+    found = [launcher, *launcher.children(recursive=True)]
+    return sum(process.memory_info().rss for process in found) / 2**20
+
+
+def test_a_subscriber_to_many_topics_takes_no_memory(server, client, endpoint, prompts, alone):
+    """libzmq kept 51 MB for 60,000 topics; such a subscriber is disconnected, again and again."""
+    before = memory_mib(server)
+    with zmq.Context() as context, context.socket(zmq.SUB) as greedy:
+        greedy.setsockopt(zmq.LINGER, 0)
+        for topic in range(60_000):
+            greedy.setsockopt(zmq.SUBSCRIBE, b"topic-%06d" % topic + b"x" * 200)
+        greedy.connect(endpoint)
+        assert_same(alone, client.together(prompts))
+    assert memory_mib(server) - before < 25
+    assert "topics are subscribed to at" in server.log.read_text(errors="replace")
+    with Subscriber(endpoint) as subscriber:
+        deadline = time.monotonic() + 20
+        while not (heard := subscriber.receive(2)) and time.monotonic() < deadline:
+            client.alone(prompts[:1])
+    assert heard, "others are told again"
+
+
+def test_a_polled_server_info_does_not_check_every_slot_each_time(client, prompts, alone):
+    """It would on the scheduler's thread; an answer is what it was beside 200 of them."""
+    with ThreadPoolExecutor(1) as pool:
+        answers = pool.submit(client.together, prompts)
+        polls = 0
+        while not answers.done():
+            assert client.gate_state()["integrity"] == "ok"
+            polls += 1
+    assert_same(alone, answers.result())
+    assert polls > 5
 
 
 def test_stop_string_and_n(client, prompts, alone):

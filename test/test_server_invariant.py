@@ -14,8 +14,8 @@ from conftest import TOKENS
 from test_server_constraints import FORMS, PENALTIES
 
 from margingate.cli.main import main
-from margingate.client import Answer, Client, Prompt
-from margingate.servers import slow_bfloat16
+from margingate.harness.client import Answer, Client, Prompt
+from margingate.harness.servers import slow_bfloat16
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,8 @@ def test_the_probe_names_every_operator(client, tmp_path, capsys):
     names = {row["name"].rsplit(".", 1)[-1] for row in report["operators"]}
     assert names >= {"qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head", "norm"}
     assert names >= {"attention decode", "attention extend"}
-    assert all(same for _, same in report["steps"]["measured"])
+    measured = report["steps"]["measured"]
+    assert len(measured) >= 8 and all(same for _, same in measured)
     assert all(name in said for name in names) and (tmp_path / "probe.png").exists()
 
 

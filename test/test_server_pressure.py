@@ -9,8 +9,8 @@ import requests
 from checks import assert_clean, assert_gate_worked, assert_metrics, assert_same, forced
 from conftest import TOKENS
 
-from margingate.client import Client, Prompt
-from margingate.servers import retracting, slow_bfloat16
+from margingate.harness.client import Client, Prompt
+from margingate.harness.servers import retracting, slow_bfloat16
 
 SPARED = pytest.mark.skipif(slow_bfloat16(), reason="two of three do where a start takes a minute")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from checks import assert_clean, assert_gate_worked, assert_same, forced
 
-from margingate.client import Client, Prompt
-from margingate.servers import retracting
+from margingate.harness.client import Client, Prompt
+from margingate.harness.servers import retracting
 
 TOKENS, LONG = 24, {"ignore_eos": True}
 # The host has no NCCL to be used, and a core for each rank.

@@ -12,7 +12,7 @@ import pytest
 import requests
 from checks import assert_clean, assert_metrics, assert_same
 
-from margingate.client import Answer, Client, Prompt
+from margingate.harness.client import Answer, Client, Prompt
 
 RATE, FLIPS, TOKENS = 0.25, 0.2, 64
 PARAMS = {"ignore_eos": True}

@@ -9,7 +9,7 @@ import torch
 from checks import assert_same
 
 from margingate.cli.main import main
-from margingate.client import Client
+from margingate.harness.client import Client
 
 TOKENS = 32  # enough for flips on every machine seen so far
 

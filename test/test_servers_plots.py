@@ -14,12 +14,15 @@ from pathlib import Path
 import pytest
 
 from margingate.cli import demo
-from margingate.cli.errors import CliError
 from margingate.cli.main import main
-from margingate.client import Answer, read_prompts
 from margingate.core.histogram import MarginHistogram
-from margingate.plots import Margins, plot_margins, telling_counts
-from margingate.servers import Server, ServerError, free_port, telling_line
+from margingate.errors import CliError
+from margingate.harness.client import Answer, read_prompts
+from margingate.harness.defaults import PROMPTS
+from margingate.harness.servers import Server, ServerError, free_port, telling_line
+from margingate.study import comparison
+from margingate.study.comparison_report import make_report
+from margingate.study.plots import Margins, plot_margins, telling_counts
 
 # A launcher as SGLang's: unhealthy first, with a child that ignores SIGTERM.
 FAKE = """
@@ -111,7 +114,7 @@ def test_the_group_ends_with_the_process_that_started_it(tmp_path, number):
     fake(tmp_path)  # writes the script
     code = f"""
         import sys, time
-        from margingate.servers import Server
+        from margingate.harness.servers import Server
         command = (sys.executable, {str(tmp_path / "fake.py")!r})
         with Server([], {str(tmp_path / "log")!r}, command=command, stop_s=0.5) as server:
             print(server.pid, flush=True)
@@ -210,19 +213,22 @@ def test_margins_since_counts_what_came_later():
 # -- the demo, less its servers
 
 
-def side(gated: bool, changed: int) -> demo.Side:
+def side(gated: bool, changed: int) -> comparison.Side:
     """Two prompts; `changed` of them differ from the second token on in the batched run."""
     meta = {"gate": {"threshold": 0.5}}
     alone = [Answer(name, (1, 2, 3), "", meta) for name in "ab"]
     other = [Answer(name, (1, 9, 3), "", meta) for name in "ab"[:changed]] + alone[changed:]
-    gate = dict.fromkeys(demo.COUNTERS, 4) | {"flagged": 1} if gated else {}
-    runs = {name: demo.Run(other if name == "batched" else alone, 2.0, gate) for name in demo.RUNS}
-    return demo.Side(runs, margins() if gated else None, 0.5 if gated else None)
+    gate = dict.fromkeys(comparison.COUNTERS, 4) | {"flagged": 1} if gated else {}
+    runs = {
+        name: comparison.Run(other if name == "batched" else alone, 2.0, gate)
+        for name in comparison.RUNS
+    }
+    return comparison.Side(runs, margins() if gated else None, 0.5 if gated else None)
 
 
 def report(stock: int, gated: int):
     sides = {"stock": side(False, stock), "gated": side(True, gated)}
-    return demo.make_report(sides, {"model": "m", "tokens": 3, "seed": 0})
+    return make_report(sides, {"model": "m", "tokens": 3, "seed": 0})
 
 
 def test_report_counts_and_compares():
@@ -257,7 +263,7 @@ def test_table_shows_every_number(capsys):
 
 
 def test_demo_prompts_are_24_with_distinct_names():
-    names = [name for name, _ in read_prompts(demo.PROMPTS)]
+    names = [name for name, _ in read_prompts(PROMPTS)]
     assert len(set(names)) == len(names) == 24
     assert {name.split("-")[1] for name in names} == {"20", "21", "22", "23", "24", "25"}
 
@@ -268,7 +274,7 @@ def test_demo_prompts_are_24_with_distinct_names():
         (["--tokens", "0"], "--tokens is 0: give 1 or more."),
         (["--prompts", "/absent.jsonl"], "--prompts /absent.jsonl cannot be read"),
         (["--prompts", "TWICE"], "has two prompts with the id 'x'"),
-        (["--out", "/proc/nowhere"], "--out /proc/nowhere cannot be written"),
+        (["--out", "/proc/nowhere"], "--out /proc/nowhere cannot be made"),
     ],
 )
 def test_demo_refuses_in_one_line_before_any_server(tmp_path, capsys, options, words):
@@ -282,10 +288,10 @@ def test_demo_refuses_in_one_line_before_any_server(tmp_path, capsys, options, w
 
 def test_a_server_that_fails_is_the_demos_one_sentence(tmp_path, monkeypatch):
     code = "raise SystemExit('margingate: --gate-rows is 0: give a whole number.')"
-    monkeypatch.setattr("margingate.client.chat_prompts", lambda pairs, model: [])
-    monkeypatch.setattr("margingate.servers.launch", lambda *a, **k: fake(tmp_path, code))
+    monkeypatch.setattr("margingate.harness.client.chat_prompts", lambda pairs, model: [])
+    monkeypatch.setattr("margingate.harness.servers.launch", lambda *a, **k: fake(tmp_path, code))
     with pytest.raises(CliError, match=r"stock: the server on port .* --gate-rows is 0"):
-        demo.measure(tmp_path, [("a", "b")], 1, tmp_path, {"stock": (), "gated": ()})
+        comparison.measure(tmp_path, [("a", "b")], 1, tmp_path, {"stock": (), "gated": ()})
     assert os.path.exists(tmp_path / "logs" / "fake.log")
 
 

@@ -335,6 +335,8 @@ def test_what_the_prefill_graphs_became_counts(make_args):
         "SGLANG_CUSTOM_ALL_REDUCE_V2_MAX_SIZE_KB",
         "SGLANG_RETURN_ORIGINAL_LOGPROB",
         "SGLANG_PLUGINS",
+        "GLIBC_TUNABLES",
+        "NPY_DISABLE_CPU_FEATURES",
     ],
 )
 def test_variables_that_choose_kernels_or_read_requests_count(monkeypatch, name):
@@ -392,8 +394,14 @@ def test_a_virtual_machine_is_told_by_what_its_cpu_can_do():
     assert "instructions" in machine.arithmetic_units("cpu")
 
 
-def test_libraries_that_read_requests_and_write_answers_count():
+def test_libraries_that_read_requests_and_write_answers_count(monkeypatch):
     from margingate.runtime import fingerprint, probe_cache
+
+    here = fingerprint.libraries()
+    monkeypatch.setattr(machine.platform, "libc_ver", lambda: ("glibc", "2.0"))
+    assert fingerprint.libraries() == here | {"libc": "glibc 2.0"} != here
+    monkeypatch.setattr(machine.platform, "python_version", lambda: "3.99")
+    assert fingerprint.libraries()["python"] == "3.99"
 
     named = [
         "llguidance",

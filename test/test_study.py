@@ -17,16 +17,19 @@ import numpy as np
 import pytest
 import requests
 
-from margingate.cli import calibrate, calibrate_measure, study_measure
-from margingate.cli.errors import CliError
 from margingate.cli.main import main
-from margingate.cli.study_measure import drift, identical, same_rows
-from margingate.cli.study_more_tables import more_tables, near_flips, spans
-from margingate.cli.study_report import recall_curve
-from margingate.cli.study_steps import Signal, bars_by_size, signals, steps_of
-from margingate.cli.study_tables import calibrated_table, first_threshold, make_tables, to_markdown
-from margingate.client import Answer, Prompt
-from margingate.servers import ServerError
+from margingate.errors import CliError
+from margingate.harness.answers import common_prefix, identical
+from margingate.harness.client import Answer, Prompt
+from margingate.harness.servers import ServerError
+from margingate.study import measure, session
+from margingate.study import walk as walking
+from margingate.study.column_tables import more_tables, near_flips
+from margingate.study.measure import drift
+from margingate.study.report import recall_curve
+from margingate.study.row_counts import spans
+from margingate.study.steps import Signal, bars_by_size, signals, steps_of
+from margingate.study.tables import calibrated_table, first_threshold, make_tables, to_markdown
 
 MACHINE = {"device": "d", "dtype": "torch.bfloat16", "attention": "a"}
 PROBE = {
@@ -46,7 +49,7 @@ class FakeServer:
 
     def __init__(self, options: tuple[str, ...], last: int | None) -> None:
         self.options, self.asked, self.last = options, 0, last
-        self.counts = dict.fromkeys(study_measure.COUNTERS, 0)
+        self.counts = dict.fromkeys(measure.COUNTERS, 0)
 
     def gate_state(self) -> dict[str, Any]:
         return {"machine": MACHINE, "probe": PROBE, **self.counts}
@@ -96,16 +99,16 @@ def place(tmp_path, monkeypatch):
     found = SimpleNamespace(path=tmp_path, last=None, started=[])
 
     @contextlib.contextmanager
-    def gated_server(_args, _model, *options):
+    def gated_server(_options, _model, *options):
         found.started.append(options)
         yield FakeServer(options, found.last)
 
     def tokenized(sets, _model):
         return [Prompt(name, (1, 2)) for pairs in sets.values() for name, _ in pairs]
 
-    monkeypatch.setattr(calibrate, "gated_server", gated_server)
-    monkeypatch.setattr(calibrate, "tokenized", tokenized)
-    for module in (calibrate_measure, study_measure):
+    monkeypatch.setattr(session, "gated_server", gated_server)
+    monkeypatch.setattr(session, "tokenized", tokenized)
+    for module in (walking, measure):
         monkeypatch.setattr(module, "ask", lambda client, *what: client.ask(*what))
     return found
 
@@ -255,9 +258,10 @@ def test_a_server_that_fails_is_one_sentence(tmp_path, monkeypatch, error, said)
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setattr("margingate.servers.launch", lambda *_, **__: Failing())
-    args = SimpleNamespace(out=tmp_path / "out.json", server_args=[], tokens=1)
-    with pytest.raises(CliError, match=re.escape(said)), calibrate.observing_server(args, tmp_path):
+    monkeypatch.setattr("margingate.harness.servers.launch", lambda *_, **__: Failing())
+    options = SimpleNamespace(out=tmp_path / "out.json", server_args=[], tokens=1)
+    refused = pytest.raises(CliError, match=re.escape(said))
+    with refused, session.observing_server(options, tmp_path):
         pass
 
 
@@ -478,14 +482,15 @@ def test_columns_are_counted_from_the_flips_own():
 
 
 def test_whole_answers_compare_up_to_where_they_part():
-    assert same_rows((1, 2, 3), (1, 9, 3)) == 1 and same_rows((1, 2), (1, 2, 3)) == 2
+    assert common_prefix((1, 2, 3), (1, 9, 3)) == 1 and common_prefix((1, 2), (1, 2, 3)) == 2
     rows = [[[0.0, 0.0], [0.2, 0.02]]] * 3
     one = {"a": Answer("a", (1, 2, 3), "", {"gate": {"columns": {"rows": rows}}})}
     other = {"a": Answer("a", (1, 2, 4), "", {"gate": {"columns": {"rows": rows}}})}
     found = drift(one, other, {"a", "not there"})
     assert (found["columns"], found["same_bits"]) == (2, 1)
     assert found["relative_l2"] == [[0.0, 0.02, 0.02]] * 3
-    assert identical(one, other) == 0 and identical(one, one) == 1
+    assert identical(one.values(), other.values()) == 0
+    assert identical(one.values(), one.values()) == 1
 
 
 def test_row_counts_are_written_as_spans():

@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-POLICIES = ("margin", "always", "observe")
-GUARANTEES = ("sparse", "exact")
-REPAIRS = ("span", "column")
+from margingate.core.ledger import GUARANTEES, REPAIRS
+from margingate.core.policy import POLICIES
+
 FAST_PATHS = ("invariant", "stock")
 DEFAULTS = ("on", "off")
 OVERLAPS = ("auto", "off", "on")
 PROBES = ("cached", "fresh")
 PREFILLS = ("auto", "alone")
 MAX_ROWS = 1024
-_SHARES = ("audit_rate", "simulate_trigger_rate", "simulate_flip_rate")
 _ENDPOINT = re.compile(r"tcp://(?:\[[0-9a-fA-F:.]+\]|[^\s/:\[\]]+):(\d{1,5})|ipc://(\S+)")
 
 
@@ -27,7 +26,12 @@ class GateError(ValueError):
 
 
 def _option(default: Any, help_text: str, **extra: Any) -> Any:
-    """A dataclass field that is also the command-line option `--gate-<name>`."""
+    """A dataclass field that is also the command-line option `--gate-<name>`.
+
+    Args:
+        extra: `choices` of a text; `metavar` of any other value; `parse`, which makes it of text
+            and raises ValueError; `auto`, what the text "auto" stands for where it is a value.
+    """
     return field(default=default, metadata={"help": help_text, **extra})
 
 
@@ -53,7 +57,8 @@ class GateConfig:
         "Flag a row when its top-1 minus top-2 logit is below this; 'auto' takes the value from "
         "--gate-calibration.",
         metavar="LOGITS|auto",
-        parse=str,
+        parse=float,
+        auto="auto",  # until `make_config` has read the calibration file
     )
     calibration: str | None = _option(
         None, "Calibration file for --gate-threshold auto.", metavar="FILE"
@@ -96,7 +101,8 @@ class GateConfig:
         "Flagged rows wait at most this many decode steps to share a verify pass; 0 verifies at "
         "once. Default, or auto: 0 on a CPU; on a GPU by measured latencies and the flips seen.",
         metavar="STEPS|auto",
-        parse=str,
+        parse=int,
+        auto=None,
     )
     overlap: str = _option(
         "auto",
@@ -119,8 +125,8 @@ class GateConfig:
     )
     probe: str = _option(
         "cached",
-        "Which row counts give a row the same bits: cached uses what an earlier start on this "
-        "device with these versions found, if there was one; fresh measures again.",
+        "cached: use what an earlier start on this device with these versions measured, if there "
+        "was one; fresh: measure again which row counts give a row the same bits.",
         choices=PROBES,
     )
     audit_rate: float = _option(
@@ -132,8 +138,8 @@ class GateConfig:
     )
     events_endpoint: str | None = _option(
         None,
-        "Publish flags, verdicts, flips and repairs there, for margingate watch and other "
-        "subscribers; a slow or absent one never slows a step.",
+        "Publish flags, verdicts, flips and repairs at this address, for margingate watch and "
+        "other subscribers; a slow or absent subscriber never slows a step.",
         metavar="tcp://HOST:PORT|ipc://PATH",
     )
     simulate_trigger_rate: float | None = _option(
@@ -166,14 +172,9 @@ class GateConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_choice("--gate-policy", self.policy, POLICIES)
-        _check_choice("--gate-default", self.default, DEFAULTS)
-        _check_choice("--gate-guarantee", self.guarantee, GUARANTEES)
-        _check_choice("--gate-fast-path", self.fast_path, FAST_PATHS)
-        _check_choice("--gate-repair", self.repair, REPAIRS)
-        _check_choice("--gate-probe", self.probe, PROBES)
-        _check_choice("--gate-overlap", self.overlap, OVERLAPS)
-        _check_choice("--gate-prefill", self.prefill, PREFILLS)
+        for option in fields(self):
+            if choices := option.metadata.get("choices"):
+                _check_choice(option_name(option.name), getattr(self, option.name), choices)
         number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
         if not number or not self.threshold >= 0:
             raise GateError(
@@ -184,12 +185,9 @@ class GateConfig:
             raise GateError(
                 "--gate-threshold is infinite: use --gate-policy always to verify every row."
             )
-        if self.rows is not None:
-            _check_range("--gate-rows", self.rows, 1, MAX_ROWS)
-        if self.max_delay is not None:
-            _check_range("--gate-max-delay", self.max_delay, 0, 1 << 20)
-        if self.prefill_chunk is not None:
-            _check_range("--gate-prefill-chunk", self.prefill_chunk, 1, 1 << 20)
+        _check_range("--gate-rows", self.rows, 1, MAX_ROWS)
+        _check_range("--gate-max-delay", self.max_delay, 0, 1 << 20)
+        _check_range("--gate-prefill-chunk", self.prefill_chunk, 1, 1 << 20)
         if self.events_endpoint is not None:
             check_endpoint("--gate-events-endpoint", self.events_endpoint)
         _check_share("--gate-audit-rate", self.audit_rate)
@@ -239,12 +237,19 @@ class GateConfig:
         return self.fast_path == "invariant" and self.policy != "observe"
 
 
+def option_name(name: str) -> str:
+    """The command-line option of a field."""
+    return "--gate-" + name.replace("_", "-")
+
+
 def _check_choice(option: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise GateError(f"{option} is {value!r}: choose one of {', '.join(choices)}.")
 
 
 def _check_range(option: str, value: Any, low: int, high: int) -> None:
+    if value is None:  # chosen when the device is known
+        return
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise GateError(f"{option} is {value!r}: give a whole number from {low} to {high}.")
 
@@ -279,34 +284,30 @@ def make_config(options: dict[str, Any], model: dict[str, str]) -> GateConfig:
     Raises:
         GateError: an unknown name, or a value that does not parse or is out of range.
     """
-    known = {f.name for f in fields(GateConfig)}
+    known = {option.name: option for option in fields(GateConfig)}
     for name in options:
         if name not in known:
             listed = ", ".join(sorted(f"gate_{n}" for n in known))
             raise GateError(f"gate_{name} is not an option of the gate: use one of {listed}.")
-    values = {name: _parse(name, value) for name, value in options.items()}
+    values = {name: _parse(known[name], value) for name, value in options.items()}
     if values.get("threshold") == "auto":
         values["threshold"] = load_threshold(values.get("calibration"), model)
     return GateConfig(**values)
 
 
-def _parse(name: str, value: Any) -> Any:
-    if not isinstance(value, str):
+def _parse(option: Field[Any], value: Any) -> Any:
+    parse = option.metadata.get("parse")
+    if parse is None or not isinstance(value, str):
         return value
+    if value == "auto" and "auto" in option.metadata:
+        return option.metadata["auto"]
     try:
-        if name == "threshold":
-            return value if value == "auto" else float(value)
-        if name in _SHARES:
-            return float(value)
-        if name == "max_delay" and value == "auto":
-            return None
-        if name in ("rows", "max_delay", "prefill_chunk"):
-            return int(value)
+        return parse(value)
     except ValueError:
-        option = "--gate-" + name.replace("_", "-")
-        kind = "number" if name in ("threshold", *_SHARES) else "whole number"
-        raise GateError(f"{option} is {value!r}, which is not a {kind}: give a {kind}.") from None
-    return value
+        kind = "whole number" if parse is int else "number"
+        raise GateError(
+            f"{option_name(option.name)} is {value!r}, which is not a {kind}: give a {kind}."
+        ) from None
 
 
 def load_threshold(path: str | None, made_for: dict[str, str], part: str = "model") -> float:

@@ -1,47 +1,24 @@
 """`margingate check`: does a server's answer depend on what else it serves?
 
-A client for any server with OpenAI's chat completions, gated or not, ours or another's. Each prompt
-is asked alone, then in company; an answer that changed is named. Status 1 if one did, and 2 if that
-could not be found out.
+An answer that changed is named. Status 1 if one did, and 2 if that could not be found out.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
-import random
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import margingate
-from margingate.cli.errors import CHANGED, CliError
-from margingate.cli.inputs import (
-    api_key,
-    in_a_line,
-    read_pairs,
-    refuse_key,
-    refuse_out,
-    refuse_twins,
-    server_root,
-)
+from margingate.cli.exit_status import CHANGED
+from margingate.errors import CliError
+from margingate.harness.defaults import PROMPTS
+from margingate.harness.inputs import read_pairs, refuse_out, refuse_twins
+from margingate.study.batch_check import RUNS, CheckOptions, changed_names, check
 
 if TYPE_CHECKING:
-    from aiohttp import ClientSession
     from rich.table import Table
-
-PROMPTS = Path(margingate.__file__).parent / "data" / "demo_prompts.jsonl"
-SEED = 20260530
-RUNS = {
-    "batched": "all at once",
-    "shuffled": "all at once, shuffled",
-    "again": "all at once, seen before",
-    "arriving": "arriving at random",
-}
-Pair = tuple[str, str]  # a prompt's name and text
-Answers = dict[str, str]  # by name
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -82,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     pairs = _read(args)
-    result = asyncio.run(_ask_all(args, pairs))
+    result = check(CheckOptions(args.base_url, args.api_key, args.model, args.tokens), pairs)
     try:  # whichever of the two fails, the other tells the result
         console = Console(file=sys.stdout)
         console.print(make_table(result))
@@ -103,7 +80,7 @@ def _write(path: Path, result: dict[str, Any]) -> None:
         ) from err
 
 
-def _read(args: argparse.Namespace) -> list[Pair]:
+def _read(args: argparse.Namespace) -> list[tuple[str, str]]:
     """The prompts; raises CliError for what cannot work, before anything is asked."""
     if args.tokens < 1:
         raise CliError(f"--tokens is {args.tokens}: give 1 or more.")
@@ -112,153 +89,6 @@ def _read(args: argparse.Namespace) -> list[Pair]:
     pairs = read_pairs(args.prompts)
     refuse_twins({args.prompts: pairs})
     return pairs
-
-
-async def _ask_all(args: argparse.Namespace, pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Every run against the server; raises CliError where it does not answer as expected."""
-    import aiohttp
-
-    from margingate.cli.bar import progress
-
-    root = server_root(args.base_url)
-    headers = {"Authorization": f"Bearer {api_key(args.api_key)}"}
-    options = {
-        "connector": aiohttp.TCPConnector(limit=0),
-        "timeout": aiohttp.ClientTimeout(total=3600),
-        "headers": headers,
-    }
-    try:
-        async with aiohttp.ClientSession(**options) as session:  # type: ignore[arg-type]
-            model = args.model or await _first_model(session, root)
-            fingerprint = await _fingerprint(session, root)
-            asker = Asker(session, root, model, args.tokens)
-            with progress((1 + len(RUNS)) * len(pairs)) as bar:
-                bar.say("alone")
-                alone = await asker.one_by_one(pairs, bar.tick)
-                runs = {}
-                for name, words in RUNS.items():
-                    bar.say(words)
-                    runs[name] = await asker.together(_order(pairs, name), name, bar.tick)
-    except aiohttp.ClientConnectorError as err:
-        why = err.os_error.strerror or err.os_error
-        raise CliError(
-            f"no server answers at {root} ({why}): start it, or correct --base-url."
-        ) from err
-    except (aiohttp.ClientError, TimeoutError, OSError) as err:
-        said = in_a_line(str(err) or type(err).__name__)
-        raise CliError(f"{args.base_url} failed a request ({said}): see the server's log.") from err
-    return {
-        "schema": 1,
-        "base_url": args.base_url,
-        "model": model,
-        "tokens": args.tokens,
-        "prompts": len(pairs),
-        "fingerprint": fingerprint,
-        "changed": {name: _differences(alone, said) for name, said in runs.items()},
-    }
-
-
-async def _first_model(session: ClientSession, root: str) -> str:
-    url = f"{root}/v1/models"
-    async with session.get(url) as response:
-        refuse_key(root, response.status)
-        text = await response.text(errors="replace")
-    if response.status == 404:
-        raise CliError(
-            f"{url} answered 404: is this a server with OpenAI's chat API? Correct --base-url, or "
-            "name its model with --model."
-        )
-    if response.status != 200:
-        raise CliError(_refused(url, response.status, text))
-    try:
-        return str(json.loads(text)["data"][0]["id"])
-    except (ValueError, KeyError, IndexError, TypeError):
-        raise CliError(
-            f"{url} lists no model, but {in_a_line(text)!r}: name one with --model."
-        ) from None
-
-
-def _refused(url: str, status: int, text: str) -> str:
-    return f"{url} answered {status} ({in_a_line(text)}): see the server's log."
-
-
-async def _fingerprint(session: ClientSession, root: str) -> str | None:
-    """The gate's, where the server has one; None of any other server."""
-    import aiohttp
-
-    async with session.get(f"{root}/server_info") as response:
-        try:
-            states = (await response.json())["internal_states"]
-            return states[0]["margingate"]["fingerprint"] or None
-        except (aiohttp.ClientError, ValueError, KeyError, IndexError, TypeError):
-            return None
-
-
-class Asker:
-    """Sends chat completions of one model, greedily."""
-
-    def __init__(self, session: ClientSession, root: str, model: str, tokens: int) -> None:
-        self._session, self._root, self._url = session, root, f"{root}/v1/chat/completions"
-        self._body = {"model": model, "temperature": 0, "max_tokens": tokens}
-
-    async def one_by_one(self, pairs: Sequence[Pair], tick: Callable[[], None]) -> Answers:
-        """Each prompt when the one before is answered."""
-        answers = {}
-        for name, text in pairs:
-            answers[name] = await self._ask(text, tick)
-        return answers
-
-    async def together(self, pairs: Sequence[Pair], run: str, tick: Callable[[], None]) -> Answers:
-        """All prompts at once, or spread over some seconds where the run is `arriving`."""
-        rng = random.Random(SEED)
-        spread_s = 0.2 * len(pairs) if run == "arriving" else 0.0
-
-        async def ask(text: str, delay_s: float) -> str:
-            await asyncio.sleep(delay_s)
-            return await self._ask(text, tick)
-
-        asked = [ask(text, rng.uniform(0, spread_s)) for _, text in pairs]
-        said = await asyncio.gather(*asked)
-        return dict(zip((name for name, _ in pairs), said, strict=True))
-
-    async def _ask(self, text: str, tick: Callable[[], None]) -> str:
-        body = {**self._body, "messages": [{"role": "user", "content": text}]}
-        async with self._session.post(self._url, json=body) as response:
-            refuse_key(self._root, response.status)
-            said = await response.text(errors="replace")
-        if response.status != 200:
-            raise CliError(_refused(self._url, response.status, said))
-        try:
-            choice = json.loads(said)["choices"][0]
-            answer = f"{choice['message']['content']}\n[{choice['finish_reason']}]"
-        except (ValueError, KeyError, IndexError, TypeError):
-            raise CliError(
-                f"{self._url} answered without a choice ({in_a_line(said)}): name a server with "
-                "OpenAI's chat API."
-            ) from None
-        tick()
-        return answer
-
-
-def _order(pairs: Sequence[Pair], run: str) -> list[Pair]:
-    return random.Random(SEED).sample(list(pairs), len(pairs)) if run == "shuffled" else list(pairs)
-
-
-def _differences(alone: Answers, said: Answers) -> dict[str, int]:
-    """By name of the answers that differ, the first character that does."""
-    changed = (name for name in said if alone[name] != said[name])
-    return {name: _first_difference(alone[name], said[name]) for name in changed}
-
-
-def _first_difference(one: str, other: str) -> int:
-    """Index of the first character that differs."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
-
-
-def changed_names(result: dict[str, Any]) -> set[str]:
-    """Prompts whose answer changed in any run."""
-    return set().union(*result["changed"].values())
 
 
 def make_table(result: dict[str, Any]) -> Table:

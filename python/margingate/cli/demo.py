@@ -7,42 +7,24 @@ its own one-by-one answers is what the gate is for.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import platform
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
-from importlib import metadata
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import margingate
-from margingate.cli.demo_measure import (
-    COUNTERS,
-    RUNS,
-    SEED,
-    SIDES,
-    TOGETHER,
-    Run,
-    Side,
-    log_path,
-    measure,
-)
-from margingate.cli.errors import CHANGED, CliError
-from margingate.cli.inputs import read_pairs, refuse_twins
+from margingate.cli.exit_status import CHANGED
 from margingate.config import FAST_PATHS
-from margingate.servers import slow_bfloat16
+from margingate.errors import CliError
+from margingate.harness.defaults import MODEL, PROMPTS, SEED
+from margingate.harness.inputs import make_writable_folder, read_pairs, refuse_twins
+from margingate.harness.servers import slow_bfloat16
+from margingate.study.comparison import SIDES, TOGETHER, Side, log_path, measure
+from margingate.study.comparison_report import make_report
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from margingate.client import Answer
-
-PROMPTS = Path(margingate.__file__).parent / "data" / "demo_prompts.jsonl"
-MODEL = "smollm2"
 TOKENS = 32
 FAST_PATH = "stock"
 
@@ -88,13 +70,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write the report, print the table; 1 if an answer of the gated server changed."""
-    from margingate.cli.model import ensure_model
+    from margingate.harness.embedded_model import ensure_model
 
     start = time.perf_counter()
     pairs = _read(args.prompts, args.tokens)
     if args.prompts == PROMPTS and slow_bfloat16():
         pairs = pairs[::3]  # of each data set as many
-    _make_folder(args.out)
+    make_writable_folder("--out", args.out)
     model = ensure_model(MODEL)
     extra = {"stock": (), "gated": ("--gate-fast-path", args.fast_path)}
     sides = measure(model, pairs, args.tokens, args.out, extra)
@@ -118,121 +100,9 @@ def _read(path: Path, tokens: int) -> list[tuple[str, str]]:
     return pairs
 
 
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
-    except OSError as err:
-        raise CliError(
-            f"--out {out} cannot be written ({err.strerror}): name another folder."
-        ) from err
-
-
-# -- the report
-
-
-def make_report(sides: dict[str, Side], options: dict[str, Any]) -> dict[str, Any]:
-    """Everything measured, ready for JSON."""
-    report: dict[str, Any] = {
-        "schema": 1,
-        "versions": {"margingate": margingate.__version__}
-        | {name: metadata.version(name) for name in ("sglang", "torch")},
-        "machine": {
-            "platform": platform.platform(),
-            "processor": _processor(),
-            "python": platform.python_version(),
-        },
-        **options,
-        "prompts": len(sides["stock"].runs["alone"].answers),
-        "sides": {name: _side_record(side) for name, side in sides.items()},
-        "overhead": {
-            name: sides["gated"].runs[name].wall_s / sides["stock"].runs[name].wall_s
-            for name in RUNS
-        },
-    }
-    return {**report, "meaning": meaning(report)}
-
-
-def _side_record(side: Side) -> dict[str, Any]:
-    from margingate.client import identical
-
-    alone = side.runs["alone"].answers
-    gate = {name: sum(run.gate.get(name, 0) for run in side.runs.values()) for name in COUNTERS}
-    record: dict[str, Any] = {
-        "identical": {name: identical(alone, side.runs[name].answers) for name in TOGETHER},
-        "changed": {name: _changed(alone, side.runs[name].answers) for name in TOGETHER},
-        "runs": {name: _run_record(run) for name, run in side.runs.items()},
-    }
-    if side.margins is not None:
-        rate = gate["flagged"] / gate["steps"] if gate["steps"] else 0.0
-        record["gate"] = {**gate, "trigger_rate": rate, "threshold": side.threshold}
-        record["margins"] = asdict(side.margins)
-    return record
-
-
-def _run_record(run: Run) -> dict[str, Any]:
-    return {
-        "wall_s": run.wall_s,
-        "tokens": run.tokens,
-        "tokens_per_s": run.tokens / run.wall_s,
-        **({"gate": run.gate} if run.gate else {}),
-    }
-
-
-def _changed(alone: Sequence[Answer], answers: Sequence[Answer]) -> dict[str, int]:
-    """The first token index that differs from the answer given alone, by prompt."""
-    found = {}
-    expected = {answer.name: answer.tokens for answer in alone}
-    for answer in answers:
-        pairs = zip_longest(answer.tokens, expected[answer.name])
-        at = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
-        if at is not None:
-            found[answer.name] = at
-    return found
-
-
-def _processor() -> str:
-    """The GPU's name, else the CPU's."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def meaning(report: dict[str, Any]) -> str:
-    """The result in plain sentences."""
-    count = report["prompts"]
-    stock, gated = (len(set().union(*report["sides"][side]["changed"].values())) for side in SIDES)
-    cost = report["overhead"]
-    first = (
-        f"Without the gate, {stock} of {count} answers changed when the requests shared a batch"
-        if stock
-        else f"Without the gate, none of {count} answers happened to change in a batch"
-    )
-    second = (
-        f"with it, {gated} still changed: that is a bug, or a threshold too low for this model."
-        if gated
-        else "with it, every answer was the same token for token, alone, batched, shuffled and "
-        "cached."
-    )
-    return (
-        f"{first}; {second} Batched, the gate took {cost['batched']:.2f} times the stock time; "
-        f"alone, {cost['alone']:.2f} times."
-    )
-
-
-# -- showing it
-
-
 def _write(report: dict[str, Any], gated: Side, out: Path) -> None:
     """report.json and margins.png in `out`."""
-    from margingate.plots import plot_margins
+    from margingate.study.plots import plot_margins
 
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     title = f"Margins on the gated server: {report['model']}, {report['prompts']} prompts"

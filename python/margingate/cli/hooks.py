@@ -7,10 +7,10 @@ functions, so it is imported when the command runs: `margingate --help` does not
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from margingate.cli.errors import CliError
+from margingate import markdown
+from margingate.errors import CliError
 
 if TYPE_CHECKING:
     from margingate.runtime.hooks import Hook
@@ -59,7 +59,7 @@ def ledger() -> str:
         )
         for patch in instance_patches.INSTANCE_PATCHES
     ]
-    return "\n".join([ABOUT, _line(COLUMNS), _line("---" for _ in COLUMNS), *map(_line, rows), ""])
+    return "\n".join([ABOUT, *markdown.table(COLUMNS, rows), ""])
 
 
 def _cells(hook: "Hook", process: str) -> tuple[str, ...]:
@@ -71,10 +71,6 @@ def _cells(hook: "Hook", process: str) -> tuple[str, ...]:
         hook.why,
         hook.remove_when,
     )
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from margingate import __version__
-from margingate.cli.errors import CUT_OFF, FAILED, INTERRUPTED, CliError
+from margingate.cli.exit_status import CUT_OFF, FAILED, INTERRUPTED
+from margingate.errors import CliError
 
 # Each module has `add_parser(subparsers)`, which sets `func=run`, and imports nothing heavy when
 # it is itself imported: `margingate --help` imports them all.
-COMMANDS = ("model", "hooks", "probe", "calibrate", "study", "check", "watch", "demo")
+COMMANDS = ("model", "hooks", "reference", "probe", "calibrate", "study", "check", "watch", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,21 +9,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from margingate.cli.errors import CliError
-from margingate.cli.inputs import api_key, in_a_line, refuse_key, server_root
+from margingate.errors import CliError
+from margingate.harness.defaults import MODEL
+from margingate.harness.inputs import make_writable_folder
+from margingate.study.probe import ask, measure, rows
+from margingate.study.row_counts import grid, short_name, spans
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-MODEL = "smollm2"
 EXTEND = "attention extend"  # row counts are lengths of chunks here
-MOST_SPANS = 6  # more of them do not fit into a cell
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -63,7 +63,10 @@ def run(args: argparse.Namespace) -> int:
             "that runs: drop one of them."
         )
     with _folder(args.out):
-        report = _ask(args.base_url, args.api_key) if args.base_url else _measure(args)
+        if args.base_url:
+            report = ask(args.base_url, args.api_key)
+        else:
+            report = measure(args.model_path, args.server_args, args.out)
     console = Console(file=sys.stdout)
     try:  # whichever of the two fails, the other tells the result
         console.print(make_table(report))
@@ -75,13 +78,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write(report: dict[str, Any], out: Path) -> None:
-    from margingate.plots import plot_classes
+    from margingate.study.plots import plot_classes
 
-    grid = {row["name"].rsplit(".", 1)[-1]: dict(row["classes"]) for row in rows(report)}
     title = f"Row counts that give a row the same bits: {Path(report['model']).name}"
     try:
         (out / "probe.json").write_text(json.dumps(report, indent=1) + "\n")
-        plot_classes(grid, out / "probe.png", title)
+        plot_classes(grid(rows(report)), out / "probe.png", title)
     except OSError as err:
         raise CliError(
             f"--out {out} cannot be written ({err.strerror}): make room, or name another folder."
@@ -92,14 +94,7 @@ def _write(report: dict[str, Any], out: Path) -> None:
 def _folder(out: Path) -> Iterator[None]:
     """Make the report's folder, and remove it if the body fails with nothing in it."""
     new = not out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as err:
-        raise CliError(
-            f"--out {out} cannot be made ({err.strerror}): name another folder."
-        ) from err
-    if not os.access(out, os.W_OK):
-        raise CliError(f"--out {out} cannot be written: name another folder.")
+    make_writable_folder("--out", out)
     try:
         yield
     except BaseException:
@@ -107,76 +102,6 @@ def _folder(out: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):  # a server's log is in it
                 out.rmdir()
         raise
-
-
-def _measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Start a gated server that probes anew, and ask it."""
-    from margingate.cli.model import ensure_model
-    from margingate.servers import ServerError, launch
-
-    model = args.model_path or str(ensure_model(MODEL))
-    log = args.out / "server.log"
-    server = launch(model, log, "--gate-probe", "fresh", *args.server_args, gate=True)
-    print("margingate: starting a server of", model, file=sys.stderr, flush=True)
-    try:
-        with server:
-            return _ask(server.base_url)
-    except ServerError as err:
-        raise CliError(str(err)) from err
-    except CliError as err:
-        raise CliError(f"{str(err).removesuffix('.')}; its log is {log}.") from err
-
-
-def _ask(url: str, key: str = "none") -> dict[str, Any]:
-    """What the gated server at `url` found; raises CliError for any other server."""
-    import requests
-
-    url = server_root(url)
-    try:
-        headers = {"Authorization": f"Bearer {api_key(key)}"}
-        reply = requests.get(f"{url}/server_info", headers=headers, timeout=60)
-        refuse_key(url, reply.status_code)
-        info = reply.json()
-        state = info["internal_states"][0]["margingate"]
-    except requests.ConnectionError as err:
-        raise CliError(f"no server answers at {url}: start it, or correct --base-url.") from err
-    except (requests.RequestException, ValueError) as err:
-        raise CliError(
-            f"{url} does not answer as an SGLang server ({in_a_line(str(err))}): correct "
-            "--base-url."
-        ) from err
-    except (KeyError, IndexError, TypeError):
-        raise CliError(
-            f"the server at {url} has no gate: start it with --deterministic-gate."
-        ) from None
-    try:
-        found = {"schema": 1, "model": info["model_path"], "version": info["version"]}
-        probe = {"steps": None, **state["probe"]}
-        probed = bool(probe["operators"])
-    except (KeyError, TypeError):
-        raise CliError(
-            f"the gate at {url} tells of no probe: use a server of this version of margingate."
-        ) from None
-    if not probed:
-        raise CliError(
-            f"the server at {url} did not probe: start it with --gate-fast-path invariant."
-        )
-    return {**found, **probe}
-
-
-def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The operators, and where it was measured the whole step, with class 0 of a verify pass."""
-    if report["steps"] is None:
-        return list(report["operators"])
-    whole = {
-        "kind": "model",
-        "name": "decode step, as served",
-        "shape": [],
-        "modules": 1,
-        "classes": [[count, 0 if same else 1] for count, same in report["steps"]["measured"]],
-        "plan": None,
-    }
-    return [*report["operators"], whole]
 
 
 def make_table(report: dict[str, Any]) -> Table:
@@ -191,8 +116,9 @@ def make_table(report: dict[str, Any]) -> Table:
     table.add_column("plan")
     for row in rows(report):
         shape = " x ".join(map(str, row["shape"]))
-        name, modules = row["name"].rsplit(".", 1)[-1], str(row["modules"])
-        table.add_row(name, shape, modules, _spans(row["classes"]), _runs_with(row))
+        modules = str(row["modules"])
+        name, counts = short_name(row["name"]), spans(row["classes"])
+        table.add_row(name, shape, modules, counts, _runs_with(row))
     return table
 
 
@@ -204,21 +130,12 @@ def _runs_with(row: dict[str, Any]) -> str:
     return "any" if len({key for _, key in row["classes"]}) == 1 else "as it comes"
 
 
-def _spans(classes: list[list[int]]) -> str:
-    from margingate.core.rowclass import runs
-
-    found = [(counts[0], counts[-1]) for counts, _ in runs(dict(map(tuple, classes)))]  # type: ignore[arg-type]
-    if len(found) > MOST_SPANS:
-        return f"{len({key for _, key in classes})} classes"
-    return " | ".join(f"{low}" if low == high else f"{low} to {high}" for low, high in found)
-
-
 def meaning(report: dict[str, Any]) -> str:
     """The result in plain sentences."""
     several = [
         row["name"] for row in report["operators"] if len({c for _, c in row["classes"]}) > 1
     ]
-    guilty = [name.rsplit(".", 1)[-1] for name in several if name != EXTEND]
+    guilty = [short_name(name) for name in several if name != EXTEND]
     said = ["No operator of a decode step depends on the number of rows here."]
     if guilty:
         said = [

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from margingate.cli.errors import CliError
+from margingate.errors import CliError
 
 if TYPE_CHECKING:
     from margingate.events import Received, Subscriber

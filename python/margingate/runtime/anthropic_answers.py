@@ -13,6 +13,7 @@ from typing import Any
 
 from sglang.srt.entrypoints.anthropic.protocol import AnthropicMessagesResponse
 
+from margingate.runtime import switch
 from margingate.runtime.openai_answers import records_of
 from margingate.runtime.record import INFO_KEY
 
@@ -21,6 +22,14 @@ _END = "event: message_delta\n"
 
 class _Message(AnthropicMessagesResponse):
     metadata: dict[str, Any] | None = None
+
+
+async def handle(original: Any, serving: Any, request: Any, raw_request: Any) -> Any:
+    """AROUND AnthropicServing.handle_messages: `deterministic` beside Anthropic's parameters."""
+    if sentence := await switch.note(raw_request):
+        kind = "invalid_request_error"
+        return serving._error_response(status_code=400, error_type=kind, message=sentence)
+    return await original(serving, request, raw_request)
 
 
 def message(result: Any, _serving: Any, response: Any) -> Any:

@@ -113,6 +113,7 @@ def post_init(original: Any, self: Any) -> None:
     refusals.refuse_chunks(self, config)
     refusals.refuse_audit(self, config)
     refusals.refuse_simulation(self, config)
+    refusals.refuse_grammars(self)
     publisher.refuse_endpoint(self, config)
     if self.model_path.lower() not in ("none", "dummy"):  # SGLang resolves nothing for these
         refusals.refuse_fast_path(self, config)

@@ -23,7 +23,7 @@ import zmq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.utils import is_health_check_generate_req
 
-from margingate.calibration import miss_bound
+from margingate.confidence import miss_bound
 from margingate.config import GateConfig
 from margingate.core.audit import Audits, Bits, Recorded
 from margingate.runtime import constraints

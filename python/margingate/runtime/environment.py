@@ -18,6 +18,7 @@ FAMILIES = (
     *("FLASHINFER_", "TRTLLM_", "DG_", "DEEP_GEMM_", "DISABLE_ADDMM", "USE_TRITON_", "QUACK_"),
     *("SGLANG_", "SGL_", "SYNC_TOKEN_IDS_ACROSS_TP", "XGRAMMAR_", "LLGUIDANCE_", "OUTLINES_"),
     *("AITER_", "ROCM_", "HIP_", "HSA_", "MIOPEN_", "LD_PRELOAD"),
+    *("BLIS_", "GOTO_", "NPY_", "GLIBC_TUNABLES"),  # these last two choose code by the processor
 )
 
 # Reason -> names, as expressions for the whole name.

@@ -149,7 +149,7 @@ def make(scheduler: Any, config: GateConfig, verifier: Verifier, prefill: Prefil
     """The fingerprint of a scheduler whose gate is about to come up."""
     args, runner = scheduler.server_args, verifier.runner
     known = probe_cache.identity(runner, (), 0)
-    versions = known["versions"] | {name: machine.version(name) for name in LIBRARIES}
+    versions = known["versions"] | libraries()
     parts = {
         "files": files(args.model_path, args.tokenizer_path, args.revision),
         "arguments": arguments(args),
@@ -166,6 +166,11 @@ def make(scheduler: Any, config: GateConfig, verifier: Verifier, prefill: Prefil
         lambda: _weights(scheduler, runner.model),
         lambda: not tree.evictable_size() and not tree.protected_size(),
     )
+
+
+def libraries() -> dict[str, str | None]:
+    """Versions of LIBRARIES, of Python and of the C library."""
+    return {name: machine.version(name) for name in LIBRARIES} | machine.interpreter()
 
 
 def files(model: str, tokenizer: str, revision: str | None) -> dict[str, str] | None:
@@ -195,11 +200,26 @@ def _folder(name: str, revision: str | None) -> Path | None:
 
 
 def arguments(args: Any) -> dict[str, Any]:
-    """ARGUMENTS by name; what may be the name of a file counts by the file's text."""
+    """ARGUMENTS by name, and what SGLang makes of others; files count by their text."""
     named = settings_table.values(args, ARGUMENTS)
     graphs = getattr(getattr(args, "cuda_graph_config", None), "prefill", None)  # as resolved
     named["prefill_graphs"] = str(graphs)
+    named["conversation"] = _conversation(args)
     return named | {name: _text_of(named[name]) for name in READ}
+
+
+def _conversation(args: Any) -> str | None:
+    """The name of SGLang's own chat template that it takes for a model's path, if it takes one.
+
+    It looks for words such as vicuna, janus or unlimited anywhere in the path, and then leaves the
+    template of the model's folder.
+    """
+    from sglang.srt.parser.conversation import get_conv_template_by_model_path
+
+    if args.chat_template or not args.model_path:
+        return None
+    name: str | None = get_conv_template_by_model_path(args.model_path)
+    return name
 
 
 def _text_of(value: str | None) -> str | None:

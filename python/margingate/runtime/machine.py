@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 import re
 from functools import cache
 from importlib import metadata
@@ -75,6 +76,11 @@ def version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def interpreter() -> dict[str, str]:
+    """Python, which searches stop expressions, and the C library, which `math` computes by."""
+    return {"python": platform.python_version(), "libc": " ".join(platform.libc_ver())}
 
 
 def describe(server_args: Any) -> dict[str, str]:

@@ -12,7 +12,8 @@ from typing import Any
 
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from margingate.runtime.record import INFO_KEY
+from margingate.runtime import switch
+from margingate.runtime.record import INFO_KEY, SWITCH
 
 _META = "margingate_meta"  # on a request's state: `meta_info` of its last output
 
@@ -61,10 +62,11 @@ def init(_result: Any, serving: Any, *_args: Any, **_kwargs: Any) -> None:
     serving.tokenizer_manager = _Manager(serving.tokenizer_manager)
 
 
-def options(result: dict[str, Any], *_args: Any, **_kwargs: Any) -> dict[str, Any]:
+def options(result: dict[str, Any], _serving: Any, given: Any = None) -> dict[str, Any]:
     """AFTER OllamaServing._convert_options_to_sampling_params: SGLang's names and values.
 
     A negative `num_predict` (-1: no bound, -2: to the end of the context) is no bound in both.
+    `deterministic` may be among the options, which is where Ollama's clients let one add.
     """
     params = dict(result)
     if "seed" in params:
@@ -72,12 +74,16 @@ def options(result: dict[str, Any], *_args: Any, **_kwargs: Any) -> dict[str, An
     tokens = params.get("max_new_tokens")
     if isinstance(tokens, int) and tokens < 0:
         params["max_new_tokens"] = None
+    if given and SWITCH in given:
+        params[SWITCH] = given[SWITCH]
     return params
 
 
 async def handle(original: Any, serving: Any, request: Any, raw_request: Any) -> Any:
     """AROUND OllamaServing.handle_chat and handle_generate: refusals are HTTP 400."""
     try:
+        if sentence := await switch.note(raw_request):
+            raise ValueError(sentence)
         answer = await original(serving, request, raw_request)
         if not isinstance(answer, StreamingResponse):
             return JSONResponse(answer.model_dump() | _end(raw_request))

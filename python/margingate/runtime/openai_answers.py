@@ -13,6 +13,7 @@ from typing import Any
 
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionResponse, CompletionResponse
 
+from margingate.runtime import switch
 from margingate.runtime.record import INFO_KEY
 
 # By index of the choice, on requests whose stream wants them.
@@ -58,6 +59,7 @@ def _shared_fingerprint(records: Sequence[dict[str, Any]]) -> str | None:
 
 def generate_request(original: Any, manager: Any, obj: Any, request: Any = None) -> Any:
     """AROUND TokenizerManager.generate_request: note the records for a stream that wants them."""
+    switch.take_noted(obj, request)
     outputs = original(manager, obj, request)
     records = getattr(obj, _RECORDS, None)
     return outputs if records is None else _noting(outputs, records, getattr(obj, _MATCHED))

@@ -65,6 +65,18 @@ def refuse_simulation(args: Any, config: GateConfig) -> None:
         )
 
 
+def refuse_grammars(args: Any) -> None:
+    """SGLang pins xgrammar's masks: without a GPU's driver the first grammar ends the scheduler.
+
+    Only for arguments that SGLang has resolved. Raises GateError.
+    """
+    if args.device == "cpu" and args.grammar_backend == "xgrammar":
+        raise GateError(
+            "--grammar-backend is xgrammar, whose masks need a GPU's driver, but --device is cpu: "
+            "use llguidance."
+        )
+
+
 # An instance of each with a K/V split that depends on the length alone is what verifies.
 INVARIANT_ATTENTION = ("torch_native", "triton", "flashinfer")
 

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 from array import array
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from margingate.config import GateConfig
@@ -48,9 +49,17 @@ def refuse(req: Any) -> None:
     gate = getattr(req, "gate", None)
     if gate is None or req.to_finish is not None:
         return
+    clip(req)
     if refusal := gate.refusal or without_room(req):
         req.set_finish_with_abort(refusal)  # it goes on as a prompt of one token
         req.input_embeds = req.positional_embed_overrides = None
+
+
+def clip(req: Any) -> None:
+    """Once SGLang has cut `max_new_tokens`: the least length, which the gate has, is no more."""
+    penalties, room = req.gate.penalties, req.sampling_params.max_new_tokens
+    if penalties is not None and penalties.min_new_tokens > room:
+        req.gate.penalties = replace(penalties, min_new_tokens=room)
 
 
 def without_room(req: Any) -> str:

@@ -1,7 +1,8 @@
 """The per-request switch, written as any other sampling parameter.
 
 `deterministic` goes into `custom_params`, which SGLang carries to the scheduler; a server without
-the gate knows neither and says so.
+the gate knows neither and says so. Requests of Anthropic's, Ollama's and the responses routes have
+no `custom_params`: there it is read from the body and waits on the HTTP request for the manager.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from margingate.runtime.record import SWITCH, not_a_switch, not_an_object
+
+_NOTED = "margingate_deterministic"  # on an HTTP request's state
 
 
 def _with_switch(custom: Any, value: Any) -> dict[str, Any]:
@@ -47,3 +50,22 @@ async def openai_request(original: Any, serving: Any, request: Any, raw_request:
             except ValueError as error:
                 return serving.create_error_response(str(error))
     return await original(serving, request, raw_request)
+
+
+async def note(raw_request: Any) -> str:
+    """Keep what an HTTP request's body says; returns the sentence that refuses it, or nothing.
+
+    For routes whose requests have no `custom_params`. Mutates the request's state.
+    """
+    value = (await raw_request.json()).get(SWITCH)
+    if value is None:
+        return ""
+    setattr(raw_request.state, _NOTED, value)
+    return not_a_switch(value)
+
+
+def take_noted(obj: Any, raw_request: Any) -> None:
+    """Give the manager's request `obj` what was kept, as a sampling parameter."""
+    value = getattr(getattr(raw_request, "state", None), _NOTED, None)
+    if value is not None:
+        obj.sampling_params = {**obj.sampling_params, SWITCH: value}

@@ -10,6 +10,7 @@ from margingate.runtime import (
     meta_info,
     ollama_answers,
     openai_answers,
+    responses_answers,
     switch,
     wellformed,
 )
@@ -21,6 +22,7 @@ _MANAGER = "managers.tokenizer_manager.TokenizerManager."
 _CHAT = "entrypoints.openai.serving_chat.OpenAIServingChat."
 _COMPLETION = "entrypoints.openai.serving_completions.OpenAIServingCompletion."
 _ANTHROPIC = "entrypoints.anthropic.serving.AnthropicServing."
+_RESPONSES = "entrypoints.openai.serving_responses.OpenAIServingResponses."
 _OLLAMA = "entrypoints.ollama.serving.OllamaServing."
 _SWITCH = "SGLang lets plugins declare sampling parameters"
 _RECORD = "SGLang puts customized info into OpenAI's answers"
@@ -104,8 +106,46 @@ TOKENIZER_HOOKS = (
         AROUND,
         openai_answers.generate_request,
         "self obj request",
-        "notes the record for the stream that is to carry it",
+        "notes the record for the stream that is to carry it; the switch of the three routes below",
         _RECORD,
+        Policy.CLIENT,
+    ),
+    Hook(
+        _RESPONSES + "create_responses",
+        AROUND,
+        responses_answers.create,
+        "self request raw_request",
+        "`deterministic` beside the parameters of /v1/responses",
+        _SWITCH,
+        Policy.CLIENT,
+    ),
+    Hook(
+        _RESPONSES + "responses_full_generator",
+        AROUND,
+        responses_answers.answer,
+        "self request sampling_params result_generator context model_name tokenizer "
+        "request_metadata created_time require_reasoning",
+        "the gate's record in responses",
+        _RECORD,
+        Policy.CLIENT,
+    ),
+    Hook(
+        _RESPONSES + "responses_stream_generator_non_harmony",
+        AROUND,
+        responses_answers.stream,
+        "self request sampling_params result_generator model_name tokenizer request_metadata "
+        "created_time require_reasoning",
+        "the gate's record in the last event of a response",
+        _RECORD,
+        Policy.CLIENT,
+    ),
+    Hook(
+        _ANTHROPIC + "handle_messages",
+        AROUND,
+        anthropic_answers.handle,
+        "self request raw_request",
+        "`deterministic` beside Anthropic's parameters",
+        _SWITCH,
         Policy.CLIENT,
     ),
     Hook(
@@ -149,7 +189,7 @@ TOKENIZER_HOOKS = (
             AROUND,
             ollama_answers.handle,
             "self request raw_request",
-            "HTTP 400 for what is refused; the gate's record and `done_reason`",
+            "HTTP 400 for what is refused; the switch, the gate's record and `done_reason`",
             "SGLang does it, and puts customized info into the answers",
             Policy.CLIENT,
         )

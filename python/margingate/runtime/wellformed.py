@@ -2,7 +2,7 @@
 
 SGLang checks many ranges, but few types. What gets past its tokenizer ends the scheduler, and with
 it the requests of all others: `max_new_tokens` 1.5 did, and a `logit_bias` that is a list.
-`benchmark/bad_requests.py` has more of them.
+`benchmark/robustness/bad_requests.py` has more of them.
 """
 
 from __future__ import annotations

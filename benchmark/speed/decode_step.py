@@ -1,0 +1,174 @@
+"""Decode-step latency by batch size and context: stock, gated, and SGLang's deterministic mode.
+
+    python -m benchmark.speed.decode_step --model benchmark/models/configs/llama-3.1-8b \
+        --out steps.json
+
+Dummy weights: for speed only. As many engines as fit are up at once, and every point
+is measured engine by engine; ratios are to the first mode, within a group where it is up. The last
+request of a batch is streamed, the others are not: with all of them decoding, the time between its
+tokens is a step, scheduling and output included. Points beyond the K/V pool are left out.
+
+`--prefills` times prompts of so many tokens too: from sending one, which nothing cached, to its
+first token. A mode NAME@FOLDER is measured with margingate from another checkout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import statistics
+import time
+from functools import partial
+from itertools import pairwise, product
+from typing import Any
+
+from benchmark.bench import engines
+
+GATE = {"deterministic_gate": True}
+DETERMINISTIC = {"enable_deterministic_inference": True}
+FLASHINFER = {"attention_backend": "flashinfer"}
+TRITON = {"attention_backend": "triton"}
+MODES: dict[str, dict[str, Any]] = {
+    "stock": FLASHINFER,
+    "stock-triton": TRITON,
+    "stock-fa3": {"attention_backend": "fa3"},
+    "stock-no-overlap": {**FLASHINFER, "disable_overlap_schedule": True},
+    "gate": {**FLASHINFER, **GATE},
+    "gate-triton": {**TRITON, **GATE},
+    "gate-exact": {**FLASHINFER, **GATE, "gate_guarantee": "exact"},
+    "gate-no-overlap": {**FLASHINFER, **GATE, "gate_overlap": "off"},
+    "deterministic": {**FLASHINFER, **DETERMINISTIC},
+    "deterministic-triton": {**TRITON, **DETERMINISTIC},
+}
+USUAL = ("stock", "gate", "gate-triton", "deterministic")
+SETTLING = 4  # tokens before the first gap that counts
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    engines.add_options(parser, budget_s=500, kv_tokens=65_536)
+    parser.add_argument("--modes", nargs="+", type=mode, default=USUAL, help=", ".join(MODES))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 8, 16, 32, 64, 128])
+    parser.add_argument("--contexts", nargs="+", type=int, default=[256, 2048, 8192])
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--prefills", nargs="*", type=int, default=[], help="tokens of a prompt")
+    parser.add_argument("--prefill-graphs", action="store_true", help="as SGLang has them")
+    return parser.parse_args()
+
+
+def mode(text: str) -> str:
+    """A mode, with or without @FOLDER; ValueError where there is none of that name."""
+    if text.partition("@")[0] not in MODES:
+        raise ValueError(text)
+    return text
+
+
+async def gaps(engine: Any, batch: int, context: int, tokens: int) -> list[float]:
+    """Seconds between the tokens of the last request while all `batch` requests decode."""
+    rng = random.Random(batch * 1000 + context)
+    prompts = [[rng.randrange(10, 30000) for _ in range(context)] for _ in range(batch)]
+    params = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
+    whole = {**params, "max_new_tokens": tokens + 64}  # they end behind the streamed one
+
+    async def unstreamed(prompt: list[int]) -> None:
+        await engine.async_generate(input_ids=prompt, sampling_params=whole)
+
+    others = [asyncio.ensure_future(unstreamed(prompt)) for prompt in prompts[1:]]
+    await asyncio.sleep(0.02)
+    times = []
+    streamed = {**params, "stream_interval": 1}
+    generator = await engine.async_generate(
+        input_ids=prompts[0], sampling_params=streamed, stream=True
+    )
+    async for _ in generator:
+        times.append(time.perf_counter())
+    await asyncio.gather(*others)
+    return [after - before for before, after in pairwise(times[SETTLING:])]
+
+
+def step_ms(engine: Any, batch: int, context: int, tokens: int, repeats: int) -> float:
+    """Mean time of a step in the best of some runs."""
+    engine.flush_cache()
+    best = float("inf")
+    for _ in range(repeats):
+        found = engine.loop.run_until_complete(gaps(engine, batch, context, tokens))
+        best = min(best, sum(found) / len(found))
+    return best * 1e3
+
+
+def prefill_ms(engine: Any, tokens: int, repeats: int) -> float:
+    """Median time from a prompt that nothing cached to its first token."""
+    rng = random.Random(tokens)
+    params = {"temperature": 0, "max_new_tokens": 1}
+    times = []
+    for _ in range(repeats + 2):
+        prompt = [rng.randrange(10, 30000) for _ in range(tokens)]
+        engine.flush_cache()
+        began = time.perf_counter()
+        engine.generate(input_ids=prompt, sampling_params=params)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[2:]) * 1e3
+
+
+def measure(engine: Any, batch: int, context: int, args: argparse.Namespace) -> float:
+    """Milliseconds of a decode step, or without a batch, of the prefill of so many tokens."""
+    if batch == 0:
+        return prefill_ms(engine, context, 4 * args.repeats)
+    return step_ms(engine, batch, context, args.tokens, args.repeats)
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Start one engine, then measure what each line of stdin asks for."""
+    options = dict(MODES[args.one.partition("@")[0]])
+    if args.prefill_graphs:
+        options["cuda_graph_backend_prefill"] = None
+    engine = engines.start(args.model, args.kv_tokens, max(args.batches), **options)
+    engines.serve(engine, partial(measure, args=args))
+    if state := engines.gate_state(engine):
+        engines.tell({name: state[name] for name in ("steps", "flagged", "passes")})
+    engine.shutdown()
+
+
+def run_group(
+    args: argparse.Namespace, modes: list[str], results: list[dict[str, Any]], seconds: float
+) -> None:
+    """Start these engines, measure every point, add to `results` and write them."""
+    workers = engines.all_up(modes, args)
+    deadline = time.monotonic() + seconds
+    prefills = [(tokens, 0) for tokens in args.prefills]
+    for context, batch in [*prefills, *product(args.contexts, args.batches)]:
+        if 1.25 * batch * (context + args.tokens + 64) > args.kv_tokens:  # SGLang keeps some
+            continue
+        if time.monotonic() > deadline:
+            print("out of time before", context, batch)
+            continue
+        asked = {worker.mode: worker.ask(batch, context) for worker in workers}
+        steps = {mode: ms for mode, ms in asked.items() if ms is not None}
+        results.append({"context": context, "batch": batch, "step_ms": steps})
+        engines.write(args.out, results)
+        same = (found for found in results if found["context"] == context)
+        known = [found["step_ms"] for found in same if found["batch"] == batch]
+        base = next((ms[args.modes[0]] for ms in known if args.modes[0] in ms), float("nan"))
+        cells = [f"{mode} {ms:.2f} ({ms / base:.3f})" for mode, ms in steps.items()]
+        point = f"context {context:5} batch {batch:4}:" if batch else f"prefill {context:5}:"
+        print(point, "  ".join(cells), flush=True)
+    for worker in workers:
+        print(worker.mode, worker.end())
+
+
+def main() -> None:
+    args = arguments()
+    if args.one:
+        serve(args)
+        return
+    engines.settle(args, args.modes)
+    results: list[dict[str, Any]] = []
+    groups = engines.groups(args.modes, args.together)
+    for modes in groups:
+        run_group(args, modes, results, args.budget_s / len(groups))
+
+
+if __name__ == "__main__":
+    main()

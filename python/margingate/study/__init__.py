@@ -1,0 +1,1 @@
+"""Measuring what batching does to answers: walks, thresholds, tables, plots, comparisons."""

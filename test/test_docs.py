@@ -1,0 +1,142 @@
+"""The documents: pages made from the code are current, links lead somewhere, figures are recorded.
+
+test_hooks and test_metrics hold their own pages.
+"""
+
+import json
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from margingate import answers_plot, api
+from margingate.answers_plot import Changed, plot_answers, read_changed, recorded
+from margingate.cli.main import main
+from margingate.config import GateConfig
+from margingate.core.audit import Audits
+from margingate.reference import FOR_TESTS, NO_DEFAULT, NOTES, PAGES
+from margingate.runtime import audit
+from margingate.runtime.record import COLUMNS, FAULT_ROWS, FORCED_IDS, SWITCH, Counts, GateRequest
+from margingate.runtime.tally import Tally
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES_OF_TEXT = sorted(
+    {*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmark/**/*.md")}
+)
+LINK = re.compile(r"\]\((?!\w+://)([^)\s]*)\)")
+
+
+def names(entries: tuple[api.Entry, ...]) -> list[str]:
+    return [entry.name for entry in entries]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_made_from_the_code_are_what_the_command_prints(page, capsys):
+    assert main(["reference", page]) == 0
+    printed = capsys.readouterr().out
+    document = ROOT / "docs" / f"{page}.md"
+    assert printed == document.read_text(), f"run: margingate reference {page} > {document}"
+
+
+def test_options_has_every_option_and_notes_are_of_options():
+    known = {option.name for option in fields(GateConfig)}
+    text = PAGES["options"]()
+    for name in known:
+        assert text.count(f"| `--gate-{name.replace('_', '-')}` |") == 1
+    assert {*NOTES, *NO_DEFAULT, *FOR_TESTS} <= known
+
+
+def test_the_record_of_an_answer_has_the_keys_of_the_api():
+    config = GateConfig(simulate_flip_rate=0.1)
+    gated = GateRequest("key", True, drift={}).summary(config)
+    assert [name for name in gated if name in names(api.COUNTS)] == names(api.COUNTS)
+    ungated = GateRequest("key", False, "because").summary(replace(config, study=True))
+    beside = {"fingerprint", "fingerprint_because"}
+    assert {*gated, *ungated} | beside == {*names(api.RECORD), *names(api.COUNTS)}
+
+
+def test_the_api_has_every_counter():
+    assert names(api.COUNTS) == [counter.name for counter in fields(Counts)]
+    assert names(api.TALLY) == [counter.name for counter in fields(Tally)]
+    assert set(names(api.AUDIT)) == set(audit.report(Audits(0.5)))
+
+
+def test_the_api_has_every_parameter_of_the_gate():
+    custom = [f'custom_params["{name}"]' for name in (FAULT_ROWS, FORCED_IDS, COLUMNS)]
+    assert names(api.PARAMETERS) == [SWITCH, "sampling_seed", *custom]
+
+
+def anchors(document: Path) -> set[str]:
+    """The anchors that GitHub makes of a document's headings."""
+    found: list[str] = []
+    for heading in re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE):
+        slug = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        found.append(slug if slug not in found else f"{slug}-{found.count(slug)}")
+    return set(found)
+
+
+@pytest.mark.parametrize("page", PAGES_OF_TEXT, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page):
+    for link in LINK.findall(page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor and target.suffix == ".md":
+            assert anchor in anchors(target), link
+
+
+NAMED = re.compile(r"`((?:\w+/)+)(\w+\.\w+)`")
+FOLDERS = (ROOT, ROOT / "python" / "margingate", ROOT / "python" / "margingate" / "runtime")
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda page: page.name)
+def test_files_that_a_page_names_are_there(page):
+    """Of folders that are there: from the root, the package or its runtime."""
+    for folder, file in NAMED.findall(page.read_text()):
+        places = [root / folder for root in FOLDERS if (root / folder).is_dir()]
+        assert not places or any((place / file).exists() for place in places), folder + file
+
+
+def test_the_readme_takes_three_minutes():
+    assert README.count("\n") <= 120
+    prose = re.sub(r"\]\([^)]*\)|[|`*#<>-]", " ", README)
+    assert len(prose.split()) <= 800
+
+
+def test_the_readme_says_what_was_recorded():
+    servers = recorded(ROOT / "benchmark" / "results")
+    stock, mode, gate = servers.values()
+    same = sorted(run.answers - run.changed for name, run in stock.items() if name != "cached")
+    cells = [f"{same[0]} to {same[-1]} of {stock['batched'].answers}"]
+    cells += [f"{run.answers - run.changed} of {run.answers}" for run in mode.values()]
+    cells += [f"{run.answers - run.changed} of {run.answers}" for run in gate.values()]
+    for cell in cells:
+        assert f"| {cell} |" in README
+
+
+def run(of: int, tokens: int, cached: int) -> dict[str, int]:
+    return {"of": of, "tokens": tokens, "cached": cached}
+
+
+def test_what_changed_is_read_by_arrangement(tmp_path):
+    runs = {"batched": run(9, 7, 0), "shuffled1": run(9, 9, 0), "cached": run(9, 3, 40)}
+    without = runs | {"cached": run(9, 9, 0)}
+    record = json.loads(json.dumps({"cases": {"a": runs, "b": without}}))
+    found = read_changed(record, "a")
+    assert found == {"batched": Changed(2, 9), "shuffled1": Changed(0, 9), "cached": Changed(6, 9)}
+    assert found["cached"].share == 6 / 9
+    assert "cached" not in read_changed(record, "b"), "no prompt came from a cache"
+    with pytest.raises(KeyError):
+        read_changed(record, "c")
+    plot_answers({"a": found, "b": read_changed(record, "b")}, tmp_path / "a.png", "Answers")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_is_drawn_in_a_checkout(tmp_path, monkeypatch):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "benchmark").symlink_to(ROOT / "benchmark")
+    monkeypatch.chdir(tmp_path)
+    answers_plot.main()
+    assert (tmp_path / "docs" / "demo.png").stat().st_size > 10_000
