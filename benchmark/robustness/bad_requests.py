@@ -236,6 +236,14 @@ class Run:
         elif good != self.wanted:
             self.changed.append([route, body])
 
+    def found(self) -> dict[str, Any]:
+        return {
+            "statuses": self.statuses,
+            "ended": self.ended,
+            "changed_beside": self.changed,
+            "stalled": self.stalled,
+        }
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -261,12 +269,10 @@ def main() -> int:
             asked = [*known, *drawn(args.seed, max(args.requests - len(known), 0))]
             for route, body in asked[args.first : args.requests]:
                 run.case(route, body, args.stall_s)
+                record["modes"][mode] = run.found()  # what was asked before an interruption counts
+                args.out.write_text(json.dumps(record, indent=1))
         finally:
             run.server.stop()
-        found = {"statuses": run.statuses, "ended": run.ended, "changed_beside": run.changed}
-        found["stalled"] = run.stalled
-        record["modes"][mode] = found
-        args.out.write_text(json.dumps(record, indent=1))
         print(f"{mode}: {run.statuses.total()} requests, {dict(run.statuses)}; ", end="")
         print(f"{len(run.ended)} ended the server, {len(run.stalled)} stalled it, ", end="")
         print(f"{len(run.changed)} changed the answer beside", flush=True)
