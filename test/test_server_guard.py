@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from checks import assert_clean, assert_same
+
 from margingate.harness.client import Client
 
 # Only in the test's server: each guarded function first raises for a request named after it.
