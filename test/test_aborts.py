@@ -38,7 +38,7 @@ def test_an_abort_ends_the_request_of_that_id(monkeypatch, place, rid, abort_all
     from sglang.srt.managers.io_struct import AbortReq
     from sglang.srt.managers.scheduler import Scheduler
 
-    from margingate.runtime import aborts, ends
+    from margingate.runtime.request import aborts, lifecycle
 
     reqs = [Req(name) for name in ("job-1", "job-10", "job-11", "job-2")]
     there = {place: reqs}
@@ -64,7 +64,7 @@ def test_an_abort_ends_the_request_of_that_id(monkeypatch, place, rid, abort_all
     def abort(_requests: Any, _tree: Any, wanted: Any) -> None:
         gone.update(req.rid for req in there.get("held", []) if wanted(req))
 
-    monkeypatch.setattr(ends, "abort", abort)
+    monkeypatch.setattr(lifecycle, "abort", abort)
     asked = AbortReq(rid=rid, abort_all=abort_all)
     aborts.abort_request(cast(Any, None), Scheduler.abort_request, scheduler, asked)
     assert [req.rid for req in reqs] == ["job-1", "job-10", "job-11", "job-2"]

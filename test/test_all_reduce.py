@@ -10,7 +10,8 @@ import torch
 
 from margingate.config import GateError
 from margingate.core.rowclass import RowPlan
-from margingate.runtime import all_reduce, probe, ranks
+from margingate.runtime.compat import ranks
+from margingate.runtime.probe import all_reduce, classes
 
 WIDTH = 24
 
@@ -49,10 +50,10 @@ def put_back(monkeypatch):
     monkeypatch.setattr(all_reduce, "_width", 0)
 
 
-def settled(monkeypatch, group, prefill=()) -> list[probe.Finding]:
+def settled(monkeypatch, group, prefill=()) -> list[classes.Finding]:
     monkeypatch.setattr(ranks, "group", lambda: group)
     monkeypatch.setattr(ranks, "of_all", lambda value: [value] * 3)
-    return all_reduce.settle(RUNNER, probe.row_counts(64), prefill)
+    return all_reduce.settle(RUNNER, classes.row_counts(64), prefill)
 
 
 def run(group: Group, rows: torch.Tensor) -> tuple[torch.Tensor, list[int]]:

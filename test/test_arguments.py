@@ -19,8 +19,9 @@ import pytest
 
 from margingate.config import GateConfig, GateError
 from margingate.harness.embedded_model import ensure_model
-from margingate.runtime import machine, refusals, refused_models
-from margingate.runtime.refused_settings import SERVER_REFUSALS, Refusal
+from margingate.runtime.compat import machine
+from margingate.runtime.start import refusals, refused_models
+from margingate.runtime.start.refused_settings import SERVER_REFUSALS, Refusal
 
 GATE = "--deterministic-gate"
 OPTIONS = {"--gate-" + option.name.replace("_", "-") for option in fields(GateConfig)}
@@ -155,7 +156,7 @@ def test_every_option_reaches_the_settings(prepare):
 
 @pytest.mark.parametrize(("device", "sizes"), [("cpu", (16, 64)), ("cuda", (64, 512))])
 def test_sizes_default_by_device_and_given_ones_stand(device, sizes):
-    from margingate.runtime.arguments import _with_device_defaults
+    from margingate.runtime.start.arguments import _with_device_defaults
 
     def server(device, chunk=8192, graphs=None):
         config = SimpleNamespace(decode=graphs)
@@ -249,7 +250,7 @@ def test_a_refused_value_is_one_line(prepare, argv, words):
 
 
 def test_without_the_flag_there_is_no_attribute(prepare, server_args_class, folder):
-    from margingate.runtime.server_args import gate_config
+    from margingate.runtime.compat.server_args import gate_config
 
     for server_args in (
         prepare(),
@@ -575,7 +576,7 @@ def launched(gated: bool, *infos: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def test_a_scheduler_that_came_up_without_the_gate_ends_the_server():
-    from margingate.runtime.install import confirm_schedulers
+    from margingate.runtime.start.install import confirm_schedulers
 
     with pytest.raises(GateError) as caught:
         confirm_schedulers(launched(True, {"margingate": {}}, {"max_req_input_len": 1}))
@@ -585,7 +586,7 @@ def test_a_scheduler_that_came_up_without_the_gate_ends_the_server():
 
 
 def test_schedulers_with_the_gate_and_servers_without_it_pass():
-    from margingate.runtime.install import confirm_schedulers
+    from margingate.runtime.start.install import confirm_schedulers
 
     confirm_schedulers(launched(True, {"margingate": {}}, {"margingate": {}}))
     confirm_schedulers(launched(False, {}))
@@ -621,7 +622,7 @@ def test_other_attention_is_refused_on_either_path():
     ],
 )
 def test_the_attention_of_a_gpu_depends_on_the_path(monkeypatch, config, flashinfer, chosen):
-    from margingate.runtime import arguments
+    from margingate.runtime.start import arguments
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("sglang.srt.utils.is_flashinfer_available", lambda: flashinfer)
@@ -648,7 +649,7 @@ def test_the_verifier_has_the_gates_kernels_beside_other_attention(
 ):
     from sglang.srt.model_executor.model_runner_components import attention_backend_setup
 
-    from margingate.runtime import own_attention, own_decode
+    from margingate.runtime.attention import invariant_attention, verify_backend
 
     built = []
 
@@ -658,9 +659,9 @@ def test_the_verifier_has_the_gates_kernels_beside_other_attention(
         return backend_str
 
     monkeypatch.setattr(attention_backend_setup, "_build_full_attention_backend_from_str", build)
-    monkeypatch.setattr(own_attention, "unfit", lambda backend, runner: reason)
+    monkeypatch.setattr(invariant_attention, "unfit", lambda backend, runner: reason)
     args = SimpleNamespace(get_attention_backends=lambda: (decode, decode))
     runner = SimpleNamespace(server_args=args, init_new_workspace=False)
-    assert own_decode._attention(runner) == made[-1]
+    assert verify_backend._attention(runner) == made[-1]
     assert built == made
     assert runner.init_new_workspace is False

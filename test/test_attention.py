@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from margingate.config import GateError
-from margingate.runtime.attention import MOST_SPLITS, SPLIT_TILE, fix_split, split_of
+from margingate.runtime.attention.fixed_split import MOST_SPLITS, SPLIT_TILE, fix_split, split_of
 
 
 class TritonAttnBackend:

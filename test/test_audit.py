@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from margingate.config import GateConfig, GateError
 from margingate.core.audit import MOST_STARTS, Audits, Bits, Recorded, grid, pieces
-from margingate.runtime.forward_record import record_on
-from margingate.runtime.record import GateRequest
-from margingate.runtime.replay import Part, Replay
-from margingate.runtime.verifier import RowLogprobs, RowResult
+from margingate.runtime.observe.replay import Part, Replay
+from margingate.runtime.request.forward_record import record_on
+from margingate.runtime.request.record import GateRequest
+from margingate.runtime.verify.verifier import RowLogprobs, RowResult
 
 
 def recorded(rid: str = "a", size: int = 3, generation: int = 0) -> Recorded:
@@ -141,7 +141,7 @@ SPOTS = st.tuples(st.integers(0, 1), st.integers(0, 1), st.integers(0, 15), st.i
 
 @given(st.sampled_from(list(DTYPES)), SPOTS, st.integers(0, 15))
 def test_each_bit_of_a_column_is_in_its_digest_and_in_no_other(dtype, spot, bit):
-    from margingate.runtime.column_bits import ColumnBits
+    from margingate.runtime.verify.column_bits import ColumnBits
 
     pool, slots = Pool(dtype), torch.arange(16)
     columns = ColumnBits(pool)
@@ -153,7 +153,7 @@ def test_each_bit_of_a_column_is_in_its_digest_and_in_no_other(dtype, spot, bit)
 
 
 def test_what_is_swapped_shows_and_pieces_do_not(monkeypatch):
-    from margingate.runtime import column_bits
+    from margingate.runtime.verify import column_bits
 
     pool, slots = Pool(), torch.tensor([5, 3, 9, 3])
     columns = column_bits.ColumnBits(pool)
@@ -178,7 +178,7 @@ class Server:
     """An auditor, and the scheduler as it sees it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, parts: list[list[int]]) -> None:
-        from margingate.runtime import audit
+        from margingate.runtime.observe import audit
 
         self.module = audit
         self.called_after = 99  # looks for messages that find none
@@ -462,7 +462,7 @@ def test_a_replay_that_fails_is_closed(server, monkeypatch):
 
 
 def test_a_hidden_fault_is_emitted_and_not_flagged():
-    from margingate.runtime.rows import inject_fault
+    from margingate.runtime.verify.rows import inject_fault
 
     gate = SimpleNamespace(faults=frozenset({-2, 3}), injected_first=None)
     req = SimpleNamespace(gate=gate, output_ids=[4], req_pool_idx=0)
@@ -479,7 +479,7 @@ def test_a_hidden_fault_is_emitted_and_not_flagged():
 
 def test_a_fault_waits_where_nothing_was_chosen():
     """SGLang samples nothing for a batch whose prompts leave no room for a token."""
-    from margingate.runtime.rows import inject_fault
+    from margingate.runtime.verify.rows import inject_fault
 
     gate = SimpleNamespace(faults=frozenset({1}), injected_first=None)
     req = SimpleNamespace(gate=gate, output_ids=[], req_pool_idx=0)
@@ -494,7 +494,7 @@ def test_any_request_id_is_chosen_or_not():
 
 @pytest.mark.parametrize("margin", [float("inf"), 1e30])  # greedy, and of seeded_top2
 def test_a_fault_waits_where_a_grammar_leaves_one_token(margin):
-    from margingate.runtime.rows import inject_fault
+    from margingate.runtime.verify.rows import inject_fault
 
     gate = SimpleNamespace(faults=frozenset({1}), injected_first=None)
     req = SimpleNamespace(gate=gate, output_ids=[], req_pool_idx=0)
@@ -511,7 +511,7 @@ class Forwards:
     """What a replay asks of the scheduler, written down."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, together: bool) -> None:
-        from margingate.runtime import replay
+        from margingate.runtime.observe import replay
 
         self.prefills: list[list[tuple[str, int, int]]] = []
         self.released: list[str] = []
@@ -624,7 +624,7 @@ def test_where_nothing_is_gated_there_is_nothing_to_audit():
 
 
 def test_several_ranks_are_refused():
-    from margingate.runtime.refusals import refuse_audit
+    from margingate.runtime.start.refusals import refuse_audit
 
     refuse_audit(SimpleNamespace(tp_size=2), GateConfig())
     refuse_audit(SimpleNamespace(tp_size=1), GateConfig(audit_rate=1.0))

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from margingate.runtime import canonical_prefill, forwards, invariance, ranks
-from margingate.runtime.canonical_prefill import LONGEST, Prefill, measure
+from margingate.runtime.compat import ranks
+from margingate.runtime.probe import check_prefill, startup
+from margingate.runtime.probe.check_prefill import LONGEST, Prefill, measure
+from margingate.runtime.verify import internal_prefill as forwards
 
 VOCABULARY, LAYERS, SLOTS = 100, 2, 2000
 ALONE, TOGETHER, DECODED = Prefill(), Prefill(together=True), Prefill(True, as_decoded=True)
@@ -117,13 +119,13 @@ class World:
 
 @pytest.fixture(autouse=True)
 def covered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(invariance, "covers_prefill", lambda: True)
+    monkeypatch.setattr(startup, "covers_prefill", lambda: True)
 
 
 def run(world: World, monkeypatch: pytest.MonkeyPatch, wanted: bool = True) -> Prefill:
     for name in ("extend", "release"):
-        monkeypatch.setattr(canonical_prefill, name, getattr(world, name))
-    monkeypatch.setattr(canonical_prefill.rollback, "extend_columns", world.extend_columns)
+        monkeypatch.setattr(check_prefill, name, getattr(world, name))
+    monkeypatch.setattr(check_prefill.rollback, "extend_columns", world.extend_columns)
     found = measure(world, world, wanted)
     world.check()
     return found
@@ -132,7 +134,7 @@ def run(world: World, monkeypatch: pytest.MonkeyPatch, wanted: bool = True) -> P
 def test_nothing_is_run_where_it_is_not_wanted_or_plans_do_not_reach_so_far(monkeypatch):
     world = World()
     assert run(world, monkeypatch, wanted=False) == ALONE
-    monkeypatch.setattr(invariance, "covers_prefill", lambda: False)
+    monkeypatch.setattr(startup, "covers_prefill", lambda: False)
     assert run(world, monkeypatch) == ALONE
     assert not world.forwards and not world.passes
 

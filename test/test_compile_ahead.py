@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from margingate.runtime import compile_ahead, invariant_matmul
+from margingate.runtime.compat import batch_invariant_matmul
+from margingate.runtime.probe import compile_kernels
 
 COUNTS = [*range(1, 17), *range(24, 257, 8)]
 
@@ -23,7 +24,7 @@ def test_every_count_of_every_weight_is_some_processes(processes: int, weights: 
     shapes = [(64 * (i + 1), 32) for i in range(weights)]
     made = [type("W", (OnCuda,), {"shape": shape})() for shape in shapes]
     needs = [(weight, COUNTS[: len(COUNTS) - i]) for i, weight in enumerate(made)]
-    dealt = compile_ahead._dealt(needs, processes)
+    dealt = compile_kernels._dealt(needs, processes)
     assert len(dealt) == processes
     lengths = [len(lines) for lines in dealt]
     assert max(lengths) - min(lengths) <= 1, "none has more to compile than the others"
@@ -37,7 +38,7 @@ class Started(list):
     """Processes that read their lines, and of which each second one fails."""
 
     def __call__(self, command, **options):
-        assert command[:3] == [sys.executable, "-m", "margingate.runtime.compile_ahead"]
+        assert command[:3] == [sys.executable, "-m", "margingate.runtime.probe.compile_kernels"]
         assert command[3:] == ["1"]
         code = f"import sys; sys.stdin.read(); raise SystemExit({len(self) % 2})"
         self.append(real([sys.executable, "-c", code], **options))
@@ -50,9 +51,9 @@ real = subprocess.Popen
 @pytest.fixture
 def started(monkeypatch):
     made = Started()
-    monkeypatch.setattr(compile_ahead.subprocess, "Popen", made)
-    monkeypatch.setattr(compile_ahead, "_room_for", lambda: 4)
-    monkeypatch.setattr(compile_ahead, "is_deep_gemm", lambda weight: weight.is_cuda)
+    monkeypatch.setattr(compile_kernels.subprocess, "Popen", made)
+    monkeypatch.setattr(compile_kernels, "_room_for", lambda: 4)
+    monkeypatch.setattr(compile_kernels, "is_deep_gemm", lambda weight: weight.is_cuda)
     return made
 
 
@@ -61,25 +62,25 @@ def all_gone(processes):
 
 
 def test_a_process_that_fails_costs_only_time(started, monkeypatch, caplog):
-    monkeypatch.setattr(compile_ahead, "_compiles", lambda _: True)
+    monkeypatch.setattr(compile_kernels, "_compiles", lambda _: True)
     with caplog.at_level("INFO"):
-        compile_ahead.compile_ahead([(OnCuda(), COUNTS)])
+        compile_kernels.compile_ahead([(OnCuda(), COUNTS)])
     assert len(started) == 4 and "kernels in 2 of 4 processes" in caplog.text
     assert all_gone(started)
 
 
 def test_nothing_is_waited_for_where_nothing_is_missing(started, monkeypatch, caplog):
-    monkeypatch.setattr(compile_ahead, "_compiles", lambda _: False)
+    monkeypatch.setattr(compile_kernels, "_compiles", lambda _: False)
     with caplog.at_level("INFO"):
-        compile_ahead.compile_ahead([(OnCuda(), COUNTS)])
+        compile_kernels.compile_ahead([(OnCuda(), COUNTS)])
     assert "kernels in" not in caplog.text and all_gone(started)
     made = len(started)
-    compile_ahead.compile_ahead([(torch.zeros(4, 4), COUNTS)])
+    compile_kernels.compile_ahead([(torch.zeros(4, 4), COUNTS)])
     assert len(started) == made, "not for a layer that DeepGEMM does not run"
 
 
 def test_processes_that_were_not_needed_are_gone(started):
-    with pytest.raises(ZeroDivisionError), compile_ahead.Compilers([OnCuda()]):
+    with pytest.raises(ZeroDivisionError), compile_kernels.Compilers([OnCuda()]):
         raise ZeroDivisionError
     assert len(started) == 4 and all_gone(started)
 
@@ -92,15 +93,15 @@ def test_one_kernel_that_is_missing_is_enough_to_know(started, monkeypatch):
         asked.append(weight)
         return len(asked) == 2
 
-    monkeypatch.setattr(compile_ahead, "_compiles", compiles)
+    monkeypatch.setattr(compile_kernels, "_compiles", compiles)
     weights = [OnCuda() for _ in range(4)]
-    compile_ahead.compile_ahead([(weight, [1, 16]) for weight in weights])
+    compile_kernels.compile_ahead([(weight, [1, 16]) for weight in weights])
     assert asked == weights[:2]
 
 
 def test_a_process_that_has_ended_is_no_error(monkeypatch, started, caplog):
-    monkeypatch.setattr(compile_ahead, "_compiles", lambda _: True)
-    with caplog.at_level("INFO"), compile_ahead.Compilers([OnCuda()]) as compilers:
+    monkeypatch.setattr(compile_kernels, "_compiles", lambda _: True)
+    with caplog.at_level("INFO"), compile_kernels.Compilers([OnCuda()]) as compilers:
         for process in started:
             process.kill()
             process.wait()
@@ -109,9 +110,9 @@ def test_a_process_that_has_ended_is_no_error(monkeypatch, started, caplog):
 
 
 def test_a_process_that_hangs_is_ended(monkeypatch):
-    monkeypatch.setattr(compile_ahead, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(compile_kernels, "PATIENCE_S", 0.2)
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    assert compile_ahead._status(process) != 0 and process.poll() is not None
+    assert compile_kernels._status(process) != 0 and process.poll() is not None
 
 
 def test_the_script_compiles_what_its_lines_say(monkeypatch):
@@ -129,9 +130,9 @@ def test_the_script_compiles_what_its_lines_say(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch, "zeros", lambda size, dtype, device: zeros(size, dtype=dtype))
     monkeypatch.setattr(sys, "stdin", ["64 32 1\n", "64 32 200\n", "48 4096 3\n"])
-    compile_ahead.main(["3"])
+    compile_kernels.main(["3"])
     assert met == [3, ((64, 32), 1), ((64, 32), 200), ((48, 4096), 3)]
 
 
 def test_on_a_cpu_it_is_not_deep_gemm():
-    assert not invariant_matmul.is_deep_gemm(torch.zeros(64, 32, dtype=torch.bfloat16))
+    assert not batch_invariant_matmul.is_deep_gemm(torch.zeros(64, 32, dtype=torch.bfloat16))

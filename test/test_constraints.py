@@ -10,8 +10,9 @@ import torch
 from sglang.srt.constrained.base_grammar_backend import GrammarRow
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
-from margingate.runtime import constraints, verifier
-from margingate.runtime.verifier import RowInput, Verifier
+from margingate.runtime.sampling import constraints
+from margingate.runtime.verify import verifier
+from margingate.runtime.verify.verifier import RowInput, Verifier
 
 VOCABULARY = 49152
 NO_PENALTIES: Any = None

@@ -36,7 +36,7 @@ def sent(tokenizer: Any, bursts: list[list[int]]) -> list[str]:
     """What leaves for each burst, with our hook around SGLang's function."""
     from sglang.srt.managers.detokenizer_manager import DetokenizerManager
 
-    from margingate.runtime import detokenizer
+    from margingate.runtime.client import detokenizer
 
     manager = DetokenizerManager.__new__(DetokenizerManager)
     manager.tokenizer, manager.vocab_size, manager.decode_status = tokenizer, len(tokenizer), {}
@@ -85,11 +85,12 @@ def test_every_size_of_bursts(tokenizer, text):
 
 
 def test_the_process_has_the_hook_before_sglang_starts(monkeypatch):
-    from margingate.runtime import detokenizer_process, hooks
-    from margingate.runtime.tokenizer_hooks import DETOKENIZER_HOOKS
+    from margingate.runtime.hooks import registry
+    from margingate.runtime.hooks.launcher_table import DETOKENIZER_HOOKS
+    from margingate.runtime.start import detokenizer_process
 
     installed: list[Any] = []
-    monkeypatch.setattr(hooks, "install", installed.append)
+    monkeypatch.setattr(registry, "install", installed.append)
     assert detokenizer_process.run(lambda *args: (args, list(installed)), 1, 2) == (
         (1, 2),
         [DETOKENIZER_HOOKS],

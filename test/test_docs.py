@@ -16,9 +16,16 @@ from margingate.cli.main import main
 from margingate.config import GateConfig
 from margingate.core.audit import Audits
 from margingate.reference import FOR_TESTS, NO_DEFAULT, NOTES, PAGES
-from margingate.runtime import audit
-from margingate.runtime.record import COLUMNS, FAULT_ROWS, FORCED_IDS, SWITCH, Counts, GateRequest
-from margingate.runtime.tally import Tally
+from margingate.runtime.observe import audit
+from margingate.runtime.observe.tally import Tally
+from margingate.runtime.request.record import (
+    COLUMNS,
+    FAULT_ROWS,
+    FORCED_IDS,
+    SWITCH,
+    Counts,
+    GateRequest,
+)
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -13,14 +13,18 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
 from sglang.srt.managers.schedule_policy import AddReqResult
 
 from margingate.config import GateConfig, GateError
-from margingate.runtime import batches, canonical, ends, margins, retraction
-from margingate.runtime.canonical import CanonicalSteps
-from margingate.runtime.canonical_prefill import Prefill
-from margingate.runtime.open_requests import OpenRequests
-from margingate.runtime.overlap import InFlight
-from margingate.runtime.prefill import Admission
-from margingate.runtime.record import GateRequest
-from margingate.runtime.stream import SettledStream
+from margingate.runtime.probe import check_decode
+from margingate.runtime.probe.check_decode import CanonicalSteps
+from margingate.runtime.probe.check_prefill import Prefill
+from margingate.runtime.request import lifecycle
+from margingate.runtime.request.in_flight import InFlight
+from margingate.runtime.request.open_requests import OpenRequests
+from margingate.runtime.request.record import GateRequest
+from margingate.runtime.sampling import sampler
+from margingate.runtime.schedule import next_batch
+from margingate.runtime.schedule.prefill_admission import Admission
+from margingate.runtime.schedule.stream import SettledStream
+from margingate.runtime.verify import retraction
 
 
 def unreachable(*_args, **_kwargs):
@@ -58,14 +62,14 @@ def retracted(reason):
 
 def test_a_first_token_that_stands_in_for_kept_output_ends_nothing():
     req = retracted(FINISH_LENGTH(1))
-    ends.finish_checked(OpenRequests(GateConfig(rows=8)), req)
+    lifecycle.finish_checked(OpenRequests(GateConfig(rows=8)), req)
     assert req.finished_reason is None and req.finished_len is None
 
 
 def test_an_abort_of_a_retracted_request_stands():
     requests, req = OpenRequests(GateConfig(rows=8)), retracted(FINISH_ABORT("gone"))
     requests.open(req)
-    ends.finish_checked(requests, req)
+    lifecycle.finish_checked(requests, req)
     assert isinstance(req.finished_reason, FINISH_ABORT) and not requests.held
 
 
@@ -130,7 +134,7 @@ def test_a_verifier_whose_rows_depend_on_its_padding_is_refused(ranks, said):
 
     stub = SimpleNamespace(runner=runner, rows=8, forward=forward)
     with pytest.raises(GateError, match=f"8 rows depends on its padding.*{said}"):
-        canonical._reference(stub, list(range(16)))
+        check_decode._reference(stub, list(range(16)))
 
 
 @pytest.mark.parametrize(
@@ -202,7 +206,7 @@ def test_a_retracted_request_that_left_the_queue_is_forgotten():
         waiting_queue=[reqs["queued"]],
         chunked_req=reqs["chunked"],
     )
-    batches.close_vanished(scheduler, requests, [])
+    next_batch.close_vanished(scheduler, requests, [])
     assert [key for key in keys if key not in requests] == ["dropped"]
 
 
@@ -227,9 +231,9 @@ def test_a_greedy_batch_leaves_sglang_one_column_to_choose_from(
     info = SimpleNamespace(
         is_all_greedy=greedy, return_sampling_masks=masks, top_ks=torch.tensor([1, 20])
     )
-    forward = margins._Forward(info, None, torch.zeros(2), logprobs)
+    forward = sampler._Forward(info, None, torch.zeros(2), logprobs)
     info.temperatures = torch.ones(2, 1)
-    sampling = margins.Sampling(cast(Any, None), observes=observes)
+    sampling = sampler.Sampling(cast(Any, None), observes=observes)
     sampling._forward = forward
     logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 1.0]])
     given = sampling.after_preprocess(logits)

@@ -40,8 +40,8 @@ from margingate.events import (
     encode,
     subscribe,
 )
-from margingate.runtime import publisher
-from margingate.runtime.publisher import MOST_RECORDS, MOST_TOPICS, QUEUE, Publisher
+from margingate.runtime.observe import event_socket
+from margingate.runtime.observe.event_socket import MOST_RECORDS, MOST_TOPICS, QUEUE, Publisher
 
 FLIP = Verdict("r1", 7, "flip", 11, 12, 0.125, True, 3)
 COUNTS = {"steps": 40, "flagged": 4, "passes": 3, "flips": 1, "missed": 0, "rolled_back": 3}
@@ -155,23 +155,23 @@ def test_what_is_no_endpoint_is_refused(value):
 
 
 def test_each_data_parallel_rank_has_an_endpoint():
-    assert publisher.endpoint_of("tcp://h:10", 0) == "tcp://h:10"
-    assert publisher.endpoint_of("tcp://h:10", 3) == "tcp://h:13"
-    assert publisher.endpoint_of("ipc:///tmp/x", 3) == "ipc:///tmp/x-3"
+    assert event_socket.endpoint_of("tcp://h:10", 0) == "tcp://h:10"
+    assert event_socket.endpoint_of("tcp://h:10", 3) == "tcp://h:13"
+    assert event_socket.endpoint_of("ipc:///tmp/x", 3) == "ipc:///tmp/x-3"
     with pytest.raises(GateError, match="give a lower one"):
-        publisher.endpoint_of("tcp://h:65535", 1)
+        event_socket.endpoint_of("tcp://h:65535", 1)
 
 
 def test_an_endpoint_in_use_is_refused_before_any_scheduler_starts(endpoint, out):
     args = SimpleNamespace(node_rank=0, dp_size=1)
     with pytest.raises(GateError) as caught:
-        publisher.refuse_endpoint(args, GateConfig(events_endpoint=endpoint))
+        event_socket.refuse_endpoint(args, GateConfig(events_endpoint=endpoint))
     text = one_sentence(caught.value)
     assert text.startswith(f"--gate-events-endpoint {endpoint} cannot be bound (Address")
     out.close()
-    publisher.refuse_endpoint(args, GateConfig(events_endpoint=endpoint))
+    event_socket.refuse_endpoint(args, GateConfig(events_endpoint=endpoint))
     args.node_rank = 1  # rank 0 of tensor parallelism is elsewhere
-    publisher.refuse_endpoint(args, GateConfig(events_endpoint="tcp://203.0.113.1:1"))
+    event_socket.refuse_endpoint(args, GateConfig(events_endpoint="tcp://203.0.113.1:1"))
 
 
 def test_an_ipc_endpoint_is_not_taken_from_another_server(tmp_path):
@@ -322,9 +322,9 @@ def test_an_endpoint_without_a_host_cannot_be_subscribed_to():
 
 
 def test_the_observer_tells_what_the_gate_does(endpoint, out):
-    from margingate.runtime.events import GateEvents
-    from margingate.runtime.open_requests import OpenRequests
-    from margingate.runtime.record import Counts
+    from margingate.runtime.observe.event_records import GateEvents
+    from margingate.runtime.request.open_requests import OpenRequests
+    from margingate.runtime.request.record import Counts
 
     counts = Counts(steps=9, flagged=1)
     gate = SimpleNamespace(margins=[9.0, 0.1, 5.0], flags=bytearray(3), counts=counts)

@@ -19,14 +19,14 @@ CONFIG = GateConfig(rows=16, prefill_chunk=64)
 
 @pytest.fixture(scope="module")
 def fingerprint() -> Any:
-    from margingate.runtime import fingerprint
+    from margingate.runtime.observe import fingerprint
 
     return fingerprint
 
 
 @pytest.fixture(scope="module")
 def weights() -> Any:
-    from margingate.runtime import weights
+    from margingate.runtime.observe import weight_digest as weights
 
     return weights
 
@@ -274,7 +274,7 @@ def test_a_setting_counts_where_it_can_change_an_answer(fingerprint):
 
 
 def test_the_plan_names_shapes_and_row_classes(fingerprint, monkeypatch):
-    from margingate.runtime.canonical_prefill import Prefill
+    from margingate.runtime.probe.check_prefill import Prefill
 
     two, one = [[1, 0], [2, 1], [64, 1]], [[1, 0], [64, 0]]
     route = [[16, True, 0]]

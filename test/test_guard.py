@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from margingate.runtime import guard
-from margingate.runtime.guard import Policy
+from margingate.runtime.request import guard
+from margingate.runtime.request.guard import Policy
 
 
 def raising(*_args, **_kwargs):

@@ -41,10 +41,10 @@ if not HookRegistry._hooks:
     print(json.dumps(answer))
     sys.exit()
 
-from margingate.runtime import hooks
-from margingate.runtime.hook_table import SCHEDULER_HOOKS
-from margingate.runtime.startup_hooks import ALL_HOOKS, STARTUP_HOOKS
-from margingate.runtime.tokenizer_hooks import DETOKENIZER_HOOKS, TOKENIZER_HOOKS
+from margingate.runtime.hooks import registry as hooks
+from margingate.runtime.hooks.scheduler_table import SCHEDULER_HOOKS
+from margingate.runtime.start.startup_hooks import ALL_HOOKS, STARTUP_HOOKS
+from margingate.runtime.hooks.launcher_table import DETOKENIZER_HOOKS, TOKENIZER_HOOKS
 
 def layers(hook):
     function = hooks.resolve(hook)
@@ -120,15 +120,15 @@ def probe(probes) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def hooks() -> types.ModuleType:
-    """margingate.runtime.hooks; the first test that asks waits for SGLang's import."""
-    from margingate.runtime import hooks
+    """margingate.runtime.hooks.registry; the first test that asks waits for SGLang's import."""
+    from margingate.runtime.hooks import registry as hooks
 
     return hooks
 
 
 @pytest.fixture(scope="module")
 def table() -> types.ModuleType:
-    from margingate.runtime import startup_hooks
+    from margingate.runtime.start import startup_hooks
 
     return startup_hooks
 
@@ -430,7 +430,7 @@ def test_the_document_is_what_the_command_prints(capsys, table):
 
 
 def test_the_document_has_a_row_with_six_cells_for_each_hook(table):
-    from margingate.runtime.instance_patches import INSTANCE_PATCHES
+    from margingate.runtime.compat.instance_patches import INSTANCE_PATCHES
 
     rows = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("| `")]
     processes = [row.split(" | ")[2] for row in rows]
@@ -446,7 +446,7 @@ def test_what_is_replaced_on_an_instance_is_there(table):
     """Methods of the class, or what its constructor sets (it cannot be made without a GPU)."""
     import pkgutil
 
-    from margingate.runtime.instance_patches import INSTANCE_PATCHES, check_instance
+    from margingate.runtime.compat.instance_patches import INSTANCE_PATCHES, check_instance
 
     for patch in INSTANCE_PATCHES:
         owner = pkgutil.resolve_name("sglang.srt." + patch.owner)
@@ -457,8 +457,8 @@ def test_what_is_replaced_on_an_instance_is_there(table):
 
 
 def test_the_command_without_sglang_is_one_line(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "margingate.runtime.startup_hooks", None)
-    package = sys.modules.get("margingate.runtime")
+    monkeypatch.setitem(sys.modules, "margingate.runtime.start.startup_hooks", None)
+    package = sys.modules.get("margingate.runtime.start")
     if package is not None:
         monkeypatch.delattr(package, "startup_hooks", raising=False)
     assert main(["hooks"]) == 2

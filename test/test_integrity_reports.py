@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
-from margingate.runtime import integrity
+from margingate.runtime.observe import integrity
 
 
 def test_a_busy_server_is_checked_rarely_and_an_idle_one_each_time(monkeypatch):

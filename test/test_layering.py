@@ -183,23 +183,58 @@ def test_no_module_imports_itself_by_way_of_others():
     assert not circle({module: sorted(imported(module) & modules - {module}) for module in modules})
 
 
+# Packages of the runtime: each imports those before it alone. Those of one line do not meet.
+ORDER = (
+    ("compat",),
+    ("request",),
+    ("client", "sampling", "attention"),
+    ("verify",),
+    ("probe",),
+    ("observe",),
+    ("schedule",),
+    ("hooks",),
+    ("start",),
+)
+LEVEL = {package: level for level, packages in enumerate(ORDER) for package in packages}
+
+
+def package_of(module: str) -> str:
+    """Its package in the runtime; empty for a module elsewhere."""
+    return f"{module}.".split(".")[2] if below(module, "margingate.runtime") else ""
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if package_of(m)])
+def test_packages_of_the_runtime_import_downwards(module):
+    """As docs/architecture.md has them; imports for types and in functions are imports."""
+    mine = package_of(module)
+    used = {package_of(one) for one in imported(module)} - {"", mine}
+    assert {one for one in used if LEVEL[one] >= LEVEL[mine]} == set()
+
+
+def test_the_packages_of_the_runtime_are_those_of_the_architecture():
+    listed = re.findall(r"^\| `(\w+)` \| ", (ROOT / "docs" / "architecture.md").read_text(), re.M)
+    assert set(listed) == set(LEVEL) == {package_of(m) for m in MODULES} - {""}
+    levels = [LEVEL[package] for package in listed]
+    assert levels == sorted(levels, reverse=True), "from the highest to the lowest"
+
+
 def test_who_opens_the_controller():
     """Others are given what they use."""
-    controller = "margingate.runtime.controller"
+    controller = "margingate.runtime.schedule.controller"
     users = {m.rpartition(".")[2] for m in MODULES if controller in imported(m)}
-    assert users == {"batches", "info", "install", "scheduler"}
+    assert users == {"handlers", "install", "next_batch", "server_info"}
 
 
 # Modules that change SGLang's request (`Req`), and what of it.
 WRITERS = {
     "aborts": "its id, hidden from an abort of another one",
     "constraints": "its grammar",
-    "ends": "how it ended",
-    "forwards": "requests of its own, that no client sent",
+    "lifecycle": "how it ended",
+    "internal_prefill": "requests of its own, that no client sent",
     "guard": "how one ends that we failed on, and its namespace",
-    "prefill": "the namespace of one that we failed on, and that it ends",
+    "prefill_admission": "the namespace of one that we failed on, and that it ends",
     "radix": "its columns in the tree",
-    "request": "the gate's record, its namespace, and inputs of one that is refused",
+    "admission": "the gate's record, its namespace, and inputs of one that is refused",
     "retraction": "its output, while its columns are gone",
     "rollback": "its output and its columns",
     "stream": "what of its output SGLang sends",

@@ -12,13 +12,10 @@ from hypothesis import strategies as st
 from sglang.srt.layers import logprob_processor
 from sglang.srt.layers.logprob_processor import LogprobResult, LogprobStage, OutputLogprobProcessor
 
-from margingate.runtime import (
-    hook_table,
-    logprobs,
-    margins,
-    verifier,
-)
-from margingate.runtime.verifier import RowInput
+from margingate.runtime.hooks import scheduler_table
+from margingate.runtime.sampling import logprobs, sampler
+from margingate.runtime.verify import verifier
+from margingate.runtime.verify.verifier import RowInput
 from margingate_kernels import softmax_top2
 
 VOCABULARY = 2000  # in bfloat16 a score of such a row has many equals
@@ -92,7 +89,7 @@ def test_a_rows_log_probs_do_not_depend_on_the_others(seed, rows, vocabulary):
 @pytest.fixture
 def ranking(monkeypatch):
     """SGLang's two functions as the ledger hooks them."""
-    hooks = {hook.target.rsplit(".", 1)[1]: hook for hook in hook_table.RUNTIME_HOOKS}
+    hooks = {hook.target.rsplit(".", 1)[1]: hook for hook in scheduler_table.RUNTIME_HOOKS}
     for name in ("get_top_logprobs_raw", "get_top_logprobs_chunk"):
         original, hook = getattr(logprob_processor, name), hooks[name].function
         monkeypatch.setattr(
@@ -109,8 +106,8 @@ def of_the_fast_path(logits, temperatures, ks, ids) -> LogprobResult:
         top_ks=torch.ones(len(logits), dtype=torch.int64),
         temperatures=torch.tensor(temperatures).view(-1, 1),
     )
-    forward = margins._Forward(info, None, torch.zeros(len(logits)), True)
-    sampling = margins.Sampling(cast(Any, None), observes=False)
+    forward = sampler._Forward(info, None, torch.zeros(len(logits)), True)
+    sampling = sampler.Sampling(cast(Any, None), observes=False)
     sampling._forward = forward
     left = sampling.after_preprocess(logits)
     left = logits if left is None else left

@@ -14,10 +14,10 @@ from margingate.confidence import miss_bound
 from margingate.config import GateConfig, GateError
 from margingate.core.audit import Audits, Bits
 from margingate.core.policy import Reason
-from margingate.runtime import metrics
-from margingate.runtime.metrics import COUNTED, FLUSH_S, METRICS, PREFIX, GateMetrics
-from margingate.runtime.open_requests import OpenRequests
-from margingate.runtime.record import Counts, GateRequest, Hold
+from margingate.runtime.observe import metrics
+from margingate.runtime.observe.metrics import COUNTED, FLUSH_S, METRICS, PREFIX, GateMetrics
+from margingate.runtime.request.open_requests import OpenRequests
+from margingate.runtime.request.record import Counts, GateRequest, Hold
 
 DOCS = Path(__file__).parents[1] / "docs"
 LABELS = {"model_name": "m", "tp_rank": 0}

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from margingate.config import GateError
-from margingate.runtime import drawing, probe
-from margingate.runtime.observed_calls import ROWS, ObservedCall, observing, refuse_unmeasured
+from margingate.runtime.probe import classes, drawing
+from margingate.runtime.probe.observed_calls import ROWS, ObservedCall, observing, refuse_unmeasured
 
 HIDDEN, HEADS, SIZE = 24, 3, 8
 
@@ -75,7 +75,7 @@ def test_a_step_says_how_it_calls_each_module(model, seen):
 
 def test_the_probe_measures_what_was_seen(model, seen):
     """On 0b0f5a1 without the bias, the residual and the heads."""
-    found = {member.name: member for member in probe.members(model, seen)}
+    found = {member.name: member for member in classes.members(model, seen)}
     x = torch.randn(5, HIDDEN)
     with torch.inference_mode():
         layer = model.qkv_proj
@@ -92,7 +92,7 @@ def test_another_call_is_another_operator(model):
     """Two layers of one shape, one of them with its bias."""
     model.qkv_proj = linear(HIDDEN, HIDDEN, bias=True)
     calls = {id(model.qkv_proj): ObservedCall(HIDDEN, bias=True)}
-    names = {m.name: m.group.split(" ", 2)[2] for m in probe.members(model, calls)}
+    names = {m.name: m.group.split(" ", 2)[2] for m in classes.members(model, calls)}
     assert names["qkv_proj"] == names["o_proj"] + ", with its bias"
 
 
@@ -106,7 +106,7 @@ def test_strides_are_those_of_the_step():
 
 
 def test_a_module_that_nobody_measures_ends_the_start(model, seen):
-    known = {id(member.module) for member in probe.members(model, seen)}
+    known = {id(member.module) for member in classes.members(model, seen)}
     refuse_unmeasured(model, known)
     model.experts = torch.nn.Linear(HIDDEN, HIDDEN)
     with pytest.raises(GateError, match=r"cannot measure experts, a Linear with weight, bias: "):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from margingate.runtime import switch
+from margingate.runtime.client import switch
 
 RECORD = {"gated": True, "fingerprint": "0123456789abcdef"}
 
@@ -52,7 +52,7 @@ def ask(manager: Manager, route: str, **body: Any) -> tuple[int, list[dict[str, 
     from sglang.srt.entrypoints.ollama.protocol import OllamaChatRequest, OllamaGenerateRequest
     from sglang.srt.entrypoints.ollama.serving import OllamaServing
 
-    from margingate.runtime import ollama_answers
+    from margingate.runtime.client import ollama_answers
 
     class Serving(OllamaServing):
         def _convert_options_to_sampling_params(self, options: Any = None) -> Any:
@@ -123,7 +123,7 @@ def test_the_switch_beside_the_parameters_or_among_the_options(route, stream, pl
 
 
 def test_the_switch_beside_the_parameters_of_anthropic():
-    from margingate.runtime import anthropic_answers
+    from margingate.runtime.client import anthropic_answers
 
     async def original(_serving: Any, _request: Any, raw: Any) -> Any:
         obj = SimpleNamespace(sampling_params={"top_k": 1})
@@ -143,7 +143,7 @@ def test_the_switch_beside_the_parameters_of_anthropic():
 def test_anthropic_names_the_stop_sequence_and_carries_the_record():
     from sglang.srt.entrypoints.anthropic.protocol import AnthropicMessagesResponse
 
-    from margingate.runtime import anthropic_answers
+    from margingate.runtime.client import anthropic_answers
 
     plain = AnthropicMessagesResponse(content=[], model="m", stop_reason="end_turn")
 
@@ -160,7 +160,7 @@ def test_anthropic_names_the_stop_sequence_and_carries_the_record():
 
 
 def test_the_last_delta_of_an_anthropic_stream():
-    from margingate.runtime import anthropic_answers, openai_answers
+    from margingate.runtime.client import anthropic_answers, openai_answers
 
     adapted = SimpleNamespace()
     delta = {"type": "message_delta", "delta": {"stop_reason": "end_turn"}}

@@ -16,14 +16,14 @@ OTHER = {"gated": False, "because": "deterministic is false"}
 
 @pytest.fixture(scope="module")
 def answers() -> Any:
-    from margingate.runtime import openai_answers
+    from margingate.runtime.client import openai_answers
 
     return openai_answers
 
 
 @pytest.fixture(scope="module")
 def switch() -> Any:
-    from margingate.runtime import switch
+    from margingate.runtime.client import switch
 
     return switch
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
 from margingate.config import GateError
-from margingate.runtime import attention, own_attention
-from margingate.runtime.own_attention import MOST_ROWS, OwnAttention, of, unfit
-from margingate.runtime.verifier import RowInput, Verifier
+from margingate.runtime.attention import fixed_split, invariant_attention
+from margingate.runtime.attention.invariant_attention import MOST_ROWS, OwnAttention, of, unfit
+from margingate.runtime.verify.verifier import RowInput, Verifier
 from margingate_kernels import segments_of
 from margingate_kernels.attention import ARITHMETIC
 
@@ -175,7 +175,7 @@ class Kernels:
         kernels = {"plan_decode": self.plans, "decode_attention": self.decodes}
         kernels["extend_attention"] = self.extends
         for name, calls in kernels.items():
-            monkeypatch.setattr(own_attention, name, partial(self._launch, name, calls))
+            monkeypatch.setattr(invariant_attention, name, partial(self._launch, name, calls))
 
     def _launch(self, name: str, calls: list[Any], *args: Any) -> None:
         self.launched.append(name)
@@ -216,7 +216,7 @@ def test_the_backend_is_told_of_one_split(kernels: Kernels):
     splits = torch.full((3,), 7, dtype=torch.int32)
     backend.get_num_kv_splits(splits, torch.tensor([1, 500, 9]))
     assert splits.tolist() == [1, 1, 1]
-    assert attention.split_of(backend) == own.record() == [ARITHMETIC, 64, SEGMENT]
+    assert fixed_split.split_of(backend) == own.record() == [ARITHMETIC, 64, SEGMENT]
 
 
 def test_a_forward_is_planned_once_and_all_its_layers_attend(kernels: Kernels):
@@ -300,12 +300,14 @@ def test_a_step_that_there_is_no_room_for_takes_no_graph(kernels: Kernels, caplo
         asked.append(batch)
         return True
 
-    assert own_attention.can_run_graph(original, graphs, fits) and asked == [fits]
+    assert invariant_attention.can_run_graph(original, graphs, fits) and asked == [fits]
     for _ in range(2):
-        assert not own_attention.can_run_graph(original, graphs, counted)
+        assert not invariant_attention.can_run_graph(original, graphs, counted)
     assert caplog.text.count("such decode steps run without one") == 1
     graphs.attn_backend = object()
-    assert own_attention.can_run_graph(original, graphs, counted), "another backend has no such end"
+    assert invariant_attention.can_run_graph(original, graphs, counted), (
+        "another backend has no such end"
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ import pytest
 
 from margingate.config import GateConfig
 from margingate.core.costs import DELAYS, Costs, best_delay
-from margingate.runtime import pacing
-from margingate.runtime.open_requests import OpenRequests
-from margingate.runtime.pacing import EVERY, FEW, FIRST, Pacer
-from margingate.runtime.record import Counts, GateRequest
+from margingate.runtime.request.open_requests import OpenRequests
+from margingate.runtime.request.record import Counts, GateRequest
+from margingate.runtime.verify import delay as pacing
+from margingate.runtime.verify.delay import EVERY, FEW, FIRST, Pacer
 
 COSTS = Costs(step_ms=8.0, pass_ms=9.0, rows=256)
 

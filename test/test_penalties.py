@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from margingate.runtime.penalties import RowPenalty, Table, ends_of, of_row, penalize
-from margingate.runtime.sampling_params import NONE, Penalties
+from margingate.runtime.request.sampling_params import NONE, Penalties
+from margingate.runtime.sampling.penalties import RowPenalty, Table, ends_of, of_row, penalize
 
 VOCABULARY = 32
 

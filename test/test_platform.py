@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import sglang.srt.platforms  # noqa: F401  loads the plugin, which is not to be loaded first
 
-from margingate.runtime.platform import HostPlatform
+from margingate.runtime.compat.host_platform import HostPlatform
 
 
 def defaults(**asked: object) -> SimpleNamespace:

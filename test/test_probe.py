@@ -16,13 +16,15 @@ from hypothesis import strategies as st
 from margingate.cli import main as cli
 from margingate.cli import probe as command
 from margingate.core.rowclass import Route, RowPlan
-from margingate.runtime import probe, probe_cache, probe_plans
+from margingate.runtime.probe import cache, classes, plans
 from margingate.study.plots import plot_classes
 
 FINDINGS = [
-    probe.Finding("linear", "layers.0.qkv_proj", (96, 64), 30, {1: 0, 2: 0, 8: 0}, None, 0.1),
-    probe.Finding("linear", "0.down_proj", (64, 96), 30, {1: 0, 2: 1, 8: 1}, RowPlan(((2, 8),)), 2),
-    probe.Finding("attention", "attention decode", (9, 3, 64), 30, {1: 0, 2: 0, 8: 0}, None, 0.5),
+    classes.Finding("linear", "layers.0.qkv_proj", (96, 64), 30, {1: 0, 2: 0, 8: 0}, None, 0.1),
+    classes.Finding(
+        "linear", "0.down_proj", (64, 96), 30, {1: 0, 2: 1, 8: 1}, RowPlan(((2, 8),)), 2
+    ),
+    classes.Finding("attention", "attention decode", (9, 3, 64), 30, {1: 0, 2: 0, 8: 0}, None, 0.5),
 ]
 
 
@@ -43,10 +45,10 @@ def runner(tmp_path, monkeypatch):
 
 
 def test_findings_are_kept_for_the_same_identity(runner):
-    key = probe_cache.identity(runner, ["b", "a"], 64)
-    assert probe_cache.load(key) is None
-    probe_cache.save(key, FINDINGS)
-    assert probe_cache.load(probe_cache.identity(runner, ["a", "b"], 64)) == FINDINGS
+    key = cache.identity(runner, ["b", "a"], 64)
+    assert cache.load(key) is None
+    cache.save(key, FINDINGS)
+    assert cache.load(cache.identity(runner, ["a", "b"], 64)) == FINDINGS
 
 
 PARTS = ["rows", "device", "units", "threads", "versions", "arithmetic", "settings", "schema"]
@@ -54,34 +56,34 @@ PARTS = ["rows", "device", "units", "threads", "versions", "arithmetic", "settin
 
 @pytest.mark.parametrize("name", [*PARTS, "environment"])
 def test_findings_of_another_machine_or_version_are_redone(runner, name, caplog):
-    key = probe_cache.identity(runner, ["a"], 64)
-    probe_cache.save({**key, name: "another"}, FINDINGS)
-    assert probe_cache.path({**key, name: "another"}) == probe_cache.path(key)
+    key = cache.identity(runner, ["a"], 64)
+    cache.save({**key, name: "another"}, FINDINGS)
+    assert cache.path({**key, name: "another"}) == cache.path(key)
     with caplog.at_level("INFO"):
-        assert probe_cache.load(key) is None
+        assert cache.load(key) is None
     assert f"redone: {name} differ" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["model", "operators", "attention", "tensor_parallel"])
 def test_other_models_have_other_files(runner, name):
-    key = probe_cache.identity(runner, ["a"], 64)
-    assert probe_cache.path({**key, name: "another"}) != probe_cache.path(key)
+    key = cache.identity(runner, ["a"], 64)
+    assert cache.path({**key, name: "another"}) != cache.path(key)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"findings": [{}], "identity": {}}'])
 def test_a_damaged_file_is_redone(runner, text, caplog):
-    key = probe_cache.identity(runner, ["a"], 64)
-    probe_cache.save(key, FINDINGS)
-    probe_cache.path(key).write_text(text)
-    assert probe_cache.load(key) is None
+    key = cache.identity(runner, ["a"], 64)
+    cache.save(key, FINDINGS)
+    cache.path(key).write_text(text)
+    assert cache.load(key) is None
     assert "is not readable" in caplog.text
-    probe_cache.save(key, FINDINGS)
-    assert probe_cache.load(key) == FINDINGS
+    cache.save(key, FINDINGS)
+    assert cache.load(key) == FINDINGS
 
 
 def test_a_cache_that_cannot_be_written_costs_a_line(runner, tmp_path, caplog):
     (tmp_path / "margingate").write_text("in the way")
-    probe_cache.save(probe_cache.identity(runner, ["a"], 64), FINDINGS)
+    cache.save(cache.identity(runner, ["a"], 64), FINDINGS)
     assert "cannot be written" in caplog.text
 
 
@@ -95,20 +97,20 @@ def test_norms_are_probed_beside_linear_layers():
         layer.weight = torch.nn.Parameter(torch.ones(48, 48).bfloat16(), requires_grad=False)
         layer.quant_method = UnquantizedLinearMethod()
         setattr(model, name, layer)
-    found = probe.groups(model)
+    found = classes.groups(model)
     kinds = {same[0].name: same[0].kind for same in found.values()}
     assert kinds == {"norm": "norm", "o_proj": "linear", "extra_proj": "linear"}
-    findings = probe_plans.probe_groups({"n": found["norm norm [48] torch.bfloat16"]}, 8)
+    findings = plans.probe_groups({"n": found["norm norm [48] torch.bfloat16"]}, 8)
     assert findings[0].classes == dict.fromkeys(range(1, 9), 0) and findings[0].plan is None
 
 
 def test_plans_reach_every_module_of_their_group():
     model = torch.nn.ModuleList(torch.nn.Module() for _ in range(3))
-    same = [probe.Member("linear", f"{i}.down_proj", m, None) for i, m in enumerate(model)]
-    finding = probe.Finding(
+    same = [classes.Member("linear", f"{i}.down_proj", m, None) for i, m in enumerate(model)]
+    finding = classes.Finding(
         "linear", "0.down_proj", (4, 4), 3, {1: 0, 2: 1}, RowPlan(((2, 2),)), 0.0
     )
-    assert probe_plans.plans({"g": same}, [finding]) == {id(m): RowPlan(((2, 2),)) for m in model}
+    assert plans.plans({"g": same}, [finding]) == {id(m): RowPlan(((2, 2),)) for m in model}
 
 
 REPORT = {
@@ -150,7 +152,7 @@ def test_records_survive_json():
     routes = (Route(8, kernel=True, padded=16), Route(64, kernel=False))
     routed = replace(FINDINGS[0], plan=RowPlan(((9, 64),), routes=routes))
     for finding in (*FINDINGS, routed):
-        assert probe.Finding.from_record(json.loads(json.dumps(finding.record()))) == finding
+        assert classes.Finding.from_record(json.loads(json.dumps(finding.record()))) == finding
 
 
 @pytest.mark.parametrize(
@@ -227,7 +229,7 @@ def test_the_log_of_a_server_that_did_not_probe_is_kept_and_named(tmp_path, caps
 @given(st.integers(1, 300), st.integers(1, 20_000), st.lists(st.integers(1, 20_000)))
 def test_prefill_is_measured_at_counts_that_no_forward_is_far_below(above, more, known):
     largest = above + more
-    counts = probe.prefill_counts(above, largest, known)
+    counts = classes.prefill_counts(above, largest, known)
     assert counts == sorted(set(counts)) and counts[-1] == largest
     assert all(above < count <= largest for count in counts)
     assert {n for n in known if above < n <= largest} <= set(counts)
@@ -262,22 +264,22 @@ class Wide(torch.nn.Module):
 
 @pytest.mark.parametrize("steady", [True, False])
 def test_findings_say_whether_plans_hold_for_prefill(steady):
-    found = probe.groups(Wide(steady))
-    prefill = probe.prefill_counts(64, 700)
-    findings = {f.name: f for f in probe_plans.probe_groups(found, 64, prefill)}
+    found = classes.groups(Wide(steady))
+    prefill = classes.prefill_counts(64, 700)
+    findings = {f.name: f for f in plans.probe_groups(found, 64, prefill)}
     assert findings["qkv_proj"].prefill and max(findings["qkv_proj"].classes) == 700
     assert findings["norm"].prefill and max(findings["norm"].classes) == 700
     assert findings["lm_head"].prefill and max(findings["lm_head"].classes) == 64
     down = findings["down_proj"]
     assert down.prefill == steady and down.plan.high == (700 if steady else 64)
     assert (len(set(down.classes.values())) == 1) == steady
-    without = probe_plans.probe_groups(found, 64)
+    without = plans.probe_groups(found, 64)
     assert not any(f.prefill for f in without) and max(without[0].classes) == 64
 
 
 def test_a_norm_that_changes_above_some_count_keeps_prompts_alone():
     """Norms have no plans: nothing can be put in their place."""
     module = torch.nn.RMSNorm(6)
-    member = probe.Member("norm", "norm", module, lambda x: x + (len(x) > 300))
-    (finding,) = probe_plans.probe_groups({"n": [member]}, 64, probe.prefill_counts(64, 700))
+    member = classes.Member("norm", "norm", module, lambda x: x + (len(x) > 300))
+    (finding,) = plans.probe_groups({"n": [member]}, 64, classes.prefill_counts(64, 700))
     assert not finding.prefill and finding.plan is None and len(set(finding.classes.values())) > 1

@@ -25,12 +25,12 @@ from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from margingate.config import GateConfig
-from margingate.runtime import integrity
-from margingate.runtime.canonical_prefill import Prefill
-from margingate.runtime.open_requests import OpenRequests
-from margingate.runtime.overlap import InFlight
-from margingate.runtime.radix import GateRadixCache
-from margingate.runtime.record import CACHE_NAMESPACE, GateRequest
+from margingate.runtime.observe import integrity
+from margingate.runtime.probe.check_prefill import Prefill
+from margingate.runtime.request.in_flight import InFlight
+from margingate.runtime.request.open_requests import OpenRequests
+from margingate.runtime.request.record import CACHE_NAMESPACE, GateRequest
+from margingate.runtime.schedule.radix import GateRadixCache
 
 CHUNK = 4
 SLOTS = 160

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from margingate.config import GateConfig, GateError
-from margingate.runtime.record import (
+from margingate.runtime.request.admission import attach, digest
+from margingate.runtime.request.record import (
     CACHE_NAMESPACE,
     LOGPROB_LISTS,
     ColumnsWanted,
@@ -15,8 +16,7 @@ from margingate.runtime.record import (
     GateRequest,
     logprob_lists,
 )
-from margingate.runtime.request import attach, digest
-from margingate.runtime.sampling_params import Draw
+from margingate.runtime.request.sampling_params import Draw
 
 CONFIG = GateConfig()
 FAULTY = GateConfig(inject_faults=True)
@@ -348,13 +348,13 @@ def test_two_keys_of_ungated_requests_never_share_a_namespace():
 @pytest.mark.parametrize(("faults", "room", "refused"), [([1], 0, True), ([1], 1, False)])
 def test_a_fault_in_an_answer_without_room_is_answered(faults, room, refused):
     """SGLang cuts `max_new_tokens` behind `Req.__init__`, so this is asked at the queue."""
-    from margingate.runtime import scheduler
+    from margingate.runtime.hooks import handlers
 
     req, aborts = request({"gate_fault_rows": faults}), []
     attach(req, FAULTY)
     req.sampling_params.max_new_tokens, req.to_finish = room, None
     req.set_finish_with_abort = aborts.append
-    scheduler.add_request(None, req)
+    handlers.add_request(None, req)
     text = (
         "gate_fault_rows is [1], but a prompt of 3 tokens leaves no room for an answer: shorten "
         "the prompt, or raise --context-length."
@@ -365,12 +365,12 @@ def test_a_fault_in_an_answer_without_room_is_answered(faults, room, refused):
 @pytest.mark.parametrize(("least", "room", "kept"), [(6, 3, 3), (6, 0, 0), (2, 3, 2)])
 def test_a_least_length_is_cut_with_the_length(least, room, kept):
     """As SGLang cuts it, which the gate has taken it from by then."""
-    from margingate.runtime import scheduler
+    from margingate.runtime.hooks import handlers
 
     req = request(min_new_tokens=least, repetition_penalty=1.5)
     attach(req, CONFIG)
     req.sampling_params.max_new_tokens, req.to_finish = room, None
-    scheduler.add_request(None, req)
+    handlers.add_request(None, req)
     assert req.gate.penalties.values == (0.0, 0.0, 1.5)
     assert req.gate.penalties.min_new_tokens == kept
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from margingate.runtime import responses_answers, switch
+from margingate.runtime.client import responses_answers, switch
 
 RECORD = {"gated": True, "fingerprint": "0123456789abcdef"}
 

@@ -12,14 +12,16 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from margingate.config import GateConfig
 from margingate.core.ledger import Ledger
-from margingate.runtime import ends, rides, scheduler
-from margingate.runtime.forward_record import MergedPass, record_on
-from margingate.runtime.open_requests import OpenRequests
-from margingate.runtime.record import GateRequest, Hold
-from margingate.runtime.rides import PATIENCE, MergedPasses
-from margingate.runtime.simulate import Simulator
-from margingate.runtime.verdicts import Passes
-from margingate.runtime.verifier import RowInput, RowResult, Verifier
+from margingate.runtime.hooks import handlers
+from margingate.runtime.request import lifecycle
+from margingate.runtime.request.forward_record import MergedPass, record_on
+from margingate.runtime.request.open_requests import OpenRequests
+from margingate.runtime.request.record import GateRequest, Hold
+from margingate.runtime.verify import merged_passes
+from margingate.runtime.verify.merged_passes import PATIENCE, MergedPasses
+from margingate.runtime.verify.passes import Passes
+from margingate.runtime.verify.simulation import Simulator
+from margingate.runtime.verify.verifier import RowInput, RowResult, Verifier
 from margingate_kernels import Top2
 
 V = 8
@@ -233,7 +235,7 @@ def test_the_first_row_is_judged_by_the_prefill():
     rows.emit("a", flagged=True)
     rows.emit("a", flagged=True)
     merged = MergedPass(rows.take("a", 2), "full", now(), best([9], 0.5))
-    assert rides.results_of(merged) == [None, RowResult(9, 0.5, None)]
+    assert merged_passes.results_of(merged) == [None, RowResult(9, 0.5, None)]
 
 
 def test_the_steps_rows_come_first_in_the_forward():
@@ -260,7 +262,7 @@ def test_the_steps_rows_come_first_in_the_forward():
 
 
 def test_a_forward_without_a_gate_is_sglangs_own():
-    assert scheduler.forward(lambda *given: given, "r", "batch", None) == ("r", "batch", None)
+    assert handlers.forward(lambda *given: given, "r", "batch", None) == ("r", "batch", None)
 
 
 def grammar_fails_at(server: Server, key: str) -> Any:
@@ -276,7 +278,7 @@ def grammar_fails_at(server: Server, key: str) -> Any:
 def test_a_grammar_that_fails_in_a_pass_aborts_its_request_and_nothing_else(monkeypatch):
     """Whatever token a row without its mask says, it is no verdict."""
     freed: list[Any] = []
-    monkeypatch.setattr(ends, "end", lambda _requests, _tree, req: freed.append(req))
+    monkeypatch.setattr(lifecycle, "end", lambda _requests, _tree, req: freed.append(req))
     server = Server(1)
     judged: list[str] = []
     monkeypatch.setattr(Passes, "_judge", lambda _self, row, _r: judged.append(row.rid))

@@ -25,7 +25,9 @@ from margingate.core.rowclass import (
     spans,
     timed_counts,
 )
-from margingate.runtime import invariance, probe, probe_plans, ranks
+from margingate.runtime.compat import ranks
+from margingate.runtime.probe import classes as probe
+from margingate.runtime.probe import plans, startup
 
 
 def kept(low: int, high: int, **more: Any) -> RowPlan:
@@ -257,16 +259,16 @@ class Broken(torch.nn.Module):
 
 def test_a_model_with_such_a_layer_is_refused_by_name():
     with pytest.raises(GateError, match=r"cannot use down_proj: with \d+ rows"):
-        probe_plans.probe_groups(probe.groups(Broken()), 16)
+        plans.probe_groups(probe.groups(Broken()), 16)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 16, 40])
 def test_pieces_and_padding_keep_the_bits(rows):
     x = torch.randn(rows, 40, generator=torch.Generator().manual_seed(2)).bfloat16()
     one_by_one = torch.cat([split_by_count(row[None]) for row in x])
-    assert torch.equal(probe_plans.run_in_class(kept(1, 8), x, split_by_count), one_by_one)
+    assert torch.equal(plans.run_in_class(kept(1, 8), x, split_by_count), one_by_one)
     nine = torch.cat([split_by_count(row.expand(9, -1))[:1] for row in x])
-    assert torch.equal(probe_plans.run_in_class(kept(9, 64), x, split_by_count), nine)
+    assert torch.equal(plans.run_in_class(kept(9, 64), x, split_by_count), nine)
 
 
 def test_routes_take_kernel_or_operator_padded_or_not():
@@ -282,7 +284,7 @@ def test_routes_take_kernel_or_operator_padded_or_not():
 
     for rows in (1, 2, 3, 4, 5, 7, 8, 16, 20):
         x = torch.randn(rows, 3)
-        found = probe_plans.run_in_class(plan, x, called("operator"), called("kernel"))
+        found = plans.run_in_class(plan, x, called("operator"), called("kernel"))
         assert torch.equal(found, x + 1)
     assert made == [
         *(("kernel", n) for n in (1, 2, 6, 6)),
@@ -347,7 +349,7 @@ def layers_of(operator, weight=WEIGHT) -> list[probe.Member]:
 
 
 def plan_of(operator, classes, wide):
-    return probe_plans.plan_of(layers_of(operator), classes, wide)
+    return plans.plan_of(layers_of(operator), classes, wide)
 
 
 SMALL = {count: int(count > 8) for count in probe.row_counts(32)}
@@ -381,11 +383,11 @@ def timed(monkeypatch):
 
     def microseconds(operators, weight, counts):
         assert len(operators) == 2, "each layer takes its turn"
-        own = getattr(operators[0], "func", None) is probe_plans.invariant_matmul
+        own = getattr(operators[0], "func", None) is plans.invariant_matmul
         taken.append((own, tuple(counts)))
         return dict.fromkeys(counts, 10.0 if own else 30.0)
 
-    monkeypatch.setattr(probe_plans, "_microseconds", microseconds)
+    monkeypatch.setattr(plans, "_microseconds", microseconds)
     return taken
 
 
@@ -406,7 +408,7 @@ def kernel(monkeypatch):
         def invariant_matmul(x, *, weight, bias):
             return operator(x)
 
-        monkeypatch.setattr(probe_plans, "invariant_matmul", invariant_matmul)
+        monkeypatch.setattr(plans, "invariant_matmul", invariant_matmul)
 
     return use
 
@@ -418,7 +420,7 @@ LATE = {count: int(count > 8) for count in probe.row_counts(128)}
 def test_plans_on_a_gpu_are_timed_and_the_kernel_is_probed(kernel_is_in_order, timed, kernel):
     kernel(in_order if kernel_is_in_order else split_by_count)
     wide = {**LATE, 512: 2, 640: 2}
-    found = probe_plans.plan_of(layers_of(split_by_count, OnCuda()), LATE, wide)
+    found = plans.plan_of(layers_of(split_by_count, OnCuda()), LATE, wide)
     if kernel_is_in_order:
         assert found == (kept(1, 640, own_kernel=True), True)
         assert [own for own, _ in timed] == [True, False]
@@ -430,7 +432,7 @@ def test_plans_on_a_gpu_are_timed_and_the_kernel_is_probed(kernel_is_in_order, t
 @pytest.mark.parametrize("steady", [True, False])
 def test_a_kernel_with_the_bits_of_the_last_class_joins_it(steady, timed, kernel, monkeypatch):
     kernel(in_order)
-    monkeypatch.setattr(probe_plans, "is_deep_gemm", lambda _: True)
+    monkeypatch.setattr(plans, "is_deep_gemm", lambda _: True)
 
     def operator(x):
         return in_order(x) + float(not steady and len(x) <= 8)
@@ -441,17 +443,17 @@ def test_a_kernel_with_the_bits_of_the_last_class_joins_it(steady, timed, kernel
     low = 1 if steady else 9
     joined = of(wide, classes[128], routes=(Route(128, kernel=True),))
     assert joined.low == low
-    assert probe_plans.plan_of(same, classes, wide) == (joined, True)
+    assert plans.plan_of(same, classes, wide) == (joined, True)
     (by_own, counts), (_, more) = timed
     assert by_own and max(counts) == 128 == joined.by_kernel and max(more) == 256
-    assert probe_plans._tried(same[0], wide) == 128
+    assert plans._tried(same[0], wide) == 128
     # A bias is added to results that are rounded, so such a layer's bits are others; and the
     # kernel of lm_head is not worth a start's time.
     same[0].module.bias = torch.zeros(24)
     head = probe.Member("linear", probe.HEAD, SimpleNamespace(weight=OnCuda()), operator)
     for member in (same[0], head):
-        assert probe_plans._tried(member, wide) == (0 if steady else 640)
-    found = probe_plans.plan_of(same, classes, wide)[0]
+        assert plans._tried(member, wide) == (0 if steady else 640)
+    found = plans.plan_of(same, classes, wide)[0]
     assert found == (of(wide, 0) if steady else kept(1, 640, own_kernel=True))
 
 
@@ -460,15 +462,15 @@ def test_a_kernel_that_does_not_join_is_compiled_for_all_it_may_be_asked_for(
 ):
     compiled = []
     kernel(lambda x: in_order(x) + 1)
-    monkeypatch.setattr(probe_plans, "is_deep_gemm", lambda _: True)
-    monkeypatch.setattr(probe_plans, "compile_ahead", compiled.extend)
+    monkeypatch.setattr(plans, "is_deep_gemm", lambda _: True)
+    monkeypatch.setattr(plans, "compile_ahead", compiled.extend)
     same, wide = layers_of(split_by_count, OnCuda()), {**LATE, 512: 2, 640: 2}
-    assert probe_plans.plan_of(same, LATE, wide) == (kept(1, 640, own_kernel=True), True)
+    assert plans.plan_of(same, LATE, wide) == (kept(1, 640, own_kernel=True), True)
     (weight, kernels), (again, others) = compiled
     assert weight is again is same[0].module.weight and kernels[-1] == 640
     assert not {*kernels} & {*others} and {*kernels, *others} >= {*wide}
     steady = dict.fromkeys(wide, 0)
-    assert probe_plans.plan_of(same, steady, steady) == (of(steady, 0), True)
+    assert plans.plan_of(same, steady, steady) == (of(steady, 0), True)
     assert len(compiled) == 2
 
 
@@ -477,9 +479,9 @@ def test_a_kernel_that_cannot_be_used_is_not_taken(error: Exception, timed, monk
     def unusable(*_args: Any) -> bool:
         raise error
 
-    monkeypatch.setattr(probe_plans, "_in_one_class", unusable)
+    monkeypatch.setattr(plans, "_in_one_class", unusable)
     same = layers_of(split_by_count, OnCuda())
-    assert probe_plans.plan_of(same, SMALL, None)[0].own_kernel is False
+    assert plans.plan_of(same, SMALL, None)[0].own_kernel is False
 
 
 def settled(monkeypatch, kernel: probe.Operator, plan: RowPlan, decoded: int = 256):
@@ -490,12 +492,12 @@ def settled(monkeypatch, kernel: probe.Operator, plan: RowPlan, decoded: int = 2
         made.append(len(x))
         return kernel(x)
 
-    monkeypatch.setattr(probe_plans, "invariant_matmul", invariant_matmul)
+    monkeypatch.setattr(plans, "invariant_matmul", invariant_matmul)
     layers = [Layer() for _ in range(3)]
     same = [probe.Member("linear", "o_proj", layer, split_by_count) for layer in layers[:2]]
     other = [probe.Member("linear", "qkv_proj", layers[2], split_by_count)]
     planned = {id(layers[0]): plan, id(layers[1]): plan, id(layers[2]): kept(1, 256)}
-    return probe_plans.settle_kernels({"a": same, "b": other}, planned, decoded), made
+    return plans.settle_kernels({"a": same, "b": other}, planned, decoded), made
 
 
 def test_kernels_are_compiled_for_what_their_plan_reaches_and_no_more(monkeypatch):
@@ -542,8 +544,8 @@ class Layer:
 @pytest.fixture
 def calls(monkeypatch):
     """A linear method, and the plans of a process of its own; the row counts it is called with."""
-    monkeypatch.setattr(invariance, "_plans", {})
-    monkeypatch.setattr(invariance, "_limit", 64)
+    monkeypatch.setattr(startup, "_plans", {})
+    monkeypatch.setattr(startup, "_limit", 64)
     return []
 
 
@@ -553,8 +555,8 @@ def apply(calls, layer, rows):
         return split_by_count(x)
 
     x = torch.randn(rows, 40, generator=torch.Generator().manual_seed(3)).bfloat16()
-    found = invariance.apply_linear(original, None, layer, x)
-    head = invariance.compute_lm_head(
+    found = startup.apply_linear(original, None, layer, x)
+    head = startup.compute_lm_head(
         lambda _p, hidden, lm_head, bias: original(None, lm_head, hidden, bias), None, x, layer
     )
     assert torch.equal(found, head) and len(calls) % 2 == 0
@@ -566,12 +568,12 @@ def apply(calls, layer, rows):
 
 def test_calls_above_the_limit_are_left_alone_unless_plans_hold_for_prefill(calls, monkeypatch):
     layer = Layer()
-    invariance._plans[id(layer)] = kept(9, 32)
-    assert not invariance.covers_prefill()
+    startup._plans[id(layer)] = kept(9, 32)
+    assert not startup.covers_prefill()
     assert apply(calls, layer, 100)[2] == [100]
     assert apply(calls, layer, 64)[2] == [32, 32] and apply(calls, layer, 5)[2] == [9]
-    monkeypatch.setattr(invariance, "_limit", math.inf)
-    assert invariance.covers_prefill()
+    monkeypatch.setattr(startup, "_limit", math.inf)
+    assert startup.covers_prefill()
     x, found, made = apply(calls, layer, 100)
     assert made == [25, 25, 25, 25]
     expected = torch.cat([split_by_count(row.expand(9, -1))[:1] for row in x])
@@ -581,10 +583,10 @@ def test_calls_above_the_limit_are_left_alone_unless_plans_hold_for_prefill(call
 
 def test_the_kernel_takes_calls_of_any_size(calls, monkeypatch):
     layer = Layer()
-    invariance._plans[id(layer)] = kept(1, 32, own_kernel=True)
-    monkeypatch.setattr(invariance, "_limit", math.inf)
+    startup._plans[id(layer)] = kept(1, 32, own_kernel=True)
+    monkeypatch.setattr(startup, "_limit", math.inf)
     monkeypatch.setattr(
-        invariance, "invariant_matmul", lambda x, *, weight, bias: in_order(x) + (bias or 0)
+        startup, "invariant_matmul", lambda x, *, weight, bias: in_order(x) + (bias or 0)
     )
     x, found, made = apply(calls, layer, 100)
     assert made == [] and torch.equal(found, in_order(x))
@@ -592,23 +594,23 @@ def test_the_kernel_takes_calls_of_any_size(calls, monkeypatch):
 
 def test_prefill_is_probed_where_the_gates_attention_runs_and_prompts_may_share(monkeypatch):
     monkeypatch.setattr(ranks, "group", lambda: None)
-    monkeypatch.setattr(invariance, "_rows_in_memory", lambda _operators: 4096)
+    monkeypatch.setattr(startup, "_rows_in_memory", lambda _operators: 4096)
     graphs = SimpleNamespace(prefill=SimpleNamespace(bs=[4, 300, 5000]))
     args = SimpleNamespace(
         chunked_prefill_size=8192, max_prefill_tokens=16384, cuda_graph_config=graphs
     )
     runner = SimpleNamespace(attn_backend=SimpleNamespace(margingate=object()), server_args=args)
     config = SimpleNamespace(prefill="auto")
-    counts = invariance._prefill_counts
+    counts = startup._prefill_counts
     assert counts(runner, config, {}, 256) == probe.prefill_counts(256, 4096, [300])
     assert 300 in counts(runner, config, {}, 256)
-    monkeypatch.setattr(invariance, "_rows_in_memory", lambda _operators: 1 << 30)
+    monkeypatch.setattr(startup, "_rows_in_memory", lambda _operators: 1 << 30)
     assert max(counts(runner, config, {}, 256)) == 8192
     with monkeypatch.context() as patch:
         patch.setattr(ranks, "of_all", lambda rows: [rows, 2048])
         assert max(counts(runner, config, {}, 256)) == 2048, "what the rank with least room has"
     args.chunked_prefill_size = -1
-    assert max(counts(runner, config, {}, 256)) == invariance.MOST_PREFILLED
+    assert max(counts(runner, config, {}, 256)) == startup.MOST_PREFILLED
     args.chunked_prefill_size = 64
     assert counts(runner, config, {}, 256) == [257], "no larger than what decode has anyway"
     assert counts(runner, SimpleNamespace(prefill="alone"), {}, 256) == []

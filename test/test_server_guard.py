@@ -17,7 +17,7 @@ from margingate.harness.client import Client
 # Only in the test's server: each guarded function first raises for a request named after it.
 INJECT = """
 import importlib.util, sys
-NAME = "margingate.runtime.guard"
+NAME = "margingate.runtime.request.guard"
 
 class Finder:
     def find_spec(self, name, path=None, target=None):

@@ -31,7 +31,7 @@ import sys
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import prepare_server_args
 load_plugins()
-from margingate.runtime.server_args import gate_config
+from margingate.runtime.compat.server_args import gate_config
 print("threshold", gate_config(prepare_server_args(sys.argv[1:])).threshold)
 """
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from margingate.config import GateConfig, GateError
-from margingate.runtime import environment, machine, request_table, settings_table
-from margingate.runtime.settings_table import ARITHMETIC, COUNTED, NO_EFFECT, REFUSED
+from margingate.runtime.compat import environment, machine, request_table, settings_table
+from margingate.runtime.compat.settings_table import ARITHMETIC, COUNTED, NO_EFFECT, REFUSED
 
 MakeArgs = Callable[..., Any]
 
@@ -75,7 +75,7 @@ def test_every_field_of_a_request_is_in_one_place_with_a_reason(kind):
 def test_a_field_that_nobody_has_looked_at_is_refused_unless_it_is_at_its_default(make_args):
     from sglang.srt.server_args import ServerArgs
 
-    from margingate.runtime.refusals import refuse_server
+    from margingate.runtime.start.refusals import refuse_server
 
     @dataclass
     class Newer(ServerArgs):
@@ -150,7 +150,7 @@ def other(name: str, args: Any) -> Any:
 
 @pytest.mark.parametrize("name", settings_table.names(REFUSED))
 def test_each_field_that_is_called_refused_is_refused(make_args, name):
-    from margingate.runtime.refusals import refuse_server
+    from margingate.runtime.start.refusals import refuse_server
 
     args = make_args()
     refuse_server(args)
@@ -161,7 +161,7 @@ def test_each_field_that_is_called_refused_is_refused(make_args, name):
 
 @pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2", "mxfp8", "nvfp4", "fp4_mx_block16"])
 def test_columns_of_fewer_bits_are_refused(make_args, name):
-    from margingate.runtime.refusals import refuse_server
+    from margingate.runtime.start.refusals import refuse_server
 
     with pytest.raises(GateError, match="--kv-cache-dtype, because K/V columns of another type"):
         refuse_server(make_args(kv_cache_dtype=name))
@@ -177,7 +177,7 @@ def test_columns_of_fewer_bits_are_refused(make_args, name):
     ],
 )
 def test_columns_have_the_type_of_the_model(name, dtype, refused):
-    from margingate.runtime.refused_models import refuse_column_type
+    from margingate.runtime.start.refused_models import refuse_column_type
 
     config = SimpleNamespace(dtype=dtype)
     args = SimpleNamespace(kv_cache_dtype=name, get_model_config=lambda: config)
@@ -189,7 +189,7 @@ def test_columns_have_the_type_of_the_model(name, dtype, refused):
 
 
 def test_columns_that_a_checkpoint_scales_are_refused():
-    from margingate.runtime.refused_models import refuse_columns
+    from margingate.runtime.start.refused_models import refuse_columns
 
     model = torch.nn.Sequential(torch.nn.Identity())
     runner = SimpleNamespace(model=model, dtype=torch.bfloat16, kv_cache_dtype=torch.bfloat16)
@@ -208,7 +208,7 @@ def test_a_fused_all_reduce_that_sglang_would_choose_by_itself_is_off(monkeypatc
     """SGLang's own passes over the arguments that the gate has set, as if on a Hopper GPU."""
     from sglang.srt.arg_groups import overrides
 
-    from margingate.runtime import arguments
+    from margingate.runtime.start import arguments
 
     model = SimpleNamespace(hf_config=SimpleNamespace(architectures=["Qwen3MoeForCausalLM"]))
     monkeypatch.setattr(overrides, "is_sm90_supported", lambda: True)
@@ -237,7 +237,7 @@ def test_a_fused_all_reduce_that_sglang_would_choose_by_itself_is_off(monkeypatc
 
 @pytest.mark.parametrize("name", settings_table.names(ARITHMETIC, COUNTED))
 def test_servers_that_differ_in_a_setting_that_counts_have_other_fingerprints(make_args, name):
-    from margingate.runtime import fingerprint
+    from margingate.runtime.observe import fingerprint
 
     def value(args: Any) -> Any:
         parts = {"arguments": fingerprint.arguments(args)}
@@ -250,7 +250,7 @@ def test_servers_that_differ_in_a_setting_that_counts_have_other_fingerprints(ma
 
 @pytest.mark.parametrize("name", settings_table.names(ARITHMETIC))
 def test_the_probe_is_redone_where_a_setting_reaches_the_arithmetic(make_args, name):
-    from margingate.runtime import probe_cache
+    from margingate.runtime.probe import cache
 
     def key(args: Any) -> Any:
         runner = SimpleNamespace(
@@ -260,7 +260,7 @@ def test_the_probe_is_redone_where_a_setting_reaches_the_arithmetic(make_args, n
             ps=SimpleNamespace(tp_rank=0, tp_size=1),
             server_args=args,
         )
-        return probe_cache.identity(runner, ["a"], 64)
+        return cache.identity(runner, ["a"], 64)
 
     args = make_args()
     assert key(args) == key(make_args())
@@ -268,7 +268,7 @@ def test_the_probe_is_redone_where_a_setting_reaches_the_arithmetic(make_args, n
 
 
 def test_settings_without_effect_are_not_in_it(make_args):
-    from margingate.runtime import fingerprint
+    from margingate.runtime.observe import fingerprint
 
     assert not set(fingerprint.ARGUMENTS) & set(settings_table.names(NO_EFFECT))
     assert fingerprint.arguments(make_args()) == fingerprint.arguments(
@@ -277,7 +277,7 @@ def test_settings_without_effect_are_not_in_it(make_args):
 
 
 def test_the_text_of_a_file_counts_and_not_its_name(make_args, tmp_path):
-    from margingate.runtime import fingerprint
+    from margingate.runtime.observe import fingerprint
 
     for name in fingerprint.READ:
         for number in (1, 2):
@@ -291,7 +291,7 @@ def test_the_text_of_a_file_counts_and_not_its_name(make_args, tmp_path):
 
 
 def test_what_the_prefill_graphs_became_counts(make_args):
-    from margingate.runtime import fingerprint
+    from margingate.runtime.observe import fingerprint
 
     def arguments(backend: str) -> Any:
         graphs = SimpleNamespace(prefill=SimpleNamespace(backend=backend))
@@ -395,7 +395,8 @@ def test_a_virtual_machine_is_told_by_what_its_cpu_can_do():
 
 
 def test_libraries_that_read_requests_and_write_answers_count(monkeypatch):
-    from margingate.runtime import fingerprint, probe_cache
+    from margingate.runtime.observe import fingerprint
+    from margingate.runtime.probe import cache
 
     here = fingerprint.libraries()
     monkeypatch.setattr(machine.platform, "libc_ver", lambda: ("glibc", "2.0"))
@@ -414,13 +415,13 @@ def test_libraries_that_read_requests_and_write_answers_count(monkeypatch):
     ]
     assert set(named) <= set(fingerprint.LIBRARIES)
     assert all(machine.version(name) for name in ("llguidance", "jinja2", "xgrammar"))
-    assert probe_cache.NVIDIA == "nvidia-"
+    assert cache.NVIDIA == "nvidia-"
     assert set(machine.versions("jinja", "Jinja")) == {"Jinja2"}
 
 
 @pytest.mark.parametrize("name", ["tekken.json", "params.json", "spiece.vocab", "chat.jinja"])
 def test_files_of_every_kind_of_tokenizer_count(tmp_path, name):
-    from margingate.runtime import fingerprint
+    from margingate.runtime.observe import fingerprint
 
     (tmp_path / "config.json").write_text("{}")
     before = fingerprint.files(str(tmp_path), str(tmp_path), None)
@@ -432,7 +433,7 @@ def test_files_of_every_kind_of_tokenizer_count(tmp_path, name):
 
 
 def test_a_command_line_whose_arguments_carry_no_settings_ends_the_start():
-    from margingate.runtime import arguments
+    from margingate.runtime.start import arguments
 
     asked = argparse.Namespace(deterministic_gate=True)
     for made in (SimpleNamespace(), SimpleNamespace(_margingate=GateConfig())):
@@ -448,7 +449,7 @@ def test_a_command_line_whose_arguments_carry_no_settings_ends_the_start():
 
 
 def test_an_engine_whose_arguments_carry_no_settings_launches_nothing():
-    from margingate.runtime import arguments
+    from margingate.runtime.start import arguments
 
     launched = []
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from margingate.runtime.stream import SettledStream
+from margingate.runtime.schedule.stream import SettledStream
 
 
 @pytest.mark.parametrize(("frontier", "copied"), [(4, False), (3, True)])

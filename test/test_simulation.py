@@ -13,11 +13,11 @@ from margingate.config import GateConfig, GateError, make_config
 from margingate.core.ledger import Row
 from margingate.core.policy import Decision, GatePolicy, Reason
 from margingate.core.simulation import Simulation
-from margingate.runtime.record import GateRequest
-from margingate.runtime.refusals import refuse_simulation
-from margingate.runtime.simulate import Simulator
-from margingate.runtime.tally import Tally
-from margingate.runtime.verifier import RowResult
+from margingate.runtime.observe.tally import Tally
+from margingate.runtime.request.record import GateRequest
+from margingate.runtime.start.refusals import refuse_simulation
+from margingate.runtime.verify.simulation import Simulator
+from margingate.runtime.verify.verifier import RowResult
 
 STOCK = {"fast_path": "stock"}
 VOCABULARY = 100

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 
-from margingate.runtime import fingerprint
+from margingate.runtime.observe import fingerprint
 
 
 @pytest.mark.parametrize(

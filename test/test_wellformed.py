@@ -11,7 +11,7 @@ import torch
 from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from margingate.runtime.wellformed import refusal, validate_one_request
+from margingate.runtime.client.parameter_types import refusal, validate_one_request
 
 MANAGER = SimpleNamespace(
     sampling_params_class=SamplingParams, model_config=SimpleNamespace(vocab_size=1000)

@@ -35,7 +35,7 @@ from margingate.events import Flag, Verdict
 from margingate.harness.client import Client, Prompt, chat_prompts, read_prompts
 from margingate.harness.embedded_model import ensure_model
 from margingate.harness.servers import free_port, launch
-from margingate.runtime.publisher import Publisher
+from margingate.runtime.observe.event_socket import Publisher
 
 MODES = ("no option", "no subscriber", "reads", "stopped reading")
 LAST = 32  # tokens of a request that are timed: by then every prompt is prefilled

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from margingate.runtime.frontend import Endpoint
+    from margingate.runtime.client.frontend import Endpoint
 
 __all__ = ["Endpoint"]
 
@@ -18,6 +18,6 @@ def __getattr__(name: str) -> Any:
     """
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from margingate.runtime.frontend import Endpoint
+    from margingate.runtime.client.frontend import Endpoint
 
     return Endpoint

@@ -9,9 +9,10 @@ def load() -> None:
     SGLang logs an exception raised here and serves on, so nothing here may decide: without the
     options, `--deterministic-gate` is an unknown argument and the server does not start.
     """
-    from margingate.runtime import hooks, startup_hooks
+    from margingate.runtime.hooks import registry
+    from margingate.runtime.start import startup_hooks
 
-    hooks.register(startup_hooks.STARTUP_HOOKS)
+    registry.register(startup_hooks.STARTUP_HOOKS)
 
 
 def host_platform() -> str | None:
@@ -24,4 +25,4 @@ def host_platform() -> str | None:
         return None
     if torch.cuda.is_available() or torch.xpu.is_available():
         return None
-    return "margingate.runtime.platform.HostPlatform"
+    return "margingate.runtime.compat.host_platform.HostPlatform"

@@ -2,7 +2,7 @@
 import sys, time, itertools
 from functools import partial
 import torch, torch.nn.functional as F
-from margingate.runtime.invariant_matmul import compile_ahead, invariant_matmul, kernel_counts
+from margingate.runtime.compat.batch_invariant_matmul import compile_ahead, invariant_matmul, kernel_counts
 import deep_gemm
 from sgl_kernel import silu_and_mul
 try:

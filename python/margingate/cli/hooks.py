@@ -13,7 +13,7 @@ from margingate import markdown
 from margingate.errors import CliError
 
 if TYPE_CHECKING:
-    from margingate.runtime.hooks import Hook
+    from margingate.runtime.hooks.registry import Hook
 
 COLUMNS = ("Target", "Kind", "Process", "Failure ends", "Why", "Remove when")
 ABOUT = """\
@@ -30,12 +30,9 @@ margingate in it ends.
 def ledger() -> str:
     """The Markdown document, a row per hook. Imports SGLang; raises CliError without it."""
     try:
-        from margingate.runtime import (
-            hook_table,
-            instance_patches,
-            startup_hooks,
-            tokenizer_hooks,
-        )
+        from margingate.runtime.compat import instance_patches
+        from margingate.runtime.hooks import launcher_table, scheduler_table
+        from margingate.runtime.start import startup_hooks
     except ImportError as err:
         raise CliError(
             f"the ledger names functions of SGLang, which cannot be imported ({err}); pip install"
@@ -43,9 +40,9 @@ def ledger() -> str:
         ) from err
     processes = {
         "startup": startup_hooks.STARTUP_HOOKS,
-        "launcher": tokenizer_hooks.TOKENIZER_HOOKS,
-        "detokenizer": tokenizer_hooks.DETOKENIZER_HOOKS,
-        "scheduler": hook_table.SCHEDULER_HOOKS,
+        "launcher": launcher_table.TOKENIZER_HOOKS,
+        "detokenizer": launcher_table.DETOKENIZER_HOOKS,
+        "scheduler": scheduler_table.SCHEDULER_HOOKS,
     }
     rows = [_cells(hook, process) for process, hooks in processes.items() for hook in hooks]
     rows += [

@@ -1,0 +1,286 @@
+"""margingate's attention kernels inside SGLang's Triton backend, which stays as it is around them.
+
+Their bits depend on a row's own keys alone, in prefill as in decode: see
+`margingate_kernels.attention`. SGLang's backend calls the functions that it holds as attributes;
+those are replaced on one instance.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+
+from margingate.config import GateError
+from margingate.runtime.compat.instance_patches import ON_TRITON, check_instance
+from margingate_kernels import (
+    Chunks,
+    Columns,
+    DecodeWorkspace,
+    Paged,
+    decode_attention,
+    decode_workspace,
+    extend_attention,
+    plan_decode,
+    segments_of,
+)
+from margingate_kernels.attention import ARITHMETIC
+from margingate_kernels.attention_checks import HEAD_SIZES, MOST_GROUPED
+
+logger = logging.getLogger(__name__)
+
+DTYPES = (torch.bfloat16, torch.float16)
+MOST_ROWS = 512  # of a batch, without making room for more
+SHARED = 2  # pools of tokens that a batch may see: what requests share is in the pool once
+
+
+class OwnAttention:
+    """The kernels and their workspace, for one attention backend."""
+
+    def __init__(self, backend: Any, runner: Any) -> None:
+        """Mutates `backend`: from here on its attention is these kernels.
+
+        Before its decode graphs are made; `unfit` must have nothing to say.
+
+        Raises:
+            GateError: the backend lacks something that is replaced.
+        """
+        for patch in ON_TRITON:
+            check_instance(backend, patch)
+        layer = _layers(runner.model)[0]
+        self._heads, self._head_size = layer.tp_q_head_num, layer.qk_head_dim
+        self._first = min(each.layer_id for each in _layers(runner.model))
+        self._page_table = runner.req_to_token_pool.req_to_token
+        self._device = runner.device
+        self._longest = segments_of(runner.model_config.context_len, self._head_size)
+        self._pool = segments_of(runner.token_to_kv_pool.size, self._head_size)
+        graphs = runner.server_args.cuda_graph_config.decode.max_bs or 0
+        self._workspace = self._make_workspace(max(MOST_ROWS, graphs))
+        self._larger: DecodeWorkspace | None = None  # graphs hold addresses of the first
+        self._layer: Any = None
+        self._batch: Any = None
+        self._parts: list[slice] = []  # of the rows of the present decode forward
+        self._ran = {"decode": False, "prefill": False}
+        self._decode, self._extend = backend.forward_decode, backend.forward_extend
+        backend.forward_decode, backend.forward_extend = self.forward_decode, self.forward_extend
+        backend.decode_attention_fwd = self._attend_rows
+        backend.extend_attention_fwd = self._attend_chunks
+        backend.max_kv_splits = 1  # of the buffers that its own kernels would fill
+        backend.get_num_kv_splits = lambda num_kv_splits, seq_lens: num_kv_splits.fill_(1)
+        backend.margingate = self
+
+    def confirm(self, *, prefill: bool) -> None:
+        """After forwards of both kinds. Raises GateError where the kernels did not run."""
+        for name in ("decode", "prefill") if prefill else ("decode",):
+            if not self._ran[name]:
+                raise GateError(
+                    f"--deterministic-gate replaced {name} attention, but SGLang did not call it: "
+                    "choose --attention-backend flashinfer, or --gate-fast-path stock."
+                )
+
+    @property
+    def room(self) -> int:
+        """Tokens that the rows of a decode forward may see together, at the least."""
+        capacity, rows = len(self._workspace.segments.records), _rows(self._workspace)
+        if capacity >= rows * self._longest:
+            return rows * self._longest * self._workspace.blocks.segment
+        return max(capacity - rows, 1) * self._workspace.blocks.segment
+
+    def holds(self, batch: Any) -> bool:
+        """Whether there is room for all that the rows of a decode batch see, as in a CUDA graph."""
+        keys = batch.seq_lens_sum
+        return (int(batch.seq_lens.sum()) if keys is None else keys) <= self.room
+
+    def record(self) -> list[int]:
+        """What the bits depend on."""
+        return [ARITHMETIC, self._workspace.blocks.keys, self._workspace.blocks.segment]
+
+    def _make_workspace(self, rows: int) -> DecodeWorkspace:
+        segments = min(rows * self._longest, SHARED * self._pool + self._longest + rows)
+        return decode_workspace(rows, segments, self._heads, self._head_size, self._device)
+
+    def _workspace_for(self, rows: int) -> DecodeWorkspace:
+        if rows <= _rows(self._workspace):
+            return self._workspace
+        if self._larger is None or rows > _rows(self._larger):
+            self._larger = self._make_workspace(1 << (rows - 1).bit_length())
+        return self._larger
+
+    def _parts_of(self, batch: Any, rows: int) -> list[slice]:
+        """The rows of a decode batch that attend together: all, where there is room."""
+        if rows == 1 or self.holds(batch):
+            return [slice(0, rows)]
+        return list(parts(batch.seq_lens_cpu.tolist(), self.room))
+
+    def forward_decode(
+        self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """In place of the backend's: notes the layer, and lets the backend do the rest."""
+        self._layer = layer
+        if layer.layer_id == self._first:
+            self._parts = self._parts_of(forward_batch, forward_batch.batch_size)
+        return self._decode(q, k, v, layer, forward_batch, *args, **kwargs)
+
+    def forward_extend(
+        self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """In place of the backend's: notes the batch, and lets the backend do the rest."""
+        self._batch = forward_batch
+        return self._extend(q, k, v, layer, forward_batch, *args, **kwargs)
+
+    def _attend_rows(  # noqa: PLR0917
+        self,
+        q: torch.Tensor,
+        k_buffer: torch.Tensor,
+        v_buffer: torch.Tensor,
+        out: torch.Tensor,
+        indptr: torch.Tensor,
+        slots: torch.Tensor,
+        _attn_logits: Any,
+        _attn_lse: Any,
+        _splits: Any,
+        _max_splits: int,
+        scale: float,
+        *_scales: float,
+        **extras: Any,
+    ) -> None:
+        """In place of the backend's decode kernel."""
+        _refuse(extras)
+        self._ran["decode"] = True
+        workspace = self._workspace_for(len(q))
+        for part in self._parts:
+            its = indptr[part.start : part.stop + 1]
+            if self._layer.layer_id == self._first or len(self._parts) > 1:
+                plan_decode(its, workspace)
+            paged = Paged(k_buffer, v_buffer, slots, its)
+            decode_attention(q[part], paged, scale, out[part], workspace)
+
+    def _attend_chunks(  # noqa: PLR0917
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        k_buffer: torch.Tensor,
+        v_buffer: torch.Tensor,
+        starts: torch.Tensor,
+        _indptr: torch.Tensor,
+        _indices: torch.Tensor,
+        mask: torch.Tensor | None,
+        causal: bool,
+        _mask_indptr: Any,
+        longest: int,
+        _k_scale: float,
+        _v_scale: float,
+        scale: float,
+        **extras: Any,
+    ) -> None:
+        """In place of the backend's extend kernel: all keys are in the pool by now."""
+        _refuse(extras)
+        if mask is not None or not causal:
+            raise RuntimeError("margingate: prefill attention with a mask of its own is not served")
+        self._ran["prefill"] = True
+        batch = self._batch
+        chunks = Chunks(
+            self._page_table,
+            batch.req_pool_indices,
+            starts[: len(batch.req_pool_indices) + 1],
+            batch.extend_prefix_lens,
+            longest,
+        )
+        extend_attention(q, Columns(k_buffer, v_buffer, k, v), chunks, scale, out)
+
+
+def _rows(workspace: DecodeWorkspace) -> int:
+    return len(workspace.segments.firsts) - 1
+
+
+def parts(lengths: Sequence[int], room: float) -> Iterator[slice]:
+    """Rows in groups that see no more than `room` keys together, or of one row."""
+    first = keys = 0
+    for i, length in enumerate(lengths):
+        keys += length
+        if keys > room and i > first:
+            yield slice(first, i)
+            first, keys = i, length
+    yield slice(first, len(lengths))
+
+
+def can_run_graph(original: Any, graphs: Any, batch: Any) -> bool:
+    """AROUND DecodeCudaGraphRunner.can_run_graph: not where the rows see more than it has room for.
+
+    Requests that share a prefix may see many times what the pool holds. Such a step runs without a
+    graph, and attends to some rows at a time.
+    """
+    own = of(graphs.attn_backend)
+    if own is None or own.holds(batch):
+        return bool(original(graphs, batch))
+    _warn_once(own.room)
+    return False
+
+
+@functools.cache
+def _warn_once(room: int) -> None:
+    logger.warning(
+        "margingate: requests that share a prefix see more than the %d tokens that attention in a "
+        "CUDA graph has room for: such decode steps run without one, which is slower, and answers "
+        "are the same; a lower --max-running-requests avoids it.",
+        room,
+    )
+
+
+def unfit(backend: Any, runner: Any) -> str:
+    """Why the kernels cannot serve this backend and model; empty where they can."""
+    layers = _layers(runner.model)
+    if type(backend).__name__ != "TritonAttnBackend" or runner.device != "cuda":
+        return "the attention backend is not Triton's on CUDA"
+    if not layers:
+        return "the model has no attention layers that are known"
+    pool = runner.token_to_kv_pool
+    if runner.dtype not in DTYPES or getattr(pool, "store_dtype", None) != runner.dtype:
+        return "the K/V cache has not the model's dtype"
+    if getattr(backend, "use_mla", True) or getattr(backend, "dcp_size", 1) > 1:
+        return "columns are latent or spread over ranks"
+    return next(filter(None, map(_unfit_layer, layers)), "")
+
+
+def _unfit_layer(layer: Any) -> str:
+    if layer.qk_head_dim != layer.v_head_dim or layer.qk_head_dim not in HEAD_SIZES:
+        return f"a head has {layer.qk_head_dim} lanes, not one of {HEAD_SIZES}"
+    if layer.tp_q_head_num > MOST_GROUPED * layer.tp_k_head_num:
+        return f"more than {MOST_GROUPED} heads share a K/V head"
+    plain = (
+        not layer.logit_cap
+        and (layer.sliding_window_size is None or layer.sliding_window_size < 0)
+        and not layer.is_cross_attention
+        and layer.attn_type == AttentionType.DECODER
+        and layer.k_scale is None
+        and layer.xai_temperature_len <= 0
+    )
+    return "" if plain else "its attention has a cap, a window, a scale or a mask"
+
+
+def _layers(model: Any) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, RadixAttention)]
+
+
+def _refuse(extras: dict[str, Any]) -> None:
+    """Raises RuntimeError for what the kernels do not do; `unfit` has looked for it before."""
+    window = extras.get("sliding_window_size", -1)
+    if (
+        extras.get("logit_cap")
+        or extras.get("sinks") is not None
+        or extras.get("score_mod") is not None
+        or (window is not None and window >= 0)
+    ):
+        raise RuntimeError("margingate: attention with sinks, a cap or a window is not served")
+
+
+def of(backend: Any) -> OwnAttention | None:
+    """The kernels of this backend, where it has them."""
+    found: OwnAttention | None = getattr(backend, "margingate", None)
+    return found

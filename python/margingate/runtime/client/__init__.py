@@ -1,0 +1,1 @@
+"""What clients may send, and what they get beside the answer (launcher and detokenizer)."""

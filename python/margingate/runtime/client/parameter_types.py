@@ -1,0 +1,173 @@
+"""Parameters of another type than SGLang takes them to have: HTTP 400.
+
+SGLang checks many ranges, but few types. What gets past its tokenizer ends the scheduler, and with
+it the requests of all others: `max_new_tokens` 1.5 did, and a `logit_bias` that is a list.
+`benchmark/robustness/bad_requests.py` has more of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+from sglang.srt.managers.embed_types import PositionalEmbeds
+
+from margingate.runtime.compat import request_table
+from margingate.runtime.request.record import SWITCH
+from margingate.runtime.request.stop_expressions import LIMIT, UNBOUNDED, stalls
+
+MOST_COPIES = 128  # of a request, each a request of its own; ask for more in several
+_SHOWN = 80  # characters of a value in a sentence
+_FLOAT32 = float(np.finfo(np.float32).max)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, Integral)  # NumPy's too
+
+
+def _int32(value: Any) -> bool:
+    """SGLang makes a tensor of it."""
+    return _whole(value) and -(1 << 31) <= value < 1 << 31
+
+
+def _int64(value: Any) -> bool:
+    return _whole(value) and -(1 << 63) <= value < 1 << 63
+
+
+def _copies(value: Any) -> bool:
+    return _whole(value) and value <= MOST_COPIES
+
+
+def _number(value: Any) -> bool:
+    """Finite in float32, which SGLang's tensors have."""
+    real = isinstance(value, Real)
+    return real and bool(abs(value) <= _FLOAT32)
+
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool | np.bool_)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _texts(value: Any) -> bool:
+    return _text(value) or (isinstance(value, list | tuple) and all(map(_text, value)))
+
+
+def _ids(value: Any) -> bool:
+    """SGLang leaves out what is None."""
+    if not isinstance(value, list | tuple | set | frozenset):
+        return False
+    return all(each is None or _whole(each) for each in value)
+
+
+def _biases(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        (_whole(token) or (_text(token) and token.strip().isdecimal())) and _number(bias)
+        for token, bias in value.items()
+    )
+
+
+def _expressions(value: Any) -> bool:
+    if not _texts(value):
+        return False
+    try:
+        for each in [value] if isinstance(value, str) else value:
+            re.compile(each)
+            if stalls(each):
+                return False
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+_Kind = tuple[Callable[[Any], bool], str]
+_INT32: _Kind = (_int32, f"a whole number below {1 << 31}")
+_INT64: _Kind = (_int64, "a whole number of at most 64 bits")
+_COPIES: _Kind = (_copies, f"a whole number, at most {MOST_COPIES}")
+_NUMBER: _Kind = (_number, "a number that is finite in float32")
+_FLAG: _Kind = (_flag, "true or false")
+_TEXT: _Kind = (_text, "a text")
+
+_KINDS: dict[str, _Kind] = {
+    **dict.fromkeys(("max_new_tokens", "stream_interval", "sampling_seed"), _INT64),
+    **dict.fromkeys(("min_new_tokens", "top_k"), _INT32),
+    **dict.fromkeys(("temperature", "top_p", "min_p"), _NUMBER),
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "repetition_penalty"), _NUMBER),
+    **dict.fromkeys(("json_schema", "regex", "ebnf", "structural_tag"), _TEXT),
+    **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens"), _FLAG),
+    "n": _COPIES,
+    "stop": (_texts, "a text or a list of texts"),
+    "stop_regex": (
+        _expressions,
+        f"a regular expression or a list of them, with fewer than {LIMIT} steps at one place: "
+        f"repeats multiply where they may share characters, and one without a bound counts "
+        f"{UNBOUNDED}",
+    ),
+    "stop_token_ids": (_ids, "a list of token ids"),
+    "logit_bias": (_biases, "an object with a finite number for each token id"),
+}
+
+# `is_normalized` and SGLang's other notes pass all its checks by.
+_ASKED = request_table.SAMPLED - request_table.NOTES
+
+
+def refusal(params: Mapping[str, Any]) -> str:
+    """The sentence for the first sampling parameter of another type; empty where there is none.
+
+    Args:
+        params: as a client gave them. None counts as absent, and what is not named above is left
+            to SGLang.
+    """
+    for name, value in params.items():
+        kind = _KINDS.get(name)
+        if kind is not None and value is not None and not kind[0](value):
+            shown = repr(value)
+            shown = shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "..."
+            return f"{name} is {shown}: give {kind[1]}."
+    return ""
+
+
+def unknown(params: Mapping[str, Any], fields: Collection[str]) -> str:
+    """The sentence for the first name that a client has no business with, or an empty one.
+
+    Args:
+        fields: of SGLang's class of sampling parameters.
+    """
+    for name in params:
+        if name != SWITCH and (name not in fields or name not in _ASKED):
+            return f"{name!r} is not a sampling parameter: drop it, or check its spelling."
+    return ""
+
+
+def out_of_range(top_logprobs: Any, vocabulary: int) -> str:
+    """The sentence for a number of top log-probs that the model has not, or an empty one."""
+    if top_logprobs is None or (_whole(top_logprobs) and 0 <= top_logprobs <= vocabulary):
+        return ""
+    return f"top_logprobs_num is {top_logprobs!r}: give a whole number from 0 to {vocabulary}."
+
+
+def not_overrides(overrides: Any) -> str:
+    """The sentence for embedding overrides that came as JSON, or an empty one."""
+    if overrides is None or isinstance(overrides, PositionalEmbeds):
+        return ""
+    return "positional_embed_overrides are tensors, which cannot come as JSON: drop them."
+
+
+def validate_one_request(manager: Any, obj: Any, _input_ids: Any) -> None:
+    """BEFORE TokenizerManager._validate_one_request. Raises ValueError: HTTP 400."""
+    params = obj.sampling_params or {}
+    sentence = (
+        unknown(params, manager.sampling_params_class.__struct_fields__)
+        or refusal(params)
+        or out_of_range(getattr(obj, "top_logprobs_num", None), manager.model_config.vocab_size)
+        or request_table.unseen(obj)
+        or not_overrides(getattr(obj, "positional_embed_overrides", None))
+    )
+    if sentence:
+        raise ValueError(sentence)

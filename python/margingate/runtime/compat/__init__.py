@@ -1,0 +1,1 @@
+"""What is written for one SGLang release and one machine."""

@@ -1,0 +1,52 @@
+"""What is replaced on one object of SGLang's instead of a class: a row each, beside the hooks.
+
+docs/hooks.md lists them too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from margingate.config import GateError
+from margingate.runtime.compat.release import SGLANG_VERSION
+
+
+@dataclass(frozen=True)
+class InstancePatch:
+    """An attribute that the gate replaces on the attention backend of a gated server."""
+
+    owner: str  # dotted path of the class, below sglang.srt
+    name: str
+    why: str
+    remove_when: str
+
+
+_TRITON = "layers.attention.triton_backend.TritonAttnBackend"
+_FLASHINFER = "layers.attention.flashinfer_backend.FlashInferAttnBackend"
+_KERNELS = "SGLang's Triton kernels give a row the same bits in any forward"
+_SPLIT = "SGLang lets plugins fix the split of decode attention"
+
+ON_TRITON = (
+    InstancePatch(_TRITON, "decode_attention_fwd", "the gate's decode kernel", _KERNELS),
+    InstancePatch(_TRITON, "extend_attention_fwd", "the gate's prefill kernel", _KERNELS),
+    InstancePatch(_TRITON, "forward_decode", "notes the layer for the kernel", _KERNELS),
+    InstancePatch(_TRITON, "forward_extend", "notes the batch for the kernel", _KERNELS),
+    InstancePatch(_TRITON, "get_num_kv_splits", "a split by the length alone", _SPLIT),
+    InstancePatch(_TRITON, "max_kv_splits", "room for that split, and no more", _SPLIT),
+)
+ON_FLASHINFER = (
+    InstancePatch(_FLASHINFER, "decode_use_tensor_cores", "one kernel for all steps", _SPLIT),
+    InstancePatch(_FLASHINFER, "decode_split_tile_size", "a fixed split without graphs", _SPLIT),
+    InstancePatch(_FLASHINFER, "disable_cuda_graph_kv_split", "no split in graphs", _SPLIT),
+)
+INSTANCE_PATCHES = (*ON_TRITON, *ON_FLASHINFER)
+
+
+def check_instance(found: Any, patch: InstancePatch) -> None:
+    """Raises GateError where the object has nothing of that name to replace."""
+    if not hasattr(found, patch.name):
+        raise GateError(
+            f"--deterministic-gate needs {patch.owner}.{patch.name}, which SGLang {SGLANG_VERSION} "
+            f"has and this installation does not: reinstall sglang=={SGLANG_VERSION}."
+        )

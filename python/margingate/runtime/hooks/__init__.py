@@ -1,0 +1,1 @@
+"""The tables of patches, and functions that hand over from SGLang."""

@@ -1,0 +1,129 @@
+"""The ledger of every patch: what is hooked, why, and when the hook can go.
+
+SGLang logs a hook that cannot be applied and serves on; a gate that is not there must not be
+noticed by a wrong answer. So every target is compared with what this version was written for
+before it is registered, and looked up again after it was applied.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
+
+from margingate.config import GateError
+from margingate.runtime.compat.release import SGLANG_VERSION
+from margingate.runtime.request import guard
+from margingate.runtime.request.guard import Policy
+
+_SRT = "sglang.srt."
+# SGLang sets it while a plugin loads; most hooks are registered later, and its log names it.
+_SOURCE = HookSource(plugin_name="margingate", dist_name="margingate")
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One patch: `function` around, before or after `target`."""
+
+    target: str  # dotted path below sglang.srt
+    kind: HookType
+    function: Callable[..., Any]
+    parameters: str | None  # the target's parameter names, space-separated; None: not compared
+    why: str
+    remove_when: str
+    policy: Policy = Policy.FATAL  # what an exception in it ends
+    instead: Callable[..., Any] | None = None  # of the original then, where AROUND; as `function`
+
+    @property
+    def path(self) -> str:
+        return _SRT + self.target
+
+
+def check_version() -> None:
+    """Raises GateError unless the installed SGLang is the version the hooks were written for."""
+    try:
+        installed = importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        installed = "not installed as a package"
+    if installed != SGLANG_VERSION:
+        raise GateError(
+            f"--deterministic-gate patches SGLang {SGLANG_VERSION}, but SGLang is {installed}: "
+            f"pip install sglang=={SGLANG_VERSION}."
+        )
+
+
+def resolve(hook: Hook) -> Any:
+    """The hook's target as it is now; raises GateError when it does not exist."""
+    try:
+        return pkgutil.resolve_name(hook.path)
+    except (ImportError, AttributeError, ValueError):
+        raise GateError(
+            f"--deterministic-gate needs {hook.path}, which SGLang {SGLANG_VERSION} has and this "
+            f"installation does not: reinstall sglang=={SGLANG_VERSION}."
+        ) from None
+
+
+def check_target(hook: Hook) -> None:
+    """Raises GateError when the target is missing or its parameters differ from the ledger's."""
+    target = resolve(hook)
+    if hook.parameters is None:
+        return
+    found = " ".join(inspect.signature(inspect.unwrap(target)).parameters)
+    # A bound classmethod hides its first parameter.
+    if found not in (hook.parameters, hook.parameters.removeprefix("cls ")):
+        raise GateError(
+            f"--deterministic-gate cannot patch {hook.path}: its parameters are ({found}) instead "
+            f"of ({hook.parameters}); reinstall sglang=={SGLANG_VERSION}, or remove the plugin "
+            "that replaces it."
+        )
+
+
+def register(hooks: Iterable[Hook]) -> None:
+    """Check each hook's target and hand it to SGLang's registry (applied by `apply_hooks`)."""
+    hooks = tuple(hooks)
+    for hook in hooks:
+        check_target(hook)
+    for hook in hooks:
+        around = hook.kind is HookType.AROUND
+        function = guard.wrap(
+            hook.target, hook.function, hook.policy, around=around, instead=hook.instead
+        )
+        HookRegistry.register(hook.path, function, hook.kind, source=_SOURCE)
+
+
+def is_applied(hook: Hook) -> bool:
+    """Whether the hook's guarded function is in the chain of wrappers around its target."""
+    layer: Any = resolve(hook)
+    layer = getattr(layer, "__func__", layer)
+    while layer is not None:
+        cells = getattr(layer, "__closure__", None) or ()
+        if any(_guards(cell.cell_contents, hook.function) for cell in cells):
+            return True
+        layer = getattr(layer, "__wrapped__", None)
+    return False
+
+
+def _guards(held: Any, function: Callable[..., Any]) -> bool:
+    return inspect.isfunction(held) and getattr(held, "__wrapped__", None) is function
+
+
+def install(hooks: Iterable[Hook]) -> None:
+    """Register and apply hooks late (in a gated scheduler), and confirm every one.
+
+    Raises:
+        GateError: naming the first hook that is not in place afterwards.
+    """
+    hooks = tuple(hooks)
+    register([hook for hook in hooks if not is_applied(hook)])
+    HookRegistry.apply_hooks()
+    for hook in hooks:
+        if not is_applied(hook):
+            raise GateError(
+                f"--deterministic-gate could not patch {hook.path}, probably because another "
+                "SGLang plugin patched it first: restrict the plugins with SGLANG_PLUGINS."
+            )

@@ -1,0 +1,267 @@
+"""Every patch of a gated scheduler, a row each."""
+
+from __future__ import annotations
+
+from sglang.srt.plugins.hook_registry import HookType
+
+from margingate.runtime.hooks import handlers
+from margingate.runtime.hooks.path_hooks import INVARIANT_HOOKS, STOCK_HOOKS
+from margingate.runtime.hooks.registry import Hook
+from margingate.runtime.observe import study
+from margingate.runtime.request import forward_record
+from margingate.runtime.request.guard import Policy
+from margingate.runtime.sampling import logprobs, seeds
+from margingate.runtime.schedule import prefill_admission
+
+AFTER, AROUND, BEFORE = HookType.AFTER, HookType.AROUND, HookType.BEFORE
+_SCHEDULER = "managers.scheduler.Scheduler."
+_SAMPLING = "sampling.sampling_batch_info.SamplingBatchInfo."
+_WEIGHTS = "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
+_OPTIONS = "SGLang lets plugins declare arguments"
+_CALLBACK = "SGLang offers plugins a callback here"
+
+# Applied in the schedulers of a gated server.
+RUNTIME_HOOKS = (
+    Hook(
+        "managers.schedule_batch.Req.__init__",
+        AFTER,
+        handlers.request_init,
+        None,
+        "per-request switch, refusals and radix namespace",
+        _CALLBACK,
+        Policy.REQUEST,
+    ),
+    Hook(
+        _SCHEDULER + "_add_request_to_queue",
+        BEFORE,
+        handlers.add_request,
+        "self req is_retracted",
+        "HTTP 400 for what the gate cannot serve, and for ids outside the vocabulary",
+        "SGLang checks input ids itself and lets plugins refuse a request",
+        Policy.REQUEST,
+    ),
+    Hook(
+        "managers.schedule_policy.PrefillAdder.add_one_req",
+        AROUND,
+        handlers.add_one_req,
+        "self req has_chunked_req truncation_align_size",
+        "a gated prompt is prefilled alone, on the grid",
+        "prefill is batch-invariant",
+        Policy.REQUEST,
+        prefill_admission.refuse_failed,
+    ),
+    Hook(
+        "managers.schedule_policy.PrefillAdder.add_chunked_req",
+        AROUND,
+        handlers.add_chunked_req,
+        "self req",
+        "a gated chunk is never shrunk",
+        "prefill is batch-invariant",
+    ),
+    Hook(
+        "layers.sampler.Sampler._preprocess_logits",
+        AFTER,
+        handlers.after_preprocess,
+        "self logits sampling_info",
+        "tokens and margins from the final logits; SGLang need not rank a greedy batch's again",
+        "the sampler returns margins",
+    ),
+    Hook(
+        "model_executor.model_runner.ModelRunner.sample",
+        AROUND,
+        handlers.sample,
+        "self logits_output forward_batch",
+        "margins ride with the result; ties go to the lowest id; draws with a seed are the gate's",
+        "the sampler returns margins",
+    ),
+    Hook(
+        "layers.logprob_processor.OutputLogprobProcessor.compute_logprobs",
+        AROUND,
+        handlers.compute_logprobs,
+        "self logprobs top_logprobs_nums token_ids_logprobs batch_next_token_ids",
+        "log-probs have the same bits whether or not the batch samples; given tokens' by request",
+        "SGLang computes them in one way, and lets a request want none of given tokens",
+    ),
+    Hook(
+        "layers.logprob_processor.get_top_logprobs_raw",
+        AROUND,
+        logprobs.rank,
+        "logprobs top_logprobs_nums stage extend_logprob_pruned_lens_cpu no_copy_to_cpu",
+        "a row's most likely tokens do not depend on how many others want; lowest id among equals",
+        "SGLang ranks equals in one order, whatever k",
+    ),
+    Hook(
+        "layers.logprob_processor.get_top_logprobs_chunk",
+        AROUND,
+        logprobs.rank,
+        "logprobs top_k_nums pruned_lens top_logprobs_val top_logprobs_idx split_pruned_len",
+        "the same for the tokens of a prompt",
+        "SGLang ranks equals in one order, whatever k",
+    ),
+    Hook(
+        "mem_cache.memory_pool.ReqToTokenPool.free",
+        BEFORE,
+        handlers.before_free,
+        "self req",
+        "K/V columns of a finished request are digested for an audit, or compared by --gate-study",
+        _CALLBACK,
+        Policy.OBSERVE,
+    ),
+    Hook(
+        _SAMPLING + "adjusted_from_schedule_batch",
+        AFTER,
+        seeds.from_schedule_batch,
+        "self batch vocab_size",
+        "the seeds of gated requests that sample",
+        _CALLBACK,
+    ),
+    Hook(
+        _SAMPLING + "adjusted_merge_batch",
+        AFTER,
+        seeds.merge_batch,
+        "self other",
+        "a batch with seeds joins one without",
+        _CALLBACK,
+    ),
+    Hook(
+        _SAMPLING + "adjusted_filter_batch",
+        AFTER,
+        seeds.filter_batch,
+        "self keep_indices keep_indices_device",
+        "a batch without seeds does no work for them",
+        _CALLBACK,
+    ),
+    Hook(
+        "managers.utils.GenerationBatchResult.copy_to_cpu",
+        BEFORE,
+        forward_record.before_copy,
+        "self return_logprob return_hidden_states",
+        "with overlap, margins come to the CPU with the token ids, behind the same event",
+        "the sampler returns margins",
+    ),
+    Hook(
+        _SCHEDULER + "process_batch_result",
+        AROUND,
+        handlers.process_batch_result,
+        "self batch result",
+        "margins in, verification after the commit, settled tokens out",
+        _CALLBACK,
+        Policy.BATCH,
+    ),
+    Hook(
+        _SCHEDULER + "get_next_batch_to_run",
+        AROUND,
+        handlers.get_next_batch_to_run,
+        "self running_batch last_batch",
+        "stopped requests leave the batch while their rows are pending",
+        _CALLBACK,
+        Policy.BATCH,
+    ),
+    Hook(
+        "managers.schedule_batch.Req.update_finish_state",
+        AROUND,
+        handlers.update_finish_state,
+        "self new_accepted_len",
+        "withholds the end of a request with pending rows",
+        _CALLBACK,
+        Policy.REQUEST,
+    ),
+    Hook(
+        "managers.scheduler_components.output_streamer._GenerationStreamAccumulator.accept",
+        AROUND,
+        handlers.accept,
+        "self req",
+        "nothing past the frontier leaves the scheduler",
+        "requests carry a number of settled tokens",
+        Policy.REQUEST,
+        handlers.accept_failed,
+    ),
+    Hook(
+        "managers.schedule_batch.release_req",
+        AROUND,
+        handlers.release_req,
+        "req remaing_req_count server_args req_to_token_pool token_to_kv_pool_allocator "
+        "tree_cache hisparse_coordinator offload_kv",
+        "a retracted request keeps its settled tokens; only its prompt is prefilled again",
+        "retraction can replay decoded columns",
+        Policy.REQUEST,
+    ),
+    Hook(
+        _SCHEDULER + "is_fully_idle",
+        AFTER,
+        handlers.is_fully_idle,
+        "self for_health_check",
+        "held requests own slots",
+        _CALLBACK,
+    ),
+    Hook(
+        _SCHEDULER + "on_idle",
+        AFTER,
+        handlers.on_idle,
+        "self",
+        "forgets requests that vanished from SGLang's queues; audits",
+        _CALLBACK,
+        Policy.OBSERVE,
+    ),
+    Hook(
+        _SCHEDULER + "abort_request",
+        AROUND,
+        handlers.abort_request,
+        "self recv_req",
+        "an abort ends one id, not all that begin with it; SGLang does not know held requests",
+        "SGLang compares whole ids and offers plugins a callback here",
+    ),
+    Hook(
+        _SCHEDULER + "pause_generation",
+        BEFORE,
+        handlers.pause_generation,
+        "self recv_req",
+        "no row waits across a pause or a weight update",
+        _CALLBACK,
+    ),
+    Hook(
+        _SCHEDULER + "get_internal_state",
+        AFTER,
+        handlers.internal_state,
+        "self recv_req",
+        "counters in /server_info",
+        "SGLang lets plugins add to it",
+        Policy.OBSERVE,
+    ),
+    Hook(
+        _SCHEDULER + "get_init_info",
+        AFTER,
+        handlers.init_info,
+        "self",
+        "tells the launcher that the gate is up",
+        "a failing plugin ends the server by itself",
+    ),
+    *(
+        Hook(
+            _WEIGHTS + name,
+            AROUND,
+            handlers.weights_change,
+            "self recv_req",
+            "the fingerprint follows the weights",
+            "SGLang counts changes of weights",
+        )
+        for name in (
+            *("update_weights_from_disk", "update_weights_from_distributed"),
+            *("update_weights_from_tensor", "update_weights_from_ipc"),
+            *("resume_memory_occupation", "check_weights"),
+        )
+    ),
+)
+
+# Applied, besides, with --gate-study.
+STUDY_HOOKS = (
+    Hook(
+        "layers.logits_processor.LogitsProcessor._get_logits",
+        BEFORE,
+        study.keep_states,
+        "self hidden_states lm_head logits_metadata embedding_bias use_logits_buffer",
+        "margins of exact products need the final hidden states, within decode graphs too",
+        "SGLang returns hidden states with each step at no other change",
+    ),
+)
+SCHEDULER_HOOKS = (*RUNTIME_HOOKS, *INVARIANT_HOOKS, *STOCK_HOOKS, *STUDY_HOOKS)

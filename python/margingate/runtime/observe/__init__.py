@@ -1,0 +1,1 @@
+"""What is reported: metrics, events, audits, the fingerprint, integrity."""

@@ -1,0 +1,284 @@
+"""One short hash of everything that a gated answer depends on besides its request.
+
+Equal fingerprints promise equal answers to equal requests, as far as the guarantee goes. Different
+ones promise nothing: what is in here may matter, not must. docs/limits.md lists it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+
+import margingate
+from margingate.config import GateConfig
+from margingate.core.rowclass import RowPlan
+from margingate.runtime.attention import fixed_split
+from margingate.runtime.compat import machine, settings_table
+from margingate.runtime.compat.ranks import gathered
+from margingate.runtime.observe import weight_digest, weight_updates
+from margingate.runtime.probe import cache, startup
+from margingate.runtime.probe.check_prefill import Prefill
+from margingate.runtime.verify.verifier import Verifier
+
+logger = logging.getLogger(__name__)
+
+DIGITS = 16
+# Of the model's and the tokenizer's folder; weights are read from memory instead.
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.vocab",
+    "*.bpe",
+    "tekken.json",
+    "params.json",
+    "*.jinja",
+    "chat_template.*",
+    "additional_chat_templates/*",
+    "*.py",
+)
+ARGUMENTS = settings_table.names(settings_table.ARITHMETIC, settings_table.COUNTED)
+READ = ("chat_template", "completion_template", "decrypted_config_file")  # or a file's name
+LIBRARIES = (  # what reads requests and writes answers; those that compute are in the probe's key
+    *("transformers", "tokenizers", "sentencepiece", "tiktoken", "mistral_common", "numpy"),
+    *("jinja2", "openai-harmony", "llguidance", "xgrammar", "outlines", "outlines_core", "lark"),
+    *("interegular", "msgspec", "partial-json-parser", "pydantic"),
+)
+LOOKS_ONLY = ("snapshot", "compare", "checksum")  # of SGLang's check_weights
+
+OBSERVED = "policy observe guarantees nothing"
+SIMULATED = "simulated verdicts guarantee nothing"
+STALE = "the weights were updated; it is computed with the next request"
+MIXED = "the weights were updated with columns of the old ones cached: flush the cache"
+CROSSED = "the weights were updated while it was served"
+
+
+class Fingerprint:
+    """The hash of fixed parts and of the weights, which may be replaced in a running server."""
+
+    def __init__(
+        self, parts: dict[str, Any], weights_now: Callable[[], str], no_columns: Callable[[], bool]
+    ) -> None:
+        """Computes it.
+
+        Args:
+            parts: for JSON; a part that is None could not be told, and so there is no hash.
+            weights_now: the digest of the weights in memory; may be a collective of all ranks.
+            no_columns: whether no prompt's columns are cached.
+        """
+        self.parts = parts
+        self._weights_now, self._no_columns = weights_now, no_columns
+        self._generation = 0
+        self._mixed = False
+        self._stale = True
+        self._value = ""
+        self._refresh()
+
+    @property
+    def generation(self) -> int:
+        """Of the weights in memory: how often they may have been replaced."""
+        return self._generation
+
+    def weights_changed(self, *, flushed: bool) -> None:
+        """The weights may be others now; `flushed`: no columns of the old ones are left."""
+        self._generation += 1
+        self._stale = True
+        self._mixed = not flushed and (self._mixed or not self._no_columns())
+
+    def admit(self) -> int:
+        """At a request's arrival, on every rank alike: catch up. Returns the weights' generation.
+
+        Not at the update: that may be one of many, and memory may be gone between them.
+        """
+        if self._stale:
+            self._refresh()
+        self._mixed = self._mixed and not self._no_columns()
+        return self._generation
+
+    def of(self, generation: int | None = None) -> dict[str, str | None]:
+        """For the record of a request that was admitted at this generation; None: for now."""
+        crossed = generation is not None and generation != self._generation
+        because = CROSSED if crossed else self._because()
+        if because:
+            return {"fingerprint": None, "fingerprint_because": because}
+        return {"fingerprint": self._value}
+
+    def _because(self) -> str:
+        """Why there is none; empty where there is one."""
+        return self._never() or (STALE if self._stale else MIXED if self._mixed else "")
+
+    def _never(self) -> str:
+        unknown = [name for name, part in self.parts.items() if part is None]
+        if unknown:
+            return f"{', '.join(unknown)} could not be found"
+        said = self.parts.get("guarantee")
+        return str(said) if said in (OBSERVED, SIMULATED) else ""
+
+    def _refresh(self) -> None:
+        self._stale = False
+        if because := self._never():
+            logger.info("margingate: there is no fingerprint: %s.", because)
+            return
+        start = time.monotonic()
+        self.parts["weights"] = self._weights_now()[:DIGITS]
+        self._value = _hash(self.parts)
+        seconds = time.monotonic() - start
+        logger.info("margingate: fingerprint %s (weights read in %.1f s)", self._value, seconds)
+
+
+def make(scheduler: Any, config: GateConfig, verifier: Verifier, prefill: Prefill) -> Fingerprint:
+    """The fingerprint of a scheduler whose gate is about to come up."""
+    args, runner = scheduler.server_args, verifier.runner
+    known = cache.identity(runner, (), 0)
+    versions = known["versions"] | libraries()
+    parts = {
+        "files": files(args.model_path, args.tokenizer_path, args.revision),
+        "arguments": arguments(args),
+        "guarantee": guarantee(config),
+        "plan": plan(config, verifier, prefill),
+        "machine": machine.describe(args)
+        | {name: known[name] for name in ("units", "threads", "arithmetic", "environment")}
+        | {"backend": known["attention"], "longest": scheduler.max_req_len},
+        "versions": versions | {"margingate": margingate.__version__},
+    }
+    tree = scheduler.tree_cache
+    return Fingerprint(
+        parts,
+        lambda: _weights(scheduler, runner.model),
+        lambda: not tree.evictable_size() and not tree.protected_size(),
+    )
+
+
+def libraries() -> dict[str, str | None]:
+    """Versions of LIBRARIES, of Python and of the C library."""
+    return {name: machine.version(name) for name in LIBRARIES} | machine.interpreter()
+
+
+def files(model: str, tokenizer: str, revision: str | None) -> dict[str, str] | None:
+    """Hashes of the small files that configure model and tokenizer; None where they are not found.
+
+    Names are those of folders or, on Hugging Face's hub, of what is in its local cache.
+    """
+    found = {}
+    for kind, name in {"model": model, "tokenizer": tokenizer}.items():
+        folder = _folder(name, revision)
+        if folder is None:
+            return None
+        named = {path for pattern in FILES for path in folder.glob(pattern) if path.is_file()}
+        hashes = {str(path.relative_to(folder)): _hash(path.read_bytes()) for path in named}
+        found[kind] = _hash(hashes)
+    return found
+
+
+def _folder(name: str, revision: str | None) -> Path | None:
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        config = try_to_load_from_cache(name, "config.json", revision=revision)
+    except ValueError:  # not a repository's name
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def arguments(args: Any) -> dict[str, Any]:
+    """ARGUMENTS by name, and what SGLang makes of others; files count by their text."""
+    named = settings_table.values(args, ARGUMENTS)
+    graphs = getattr(getattr(args, "cuda_graph_config", None), "prefill", None)  # as resolved
+    named["prefill_graphs"] = str(graphs)
+    named["conversation"] = _conversation(args)
+    return named | {name: _text_of(named[name]) for name in READ}
+
+
+def _conversation(args: Any) -> str | None:
+    """The name of SGLang's own chat template that it takes for a model's path, if it takes one.
+
+    It looks for words such as vicuna, janus or unlimited anywhere in the path, and then leaves the
+    template of the model's folder.
+    """
+    from sglang.srt.parser.conversation import get_conv_template_by_model_path
+
+    if args.chat_template or not args.model_path:
+        return None
+    name: str | None = get_conv_template_by_model_path(args.model_path)
+    return name
+
+
+def _text_of(value: str | None) -> str | None:
+    try:
+        return Path(value).read_text() if value and Path(value).is_file() else value
+    except OSError:  # a template that is longer than a file's name can be
+        return value
+
+
+def guarantee(config: GateConfig) -> dict[str, Any] | str:
+    """What decides which rows are settled unverified; with `exact`, none are."""
+    if config.policy == "observe":
+        return OBSERVED
+    if config.simulates:
+        return SIMULATED
+    if config.guarantee == "exact":
+        return {"guarantee": "exact"}
+    chosen = asdict(config)
+    return {name: chosen[name] for name in ("guarantee", "policy", "threshold", "repair")}
+
+
+def plan(config: GateConfig, verifier: Verifier, prefill: Prefill) -> dict[str, Any]:
+    """What is canonical: shapes of verify pass and prefill, and row counts of each operator."""
+    graphs = [size for size in verifier.graph_sizes(1 << 20) if size >= verifier.rows]
+    kept = {"limit": startup.largest_rows(verifier.device)}
+    kept |= {
+        found["name"]: RowPlan(*found["plan"]).bits()
+        for found in startup.records()
+        if found["plan"] and len({key for _, key in found["classes"]}) > 1
+    }
+    return {
+        "rows": config.rows,
+        "prefill": prefill.record() if prefill.together else {"chunk": config.prefill_chunk},
+        "graph": min(graphs, default=None),  # rows of the graph that a verify pass replays
+        "split": fixed_split.split_of(verifier.backend),
+        "kept": kept if config.invariant else None,
+    }
+
+
+def _weights(scheduler: Any, model: Any) -> str:
+    """Digest of the weights of all ranks, each of which holds a part of them."""
+    digests = gathered(scheduler, weight_digest.digest(model))
+    return digests[0] if len(digests) == 1 else _hash(digests)
+
+
+def _hash(value: Any) -> str:
+    """Of bytes as they are, of anything else as JSON."""
+    text = json.dumps(value, sort_keys=True, default=str).encode()
+    return hashlib.sha256(value if isinstance(value, bytes) else text).hexdigest()[:DIGITS]
+
+
+def weights_change(
+    fingerprint: Fingerprint, scheduler: Any, original: Any, manager: Any, received: Any
+) -> Any:
+    """Around what replaces weights in SchedulerWeightUpdaterManager, failures included."""
+    if getattr(received, "action", "") in LOOKS_ONLY:
+        return original(manager, received)
+    refused = weight_updates.refusal(scheduler, received)
+    if refused is not None:
+        return refused
+    flushed = False
+    try:
+        result = original(manager, received)
+        flushed = getattr(received, "flush_cache", False) and getattr(result, "success", False)
+        return result
+    finally:
+        fingerprint.weights_changed(flushed=flushed)

@@ -1,0 +1,118 @@
+"""The invariants that hold between two steps, checked: ledger, requests, slots, radix tree."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from margingate.runtime.request.in_flight import InFlight
+from margingate.runtime.request.open_requests import OpenRequests
+
+EVERY_S = 60.0  # between two checks of a server that is never idle
+
+
+def check(scheduler: Any, requests: OpenRequests, in_flight: InFlight) -> None:
+    """Raises AssertionError with a sentence on the first thing that does not agree."""
+    requests.ledger.check_integrity()
+    for req in requests:
+        _check_request(requests, in_flight, req)
+    _check_slots(scheduler, _live_requests(scheduler, requests, in_flight))
+
+
+class Reports:
+    """What `check` last said: it reads every slot, on the scheduler's thread, so not each time."""
+
+    def __init__(self, scheduler: Any, requests: OpenRequests, in_flight: InFlight) -> None:
+        self._scheduler, self._requests, self._in_flight = scheduler, requests, in_flight
+        self._said = ""
+        self._due = 0.0  # on the clock of time.monotonic; for a server that is not idle
+
+    def report(self) -> str:
+        """ "ok", or the sentence that `check` raised.
+
+        It is checked anew where the server is idle, and else once in EVERY_S.
+        """
+        if time.monotonic() >= self._due or self._scheduler.is_fully_idle():
+            self._said = self._check()
+            self._due = time.monotonic() + EVERY_S
+        return self._said
+
+    def _check(self) -> str:
+        try:
+            check(self._scheduler, self._requests, self._in_flight)
+        except AssertionError as error:
+            return str(error)
+        return "ok"
+
+
+def _check_request(requests: OpenRequests, in_flight: InFlight, req: Any) -> None:
+    ledger, key = requests.ledger, req.gate.key
+    assert key in set(ledger.requests()), f"request {req.rid} is open but not in the ledger"
+    if req.req_pool_idx is None:  # waits for its prompt to be prefilled again
+        return
+    tokens = len(req.gate.kept.tokens) if req.gate.kept is not None else len(req.output_ids)
+    emitted = ledger.emitted(key)
+    assert tokens == emitted, f"request {req.rid} has {tokens} tokens, the ledger {emitted}"
+    if req.gate.kept is not None:
+        return
+    columns, allocated = req.kv_committed_len, req.kv.kv_allocated_len
+    wanted = len(req.origin_input_ids) + tokens - 1 + _rows_in_flight(in_flight, req)
+    assert columns == allocated == wanted, (
+        f"request {req.rid} holds {columns} columns of {allocated} allocated, not {wanted}"
+    )
+
+
+def _rows_in_flight(in_flight: InFlight, req: Any) -> int:
+    """Decode rows of the request whose results are not processed yet (overlap scheduling)."""
+    batches = [b for b in in_flight.batches() if b.forward_mode.is_decode()]
+    return sum(other is req for batch in batches for other in batch.reqs)
+
+
+def _live_requests(scheduler: Any, requests: OpenRequests, in_flight: InFlight) -> list[Any]:
+    """Every request that holds slots, gated or not."""
+    batches = [*in_flight.around(), *in_flight.batches()]
+    reqs = [req for batch in batches for req in batch.reqs]
+    reqs += [*requests.held, *requests.rejoining]
+    if scheduler.chunked_req is not None:
+        reqs.append(scheduler.chunked_req)
+    unique = {id(req): req for req in reqs if req.req_pool_idx is not None}
+    return list(unique.values())
+
+
+def _check_slots(scheduler: Any, live: list[Any]) -> None:
+    """Each slot is free, in the tree, or owned by exactly one request."""
+    allocator, tree = scheduler.token_to_kv_pool_allocator, scheduler.tree_cache
+    parts = [("free", _free_slots(allocator)), ("in the tree", _tree_slots(tree))]
+    table = scheduler.req_to_token_pool.req_to_token
+    for req in live:
+        own = table[req.req_pool_idx, req.cache_protected_len : req.kv.kv_allocated_len]
+        parts.append((f"of request {req.rid}", own.to(torch.int64).cpu()))
+    counts = torch.bincount(torch.cat([slots for _, slots in parts]), minlength=allocator.size + 1)
+    twice, lost = counts > 1, counts[1:] == 0
+    if twice.any():
+        slot = int(twice.nonzero()[0])
+        owners = [name for name, slots in parts if (slots == slot).any()]
+        raise AssertionError(f"slot {slot} has several owners: {', '.join(owners)}")
+    assert not lost.any(), f"{int(lost.sum())} of {allocator.size} slots are nobody's"
+    total = tree.total_size() if hasattr(tree, "root_node") else 0
+    accounted = tree.evictable_size() + tree.protected_size()
+    assert total == accounted, f"the tree holds {total} columns but accounts for {accounted}"
+
+
+def _free_slots(allocator: Any) -> torch.Tensor:
+    pages = [allocator.free_pages, allocator.release_pages]
+    return torch.cat([page.to(torch.int64).cpu() for page in pages if page is not None])
+
+
+def _tree_slots(tree: Any) -> torch.Tensor:
+    values, nodes = [torch.empty(0, dtype=torch.int64)], [getattr(tree, "root_node", None)]
+    while nodes:
+        node = nodes.pop()
+        if node is None:
+            continue
+        nodes.extend(node.children.values())
+        if node.parent is not None:
+            values.append(node.value.to(torch.int64).cpu())
+    return torch.cat(values)

@@ -1,0 +1,1 @@
+"""Which row counts give the same bits: measured, planned, kept to, checked on the model."""

@@ -1,0 +1,91 @@
+"""The probe's attention: one made-up request, its rows decoded or prefilled in other groupings.
+
+Row i is position i of the request, so it attends to i + 1 columns however the rows are grouped.
+Keys and values are copied into the pool, not computed, so every grouping reads the same columns.
+Only SGLang's torch-native backend is probed by itself. Others keep state per batch that a bare
+call does not set up as a decode graph would; the whole-model check is what measures them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+
+from margingate.runtime.probe.classes import SEED, Finding, Rows, classify, refusing, sample_rows
+from margingate.runtime.verify.verifier import RowInput, Verifier, scratch_rows
+
+BACKENDS = ("TorchNativeAttnBackend",)
+
+
+def probe_attention(runner: Any, counts: Sequence[int]) -> list[Finding]:
+    """Decode and extend attention of the model's first attention layer; [] where not known.
+
+    Writes the slots 1 to sample_rows(counts) of that layer, which must be free.
+    """
+    layers = [m for m in runner.model.modules() if isinstance(m, RadixAttention)]
+    if type(runner.attn_backend).__name__ not in BACKENDS or not layers:
+        return []
+    shape = (layers[0].tp_q_head_num, layers[0].tp_k_head_num, layers[0].qk_head_dim)
+    findings = []
+    for mode in (ForwardMode.DECODE, ForwardMode.EXTEND):
+        start, name = time.monotonic(), f"attention {mode.name.lower()}"
+        decodes = mode == ForwardMode.DECODE
+        total = sample_rows(counts)
+        with torch.inference_mode(), refusing(name), scratch_rows(runner, total):
+            rows = _attention(runner, layers[0], mode, total)
+            classes = classify(rows, counts, torch.device(runner.device), in_any_order=decodes)
+        seconds = time.monotonic() - start
+        findings.append(Finding("attention", name, shape, len(layers), classes, None, seconds))
+    return findings
+
+
+def _attention(runner: Any, layer: Any, mode: ForwardMode, total: int) -> Rows:
+    generator = torch.Generator().manual_seed(SEED)
+    heads = (layer.tp_q_head_num, layer.tp_k_head_num, layer.tp_v_head_num)
+    sizes = (layer.qk_head_dim, layer.qk_head_dim, layer.v_head_dim)
+    q, k, v = (
+        torch.randn(total, n * size, generator=generator).to(runner.device, runner.dtype)
+        for n, size in zip(heads, sizes, strict=True)
+    )
+    batches = Verifier(runner, 1)
+
+    def rows(indices: torch.Tensor) -> torch.Tensor:
+        positions = indices.tolist()
+        batch = batches.batch([RowInput(1, position, 3) for position in positions], len(positions))
+        if mode == ForwardMode.EXTEND:
+            batch = _as_extend(batch, positions[0], len(positions))
+        with forward_context(ForwardContext(attn_backend=runner.attn_backend)):
+            runner.attn_backend.init_forward_metadata(batch)
+            return layer(q[indices], k[indices], v[indices], batch)
+
+    return rows
+
+
+def _as_extend(batch: ForwardBatch, prefix: int, count: int) -> ForwardBatch:
+    """The same rows as one chunk of one request, `prefix` columns of it being there."""
+    lengths = {
+        "seq_lens": [prefix + count],
+        "extend_seq_lens": [count],
+        "extend_prefix_lens": [prefix],
+        "extend_start_loc": [0],
+    }
+    device = batch.seq_lens.device
+    return replace(
+        batch,
+        forward_mode=ForwardMode.EXTEND,
+        batch_size=1,
+        req_pool_indices=batch.req_pool_indices[:1],
+        seq_lens_cpu=torch.tensor([prefix + count]),
+        seq_lens_sum=prefix + count,
+        extend_num_tokens=count,
+        extend_seq_lens_cpu=[count],
+        extend_prefix_lens_cpu=[prefix],
+        **{name: torch.tensor(value, device=device) for name, value in lengths.items()},
+    )

@@ -1,0 +1,174 @@
+"""Which decode steps are canonical: measured on the whole model, against the verifier.
+
+The same rows are decoded in steps of every row count, over the same slots; a count is canonical
+when each row's logits have the bits that a verify pass gives it. Some counts are drawn anew at each
+start, so that a fault which the same counts would never show is found by some start. Runs once,
+before the first request, on free slots.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from margingate.config import GateError
+from margingate.runtime.attention import invariant_attention
+from margingate.runtime.compat.ranks import agreed
+from margingate.runtime.probe import drawing, startup
+from margingate.runtime.verify.verifier import RowInput, Verifier, scratch_rows
+
+logger = logging.getLogger(__name__)
+
+SEED = 20260530
+EAGER_COUNTS = (1, 2, 3, 5, 8, 9, 12, 16, 17, 24, 32, 33, 48, 64)
+LEAST_ROWS = 16  # compared at every row count
+
+
+class CanonicalSteps:
+    """The row counts whose decode steps leave canonical columns and settled rows."""
+
+    def __init__(
+        self, measured: dict[int, bool], graphs: bool, eager: dict[int, bool] | None = None
+    ) -> None:
+        """
+        Args:
+            measured: by row count.
+            graphs: a step counts only if a graph ran it.
+            eager: steps beside these that ran without a graph, where there are graphs.
+        """
+        self._counts = sorted(measured)
+        self._measured = measured
+        self._graphs = graphs
+        self._eager = eager or {}
+        self._everywhere = False
+
+    def extend(self) -> None:
+        """Prefill was found to give a row the bits that decode does, and it runs with any number of
+        rows and without a graph: so steps of any size count, if all that were measured do.
+        """
+        self._everywhere = all((*self._measured.values(), *self._eager.values()))
+
+    def holds(self, rows: int, by_graph: bool) -> bool:
+        """Whether a decode step of `rows` requests is canonical.
+
+        A graph runs it with the rows of the next size that has one, all of which were measured.
+        Without graphs each operator was measured at every row count up to the largest; a count that
+        the whole model was not measured at is canonical when the ones around it both are.
+        """
+        if self._everywhere:
+            return True
+        if self._graphs and not by_graph:
+            return False
+        at = bisect_left(self._counts, rows)
+        if at == len(self._counts):
+            return False
+        if self._graphs:
+            return self._measured[self._counts[at]]
+        low = self._counts[at] if self._counts[at] == rows else self._counts[max(at - 1, 0)]
+        return self._measured[low] and self._measured[self._counts[at]]
+
+    def record(self) -> dict[str, Any]:
+        """For `/server_info`: the counts that were measured, and what was found."""
+        found = [[count, self._measured[count]] for count in self._counts]
+        return {
+            "measured": found,
+            "graphs": self._graphs,
+            "eager": [list(item) for item in self._eager.items()],
+            "everywhere": self._everywhere,
+        }
+
+    def __str__(self) -> str:
+        good = [str(count) for count in self._counts if self._measured[count]]
+        return f"{len(good)} of {len(self._counts)} measured row counts ({', '.join(good)})"
+
+
+def measure(verifier: Verifier, scheduler: Any, largest: int) -> CanonicalSteps:
+    """Compare decode steps of every row count up to `largest` with verify passes.
+
+    Raises:
+        GateError: the verifier's own rows depend on the padding beside them.
+    """
+    draw = drawing.shared(scheduler)
+    graphs = verifier.graph_sizes(largest)
+    drawn = drawing.row_counts(draw, largest, startup.borders())
+    counts = graphs or sorted({*drawn, *(n for n in EAGER_COUNTS if n <= largest)})
+    eager = drawn if graphs and invariant_attention.of(verifier.backend) else []
+    rows = _made_up_rows(scheduler, max([verifier.rows, LEAST_ROWS, *counts, *eager]))
+    with scratch_rows(verifier.runner, len(rows)):
+        reference = _reference(verifier, rows)
+        found = [_agree(reference, _logits(verifier, rows, n)) for n in counts]
+        found += [_agree(reference, _logits(verifier, rows, n, graph=False)) for n in eager]
+    flags = agreed(scheduler, found)
+    measured = dict(zip(counts, flags[: len(counts)], strict=True))
+    steps = CanonicalSteps(
+        measured, bool(graphs), dict(zip(eager, flags[len(counts) :], strict=True))
+    )
+    logger.info("margingate: decode steps are canonical at %s", steps)
+    _say(drawn, [n for n, same in zip([*counts, *eager], flags, strict=True) if not same])
+    return steps
+
+
+def _say(drawn: list[int], other: list[int]) -> None:
+    logger.info("margingate: row counts of decode drawn anew: %s", ", ".join(map(str, drawn)))
+    if other:
+        logger.warning(
+            "margingate: decode steps of %s rows have other bits than verify passes: such steps "
+            "are not taken to be canonical, and their rows are verified by margin.",
+            ", ".join(map(str, sorted(set(other)))),
+        )
+
+
+def check_padding(verifier: Verifier, scheduler: Any) -> None:
+    """Raises GateError where a verify pass depends on how many of its rows are padding."""
+    rows = _made_up_rows(scheduler, max(verifier.rows, LEAST_ROWS))
+    with scratch_rows(verifier.runner, len(rows)):
+        _reference(verifier, rows)
+
+
+def _reference(verifier: Verifier, rows: list[RowInput]) -> torch.Tensor:
+    """What verify passes give, full and half full."""
+    reference = _logits(verifier, rows, verifier.rows)
+    padded = _logits(verifier, rows, max(verifier.rows // 2, 1), verifier.rows)
+    if not _agree(reference, padded):
+        size = verifier.runner.server_args.tp_size
+        ranks = f", and --tp-size {size} sums in an order that depends on a row's place"
+        raise GateError(
+            f"--deterministic-gate found that a verify pass of {verifier.rows} rows depends on its "
+            f"padding with this model{ranks if size > 1 else ''}: choose other --gate-rows"
+            f"{' or --tp-size 1' if size > 1 else ''}, or serve without the flag."
+        )
+    return reference
+
+
+def _made_up_rows(scheduler: Any, count: int) -> list[RowInput]:
+    """Rows of one request of random tokens."""
+    generator = torch.Generator().manual_seed(SEED)
+    tokens = torch.randint(3, scheduler.model_config.vocab_size, (count,), generator=generator)
+    return [RowInput(1, position, token) for position, token in enumerate(tokens.tolist())]
+
+
+def _logits(
+    verifier: Verifier,
+    rows: list[RowInput],
+    count: int,
+    padded: int | None = None,
+    *,
+    graph: bool = True,
+) -> torch.Tensor:
+    """Logits of the first rows, decoded `count` at a time in order; on the CPU."""
+    used = max(count, LEAST_ROWS // count * count)
+    steps: Iterable[list[RowInput]] = (rows[i : i + count] for i in range(0, used, count))
+    found = [
+        verifier.forward(step, padded or len(step), graph=graph)[: len(step)].cpu()
+        for step in steps
+    ]
+    return torch.cat(found)
+
+
+def _agree(one: torch.Tensor, other: torch.Tensor) -> bool:
+    shared = min(len(one), len(other))
+    return torch.equal(one[:shared], other[:shared])

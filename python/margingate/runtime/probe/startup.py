@@ -1,0 +1,190 @@
+"""`--gate-fast-path invariant`: the decode step itself becomes canonical, at almost no cost.
+
+Linear layers whose bits depend on the number of rows are padded up to, or run in pieces of, one
+class of row counts; decode attention gets a split of the K/V that depends on the length alone.
+Whether that is enough is then measured on the whole model: only row counts whose rows have the
+verifier's bits count as canonical.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from margingate.config import GateConfig
+from margingate.core.rowclass import RowPlan
+from margingate.runtime.attention import fixed_split, invariant_attention
+from margingate.runtime.compat import ranks
+from margingate.runtime.compat.batch_invariant_matmul import invariant_matmul
+from margingate.runtime.compat.server_args import gate_config
+from margingate.runtime.probe import all_reduce, cache, classes, plans
+from margingate.runtime.probe.attention_operator import probe_attention
+from margingate.runtime.probe.observed_calls import ROWS, ObservedCall, observing, refuse_unmeasured
+from margingate.runtime.verify.verifier import RowInput, Verifier, scratch_rows
+
+logger = logging.getLogger(__name__)
+
+LARGEST = {"cpu": 64}  # rows up to which linear layers are probed and planned, by device
+LARGEST_ON_GPU = 256
+
+MOST_PREFILLED = 16384  # rows of a prefill up to which layers are probed; more run in pieces
+
+_plans: dict[int, RowPlan] = {}
+_limit: float = LARGEST_ON_GPU  # of this process's device; rows above it are left alone
+_findings: list[classes.Finding] = []
+
+
+def largest_rows(device: str) -> int:
+    """Row counts above this are left alone, and their steps are not canonical."""
+    return LARGEST.get(device, LARGEST_ON_GPU)
+
+
+def records() -> list[dict[str, Any]]:
+    """What the probe of this process found, for JSON; empty on the stock fast path."""
+    return [finding.record() for finding in _findings]
+
+
+def covers_prefill() -> bool:
+    """Whether the plans of this process hold for prefill forwards of any size."""
+    return math.isinf(_limit)
+
+
+def borders() -> set[int]:
+    """First and last row counts of the spans that plans keep to, and around them."""
+    return {end for plan in _plans.values() for span in plan.counts for end in span}
+
+
+def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
+    """BEFORE ModelRunner.init_cuda_graphs: plan the operators that the graphs will hold."""
+    if runner.is_draft_worker:
+        return
+    global _limit  # noqa: PLW0603
+    decoded = largest_rows(runner.device)
+    fixed_split.fix_split(runner.attn_backend, runner)
+    config = gate_config(runner.server_args)
+    seen = observe(runner)
+    operators = classes.groups(runner.model, seen)
+    known = {id(member.module) for same in operators.values() for member in same}
+    refuse_unmeasured(runner.model, known)
+    prefill = _prefill_counts(runner, config, operators, decoded)
+    fresh = config is not None and config.probe == "fresh"
+    _findings[:] = _find(runner, operators, decoded, prefill, fresh=fresh)
+    summed = all_reduce.settle(runner, classes.row_counts(decoded), prefill)
+    for finding in summed:
+        logger.info("margingate: %s", finding)
+    _findings.extend(summed)
+    _plans.update(plans.plans(operators, _findings))
+    _limit = decoded
+    probed = {finding.name for finding in _findings}
+    if prefill and classes.HEAD in probed and all(finding.prefill for finding in _findings):
+        _limit = math.inf
+    if not plans.settle_kernels(operators, _plans, decoded):
+        logger.warning(
+            "margingate: the batch-invariant matmul gives a row other bits at some row counts of "
+            "prefill: gated prompts are prefilled one at a time."
+        )
+        _limit = decoded
+
+
+def _prefill_counts(
+    runner: Any,
+    config: GateConfig | None,
+    operators: dict[str, list[classes.Member]],
+    decoded: int,
+) -> list[int]:
+    """The row counts of prefill to probe; none where prompts are prefilled one by one."""
+    if (
+        invariant_attention.of(runner.attn_backend) is None
+        or config is None
+        or config.prefill == "alone"
+    ):
+        return []
+    args = runner.server_args
+    chunk = args.chunked_prefill_size or -1
+    largest = chunk if chunk > 0 else args.max_prefill_tokens
+    largest = min(ranks.of_all(min(largest, _rows_in_memory(operators))))
+    graphs = args.cuda_graph_config.prefill.bs or ()
+    return classes.prefill_counts(decoded, max(decoded + 1, min(largest, MOST_PREFILLED)), graphs)
+
+
+def observe(runner: Any) -> dict[int, ObservedCall]:
+    """How a decode step calls each module. Writes to slots that are free, before the first request.
+
+    Modules that it does not call are measured as their weights suggest; the check of the whole
+    model runs them as they are.
+    """
+    rows = [RowInput(1, position, 3 + position) for position in range(ROWS)]
+    with observing(runner.model, ROWS) as seen, scratch_rows(runner, ROWS):
+        Verifier(runner, ROWS).forward(rows, ROWS)
+    return seen
+
+
+def _decode_graphs(runner: Any) -> list[int]:
+    """Row counts of the decode graphs that will be made."""
+    config = runner.server_args.cuda_graph_config
+    return sorted(config.decode.bs or ()) if runner.device == "cuda" else []
+
+
+def _rows_in_memory(operators: dict[str, list[classes.Member]]) -> int:
+    """A power of two of rows that any linear layer can be run with in the memory that is free."""
+    first = [same[0] for same in operators.values()]
+    shapes = [m.module.weight.shape for m in first if m.kind == "linear" and m.name != classes.HEAD]
+    widest = max(map(sum, shapes), default=1)
+    free, _ = torch.cuda.mem_get_info()
+    return 1 << max(free // (2 * 2 * widest), 1).bit_length() - 1
+
+
+def _find(
+    runner: Any,
+    operators: dict[str, list[classes.Member]],
+    decoded: int,
+    prefill: Sequence[int],
+    *,
+    fresh: bool,
+) -> list[classes.Finding]:
+    """Findings of an earlier start on the same machine with the same versions, or new ones."""
+    key = cache.identity(runner, operators, decoded, prefill)
+    found = None if fresh else cache.load(key)
+    source = f"from {cache.path(key)}"
+    if found is None:
+        source = "measured now"
+        found = plans.probe_groups(operators, decoded, prefill, _decode_graphs(runner))
+        found += probe_attention(runner, classes.row_counts(decoded))
+        cache.save(key, found)
+    logger.info("margingate: rows that give one row the same bits, %s:", source)
+    for finding in found:
+        logger.info("margingate: %s", finding)
+    return found
+
+
+def apply_linear(original: Any, method: Any, layer: Any, x: torch.Tensor, bias: Any = None) -> Any:
+    """AROUND UnquantizedLinearMethod.apply: stay within the operator's class of row counts."""
+    plan = _plans.get(id(layer))
+    if plan is None or x.dim() != 2 or x.shape[0] > _limit or plan.holds(x.shape[0]):
+        return original(method, layer, x, bias)  # more: a prefill that is canonical by its shape
+    return plans.run_in_class(
+        plan,
+        x,
+        lambda piece: original(method, layer, piece, bias),
+        lambda piece: invariant_matmul(piece, weight=layer.weight, bias=bias),
+    )
+
+
+def compute_lm_head(
+    original: Any, processor: Any, hidden: torch.Tensor, lm_head: Any, bias: Any = None
+) -> Any:
+    """AROUND LogitsProcessor._compute_lm_head."""
+    plan = _plans.get(id(lm_head))
+    if plan is None or hidden.shape[0] > _limit or plan.holds(hidden.shape[0]):
+        return original(processor, hidden, lm_head, bias)
+    weight = lm_head.weight
+    return plans.run_in_class(
+        plan,
+        hidden,
+        lambda piece: original(processor, piece, lm_head, bias),
+        lambda piece: invariant_matmul(piece.to(weight.dtype), weight=weight, bias=bias),
+    )

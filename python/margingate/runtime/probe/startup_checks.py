@@ -1,0 +1,49 @@
+"""What is measured on the whole model before the first request: verifier, decode steps, prefill."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from margingate.config import GateConfig
+from margingate.runtime.attention import invariant_attention
+from margingate.runtime.probe import check_decode, check_prefill
+from margingate.runtime.probe.check_decode import CanonicalSteps
+from margingate.runtime.probe.check_prefill import Prefill
+from margingate.runtime.probe.startup import largest_rows
+from margingate.runtime.verify import verifier
+from margingate.runtime.verify.verifier import Verifier
+
+
+@dataclass(frozen=True)
+class StartupChecks:
+    """The verifier, and what was found with it."""
+
+    verifier: Verifier
+    decode: CanonicalSteps | None  # None: no decode step counts as canonical
+    prefill: Prefill
+
+
+def run_checks(scheduler: Any, config: GateConfig) -> StartupChecks:
+    """Run the forwards that decide, on free slots; a collective of all ranks.
+
+    Fixes what the attention kernels compute from here on.
+
+    Raises:
+        GateError: the verifier's own rows depend on the padding beside them.
+    """
+    runner = scheduler.tp_worker.model_runner
+    made = verifier.build(runner, config)
+    decode = None
+    if config.invariant:
+        decode = check_decode.measure(made, scheduler, largest_rows(runner.device))
+    elif config.policy != "observe":
+        check_decode.check_padding(made, scheduler)
+    wanted = config.invariant and config.prefill == "auto"
+    prefill = check_prefill.measure(scheduler, made, wanted)
+    own = invariant_attention.of(made.backend)
+    if own is not None:
+        own.confirm(prefill=prefill.together)
+    if prefill.as_decoded and decode is not None:
+        decode.extend()
+    return StartupChecks(made, decode, prefill)

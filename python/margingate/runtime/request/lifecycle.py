@@ -1,0 +1,87 @@
+"""The ends of requests: withheld while rows are pending, given back, aborted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import monotonic as now
+from typing import Any
+
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.mem_cache.common import release_kv_cache
+
+from margingate.runtime.request.open_requests import OpenRequests
+from margingate.runtime.request.record import Hold
+
+
+def finish_checked(requests: OpenRequests, req: Any) -> None:
+    """SGLang found that a gated request is finished: withhold its end while rows are pending."""
+    if req.gate.kept is not None and not isinstance(req.finished_reason, FINISH_ABORT):
+        # Prefilled again after a retraction: this token only stands in for the output it had.
+        req.finished_reason = req.finished_len = None
+        return
+    key = req.gate.key
+    if key not in requests or isinstance(req.finished_reason, FINISH_ABORT):
+        return
+    requests.ledger.stop(key)
+    if requests.ledger.pending(key):
+        requests.withhold(req, Hold(req.finished_reason, req.finished_len, now()))
+        req.finished_reason = req.finished_len = None
+
+
+def release(requests: OpenRequests, tree: Any, req: Any) -> None:
+    """All rows of a held request are settled: give it its end back."""
+    held = requests.unhold(req)
+    assert held is not None, f"request {req.rid} is not held"
+    req.finished_reason, req.finished_len = held.reason, held.length
+    end(requests, tree, req)
+
+
+def end(requests: OpenRequests, tree: Any, req: Any) -> None:
+    """Free the columns of a finished request; its end is to be sent."""
+    release_kv_cache(req, tree)
+    req.time_stats.set_completion_time()
+    requests.mark_ended(req)
+
+
+def give_up(requests: OpenRequests, tree: Any, req: Any) -> None:
+    """Its grammar failed in a verify pass: abort it now. Only with nothing in flight."""
+    if req.finished():
+        return
+    requests.unhold(req)
+    requests.verify_no_more(req)
+    abort_next(req)
+    req.update_finish_state(1)
+    end(requests, tree, req)
+
+
+def end_failed(requests: OpenRequests, tree: Any) -> None:
+    """End those that an exception of ours ended, and no finish check would. Nothing in flight."""
+    for req in requests.failed():
+        give_up(requests, tree, req)
+
+
+def abort_next(req: Any) -> None:
+    """End the request with its next finish check, as SGLang does where a token is not taken."""
+    if not req.finished() and req.to_finish is None:
+        req.to_finish = FINISH_ABORT()
+
+
+def abort(requests: OpenRequests, tree: Any, matches: Callable[[Any], bool]) -> None:
+    """A client gave up: end held and rejoining requests, which SGLang does not know of."""
+    for req in filter(matches, (*requests.held, *requests.rejoining)):
+        requests.verify_no_more(req)
+        req.finished_reason = FINISH_ABORT()
+        end(requests, tree, req)
+
+
+@contextmanager
+def passed_over(reqs: list[Any]) -> Iterator[None]:
+    """SGLang's result processing skips `reqs`, as it does with requests that were retracted."""
+    for req in reqs:
+        req.is_retracted = True
+    try:
+        yield
+    finally:
+        for req in reqs:
+            req.is_retracted = False

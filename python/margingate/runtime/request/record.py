@@ -1,0 +1,162 @@
+"""What the gate keeps with each SGLang request: is it gated, its counts, its withheld end."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from margingate.config import GateConfig
+from margingate.runtime.request.sampling_params import Draw, Penalties
+
+SWITCH = "deterministic"
+FAULT_ROWS = "gate_fault_rows"
+FORCED_IDS = "gate_forced_ids"
+COLUMNS = "gate_columns"
+# A gated prompt's columns are canonical; it must not meet the columns of a batched prefill.
+CACHE_NAMESPACE = "margingate:"
+INFO_KEY = "gate"  # of the record in `meta_info` and in OpenAI's `metadata`
+
+
+@dataclass(slots=True)
+class Counts:
+    """Per request and, summed, per scheduler. Rows and tokens; seconds for `drain_s`."""
+
+    steps: int = 0  # rows emitted, prefill's included
+    flagged: int = 0  # rows whose margin asked for verification
+    replayed: int = 0  # rows verified only because a flagged row brought them along
+    verified: int = 0  # rows computed by verify passes
+    flips: int = 0  # mismatches repaired
+    missed: int = 0  # mismatches at rows already sent: the client's token stands
+    rolled_back: int = 0  # tokens dropped by flips, the replaced ones included
+    repaired: int = 0  # K/V columns rewritten in place
+    passes: int = 0  # verify passes; per request: passes it had rows in
+    retractions: int = 0  # times its columns were taken and replayed
+    drain_s: float = 0.0  # stopped, waiting for its last rows
+    settle_s: float = 0.0  # emitted tokens waiting to be settled, drain included
+
+    def add(self, other: Counts) -> None:
+        """Add another record's numbers to this one's."""
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """The end of a stopped request, withheld until its rows are settled."""
+
+    reason: Any  # SGLang's BaseFinishReason
+    length: int | None
+    since: float  # time.monotonic, seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a retracted request keeps; its columns are replayed after the next prefill."""
+
+    tokens: array[int]
+    logprobs: dict[str, list[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnsWanted:
+    """--gate-study: keep a request's K/V columns when it ends, or compare them with kept ones."""
+
+    key: str
+    keep: bool
+
+
+@dataclass(slots=True)
+class GateRequest:
+    """The gate's state of one request; SGLang's `Req` carries it as `req.gate`."""
+
+    key: str  # unique in this process, even where clients reuse a request id
+    gated: bool
+    ungated_because: str = ""
+    refusal: str = ""
+    draw: Draw | None = None  # None: greedy
+    penalties: Penalties | None = None  # SGLang's own parameters are neutral then
+    faults: frozenset[int] = frozenset()
+    counts: Counts = field(default_factory=Counts)
+    hold: Hold | None = None
+    waits_since: float | None = None  # time.monotonic of the oldest token that is not settled
+    kept: Kept | None = None
+    margins: array[float] = field(default_factory=lambda: array("f"))  # by row, logits
+    flags: bytearray = field(default_factory=bytearray)  # by row: was it flagged
+    canonical: bytearray = field(default_factory=bytearray)  # by row: was it, as it was emitted
+    columns: Any = None  # digests of its columns, where an audit will want them
+    prompt: str = ""  # a digest of its token ids
+    forced: tuple[int, ...] = ()  # --gate-study: what is emitted, by row
+    choices: list[tuple[Any, ...]] = field(default_factory=list)  # --gate-study: see study.force
+    columns_wanted: ColumnsWanted | None = None  # --gate-study
+    drift: dict[str, Any] | None = None  # --gate-study: of its columns from those kept
+    generation: int = 0  # of the weights it was admitted with
+    injected_first: int | None = None  # what prefill chose before a fault replaced it
+    grammar_start: Any = None  # a copy of SGLang's grammar object before the first token
+    failed: bool = False  # by an exception of ours: it is about to end, see guard
+    grammar_failed: bool = False  # it could not be copied, walked or asked: see constraints
+
+    def forget_rows(self, kept: int) -> None:
+        """Drop what is known of the rows after the first `kept`."""
+        del self.margins[kept:]
+        del self.flags[kept:]
+        del self.canonical[kept:]
+
+    def summary(self, config: GateConfig) -> dict[str, Any]:
+        """For `meta_info["gate"]`."""
+        if not self.gated:
+            choices = {"choices": self.choices} if config.study else {}
+            said = {"gated": False, "because": self.ungated_because, "prompt": self.prompt}
+            return said | choices | self._drift()
+        return {
+            "gated": True,
+            "guarantee": config.guarantee,
+            "fast_path": config.fast_path,
+            "policy": config.policy,
+            "threshold": config.threshold,
+            "prompt": self.prompt,
+            **({"simulated": True} if config.simulates else {}),
+            **asdict(self.counts),
+            **self._drift(),
+        }
+
+    def _drift(self) -> dict[str, Any]:
+        return {} if self.drift is None else {"columns": self.drift}
+
+
+LOGPROB_LISTS = (
+    "output_token_logprobs_val",
+    "output_token_logprobs_idx",
+    "output_top_logprobs_val",
+    "output_top_logprobs_idx",
+    "output_token_ids_logprobs_val",
+    "output_token_ids_logprobs_idx",
+)
+
+
+def logprob_lists(req: Any) -> dict[str, list[Any]]:
+    """The request's output log-prob lists that are kept (some stay empty), by name."""
+    if not req.return_logprob:
+        return {}
+    lists = {name: getattr(req.logprob, name) for name in LOGPROB_LISTS}
+    return {name: values for name, values in lists.items() if values}
+
+
+def is_gated(req: Any) -> bool:
+    """Whether this SGLang request is gated; False for requests made before the gate was up."""
+    gate = getattr(req, "gate", None)
+    return gate is not None and gate.gated
+
+
+def not_an_object(custom: Any) -> str:
+    """The sentence that refuses custom_params that are no object; empty for one."""
+    return "" if isinstance(custom, dict) else f"custom_params is {custom!r}: give an object."
+
+
+def not_a_switch(value: Any) -> str:
+    """The sentence that refuses a value of the switch; empty for true and false."""
+    return (
+        ""
+        if isinstance(value, bool)
+        else f"custom_params.{SWITCH} is {value!r}: give true or false."
+    )

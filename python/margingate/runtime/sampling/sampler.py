@@ -1,0 +1,139 @@
+"""The emitted token, its margin and its log-probs from the logits that the gate can verify."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sglang.srt.layers.sampler import SGLANG_RETURN_ORIGINAL_LOGPROB
+
+from margingate.runtime.request.forward_record import record_on
+from margingate.runtime.sampling import logprobs, seeds
+from margingate.runtime.sampling.penalties import Table
+from margingate_kernels import Top2, seeded_top2, softmax_top2
+
+
+@dataclass(slots=True)
+class _Forward:
+    """One forward on its way through the sampler."""
+
+    info: Any  # SGLang's SamplingBatchInfo
+    seeds: torch.Tensor | None  # int64 [rows]; None: no row is drawn by the gate
+    positions: torch.Tensor  # int64 [rows], of the rows' input tokens
+    logprobs_wanted: bool
+    best: Top2 | None = None
+    ours: torch.Tensor | None = None  # bool [rows]: the gate chose; None: all rows, or none
+    logprobs: torch.Tensor | None = None  # float32 [rows, vocab]; None: not wanted
+
+
+class Sampling:
+    """What the gate does within SGLang's sampler, forward by forward."""
+
+    def __init__(self, penalties: Table, *, observes: bool) -> None:
+        """`observes`: the policy; margins are noted, and SGLang's tokens stand."""
+        self._penalties, self._observes = penalties, observes
+        self._forward: _Forward | None = None  # the one being sampled
+
+    def sample(self, original: Any, runner: Any, output: Any, batch: Any) -> torch.Tensor:
+        """AROUND ModelRunner.sample: attach the margins, and emit the tokens they belong to.
+
+        Greedy rows get the lowest id among equals in every batch; in a batch that also samples,
+        SGLang would draw a greedy row's token from its softmax, where ties break otherwise. Rows
+        with a seed get the gate's own draw.
+
+        Args:
+            output: SGLang's LogitsProcessorOutput.
+            batch: its ForwardBatch.
+        """
+        self._penalties.apply(output.next_token_logits, batch)
+        info = batch.sampling_info
+        decode = batch.forward_mode.is_decode()
+        positions = batch.positions if decode else batch.seq_lens - 1
+        forward = _Forward(info, info.sampling_seed, positions, batch.return_logprob)
+        self._forward = forward
+        info.sampling_seed = None  # SGLang's own sampler does nothing with ours
+        try:
+            tokens: torch.Tensor = original(runner, output, batch)
+        finally:
+            info.sampling_seed = forward.seeds
+            self._forward = None
+        if forward.best is None:
+            return tokens
+        record_on(output).best = forward.best
+        if self._observes:
+            return tokens
+        ids = forward.best.ids.to(tokens.dtype)
+        return ids if forward.ours is None else torch.where(forward.ours, ids, tokens)
+
+    def after_preprocess(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """AFTER Sampler._preprocess_logits: these are the final logits, not yet scaled.
+
+        Returns:
+            What SGLang chooses from; None: all of it. A greedy batch has its tokens and log-probs
+            by then, and one column is read sooner than a vocabulary.
+        """
+        forward = self._forward
+        if forward is None:  # log-probs without a token
+            return None
+        info = forward.info
+        forward.best = softmax_top2(logits)
+        if self._observes:
+            return None
+        if forward.logprobs_wanted:
+            unscaled = info.is_all_greedy or SGLANG_RETURN_ORIGINAL_LOGPROB
+            scale = None if unscaled else info.temperatures
+            forward.logprobs = logprobs.of_logits(logits, scale)
+        if info.is_all_greedy:
+            return None if any(info.return_sampling_masks or ()) else logits[:, :1]
+        forward.ours = info.top_ks.view(-1) <= 1
+        if forward.seeds is not None:
+            _draw(forward, logits, info)
+        return None
+
+    def compute_logprobs(
+        self, original: Any, processor: Any, theirs: torch.Tensor, *asked: Any
+    ) -> Any:
+        """AROUND OutputLogprobProcessor.compute_logprobs: the same bits in every batch.
+
+        SGLang takes the log of a softmax in a batch that samples, and the log-softmax in one that
+        does not; it does not know of the tokens that the gate drew, and of a greedy batch it has
+        one column. Where some requests of a batch want the log-probs of given tokens it has lists
+        for the others, and its scheduler ends at the first.
+        """
+        forward = self._forward
+        if forward is not None and forward.logprobs is not None:
+            *wanted, chosen = asked
+            theirs, chosen = _with_ours(forward, theirs, chosen)
+            asked = (*wanted, chosen)
+        result = original(processor, theirs, *asked)
+        if (values := result.token_ids_logprobs_val) is not None:
+            result.token_ids_logprobs_val = [
+                each if isinstance(each, torch.Tensor) else theirs.new_empty(0) for each in values
+            ]
+        return result
+
+
+def _draw(forward: _Forward, logits: torch.Tensor, info: Any) -> None:
+    assert forward.seeds is not None and forward.best is not None and forward.ours is not None
+    draws = seeds.batch_draws(info, forward.seeds, forward.positions)
+    drawn = seeded_top2(logits, draws, filtered=seeds.filters(info))
+    seeded, best = forward.seeds != seeds.NO_SEED, forward.best
+    forward.ours = forward.ours | seeded
+    forward.best = best._replace(
+        ids=torch.where(seeded, drawn.ids, best.ids),
+        runner_up=torch.where(seeded, drawn.runner_up, best.runner_up),
+        margin=torch.where(seeded, drawn.margin, best.margin),
+    )
+
+
+def _with_ours(
+    forward: _Forward, theirs: torch.Tensor, chosen: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """SGLang's log-probs and tokens, with the gate's where the gate chose."""
+    assert forward.logprobs is not None and forward.best is not None
+    ids = forward.best.ids.to(chosen.dtype)
+    if forward.ours is None:
+        return forward.logprobs, ids
+    mixed = torch.where(forward.ours.view(-1, 1), forward.logprobs, theirs)
+    return mixed, torch.where(forward.ours, ids, chosen)

@@ -1,0 +1,269 @@
+"""The gate of one scheduler: margin, policy, ledger, queue, verifier, repair, output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from margingate.config import GateConfig
+from margingate.core.policy import INJECTED, GatePolicy
+from margingate.runtime.observe import fingerprint, integrity
+from margingate.runtime.observe.audit import Auditor
+from margingate.runtime.observe.study import force
+from margingate.runtime.observe.tally import Tally
+from margingate.runtime.probe.startup_checks import StartupChecks
+from margingate.runtime.request import aborts, guard, lifecycle
+from margingate.runtime.request.forward_record import record_of
+from margingate.runtime.request.in_flight import InFlight
+from margingate.runtime.request.open_requests import OpenRequests
+from margingate.runtime.request.record import GateRequest, is_gated
+from margingate.runtime.sampling import constraints, penalties
+from margingate.runtime.sampling.sampler import Sampling
+from margingate.runtime.schedule.prefill_admission import Admission
+from margingate.runtime.schedule.stream import SettledStream
+from margingate.runtime.verify import rollback
+from margingate.runtime.verify.merged_passes import MergedPasses
+from margingate.runtime.verify.passes import Passes
+from margingate.runtime.verify.retraction import Retractions
+from margingate.runtime.verify.rows import inject_fault
+from margingate.runtime.verify.simulation import Simulator
+
+
+class GateController:
+    """Leads each result through the stages; what these know, they own.
+
+    All methods run on the scheduler's thread.
+    """
+
+    def __init__(self, scheduler: Any, config: GateConfig, checks: StartupChecks) -> None:
+        assert config.prefill_chunk is not None
+        self.scheduler, self.config, self.checks = scheduler, config, checks
+        self.observes_only = config.policy == "observe"
+        self.policy = GatePolicy(config.policy, config.threshold)
+        self.simulator = Simulator(config)
+        self.requests = requests = OpenRequests(config)
+        self.in_flight = InFlight(scheduler)
+        pages = checks.verifier.runner.req_to_token_pool.req_to_token
+        vocabulary = scheduler.model_config.vocab_size
+        self.penalties = penalties.Table(len(pages), vocabulary, pages.device)
+        self.sampling = Sampling(self.penalties, observes=self.observes_only)
+        self.passes = Passes(
+            scheduler,
+            requests,
+            checks.verifier,
+            simulator=self.simulator,
+            in_flight=self.in_flight,
+            penalties=self.penalties,
+        )
+        merges = checks.decode is None and not self.observes_only
+        self.merged = MergedPasses(scheduler, requests, self.passes, checks.verifier, serves=merges)
+        self.retractions = Retractions(
+            scheduler, requests, self.passes, self.merged, self.penalties
+        )
+        self.admission = Admission(checks.prefill, config.prefill_chunk)
+        self.fingerprint = fingerprint.make(scheduler, config, checks.verifier, checks.prefill)
+        self.output = SettledStream(config, requests, self.retractions, self.fingerprint)
+        self.auditor = Auditor(scheduler, config, checks, requests, self.fingerprint)
+        self.integrity = integrity.Reports(scheduler, requests, self.in_flight)
+        self.tally = Tally(exact=config.guarantee == "exact")
+
+    # -- a result's way to the clients
+
+    def process(self, original: Any, batch: Any, result: Any) -> None:
+        """AROUND Scheduler.process_batch_result: from margins to tokens that are sent.
+
+        With overlap a step is in flight already, and what must not meet one (a pass, a flip, the
+        end of a wait) is done before the next batch, if there is anything to do: `verify`.
+        """
+        if self.in_flight.is_processed(result):
+            return
+        gated = [req for req in batch.reqs if is_gated(req)]
+        self.in_flight.arrived(batch, result)
+        canonical = self._record(batch, result)
+        self._append(original, batch, result, gated)
+        self.requests.stepped(batch, len(gated), canonical)
+        self.merged.process_results(result)
+        if not self.in_flight.overlaps and (gated or self.merged.waiting):
+            self.verify(batch, gated)
+        self.send(gated)
+        if self.config.debug:
+            self.check_integrity()
+
+    def before_next_batch(self, last: Any) -> None:
+        """The rest of `process` with overlap, where anything waits for it. `last`: the last batch
+        whose result came, or is on its way.
+        """
+        self.in_flight.bring_in_prefill()
+        if self.in_flight.overlaps:
+            self._verify_what_waits(last)
+        if self.requests.failed():
+            self.in_flight.bring_in()
+            lifecycle.end_failed(self.requests, self.scheduler.tree_cache)
+            self.send([])
+
+    def _verify_what_waits(self, last: Any) -> None:
+        due = self.requests.due(idle=False)
+        self.merged.note_due(due)
+        if self._waits(due) or _any_kept(last):
+            self.in_flight.bring_in()
+            reqs = list(self.requests)
+            self.verify(last, reqs)
+            self.send(reqs)
+
+    def verify(self, batch: Any, reqs: list[Any]) -> None:
+        """With nothing in flight: replay what `batch` prefilled again, verify, repair, release."""
+        self.retractions.restore(batch)
+        for req in self._full_tails(reqs):
+            self.requests.want_tail(req)
+        self.verify_due(idle=False)
+
+    def send(self, reqs: list[Any]) -> None:
+        """Send what is settled of `reqs`, and the ends that came up since the last call."""
+        ended = self.requests.take_ended()
+        known = {id(req) for req in reqs}
+        reqs = reqs + [req for req in ended if id(req) not in known]
+        # A prompt that is prefilled in chunks has no row yet, and nothing to send.
+        opened = self.requests.opened(reqs)
+        reqs = [req for req in opened if not req.finished_output and (req.finished() or req.stream)]
+        if reqs:
+            logprobs = any(req.return_logprob for req in reqs)
+            self.scheduler.output_streamer.stream_output(reqs, logprobs)
+
+    # -- its stages
+
+    def _record(self, batch: Any, result: Any) -> bool:
+        """Enter this forward's rows into the ledger, before SGLang sees whether they end.
+
+        Returns whether the forward was canonical.
+        """
+        record = record_of(result)
+        best = None if record is None else record.best
+        prefill = batch.forward_mode.is_extend()
+        canonical = prefill or self._is_canonical(batch, result)
+        margins = best.margin.tolist() if best is not None else None
+        if margins is not None and not prefill:
+            self.requests.histogram.add_steps(margins)
+        for i, req in enumerate(batch.reqs):
+            gate: GateRequest | None = getattr(req, "gate", None)
+            if gate is None or req.is_retracted or req.finished() or gate.hold is not None:
+                continue  # with overlap, a row behind the end
+            if prefill and req.inflight_middle_chunks > 0:
+                continue
+            if gate.kept is not None:
+                self.requests.mark_prefilled_again(req)
+                continue
+            margin = margins[i] if margins is not None else float("inf")
+            if gate.gated:
+                try:
+                    self._record_gated(req, result, i, margin, canonical)
+                except Exception as error:  # no context manager: this runs for each token
+                    guard.note("a row of the ledger", error)
+                    guard.end(req, "a row of the ledger", error)
+            elif self.observes_only:
+                self.requests.count_observed(req, flagged=not margin >= self.config.threshold)
+                if self.config.study:
+                    force(self.scheduler.future_map, req, result, i, margin)
+        return canonical
+
+    def _is_canonical(self, batch: Any, result: Any) -> bool:
+        """Whether this decode step gave its rows the bits that a verify pass would."""
+        decode = self.checks.decode
+        if decode is None:
+            return False
+        return decode.holds(len(batch.reqs), bool(result.can_run_cuda_graph))
+
+    def _record_gated(self, req: Any, result: Any, i: int, margin: float, canonical: bool) -> None:
+        requests, key = self.requests, req.gate.key
+        relay = None if self.in_flight.overlaps else self.scheduler.future_map
+        fault = bool(req.gate.faults) and inject_fault(relay, req, result, i)
+        if not req.gate.flags and key not in requests:  # once a request, not once a token
+            requests.open(req)
+            constraints.begin(req)
+        # Batch-invariant arithmetic on K/V that is not canonical gives no canonical bits, and a
+        # margin that is no number means that the row itself is broken.
+        canonical = canonical and requests.columns_are_canonical(req) and not math.isnan(margin)
+        simulated = self.simulator.flag(req, len(req.gate.flags) + 1)
+        verdict = self.policy.decide(margin, canonical=canonical, simulated=simulated)
+        requests.enter_row(req, margin, INJECTED if fault else verdict, canonical=canonical)
+
+    def _append(self, original: Any, batch: Any, result: Any, gated: list[Any]) -> None:
+        """SGLang appends the tokens and looks for ends, which are withheld where rows are pending.
+
+        With overlap a withheld request may have one row more, whose token nobody wants.
+        """
+        behind = [req for req in gated if self.requests.is_held(req)]
+        with self.output.muted(), lifecycle.passed_over(behind):
+            original(self.scheduler, batch, result)
+        if batch.forward_mode.is_extend():
+            constraints.abort_failed(gated)
+        for req in behind:
+            rollback.drop_last_column(self.scheduler, req)
+
+    def verify_due(self, idle: bool) -> None:
+        """With nothing in flight: enter what is known, run every pass that is due and is not
+        merged, then end the requests that waited for them.
+        """
+        self.merged.enter()
+        while due := self._next_due(idle):
+            self.passes.run(self.requests.next_batch(), due)
+        for req in self.requests.to_release():
+            lifecycle.release(self.requests, self.scheduler.tree_cache, req)
+
+    def _next_due(self, idle: bool) -> str | None:
+        """Why a pass of its own is due, if one is: none that a decode step will carry."""
+        due = self.requests.due(idle=idle)
+        self.merged.note_due(due)
+        return due if idle or not self.merged.will_merge() else None
+
+    def _waits(self, due: str | None) -> bool:
+        """Whether anything is to be done that needs nothing in flight; `due` as was noted."""
+        requests = self.requests
+        return bool(
+            requests.outside()
+            or requests.prefilled_again
+            or self.merged.waiting
+            or (due is not None and not self.merged.will_merge())
+            or any(self._full_tails(requests))
+        )
+
+    def _full_tails(self, reqs: Iterable[Any]) -> Iterator[Any]:
+        """Exact: streams with so many rows to be replayed that a micro-batch is full."""
+        if self.config.guarantee != "exact":
+            return
+        requests, ledger = self.requests, self.requests.ledger
+        for req in reqs:
+            key = req.gate.key
+            open_ = key in requests and req.gate.kept is None
+            if req.stream and open_ and not ledger.stopped(key):
+                waiting = ledger.emitted(key) - ledger.canonical(key)
+                if waiting >= self.checks.verifier.rows:
+                    yield req
+
+    # -- between steps
+
+    def verify_everything(self) -> None:
+        """Verify whatever waits, full micro-batch or not."""
+        self.in_flight.bring_in()
+        self.verify_due(idle=True)
+        self.send([req for req in self.requests if req.stream])
+
+    def idle(self) -> None:
+        """SGLang has nothing to do: drop what a vanished request left behind; audit."""
+        self.requests.close_all()
+        if self.auditor.idle() and self.config.debug:
+            self.check_integrity()
+
+    def abort(self, original: Any, received: Any) -> None:
+        """AROUND Scheduler.abort_request."""
+        aborts.abort_request(self.requests, original, self.scheduler, received)
+        self.send([])
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError with a sentence on the first thing that does not agree."""
+        integrity.check(self.scheduler, self.requests, self.in_flight)
+
+
+def _any_kept(batch: Any) -> bool:
+    """Whether a request in `batch` was retracted and waits for its output to be given back."""
+    return batch is not None and any(is_gated(r) and r.gate.kept is not None for r in batch.reqs)

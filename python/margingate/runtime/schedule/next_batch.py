@@ -1,0 +1,61 @@
+"""Which requests the next batch may hold: none that waits for its end, all that rejoined."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from margingate.runtime.request.open_requests import OpenRequests
+from margingate.runtime.schedule.controller import GateController
+from margingate.runtime.verify import rollback
+
+REAP_EVERY = 64  # batches
+
+
+def next_batch(controller: GateController, original: Any, running: Any, last: Any) -> Any:
+    """AROUND Scheduler.get_next_batch_to_run: batches hold only what may decode on."""
+    scheduler, requests = controller.scheduler, controller.requests
+    if requests.step % REAP_EVERY == 0:
+        close_vanished(scheduler, requests, controller.in_flight.batches())
+    controller.before_next_batch(last)
+    if requests.held:
+        for batch in (running, last):
+            if batch is not None and batch.reqs:
+                _eject(requests, batch)
+        if _memory_is_short(scheduler, running):
+            controller.verify_everything()
+    if requests.rejoining:
+        running = rollback.rejoin(scheduler, running, requests.take_rejoining())
+    plan = original(scheduler, running_batch=running, last_batch=last)
+    if plan.batch_to_run is not None and plan.batch_to_run.forward_mode.is_extend():
+        controller.penalties.admit(plan.batch_to_run)
+    if plan.batch_to_run is None and (requests.held or requests.any_pending()):
+        controller.verify_everything()  # nobody will join them; they decode on in the next turn
+    requests.observers.turned()
+    return plan
+
+
+def close_vanished(scheduler: Any, requests: OpenRequests, in_flight: list[Any]) -> None:
+    """Drop retracted requests that left SGLang's queue without a batch: aborted, or timed out."""
+    away = [req for req in requests if req.is_retracted or req.gate.kept is not None]
+    if not away:
+        return
+    batches = (scheduler.running_batch, scheduler.last_batch, *in_flight)
+    known = {id(req) for batch in batches if batch is not None for req in batch.reqs}
+    known |= {id(req) for req in (*scheduler.waiting_queue, *requests.rejoining)}
+    known |= {id(scheduler.chunked_req), *map(id, requests.prefilled_again)}
+    for req in away:
+        if id(req) not in known and not requests.is_held(req):
+            requests.close(req)
+
+
+def _eject(requests: OpenRequests, batch: Any) -> None:
+    stay = [i for i, req in enumerate(batch.reqs) if not requests.is_held(req)]
+    if len(stay) < len(batch.reqs):
+        batch.filter_batch(keep_indices=stay)
+        batch.batch_is_full = False
+
+
+def _memory_is_short(scheduler: Any, running: Any) -> bool:
+    """Whether SGLang would soon retract requests for columns that held ones could free."""
+    free = scheduler.token_to_kv_pool_allocator.available_size()
+    return free + scheduler.tree_cache.evictable_size() < 2 * len(running.reqs)

@@ -1,0 +1,93 @@
+"""Canonical prefill: a gated prompt is prefilled alone, in chunks cut on an absolute grid.
+
+Then the forward that computes a column has the same shape and the same rows whatever waits
+beside the request and however much of its prefix was cached (hits are cut to the grid too).
+Where a row's bits were found not to depend on any of that, SGLang decides as always.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult
+
+from margingate.runtime.probe.check_prefill import Prefill
+from margingate.runtime.request.record import is_gated
+
+
+class Admission:
+    """Which prompts may be in the next prefill forward."""
+
+    def __init__(self, prefill: Prefill, chunk: int) -> None:
+        """`chunk`: tokens of a forward on the grid."""
+        self._together, self._chunk = prefill.together, chunk
+
+    def add_one_req(
+        self, original: Any, adder: Any, req: Any, has_chunked_req: bool, align: int | None
+    ) -> Any:
+        """AROUND PrefillAdder.add_one_req: keep gated requests apart, where they must be."""
+        if _lacks_room_to_replay(adder, req):
+            return AddReqResult.NO_TOKEN
+        if self._together:
+            return original(adder, req, has_chunked_req, align)
+        return self._add_alone(original, adder, req, has_chunked_req, align)
+
+    def _add_alone(
+        self, original: Any, adder: Any, req: Any, has_chunked_req: bool, align: int | None
+    ) -> Any:
+        if has_chunked_req and not adder.can_run_list:
+            return AddReqResult.OTHER  # a parked chunk; SGLang takes it to be in any batch it makes
+        if any(is_gated(other) for other in adder.can_run_list):
+            return AddReqResult.OTHER
+        if not is_gated(req):
+            return original(adder, req, has_chunked_req, align)
+        if has_chunked_req:  # a prompt is half done and goes first
+            return AddReqResult.OTHER
+        if adder.can_run_list:
+            return AddReqResult.OTHER  # nothing overtakes it, or it might wait for ever
+        adder.rem_chunk_tokens = self._chunk
+        result = original(adder, req, has_chunked_req, align)
+        return AddReqResult.OTHER if adder.can_run_list else result
+
+    def add_chunked_req(self, original: Any, adder: Any, req: Any) -> Any:
+        """AROUND PrefillAdder.add_chunked_req: never shrink a gated chunk; park it instead."""
+        if not is_gated(req) or self._together:
+            return original(adder, req)
+        need = min(self._chunk, len(req.full_untruncated_fill_ids) - len(req.prefix_indices))
+        if need > adder.cur_rem_tokens or 0 < adder.rem_total_tokens < need:
+            req.set_extend_range(len(req.prefix_indices), len(req.prefix_indices))
+            return req
+        adder.rem_chunk_tokens = self._chunk
+        return original(adder, req)
+
+
+def refuse_failed(original: Any, adder: Any, req: Any, *rest: Any, **named: Any) -> Any:
+    """After a failure of `add_one_req`: the next turn takes the request as a refused one.
+
+    Its prompt was matched with gated columns; prefilled beside others it must not join them.
+    """
+    if not req.gate.gated or req.gate.kept is not None:
+        return original(adder, req, *rest, **named)
+    reason = req.to_finish
+    req.set_finish_with_abort(reason.message)  # a prompt of one token
+    req.to_finish = reason
+    req.gate.gated, req.gate.ungated_because = False, "margingate failed on it"
+    req.extra_key = f"not-{req.extra_key}"
+    return AddReqResult.OTHER
+
+
+def _lacks_room_to_replay(adder: Any, req: Any) -> bool:
+    """Whether a retracted request would be retracted again: its kept tokens come on top.
+
+    SGLang counts the prompt, and of what is to come a few thousand tokens at most.
+    """
+    kept = req.gate.kept
+    if kept is None:
+        return False
+    running = adder.running_batch
+    if not adder.can_run_list and (running is None or running.is_empty()):
+        return False  # there is not more room to wait for
+    prompt = len(req.full_untruncated_fill_ids) - len(req.prefix_indices)
+    more = max(req.sampling_params.max_new_tokens - len(kept.tokens), 0)
+    needed = prompt + len(kept.tokens) + min(more, CLIP_MAX_NEW_TOKENS)
+    return bool(needed >= adder.rem_total_tokens)

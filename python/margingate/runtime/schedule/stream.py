@@ -1,0 +1,103 @@
+"""Nothing past the frontier leaves: settled tokens only, in order, each once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+from margingate.config import GateConfig
+from margingate.runtime.observe.fingerprint import Fingerprint
+from margingate.runtime.request.open_requests import OpenRequests
+from margingate.runtime.request.record import INFO_KEY, is_gated
+from margingate.runtime.verify.retraction import Retractions
+
+
+class _WithLastToken(list[Any]):
+    """SGLang slices customized info by output token; this goes out whole with the last slice."""
+
+    def __getitem__(self, _index: Any) -> Any:
+        return list(self)
+
+
+class SettledStream:
+    """What SGLang's output streamer takes of a request."""
+
+    def __init__(
+        self,
+        config: GateConfig,
+        requests: OpenRequests,
+        retractions: Retractions,
+        fingerprint: Fingerprint,
+    ) -> None:
+        self._config, self._requests = config, requests
+        self._retractions, self._fingerprint = retractions, fingerprint
+        self._muted = False
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """SGLang sends as it processes results, when nothing is known of the new tokens yet: only
+        ends are taken meanwhile, and requests that are not gated.
+        """
+        self._muted = True
+        try:
+            yield
+        finally:
+            self._muted = False
+
+    def accept(self, original: Any, accumulator: Any, req: Any) -> None:
+        """AROUND _GenerationStreamAccumulator.accept: send the settled part of a request."""
+        if req.finished():
+            self._send_last(original, accumulator, req)
+        elif not is_gated(req):
+            original(accumulator, req=req)
+        elif req.stream and not self._muted:
+            self._send_settled(original, accumulator, req)
+
+    def accept_failed(self, original: Any, accumulator: Any, req: Any) -> None:
+        """After a failure of `accept`: the end is told, and nothing else."""
+        if req.finished():
+            original(accumulator, req=req)
+            self._requests.close(req)
+
+    def _send_last(self, original: Any, accumulator: Any, req: Any) -> None:
+        gate = getattr(req, "gate", None)
+        if gate is not None:
+            if gate.key in self._requests and isinstance(req.finished_reason, FINISH_ABORT):
+                self._cut_to_frontier(req)
+            summary = gate.summary(self._config)
+            if gate.gated:
+                summary |= self._fingerprint.of(gate.generation)
+            req.customized_info = {INFO_KEY: _WithLastToken([summary])}
+        original(accumulator, req=req)
+        if gate is not None:
+            self._requests.close(req)
+
+    def _cut_to_frontier(self, req: Any) -> None:
+        """An aborted request ends with what was settled."""
+        if req.gate.kept is not None:
+            self._retractions.give_back(req)
+        frontier = 0 if req.gate.failed else self._requests.ledger.frontier(req.gate.key)
+        req.finished_len = min(max(frontier, req.send_token_offset), len(req.output_ids))
+
+    def _send_settled(self, original: Any, accumulator: Any, req: Any) -> None:
+        if req.gate.kept is not None:  # retracted: what it had is set aside until it is prefilled
+            return
+        ledger, key = self._requests.ledger, req.gate.key
+        frontier, sent = ledger.frontier(key), req.send_token_offset
+        params = req.sampling_params
+        interval = params.stream_interval or accumulator.default_stream_interval
+        if frontier <= sent or (sent > 0 and frontier - sent < interval):
+            return
+        tokens, own_interval = req.output_ids, params.stream_interval
+        # SGLang sends where the length is a multiple of the interval; a frontier may jump past it.
+        params.stream_interval = 1
+        if frontier < len(tokens):  # a copy of the whole output: not where all of it is settled
+            req.output_ids = tokens[:frontier]
+        try:
+            original(accumulator, req=req)
+        finally:
+            req.output_ids, params.stream_interval = tokens, own_interval
+        ledger.mark_sent(key, req.send_token_offset)

@@ -1,0 +1,1 @@
+"""Which options, which refusals, which patches in which process."""

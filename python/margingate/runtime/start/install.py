@@ -1,0 +1,97 @@
+"""A gated server starts: its processes are patched, and each scheduler is asked for its gate."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from sglang.srt.mem_cache.registry import (
+    register_radix_cache_backend,
+    registered_radix_cache_backends,
+)
+
+from margingate.config import GateError
+from margingate.runtime.compat.server_args import RADIX_BACKEND, gate_config
+from margingate.runtime.hooks import handlers as scheduler
+from margingate.runtime.hooks import registry, scheduler_table
+from margingate.runtime.hooks.launcher_table import TOKENIZER_HOOKS
+from margingate.runtime.observe import audit, event_records, metrics
+from margingate.runtime.probe.startup_checks import run_checks
+from margingate.runtime.request.observer import Observer
+from margingate.runtime.schedule import radix
+from margingate.runtime.schedule.controller import GateController
+from margingate.runtime.start import detokenizer_process, refused_models
+from margingate.runtime.start.arguments import gate_to_launch
+from margingate.runtime.verify import delay
+
+logger = logging.getLogger(__name__)
+
+
+def init(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """AROUND Scheduler.__init__: a gated scheduler is patched here, and nowhere else."""
+    config = gate_config(server_args)
+    if config is None:
+        original(self, server_args, *args, **kwargs)
+        return
+    registry.check_version()
+    registry.install(scheduler_table.RUNTIME_HOOKS)
+    registry.install(
+        scheduler_table.INVARIANT_HOOKS if config.invariant else scheduler_table.STOCK_HOOKS
+    )
+    if config.study:
+        registry.install(scheduler_table.STUDY_HOOKS)
+    if RADIX_BACKEND not in registered_radix_cache_backends():
+        register_radix_cache_backend(RADIX_BACKEND, radix.build)
+    original(self, server_args, *args, **kwargs)
+    refused_models.refuse_columns(self.tp_worker.model_runner)
+    controller = GateController(self, config, run_checks(self, config))
+    if isinstance(self.tree_cache, radix.GateRadixCache):
+        self.tree_cache.share(controller.checks.prefill, controller.requests)
+    controller.requests.observe(*_observers(controller))
+    scheduler.serve(controller)
+    logger.info("margingate: the deterministic gate is up: %s", config)
+
+
+def _observers(controller: GateController) -> Iterator[Observer]:
+    """Those that this server has, in the order in which they are told."""
+    scheduler, config, requests = controller.scheduler, controller.config, controller.requests
+    audits, observes = controller.auditor.audits, controller.observes_only
+    yield from metrics.observers(scheduler, requests, audits, observes=observes)
+    yield from event_records.observers(config.events_endpoint, scheduler.ps, requests)
+    yield from audit.observers(controller.auditor)
+    verifier, merges = controller.checks.verifier, controller.merged.serves
+    yield from delay.observers(scheduler, config, verifier, requests, merges=merges)
+    yield controller.tally
+
+
+def launch(original: Any, cls: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND Engine._launch_subprocesses: patch this process, then ask every scheduler."""
+    config = gate_to_launch(server_args)
+    if config is None:
+        return original(cls, server_args, *args, **kwargs)
+    registry.install(TOKENIZER_HOOKS)
+    # By name, as SGLang passes it: this process starts detokenizers, which load no plugins.
+    run = kwargs["run_detokenizer_process_func"]
+    kwargs["run_detokenizer_process_func"] = partial(detokenizer_process.run, run)
+    result = original(cls, server_args, *args, **kwargs)
+    confirm_schedulers(result)
+    return result
+
+
+def confirm_schedulers(result: Any, *_args: Any, **_kwargs: Any) -> None:
+    """AFTER Engine._launch_subprocesses: every scheduler must have said that its gate is up.
+
+    Raises:
+        GateError: a scheduler came up ungated (its process did not load the plugin).
+    """
+    tokenizer_manager, _, _, init_result, *_rest = result
+    if tokenizer_manager is None or gate_config(tokenizer_manager.server_args) is None:
+        return
+    for rank, info in enumerate(init_result.scheduler_infos):
+        if "margingate" not in info:
+            raise GateError(
+                f"scheduler {rank} came up without the gate although --deterministic-gate is set: "
+                "check that SGLANG_PLUGINS and SGLANG_PLATFORM let the plugin 'margingate' load."
+            )

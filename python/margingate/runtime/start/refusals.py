@@ -1,0 +1,97 @@
+"""What the gate cannot serve: settings of the server, of the environment, and of both together."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from margingate.config import GateConfig, GateError
+from margingate.runtime.compat import settings_table
+from margingate.runtime.hooks import registry
+from margingate.runtime.start.refused_settings import SERVER_REFUSALS
+
+_ENVIRONMENT = (
+    "SGLANG_RUST_SERVER",
+    "SGLANG_ENABLE_UNIFIED_RADIX_TREE",
+    "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE",
+)
+
+
+def refuse_server(args: Any) -> None:
+    """Check resolved server arguments. Raises GateError with one sentence."""
+    for refusal in SERVER_REFUSALS:
+        if refusal.applies(args):
+            raise GateError(
+                f"--deterministic-gate does not work with {refusal.option}, because "
+                f"{refusal.because}: {refusal.instead}."
+            )
+    for name in settings_table.unseen(args):
+        raise GateError(
+            f"--deterministic-gate does not work with --{name.replace('_', '-')}, which nobody has "
+            f"looked at in SGLang {registry.SGLANG_VERSION}: leave it at its default."
+        )
+    for name in _ENVIRONMENT:
+        if os.environ.get(name, "").lower() in ("1", "true", "yes", "y"):
+            raise GateError(
+                f"--deterministic-gate does not work with {name}={os.environ[name]}, which "
+                "replaces parts that it patches: unset it."
+            )
+
+
+def refuse_chunks(args: Any, config: GateConfig) -> None:
+    """The prefill grid must fit into what one prefill forward may hold. Raises GateError."""
+    size, chunk = args.chunked_prefill_size, config.prefill_chunk
+    if size is not None and size > 0 and chunk is not None and chunk > size:
+        raise GateError(
+            f"--gate-prefill-chunk is {chunk}, but --chunked-prefill-size lets a forward hold "
+            f"only {size} tokens: lower the first or raise the second."
+        )
+
+
+def refuse_audit(args: Any, config: GateConfig) -> None:
+    """Ranks would have to agree on when an audit gives way. Raises GateError."""
+    if config.audit_rate > 0 and args.tp_size > 1:
+        raise GateError(
+            f"--gate-audit-rate is {config.audit_rate}, but --tp-size is {args.tp_size}, and "
+            "replays run on one rank: drop the first, or use --tp-size 1."
+        )
+
+
+def refuse_simulation(args: Any, config: GateConfig) -> None:
+    """Simulated verdicts on real weights would be wrong answers. Raises GateError."""
+    if config.simulates and args.load_format != "dummy":
+        raise GateError(
+            "--gate-simulate-trigger-rate and --gate-simulate-flip-rate make verdicts up, which "
+            "is for benchmarks: drop them, or serve made-up weights with --load-format dummy."
+        )
+
+
+def refuse_grammars(args: Any) -> None:
+    """SGLang pins xgrammar's masks: without a GPU's driver the first grammar ends the scheduler.
+
+    Only for arguments that SGLang has resolved. Raises GateError.
+    """
+    if args.device == "cpu" and args.grammar_backend == "xgrammar":
+        raise GateError(
+            "--grammar-backend is xgrammar, whose masks need a GPU's driver, but --device is cpu: "
+            "use llguidance."
+        )
+
+
+# An instance of each with a K/V split that depends on the length alone is what verifies.
+INVARIANT_ATTENTION = ("torch_native", "triton", "flashinfer")
+
+
+def refuse_fast_path(args: Any, config: GateConfig) -> None:
+    """What a fast path needs of device and attention backend. Raises GateError.
+
+    Only for arguments that SGLang has resolved: before that no backend has a name.
+    """
+    if config.policy == "observe":
+        return
+    for backend in args.get_attention_backends():
+        if backend not in INVARIANT_ATTENTION:
+            raise GateError(
+                f"--deterministic-gate does not work with --attention-backend {backend}, whose "
+                "decode depends on the batch: use triton or flashinfer."
+            )

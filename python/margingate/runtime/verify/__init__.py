@@ -1,0 +1,1 @@
+"""Forwards that no client asked for, and what follows: verdicts, rollback, retraction."""
