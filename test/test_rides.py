@@ -13,7 +13,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from margingate.config import GateConfig
 from margingate.core.ledger import Ledger
 from margingate.runtime.hooks import handlers
-from margingate.runtime.request import lifecycle
+from margingate.runtime.request import guard, lifecycle
 from margingate.runtime.request.forward_record import MergedPass, record_on
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import GateRequest, Hold
@@ -295,3 +295,19 @@ def test_a_grammar_that_fails_in_a_pass_aborts_its_request_and_nothing_else(monk
     assert set(judged) == {"good"} and not server.requests.held
     server.queue.note("good", 1)
     assert all(row.rid != "bad" for row in server.requests.next_batch())
+
+
+def test_a_withheld_request_that_a_hook_failed_on_ends_before_the_next_batch(monkeypatch):
+    """No finish check of SGLang's sees one that is in no batch."""
+    monkeypatch.setattr(ends, "release_kv_cache", lambda _req, _tree: None)
+    server = Server(1)
+    bad, good = grammar_fails_at(server, "bad"), server.add("good", 4, 3)
+    for req in (bad, good):
+        req.time_stats = SimpleNamespace(set_completion_time=lambda: None)
+        server.requests.withhold(req, Hold(None, None, now()))
+    lifecycle.end_failed(server.requests, None)
+    assert len(server.requests.held) == 2
+    guard.end(bad, "a verdict", ValueError("ours"))
+    lifecycle.end_failed(server.requests, None)
+    assert "a verdict (ValueError: ours)" in bad.finished_reason.message
+    assert server.requests.held == (good,) and server.requests.take_ended() == [bad]

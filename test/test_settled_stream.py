@@ -26,3 +26,14 @@ def test_an_output_that_is_settled_is_not_copied(frontier, copied):
     sender._send_settled(lambda _acc, req: seen.append(req.output_ids), accumulator, req)
     assert (seen[0] is not tokens) == copied and list(seen[0]) == [5, 6, 7, 8][:frontier]
     assert req.output_ids is tokens and req.sampling_params.stream_interval is None
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_after_a_failure_the_end_is_told_and_nothing_else(finished):
+    told, closed = [], []
+    requests = cast(Any, SimpleNamespace(close=closed.append))
+    nothing = cast(Any, None)
+    req = SimpleNamespace(finished=lambda: finished)
+    sender = SettledStream(nothing, requests, nothing, nothing)
+    sender.accept_failed(lambda _acc, req: told.append(req), None, req)
+    assert told == closed == [req] * finished
