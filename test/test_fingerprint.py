@@ -283,7 +283,7 @@ def test_the_plan_names_shapes_and_row_classes(fingerprint, monkeypatch):
         {"name": "norm", "plan": None, "classes": one},
         {"name": "qkv", "plan": [[[1, 1], [64, 64]], False, route], "classes": one},
     ]
-    monkeypatch.setattr(fingerprint.invariance, "records", lambda: found)
+    monkeypatch.setattr(fingerprint.startup, "records", lambda: found)
     verifier = SimpleNamespace(
         rows=16, device="cpu", graph_sizes=lambda largest: [8, 24, 32], backend=None
     )
