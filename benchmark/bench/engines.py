@@ -116,6 +116,13 @@ def groups(modes: Sequence[str], together: int) -> list[list[str]]:
     return [[first, *others[i : i + size]] for i in range(0, max(len(others), 1), size)]
 
 
+def turns(args: argparse.Namespace, modes: Sequence[str]) -> list[tuple[list[str], float]]:
+    """`settle`; then the groups of modes that are up at once, each with seconds to measure."""
+    settle(args, modes)
+    found = groups(modes, args.together)
+    return [(group, args.budget_s / len(found)) for group in found]
+
+
 def start(model: str, kv_tokens: int, largest: int, **options: Any) -> Any:
     """A `sglang.Engine` for up to `largest` requests at once; `options` are its own."""
     import sglang

@@ -6,7 +6,6 @@ import os
 import platform
 import sys
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 
@@ -26,6 +25,6 @@ def environment() -> dict[str, Any]:
 
 def processor() -> str:
     """The CPU's name as Linux has it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    from margingate.processor import cpu_name  # engines of an older checkout have no such module
+
+    return cpu_name() or platform.processor()

@@ -163,11 +163,9 @@ def main() -> None:
     if args.one:
         serve(args)
         return
-    engines.settle(args, args.modes)
     results: list[dict[str, Any]] = []
-    groups = engines.groups(args.modes, args.together)
-    for modes in groups:
-        run_group(args, modes, results, args.budget_s / len(groups))
+    for modes, seconds in engines.turns(args, args.modes):
+        run_group(args, modes, results, seconds)
 
 
 if __name__ == "__main__":

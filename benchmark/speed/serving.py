@@ -228,13 +228,12 @@ def _part(part: float, whole: float) -> float | None:
 def main() -> None:
     args = arguments()
     names = list(dict.fromkeys(server_of(mode) for mode in args.modes))
-    engines.settle(args, names)
-    groups = engines.groups(names, args.together)
+    turns = engines.turns(args, names)
     with tempfile.TemporaryDirectory() as folder:
         load = Load(Path(folder), vocabulary(args.model), args.logs / f"{args.out.stem}.client.log")
         run = Run(args, load)
-        for group in groups:
-            run.group(group, args.budget_s / len(groups))
+        for group, seconds in turns:
+            run.group(group, seconds)
     print(table(run.results), flush=True)
 
 

@@ -7,10 +7,11 @@ import platform
 import re
 from functools import cache
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from margingate.processor import CPUINFO, cpu_name
 
 
 @cache
@@ -18,10 +19,7 @@ def device_name(device: str) -> str:
     """The GPU's name and capability, or the CPU's name and instruction set."""
     if device != "cpu":
         return f"{torch.cuda.get_device_name()} {torch.cuda.get_device_capability()}"
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else 'CPU'} {torch.backends.cpu.get_cpu_capability()}"
+    return f"{cpu_name() or 'CPU'} {torch.backends.cpu.get_cpu_capability()}"
 
 
 _INSTRUCTIONS = re.compile(r"(s?sse|avx|amx|fma|f16c|bmi|asimd|sve|sme(?!p)|fphp|bf16|i8mm)\w*|fp")
@@ -37,8 +35,7 @@ def arithmetic_units(device: str) -> dict[str, Any]:
     if device != "cpu":
         found = torch.cuda.get_device_properties(torch.cuda.current_device())
         return {"multiprocessors": found.multi_processor_count, "driver": _driver()}
-    info = Path("/proc/cpuinfo")
-    return units_of(info.read_text() if info.exists() else "")
+    return units_of(CPUINFO.read_text() if CPUINFO.exists() else "")
 
 
 def _driver() -> int | None:

@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from margingate.runtime.observe import fingerprint, study
-from margingate.runtime.request import admission as request
-from margingate.runtime.request import lifecycle
+from margingate.runtime.request import admission, lifecycle
 from margingate.runtime.request.record import is_gated
 from margingate.runtime.schedule import next_batch, server_info
 from margingate.runtime.schedule.controller import GateController
@@ -36,13 +35,13 @@ def _gate() -> GateController:
 def request_init(_result: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
     """AFTER Req.__init__."""
     if _controller is not None:
-        request.attach(req, _controller.config)
+        admission.attach(req, _controller.config)
         req.gate.generation = _controller.fingerprint.admit()
 
 
 def add_request(_scheduler: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
     """BEFORE Scheduler._add_request_to_queue: answer what cannot be served with HTTP 400."""
-    request.refuse(req)
+    admission.refuse(req)
 
 
 def update_finish_state(original: Any, req: Any, new_accepted_len: int = 1) -> None:
@@ -90,8 +89,8 @@ def add_one_req(
     original: Any, adder: Any, req: Any, has_chunked_req: bool, truncation_align_size: int | None
 ) -> Any:
     """AROUND PrefillAdder.add_one_req."""
-    admission = _gate().admission
-    return admission.add_one_req(original, adder, req, has_chunked_req, truncation_align_size)
+    gate = _gate()
+    return gate.admission.add_one_req(original, adder, req, has_chunked_req, truncation_align_size)
 
 
 def add_chunked_req(original: Any, adder: Any, req: Any) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from sglang.srt.plugins.hook_registry import HookType
-
 from margingate.runtime.client import (
     anthropic_answers,
     detokenizer,
@@ -14,10 +12,9 @@ from margingate.runtime.client import (
     responses_answers,
     switch,
 )
-from margingate.runtime.hooks.registry import Hook
+from margingate.runtime.hooks.registry import AFTER, AROUND, BEFORE, Hook
 from margingate.runtime.request.guard import Policy
 
-AFTER, AROUND, BEFORE = HookType.AFTER, HookType.AROUND, HookType.BEFORE
 _MANAGER = "managers.tokenizer_manager.TokenizerManager."
 _CHAT = "entrypoints.openai.serving_chat.OpenAIServingChat."
 _COMPLETION = "entrypoints.openai.serving_completions.OpenAIServingCompletion."

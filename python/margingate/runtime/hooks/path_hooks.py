@@ -1,15 +1,11 @@
-"""The patches of each `--gate-fast-path`: rows of the table in hook_table.py."""
+"""The patches of each `--gate-fast-path`: rows of the table in scheduler_table.py."""
 
 from __future__ import annotations
 
-from sglang.srt.plugins.hook_registry import HookType
-
 from margingate.runtime.attention import invariant_attention
 from margingate.runtime.hooks import handlers
-from margingate.runtime.hooks.registry import Hook
+from margingate.runtime.hooks.registry import AROUND, BEFORE, Hook
 from margingate.runtime.probe import all_reduce, startup
-
-AROUND, BEFORE = HookType.AROUND, HookType.BEFORE
 
 # Applied, besides, where --gate-fast-path is invariant.
 INVARIANT_HOOKS = (

@@ -21,6 +21,7 @@ from margingate.runtime.compat.release import SGLANG_VERSION
 from margingate.runtime.request import guard
 from margingate.runtime.request.guard import Policy
 
+AFTER, AROUND, BEFORE = HookType.AFTER, HookType.AROUND, HookType.BEFORE
 _SRT = "sglang.srt."
 # SGLang sets it while a plugin loads; most hooks are registered later, and its log names it.
 _SOURCE = HookSource(plugin_name="margingate", dist_name="margingate")
@@ -89,7 +90,7 @@ def register(hooks: Iterable[Hook]) -> None:
     for hook in hooks:
         check_target(hook)
     for hook in hooks:
-        around = hook.kind is HookType.AROUND
+        around = hook.kind is AROUND
         function = guard.wrap(
             hook.target, hook.function, hook.policy, around=around, instead=hook.instead
         )

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from sglang.srt.plugins.hook_registry import HookType
-
 from margingate.runtime.hooks import handlers
 from margingate.runtime.hooks.path_hooks import INVARIANT_HOOKS, STOCK_HOOKS
-from margingate.runtime.hooks.registry import Hook
+from margingate.runtime.hooks.registry import AFTER, AROUND, BEFORE, Hook
 from margingate.runtime.observe import study
 from margingate.runtime.request import forward_record
 from margingate.runtime.request.guard import Policy
 from margingate.runtime.sampling import logprobs, seeds
 from margingate.runtime.schedule import prefill_admission
 
-AFTER, AROUND, BEFORE = HookType.AFTER, HookType.AROUND, HookType.BEFORE
 _SCHEDULER = "managers.scheduler.Scheduler."
 _SAMPLING = "sampling.sampling_batch_info.SamplingBatchInfo."
 _WEIGHTS = "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."

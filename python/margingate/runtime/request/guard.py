@@ -181,8 +181,13 @@ def request(req: Any, place: str) -> Iterator[None]:
     except Exception as error:
         if hasattr(error, _FROM_SGLANG):
             raise
-        note(place, error)
-        end(req, place, error)
+        failed(req, place, error)
+
+
+def failed(req: Any, place: str, error: BaseException) -> None:
+    """What was done at `place` for one request of several raised: note it, and end the request."""
+    note(place, error)
+    end(req, place, error)
 
 
 def note(place: str, error: BaseException) -> None:

@@ -158,8 +158,7 @@ class GateController:
                 try:
                     self._record_gated(req, result, i, margin, canonical)
                 except Exception as error:  # no context manager: this runs for each token
-                    guard.note("a row of the ledger", error)
-                    guard.end(req, "a row of the ledger", error)
+                    guard.failed(req, "a row of the ledger", error)
             elif self.observes_only:
                 self.requests.count_observed(req, flagged=not margin >= self.config.threshold)
                 if self.config.study:

@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from margingate.config import GateConfig, GateError, load_threshold, make_config
+from margingate.config import GateConfig, GateError, load_threshold, make_config, option_name
 from margingate.runtime.compat import machine
 from margingate.runtime.compat.server_args import ATTRIBUTE, RADIX_BACKEND, gate_config
 from margingate.runtime.hooks import registry
@@ -42,7 +42,7 @@ def add_options(_result: Any, parser: argparse.ArgumentParser) -> None:
         "cannot be had, verify rows by their margin and repair what flipped.",
     )
     for option in fields(GateConfig):
-        flag = "--gate-" + option.name.replace("_", "-")
+        flag = option_name(option.name)
         text = option.metadata["help"]
         if option.default is False:
             group.add_argument(flag, action="store_true", default=None, help=text)
@@ -77,7 +77,7 @@ def _pop_options(values: dict[str, Any]) -> dict[str, Any]:
     options = {name.removeprefix(_PREFIX): values.pop(name) for name in names}
     options = {name: value for name, value in options.items() if value is not None}
     if options and not wanted:
-        name = "--gate-" + next(iter(options)).replace("_", "-")
+        name = option_name(next(iter(options)))
         raise GateError(f"{name} is set without --deterministic-gate: add the flag, or drop it.")
     return {"enabled": wanted, **options}
 

@@ -14,8 +14,7 @@ from sglang.srt.mem_cache.registry import (
 
 from margingate.config import GateError
 from margingate.runtime.compat.server_args import RADIX_BACKEND, gate_config
-from margingate.runtime.hooks import handlers as scheduler
-from margingate.runtime.hooks import registry, scheduler_table
+from margingate.runtime.hooks import handlers, registry, scheduler_table
 from margingate.runtime.hooks.launcher_table import TOKENIZER_HOOKS
 from margingate.runtime.observe import audit, event_records, metrics
 from margingate.runtime.probe.startup_checks import run_checks
@@ -50,7 +49,7 @@ def init(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) 
     if isinstance(self.tree_cache, radix.GateRadixCache):
         self.tree_cache.share(controller.checks.prefill, controller.requests)
     controller.requests.observe(*_observers(controller))
-    scheduler.serve(controller)
+    handlers.serve(controller)
     logger.info("margingate: the deterministic gate is up: %s", config)
 
 

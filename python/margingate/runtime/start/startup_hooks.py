@@ -5,14 +5,11 @@ docs/hooks.md is printed from them; a test holds the two together.
 
 from __future__ import annotations
 
-from sglang.srt.plugins.hook_registry import HookType
-
 from margingate.runtime.hooks.launcher_table import DETOKENIZER_HOOKS, TOKENIZER_HOOKS
-from margingate.runtime.hooks.registry import Hook
+from margingate.runtime.hooks.registry import AFTER, AROUND, Hook
 from margingate.runtime.hooks.scheduler_table import SCHEDULER_HOOKS
 from margingate.runtime.start import arguments, install
 
-AFTER, AROUND = HookType.AFTER, HookType.AROUND
 _OPTIONS = "SGLang lets plugins declare arguments"
 _CALLBACK = "SGLang offers plugins a callback here"
 

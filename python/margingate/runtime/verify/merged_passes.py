@@ -26,8 +26,7 @@ from margingate.runtime.attention import invariant_attention
 from margingate.runtime.request.forward_record import MergedPass, record_of, record_on
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.sampling import constraints
-from margingate.runtime.verify import passes as verdicts
-from margingate.runtime.verify.passes import Passes
+from margingate.runtime.verify.passes import Passes, by_row
 from margingate.runtime.verify.verifier import RowResult, Verifier
 from margingate_kernels import softmax_top2
 
@@ -36,9 +35,9 @@ IN_FLIGHT = 2  # tokens of a request, at most, that the CPU does not know of yet
 
 
 def results_of(merged: MergedPass) -> list[RowResult | None]:
-    """Of each row, as `verdicts.by_row`; what they are read from is on the CPU by now."""
+    """Of each row, as `passes.by_row`; what they are read from is on the CPU by now."""
     pairs = zip(merged.best.ids.tolist(), merged.best.margin.tolist(), strict=True)
-    return verdicts.by_row(merged.rows, (RowResult(*pair, None) for pair in pairs))
+    return by_row(merged.rows, (RowResult(*pair, None) for pair in pairs))
 
 
 class MergedPasses:
