@@ -1,4 +1,4 @@
-"""OpenAI's client on a gated server: one question alone, then in company, then as a stream.
+"""OpenAI's client on a gated server: one question alone, then in a batch, then as a stream.
 
 Needs a server with --deterministic-gate, and the package openai, which comes with sglang. Status 1
 if the answers differ, 2 if they could not be had.
@@ -57,7 +57,7 @@ def compare(client: openai.OpenAI, args: argparse.Namespace) -> int:
         return 2
     record = in_company.metadata["gate"][0]
     print(f"Q: {QUESTION}\nA: {answers[0]}")
-    print("alone, in company, streamed:", "the same" if len(set(answers)) == 1 else "NOT the same")
+    print("alone, in a batch, streamed:", "the same" if len(set(answers)) == 1 else "NOT the same")
     print("rows verified:", record["verified"], " flips repaired:", record["flips"])
     print(
         "system_fingerprint:", in_company.system_fingerprint, " streamed:", gate[0]["fingerprint"]

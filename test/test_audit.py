@@ -100,19 +100,19 @@ def test_the_pieces_are_the_prompt_and_no_forward_is_too_large(name, length, mos
     assert [piece.start for piece in found] == [0, *(piece.end for piece in found[:-1])]
     assert found[-1].end == length and (len(found) > 1 or length == 1)
     for piece in found:
-        assert 1 <= piece.end - piece.start <= piece.end - piece.start + piece.company <= most
+        assert 1 <= piece.end - piece.start <= piece.end - piece.start + piece.others <= most
     assert found == pieces(name, length, most)
 
 
 def test_the_pieces_are_the_same_in_each_process_and_others_for_each_request():
-    found = [(p.start, p.end, p.company) for p in pieces("a", 300, 256)]
+    found = [(p.start, p.end, p.others) for p in pieces("a", 300, 256)]
     assert found == [(0, 129, 91), (129, 212, 70), (212, 300, 63)]
     sizes = {pieces(f"request-{i}", 300, 256)[0].end for i in range(100)}
     assert len(sizes) > 60, "row counts hardly differ"
 
 
 def test_the_grid_is_cut_where_the_gate_cuts():
-    assert [(p.start, p.end, p.company) for p in grid(9, 4)] == [(0, 4, 0), (4, 8, 0), (8, 9, 0)]
+    assert [(p.start, p.end, p.others) for p in grid(9, 4)] == [(0, 4, 0), (4, 8, 0), (8, 9, 0)]
     assert [(p.start, p.end) for p in grid(8, 4)] == [(0, 4), (4, 8)]
 
 
@@ -566,7 +566,7 @@ def test_a_replay_prefills_in_other_row_counts_beside_others_and_frees_all(monke
     planned = pieces("a", 20, 16)
     assert own == [("audit-a", piece.start, piece.end) for piece in planned]
     beside = [sum(end for _, _, end in parts[:-1]) for parts in forwards.prefills]
-    assert beside == [piece.company for piece in planned] and any(beside)
+    assert beside == [piece.others for piece in planned] and any(beside)
     assert len(forwards.released) == 1 + sum(map(bool, beside))
     assert forwards.verified == [(19, 19), (20, 30), (21, 31), (22, 32)]
     assert [row.token for part in found for row in part.rows] == [7] * 4

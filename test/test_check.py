@@ -36,9 +36,9 @@ def test_the_table_and_its_meaning(capsys):
     assert "2 of 3" in said and "3 of 3" in said and "1 of 3" in said
     assert check.meaning(RESULT) == "2 of 3 answers depend on what else the server does: a, b."
     same = {**RESULT, "changed": {name: {} for name in check.RUNS}}
-    assert check.meaning(same) == "Every answer was the same alone and in company."
+    assert check.meaning(same) == "Every answer was the same alone and in a batch."
     told = check.meaning({**same, "fingerprint": "0123"})
-    assert told.endswith("in company. The server's fingerprint: 0123.")
+    assert told.endswith("in a batch. The server's fingerprint: 0123.")
 
 
 def test_differences_name_the_first_character():

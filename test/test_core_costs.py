@@ -68,12 +68,12 @@ MEASURED = Load(requests=8, trigger_rate=0.1856, flip_rate=0.0035)
 
 def test_a_pass_that_rides_costs_what_it_makes_a_step_longer():
     usual = Load(requests=8, trigger_rate=0.1856, flip_rate=0.0035)
-    riding = replace(H100, rides=True)
-    alone, ridden = best_delay(usual, H100), best_delay(usual, riding)
-    assert ridden < alone and overhead(ridden, usual, riding) < overhead(alone, usual, H100) / 1.5
-    assert overhead(0, usual, riding) == overhead(0, usual, H100), "flagged rows go at once"
+    merging = replace(H100, merges=True)
+    alone, ridden = best_delay(usual, H100), best_delay(usual, merging)
+    assert ridden < alone and overhead(ridden, usual, merging) < overhead(alone, usual, H100) / 1.5
+    assert overhead(0, usual, merging) == overhead(0, usual, H100), "flagged rows go at once"
     many = replace(usual, requests=H100.rows)
-    assert overhead(4, many, riding) == overhead(4, many, H100), "a step has no room for it"
+    assert overhead(4, many, merging) == overhead(4, many, H100), "a step has no room for it"
 
 
 def test_the_longest_wait_is_not_chosen_for_a_trifle():

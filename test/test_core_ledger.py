@@ -66,7 +66,7 @@ def test_open_close_and_list() -> None:
         lambda ledger: ledger.take("x", 1),
         lambda ledger: ledger.put_back("x"),
         lambda ledger: ledger.mark_sent("x", 0),
-        lambda ledger: ledger.frontier("x"),
+        lambda ledger: ledger.settled_length("x"),
         lambda ledger: ledger.pending("x"),
         lambda ledger: ledger.emitted("x"),
         lambda ledger: ledger.canonical("x"),
@@ -91,7 +91,7 @@ def test_canonical_counts_only_on_a_canonical_prefix() -> None:
     assert (ledger.canonical("a"), list(ledger.wanted("a"))) == (2, [])
     ledger.emit("a", flagged=False)
     ledger.emit("a", flagged=False, canonical=True)
-    assert (ledger.canonical("a"), ledger.frontier("a")) == (2, 4)
+    assert (ledger.canonical("a"), ledger.settled_length("a")) == (2, 4)
 
 
 def test_a_canonical_row_on_drifted_columns_keeps_its_flag() -> None:
@@ -103,22 +103,22 @@ def test_a_canonical_row_on_drifted_columns_keeps_its_flag() -> None:
 @pytest.mark.parametrize("kind", [SPARSE_SPAN, SPARSE_COLUMN])
 def test_sparse_settles_up_to_the_first_pending_flag(kind: tuple[str, str]) -> None:
     ledger = opened(kind, 8, flagged=[4, 7])
-    assert ledger.frontier("a") == 3
+    assert ledger.settled_length("a") == 3
     while 4 in ledger.wanted("a"):
         assert verify(ledger, 1) == [Outcome.MATCH]
-    assert ledger.frontier("a") == 6
+    assert ledger.settled_length("a") == 6
     while ledger.pending("a"):
         verify(ledger, 1)
-    assert ledger.frontier("a") == 8
+    assert ledger.settled_length("a") == 8
 
 
 def test_exact_settles_canonical_rows_only() -> None:
     ledger = opened(EXACT_SPAN, 6, flagged=[4])
-    assert (ledger.frontier("a"), list(ledger.wanted("a"))) == (1, [2, 3, 4])
+    assert (ledger.settled_length("a"), list(ledger.wanted("a"))) == (1, [2, 3, 4])
     verify(ledger, 2)
-    assert ledger.frontier("a") == 3
+    assert ledger.settled_length("a") == 3
     verify(ledger, 9)
-    assert (ledger.frontier("a"), ledger.pending("a")) == (4, False)
+    assert (ledger.settled_length("a"), ledger.pending("a")) == (4, False)
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -141,7 +141,7 @@ def test_request_tail_wants_all_that_is_not_verified(kind: tuple[str, str]) -> N
     rest = [2, 4, 5] if kind == SPARSE_COLUMN else [4, 5]
     assert list(ledger.wanted("a")) == rest
     verify(ledger, 9)
-    assert (ledger.pending("a"), ledger.frontier("a")) == (False, 5)
+    assert (ledger.pending("a"), ledger.settled_length("a")) == (False, 5)
 
 
 def test_request_tail_with_rows_in_flight() -> None:
@@ -198,7 +198,7 @@ def test_a_flip_rolls_back_to_its_row(kind: tuple[str, str]) -> None:
     rows = ledger.take("a", 4)
     outcomes = [ledger.verdict(row, row.index != 3) for row in rows]
     assert outcomes == [Outcome.MATCH, Outcome.FLIP, Outcome.STALE, Outcome.STALE]
-    assert (ledger.emitted("a"), ledger.frontier("a"), ledger.epoch("a")) == (3, 3, epoch + 1)
+    assert (ledger.emitted("a"), ledger.settled_length("a"), ledger.epoch("a")) == (3, 3, epoch + 1)
     assert not ledger.stopped("a")
     assert not ledger.pending("a")
     assert ledger.canonical("a") == 3  # in column repair too: rows 2 and 3 lay side by side
@@ -209,7 +209,7 @@ def test_a_flip_rolls_back_to_its_row(kind: tuple[str, str]) -> None:
 def test_column_repair_leaves_rows_behind_a_gap_not_canonical() -> None:
     ledger = opened(SPARSE_COLUMN, 7, flagged=[4, 6])
     assert verify(ledger, 9, differs=[6]) == [Outcome.MATCH, Outcome.FLIP]
-    assert (ledger.canonical("a"), ledger.frontier("a"), ledger.emitted("a")) == (1, 6, 6)
+    assert (ledger.canonical("a"), ledger.settled_length("a"), ledger.emitted("a")) == (1, 6, 6)
     ledger.request_tail("a")
     assert list(ledger.wanted("a")) == [2, 3, 5]
     assert verify(ledger, 9, differs=[3]) == [Outcome.MATCH, Outcome.FLIP, Outcome.STALE]
@@ -220,7 +220,7 @@ def test_a_mismatch_that_the_client_has_is_missed() -> None:
     ledger = opened(SPARSE_SPAN, 5, flagged=[4])
     ledger.mark_sent("a", 2)
     assert verify(ledger, 3, differs=[2]) == [Outcome.MISSED, Outcome.MATCH, Outcome.MATCH]
-    assert (ledger.canonical("a"), ledger.frontier("a"), ledger.epoch("a")) == (4, 5, 0)
+    assert (ledger.canonical("a"), ledger.settled_length("a"), ledger.epoch("a")) == (4, 5, 0)
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -263,7 +263,11 @@ def test_retract_keeps_what_is_settled_and_replay_wants_it(kind: tuple[str, str]
     kept = 3 if kind == EXACT_SPAN else 5
     assert ledger.retract("a") == kept
     ledger.check_integrity()
-    assert (ledger.emitted("a"), ledger.frontier("a"), ledger.canonical("a")) == (kept, kept, 0)
+    assert (ledger.emitted("a"), ledger.settled_length("a"), ledger.canonical("a")) == (
+        kept,
+        kept,
+        0,
+    )
     assert not ledger.pending("a")
     with pytest.raises(ValueError, match="not replayed"):
         ledger.emit("a", flagged=False)
@@ -273,13 +277,13 @@ def test_retract_keeps_what_is_settled_and_replay_wants_it(kind: tuple[str, str]
     assert not ledger.pending("a")  # no columns yet
     ledger.replay("a")
     assert list(ledger.wanted("a")) == list(range(2, kept + 1))
-    assert (ledger.canonical("a"), ledger.frontier("a")) == (1, kept)
+    assert (ledger.canonical("a"), ledger.settled_length("a")) == (1, kept)
     ledger.emit("a", flagged=True)
-    assert ledger.frontier("a") == kept
+    assert ledger.settled_length("a") == kept
     ledger.mark_sent("a", 2)
     outcomes = verify(ledger, 9, differs=[2, 3])
     assert outcomes[:2] == [Outcome.MISSED, Outcome.FLIP]
-    assert (ledger.emitted("a"), ledger.frontier("a")) == (3, 3)
+    assert (ledger.emitted("a"), ledger.settled_length("a")) == (3, 3)
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -301,5 +305,5 @@ def test_retract_twice_and_with_nothing_settled(kind: tuple[str, str]) -> None:
 def test_check_integrity_says_what_is_broken() -> None:
     ledger = opened(SPARSE_SPAN, 3, flagged=[3])
     ledger._accounts["a"].sent = 3
-    with pytest.raises(AssertionError, match="'a': sent, frontier, emitted in order"):
+    with pytest.raises(AssertionError, match="'a': sent, settled, emitted in order"):
         ledger.check_integrity()

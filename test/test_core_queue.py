@@ -192,7 +192,7 @@ class Model:
         run = [row.canonical for row in self.rows]
         return run.index(False) if False in run else len(run)
 
-    def frontier(self) -> int:
+    def settled_length(self) -> int:
         settled = 0
         for row in self.rows:
             if not (row.canonical or row.kept if self.exact else not row.flag):
@@ -236,7 +236,7 @@ class Model:
         return Outcome.FLIP
 
     def retract(self) -> None:
-        del self.rows[self.frontier() :]
+        del self.rows[self.settled_length() :]
         self.rows = [ModelRow(row.token, kept=True) for row in self.rows]
         self.flight.clear()
         self.retracted = bool(self.rows)
@@ -260,7 +260,7 @@ class GateMachine(RuleBasedStateMachine):
         self.models: dict[str, Model] = {}
         self.batches: list[tuple[Row, ...]] = []
         self.taken: dict[Row, bool] = {}  # row -> whether its verdict counted
-        self.floor: dict[str, int] = {}  # the frontier last seen
+        self.floor: dict[str, int] = {}  # the settled length last seen
         self.step = 0
 
     # -- what a runtime would do
@@ -350,14 +350,14 @@ class GateMachine(RuleBasedStateMachine):
             self.step += 1
             self.decode(rid, flagged, canonical, drift)
             if stream:
-                self.stream(rid, self.models[rid].frontier())
+                self.stream(rid, self.models[rid].settled_length())
 
     @precondition(lambda self: self.models)
     @rule(data=st.data())
     def send(self, data: st.DataObject) -> None:
         rid = self.pick(data)
         model = self.models[rid]
-        self.stream(rid, data.draw(st.integers(len(model.sent), model.frontier())))
+        self.stream(rid, data.draw(st.integers(len(model.sent), model.settled_length())))
 
     def stream(self, rid: str, count: int) -> None:
         self.ledger.mark_sent(rid, count)
@@ -432,18 +432,18 @@ class GateMachine(RuleBasedStateMachine):
         for rid, model in self.models.items():
             assert self.ledger.emitted(rid) == len(model.rows)
             assert self.ledger.canonical(rid) == model.canonical()
-            assert self.ledger.frontier(rid) == model.frontier()
+            assert self.ledger.settled_length(rid) == model.settled_length()
             assert list(self.ledger.wanted(rid)) == model.wanted()
             assert self.ledger.pending(rid) == bool(model.flight or model.wanted())
             assert self.ledger.stopped(rid) == (model.ended() and not model.retracted)
 
     @invariant()
-    def sent_tokens_stand_and_the_frontier_holds(self) -> None:
+    def sent_tokens_stand_and_the_settled_length_holds(self) -> None:
         for rid, model in self.models.items():
             assert self.ledger.sent(rid) == len(model.sent)
             assert model.tokens()[: len(model.sent)] == model.sent
-            assert self.ledger.frontier(rid) >= self.floor[rid] >= 0
-            self.floor[rid] = self.ledger.frontier(rid)
+            assert self.ledger.settled_length(rid) >= self.floor[rid] >= 0
+            self.floor[rid] = self.ledger.settled_length(rid)
 
     def teardown(self) -> None:
         """Run everything to its end: nothing is lost, and what is promised is delivered."""
@@ -467,7 +467,7 @@ class GateMachine(RuleBasedStateMachine):
         model = self.models[rid]
         assert self.ledger.stopped(rid)
         assert not self.ledger.pending(rid)
-        assert self.ledger.frontier(rid) == self.ledger.emitted(rid) == len(model.rows)
+        assert self.ledger.settled_length(rid) == self.ledger.emitted(rid) == len(model.rows)
         if self.guarantee == "exact" or self.every_row:
             assert model.tokens() == canonical_output(model.seed)
         self.drop(rid)

@@ -82,12 +82,16 @@ def test_a_retracted_request_sends_nothing_until_its_output_is_back():
 
 def test_steps_of_any_size_are_canonical_where_prefill_gives_their_bits():
     steps = CanonicalSteps({1: True, 8: True}, graphs=True)
-    assert steps.holds(5, True) and not steps.holds(5, False) and not steps.holds(9, True)
+    assert (
+        steps.is_canonical(5, True)
+        and not steps.is_canonical(5, False)
+        and not steps.is_canonical(9, True)
+    )
     steps.extend()
-    assert steps.holds(5, False) and steps.holds(900, False)
+    assert steps.is_canonical(5, False) and steps.is_canonical(900, False)
     some = CanonicalSteps({1: True, 8: False}, graphs=True)
     some.extend()
-    assert not some.holds(8, True) and some.holds(1, True)
+    assert not some.is_canonical(8, True) and some.is_canonical(1, True)
 
 
 @pytest.mark.parametrize(

@@ -108,8 +108,8 @@ def test_there_is_no_pacer_where_passes_are_not_to_be_spaced(changes, monkeypatc
 def test_the_pacer_of_a_stock_path_on_a_gpu_is_measured(monkeypatch):
     monkeypatch.setattr(pacing, "measure", lambda _verifier: (COSTS.step_ms, COSTS.pass_ms))
     delay, (pacer,) = observers()
-    riding = replace(COSTS, rides=True)
-    assert isinstance(pacer, Pacer) and delay == best_delay(FIRST, riding)
+    merging = replace(COSTS, merges=True)
+    assert isinstance(pacer, Pacer) and delay == best_delay(FIRST, merging)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_calls_cover_every_row_once_and_all_have_a_measured_count(counts, rows):
     calls = plan.calls(rows)
     assert [row for call in calls for row in range(call.start, call.stop)] == list(range(rows))
     assert all(call.made in counts and call.made >= call.stop - call.start for call in calls)
-    assert plan.holds(rows) == (rows in counts)
+    assert plan.runs_as_is(rows) == (rows in counts)
     assert len(calls) <= -(-rows // max(counts))
 
 
@@ -83,7 +83,7 @@ def test_no_plan_calls_an_operator_in_a_way_that_was_not_measured(
     made = {kernel[call.made] if call.kernel else operator[call.made] for call in plan.calls(rows)}
     assert len(made) == 1 and made == {classes[plan.low]}
     assert all(call.made in measured for call in plan.calls(rows))
-    if plan.holds(rows):
+    if plan.runs_as_is(rows):
         assert rows in measured and operator[rows] == classes[plan.low]
 
 
@@ -108,7 +108,7 @@ def test_the_holes_that_an_h100_has_are_padded_over():
     assert made == {
         240: 240, 241: 248, 248: 248, 250: 256, 256: 256, 264: 265, 270: 270, 300: 320,
     }  # fmt: skip
-    assert not plan.holds(388) and not plan.holds(300) and plan.holds(288)
+    assert not plan.runs_as_is(388) and not plan.runs_as_is(300) and plan.runs_as_is(288)
     assert [call.made for call in plan.calls(388)] == [194, 194]
 
 
@@ -126,11 +126,11 @@ def test_a_plan_that_is_clearly_faster_is_taken_instead():
 
 def test_the_invariant_kernel_is_taken_where_it_is_clearly_faster():
     as_fast = {count: 0.9 * us for count, us in FLAT.items()}
-    assert choose(CLASSES, Times(FLAT, as_fast)) == kept(1, 256, own_kernel=True)
+    assert choose(CLASSES, Times(FLAT, as_fast)) == kept(1, 256, batch_invariant=True)
     slower = {count: 3 * us for count, us in FLAT.items()}
     assert choose(CLASSES, Times(FLAT, slower)) == kept(65, 256)
     assert choose(dict.fromkeys(CLASSES, 0), Times(FLAT, as_fast)) == kept(1, 256)
-    assert not kept(1, 256, own_kernel=True).holds(8)
+    assert not kept(1, 256, batch_invariant=True).runs_as_is(8)
 
 
 WIDE = {count: int(count > 16) for count in (*range(1, 65), 512, 4096)}
@@ -151,14 +151,16 @@ def test_a_prefill_takes_the_class_of_its_largest_forward_or_the_kernel():
     with pytest.raises(NoPlanError):
         choose(from_65, Times(times, None), to_the_top=True)
     dear = {count: 9 * us for count, us in times.items()}
-    assert choose(from_65, Times(times, dear), to_the_top=True) == kept(1, 512, own_kernel=True)
+    assert choose(from_65, Times(times, dear), to_the_top=True) == kept(
+        1, 512, batch_invariant=True
+    )
 
 
 def test_a_prefill_takes_the_kernel_too_where_it_is_clearly_faster():
     times = dict.fromkeys(timed_counts(WIDE), 30.0)
     little, less = dict.fromkeys(times, 32.0), dict.fromkeys(times, 20.0)
     assert choose(WIDE, Times(times, little), to_the_top=True) == of(WIDE, 1)
-    assert choose(WIDE, Times(times, less), to_the_top=True) == kept(1, 4096, own_kernel=True)
+    assert choose(WIDE, Times(times, less), to_the_top=True) == kept(1, 4096, batch_invariant=True)
 
 
 # -- the batch-invariant kernel with the bits of the operator's top class
@@ -172,7 +174,11 @@ def test_the_kernel_that_joins_makes_the_small_calls_and_the_operator_the_others
     plan = choose(WIDE, Times(OPERATOR, SOONER, JOINS), to_the_top=True)
     assert plan == of(WIDE, 1, routes=(Route(16, kernel=True),))
     assert [plan.calls(n) for n in (1, 15, 16)] == [[Call(0, n, n, True)] for n in (1, 15, 16)]
-    assert plan.calls(17) == [Call(0, 17, 17, False)] and plan.holds(17) and not plan.holds(16)
+    assert (
+        plan.calls(17) == [Call(0, 17, 17, False)]
+        and plan.runs_as_is(17)
+        and not plan.runs_as_is(16)
+    )
     assert plan.by_kernel == 16 and kept(32, 4096).by_kernel == 0
     assert str(plan) == (
         "kept to 50 row counts from 17 to 4096, up to 16 by the batch-invariant kernel with the "
@@ -190,7 +196,7 @@ def test_a_class_that_begins_late_is_no_hindrance_to_a_kernel_that_joins():
     kernel = {n: 25.0 for n in (*timed_counts(late), 191) if n <= 191}
     times = Times(dict.fromkeys(timed_counts(late), 30.0), kernel, range(1, 192))
     plan = choose(late, times)
-    assert plan.low == 192 and plan.calls(160)[0].kernel and plan.holds(192)
+    assert plan.low == 192 and plan.calls(160)[0].kernel and plan.runs_as_is(192)
     assert plan == choose(late, times, to_the_top=True)
 
 
@@ -422,7 +428,7 @@ def test_plans_on_a_gpu_are_timed_and_the_kernel_is_probed(kernel_is_in_order, t
     wide = {**LATE, 512: 2, 640: 2}
     found = plans.plan_of(layers_of(split_by_count, OnCuda()), LATE, wide)
     if kernel_is_in_order:
-        assert found == (kept(1, 640, own_kernel=True), True)
+        assert found == (kept(1, 640, batch_invariant=True), True)
         assert [own for own, _ in timed] == [True, False]
     else:
         assert found == (kept(9, 128), False), "as if there were no kernel"
@@ -454,7 +460,7 @@ def test_a_kernel_with_the_bits_of_the_last_class_joins_it(steady, timed, kernel
     for member in (same[0], head):
         assert plans._tried(member, wide) == (0 if steady else 640)
     found = plans.plan_of(same, classes, wide)[0]
-    assert found == (of(wide, 0) if steady else kept(1, 640, own_kernel=True))
+    assert found == (of(wide, 0) if steady else kept(1, 640, batch_invariant=True))
 
 
 def test_a_kernel_that_does_not_join_is_compiled_for_all_it_may_be_asked_for(
@@ -465,7 +471,7 @@ def test_a_kernel_that_does_not_join_is_compiled_for_all_it_may_be_asked_for(
     monkeypatch.setattr(plans, "is_deep_gemm", lambda _: True)
     monkeypatch.setattr(plans, "compile_ahead", compiled.extend)
     same, wide = layers_of(split_by_count, OnCuda()), {**LATE, 512: 2, 640: 2}
-    assert plans.plan_of(same, LATE, wide) == (kept(1, 640, own_kernel=True), True)
+    assert plans.plan_of(same, LATE, wide) == (kept(1, 640, batch_invariant=True), True)
     (weight, kernels), (again, others) = compiled
     assert weight is again is same[0].module.weight and kernels[-1] == 640
     assert not {*kernels} & {*others} and {*kernels, *others} >= {*wide}
@@ -481,7 +487,7 @@ def test_a_kernel_that_cannot_be_used_is_not_taken(error: Exception, timed, monk
 
     monkeypatch.setattr(plans, "_in_one_class", unusable)
     same = layers_of(split_by_count, OnCuda())
-    assert plans.plan_of(same, SMALL, None)[0].own_kernel is False
+    assert plans.plan_of(same, SMALL, None)[0].batch_invariant is False
 
 
 def settled(monkeypatch, kernel: probe.Operator, plan: RowPlan, decoded: int = 256):
@@ -501,11 +507,11 @@ def settled(monkeypatch, kernel: probe.Operator, plan: RowPlan, decoded: int = 2
 
 
 def test_kernels_are_compiled_for_what_their_plan_reaches_and_no_more(monkeypatch):
-    holds, made = settled(monkeypatch, in_order, kept(1, 256, own_kernel=True))
+    holds, made = settled(monkeypatch, in_order, kept(1, 256, batch_invariant=True))
     assert holds and made == [1, 16, 17, 33, 49, 65, 129, 193, 256]
-    holds, made = settled(monkeypatch, in_order, kept(1, 1000, own_kernel=True))
+    holds, made = settled(monkeypatch, in_order, kept(1, 1000, batch_invariant=True))
     assert holds and max(made) == 1000 and {321, 961}.issubset(made)
-    assert settled(monkeypatch, in_order, kept(1, 8, own_kernel=True))[1] == [1, 8]
+    assert settled(monkeypatch, in_order, kept(1, 8, batch_invariant=True))[1] == [1, 8]
     assert settled(monkeypatch, in_order, kept(9, 256)) == (True, []), "not planned"
 
 
@@ -516,9 +522,9 @@ def test_a_kernel_with_other_bits_in_prefill_costs_the_shared_prefill_alone(monk
     def crowded(x: torch.Tensor) -> torch.Tensor:
         return in_order(x) + in_order(x.flip(0))
 
-    plan = kept(1, 1000, own_kernel=True)
+    plan = kept(1, 1000, batch_invariant=True)
     assert not settled(monkeypatch, late, plan)[0] and not settled(monkeypatch, crowded, plan)[0]
-    decode_only = kept(1, 256, own_kernel=True)
+    decode_only = kept(1, 256, batch_invariant=True)
     assert settled(monkeypatch, late, decode_only)[0]
     assert settled(monkeypatch, crowded, decode_only)[0], "the check of the whole model sees to it"
 
@@ -530,7 +536,7 @@ def test_a_kernel_that_does_not_run_says_so(monkeypatch):
     with pytest.raises(
         GateError, match=r"run o_proj by .* \(DeepGEMM failed: no nvcc\): start once"
     ):
-        settled(monkeypatch, broken, kept(1, 256, own_kernel=True))
+        settled(monkeypatch, broken, kept(1, 256, batch_invariant=True))
 
 
 # -- calls of more rows than were planned for
@@ -583,7 +589,7 @@ def test_calls_above_the_limit_are_left_alone_unless_plans_hold_for_prefill(call
 
 def test_the_kernel_takes_calls_of_any_size(calls, monkeypatch):
     layer = Layer()
-    startup._plans[id(layer)] = kept(1, 32, own_kernel=True)
+    startup._plans[id(layer)] = kept(1, 32, batch_invariant=True)
     monkeypatch.setattr(startup, "_limit", math.inf)
     monkeypatch.setattr(
         startup, "invariant_matmul", lambda x, *, weight, bias: in_order(x) + (bias or 0)

@@ -68,7 +68,7 @@ def test_completions(client, prompts, alone):
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
-        ("openai_client", ["--tokens", "12"], "alone, in company, streamed: the same"),
+        ("openai_client", ["--tokens", "12"], "alone, in a batch, streamed: the same"),
         ("frontend_program", ["--tokens", "8"], "'because': 'deterministic is false'"),
         ("evaluation", ["--questions", "5", "--tokens", "16"], "\nidentical"),
     ],

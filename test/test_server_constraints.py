@@ -38,7 +38,7 @@ PENALTIES = (
 
 @pytest.fixture(scope="module")
 def client(start) -> Client:
-    """Passes wait and ride beside overlap, and requests are retracted every few steps."""
+    """Passes wait and are merged beside overlap, and requests are retracted every few steps."""
     args = ("--gate-debug", "--gate-inject-faults", "--gate-max-delay", "3", "--gate-overlap", "on")
     return Client(start(*args, env=retracting(9)).base_url, TOKENS)
 

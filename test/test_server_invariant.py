@@ -148,4 +148,4 @@ def test_margingate_check_passes(client, capsys, tmp_path):
     file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     url = f"{client.base_url}/v1"
     assert main(["check", "--base-url", url, "--tokens", "16", "--prompts", str(file)]) == 0
-    assert "Every answer was the same alone and in company." in capsys.readouterr().out
+    assert "Every answer was the same alone and in a batch." in capsys.readouterr().out

@@ -60,9 +60,7 @@ def test_deferred_verification_rolls_back_what_went_on(late, prompts, canonical)
         assert_gate_worked(before, after, batch=4)
         flips = after["flips"] - before["flips"]
         assert after["rolled_back"] - before["rolled_back"] > flips, "no decoded token was dropped"
-        assert after["passes_that_rode"] > before["passes_that_rode"], (
-            "no decode step carried a pass"
-        )
+        assert after["merged_passes"] > before["merged_passes"], "no decode step carried a pass"
     assert_clean(late)
 
 
@@ -75,7 +73,7 @@ def test_steps_that_carry_a_pass_sample_as_ever(late, prompts):
     params |= {prompt.name: {"temperature": 0.9} for prompt in sampled}
     answers = late.together([*greedy, *sampled], params=params)
     assert_same(alone, answers[:3])
-    assert late.gate_state()["passes_that_rode"] > before["passes_that_rode"]
+    assert late.gate_state()["merged_passes"] > before["merged_passes"]
     assert {a.meta["gate"]["because"] for a in answers[3:]} == {"sampling has no seed"}
 
 
@@ -87,7 +85,7 @@ def test_rows_with_log_probs_are_verified_in_passes_of_their_own(late, prompts):
     assert_same(alone, answers)
     after = late.gate_state()
     assert after["passes"] > before["passes"] and after["flips"] > before["flips"]
-    assert after["passes_that_rode"] == before["passes_that_rode"]
+    assert after["merged_passes"] == before["merged_passes"]
     assert all(len(a.meta["output_token_logprobs"]) == len(a.tokens) for a in answers)
 
 

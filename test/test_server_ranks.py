@@ -56,6 +56,6 @@ def test_ranks_verify_and_repair_alike(start, divisible, made_up):
     assert_gate_worked(before, after, batch=4)
     assert after["flips"] - before["flips"] >= 2 * len(made_up)
     assert after["retractions"] > before["retractions"]
-    assert after["passes_that_rode"] > before["passes_that_rode"]
+    assert after["merged_passes"] > before["merged_passes"]
     assert after["missed"] == 0 and server.healthy()
     assert_clean(client)

@@ -9,9 +9,9 @@ import pytest
 from margingate.runtime.schedule.stream import SettledStream
 
 
-@pytest.mark.parametrize(("frontier", "copied"), [(4, False), (3, True)])
-def test_an_output_that_is_settled_is_not_copied(frontier, copied):
-    ledger = SimpleNamespace(frontier=lambda _key: frontier, mark_sent=lambda *_: None)
+@pytest.mark.parametrize(("settled", "copied"), [(4, False), (3, True)])
+def test_an_output_that_is_settled_is_not_copied(settled, copied):
+    ledger = SimpleNamespace(settled_length=lambda _key: settled, mark_sent=lambda *_: None)
     requests, nothing = cast(Any, SimpleNamespace(ledger=ledger)), cast(Any, None)
     sender = SettledStream(nothing, requests, nothing, nothing)
     tokens = array("q", [5, 6, 7, 8])
@@ -24,7 +24,7 @@ def test_an_output_that_is_settled_is_not_copied(frontier, copied):
     seen = []
     accumulator = SimpleNamespace(default_stream_interval=1)
     sender._send_settled(lambda _acc, req: seen.append(req.output_ids), accumulator, req)
-    assert (seen[0] is not tokens) == copied and list(seen[0]) == [5, 6, 7, 8][:frontier]
+    assert (seen[0] is not tokens) == copied and list(seen[0]) == [5, 6, 7, 8][:settled]
     assert req.output_ids is tokens and req.sampling_params.stream_interval is None
 
 

@@ -15,7 +15,7 @@ HOPEFUL = ("--schedule-conservativeness", "0.05")
 ARRANGEMENTS = ("batched", "shuffled1", "shuffled2", "shuffled3", "arriving", "cached")
 COUNTERS = (
     *("steps", "flagged", "verified", "flips", "missed", "rolled_back", "passes"),
-    "passes_that_rode",
+    "merged_passes",
 )
 
 

@@ -1,4 +1,4 @@
-"""Does an answer depend on the row count that its prompt had alone, or on its company's?
+"""Does an answer depend on the row count that its prompt had alone, or on what it was batched with?
 
     python -m benchmark.sameness.holes --model qwen2.5-1.5b \
         --out qwen.json [--logs DIR] [-- server options]
@@ -18,7 +18,7 @@ prefill graphs and once without (`--graphs`). Prompts are random token ids, of e
                    a group, so that one prefill forward has many of them
     together-again the same from the cache
     alone-after    one at a time, from the cache that `together` left
-    together-2     cache flushed, other groups, other company
+    together-2     cache flushed, other groups, other neighbours
 
 Compared are output tokens, log-probs bit for bit, and K/V columns of the first, middle and last
 layer bit for bit (`--gate-study`). The table has, of each, how many lengths differ and which. It
@@ -94,7 +94,7 @@ KINDS = ("tokens", "logprobs", "columns")
 
 
 class Asked(NamedTuple):
-    """A prompt; one without a name is company."""
+    """A prompt; one without a name is a neighbour."""
 
     name: str
     ids: list[int]
@@ -289,7 +289,7 @@ def ids(draw: random.Random, length: int) -> list[int]:
 
 
 def groups(block: Sequence[Asked], draw: random.Random, longest: int) -> list[list[Asked]]:
-    """The block, shuffled and cut, with company. A group's first may go alone: it is company."""
+    """The block, shuffled and cut, with neighbours. Some groups ask their first prompt alone."""
     left, found = draw.sample(block, len(block)), []
     while left:
         size = draw.randint(1, GROUP)
@@ -315,7 +315,7 @@ def one_by_one(
 def ask(
     server: Server, group: Sequence[Asked], what: str, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """One call of /generate for the group; answers by name, without company's."""
+    """One call of /generate for the group; answers by name, without the neighbours'."""
     params = [
         {
             "temperature": 0,

@@ -6,7 +6,8 @@
 Dummy weights. A stock engine (FlashInfer on a GPU), and gated ones with `--gate-fast-path stock`.
 `always` verifies every row at every step, in passes of their own (`--gate-max-delay 0`) that are as
 small as the largest batch. `margin-RATE` has the gate's defaults, its flags simulated at that rate:
-its passes ride in decode steps. A share `--flip-rate` of all rows is rolled back in each of them.
+its passes share the forwards of decode steps. In each of them a share `--flip-rate` of all rows is
+rolled back.
 `margin-RATE:DELAY` and `margin-RATE:DELAY:ROWS` set `--gate-max-delay` and `--gate-rows`,
 `always::ROWS` the latter alone.
 

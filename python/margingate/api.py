@@ -100,7 +100,7 @@ SERVER = (
     ),
     Entry("margins", "histograms of the margins of all steps and of the flips: edges in logits"),
     Entry("passes_by_reason", "verify passes by why they were due ([reasons](metrics.md))"),
-    Entry("passes_that_rode", "verify passes that shared a forward with a decode step"),
+    Entry("merged_passes", "verify passes that shared a forward with a decode step"),
     Entry("max_delay", "decode steps that flagged rows wait at most, at present"),
     Entry("open", "gated requests now that have a token and no end"),
     Entry("held", "gated requests now whose end waits for verification"),

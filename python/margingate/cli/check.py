@@ -26,7 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "check",
         help="test whether a running server's answers depend on the batch",
-        description="Ask a server with an OpenAI chat API the same prompts alone and in company, "
+        description="Ask a server with an OpenAI chat API the same prompts alone and in a batch, "
         "greedily. Let nothing else use the server meanwhile, or that is tested too.",
         epilog="Example: margingate check --base-url http://127.0.0.1:30000 --tokens 128. Exit "
         "status: 0 every answer was the same; 1 an answer changed; 2 it could not be tested; 130 "
@@ -110,7 +110,7 @@ def meaning(result: dict[str, Any]) -> str:
     if not names:
         known = result.get("fingerprint")
         means = f" The server's fingerprint: {known}." if known else ""
-        return f"Every answer was the same alone and in company.{means}"
+        return f"Every answer was the same alone and in a batch.{means}"
     shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
     return (
         f"{len(names)} of {result['prompts']} answers depend on what else the server does: {shown}."

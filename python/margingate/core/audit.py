@@ -56,18 +56,18 @@ class Piece:
 
     start: int
     end: int
-    company: int = 0  # rows of another, made-up prompt before its own
+    others: int = 0  # rows of another, made-up prompt before its own
 
 
 def pieces(name: str, length: int, most: int) -> list[Piece]:
     """How a prompt of `length` tokens is cut, drawn by `name`: never into one forward if it has
-    more than one token. No forward has more than `most` rows, the company's included.
+    more than one token. No forward has more than `most` rows, the others included.
     """
     draw, found, start = generator(name), [], 0
     while start < length:
         size = min(draw.randint(1, max(min(most, length - 1), 1)), length - start)
-        company = draw.randint(0, max(min(most - size, size), 0))
-        found.append(Piece(start, start + size, company))
+        others = draw.randint(0, max(min(most - size, size), 0))
+        found.append(Piece(start, start + size, others))
         start += size
     return found
 

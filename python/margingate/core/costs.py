@@ -1,4 +1,4 @@
-"""How long flagged rows should wait for company: a model of what a delay costs and saves.
+"""How long flagged rows should wait for others: a model of what a delay costs and saves.
 
 A verify pass costs what a decode step of as many rows does, however few are wanted: so a longer
 wait means fewer passes. But what is decoded meanwhile is thrown away where a row flips. Held to the
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Decode steps; where nothing rides, 1 is no other than 0.
+# Decode steps; where nothing is merged, 1 is no other than 0.
 DELAYS = (0, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
-RIDING = 2  # steps more until a verdict, where its pass rides in a step and nothing waits for it
+MERGED_STEPS = 2  # steps more until a verdict, where its pass shares a step
 # Shares of the time of a step with its verification. A shorter wait may cost a little: tokens
 # arrive earlier, and the request that flips the most, which is not the mean, loses less.
 SHORTER = 1.01
@@ -35,7 +35,7 @@ class Costs:
     step_ms: float  # of a decode step
     pass_ms: float  # of a verify pass of `rows` rows
     rows: int
-    rides: bool = False  # a pass that may wait takes a decode step's place
+    merges: bool = False  # a pass that may wait takes a decode step's place
 
 
 def steps_a_pass(delay: int, load: Load, costs: Costs) -> float:
@@ -58,18 +58,18 @@ def overhead(delay: int, load: Load, costs: Costs) -> float:
     """Time that verification adds to a request, as a share of the decode steps' time."""
     steps = steps_a_pass(delay, load, costs)
     passes = max(load.requests * steps / costs.rows, 1)  # each time
-    alone = not _rides(delay, load, costs)
+    alone = not _merges(delay, load, costs)
     each = costs.pass_ms if alone else max(costs.pass_ms - costs.step_ms, 0)
-    lost = lost_a_flip(delay, load, costs) + (0 if alone else RIDING)
+    lost = lost_a_flip(delay, load, costs) + (0 if alone else MERGED_STEPS)
     return each * passes / steps / costs.step_ms + load.flip_rate * lost
 
 
-def _rides(delay: int, load: Load, costs: Costs) -> bool:
-    return costs.rides and delay > 0 and has_room(load.requests, costs.rows)
+def _merges(delay: int, load: Load, costs: Costs) -> bool:
+    return costs.merges and delay > 0 and has_room(load.requests, costs.rows)
 
 
 def has_room(requests: float, rows: int) -> bool:
-    """Whether a pass of `rows` rows may ride in a step of so many requests: half of it is left."""
+    """Whether a pass of `rows` rows may share a step of so many requests: half of it is left."""
     return 2 * requests <= rows
 
 

@@ -2,9 +2,9 @@
 
 Rows count from 1; row j is the forward that predicts output token o_j. The lines kept are
 
-    0 <= sent <= frontier <= emitted        canonical <= emitted
+    0 <= sent <= settled <= emitted        canonical <= emitted
 
-`canonical` is the end of the leading run of canonical rows. The frontier never falls below
+`canonical` is the end of the leading run of canonical rows. The settled length never falls below
 `sent`, and never decreases except by a FLIP (which drops rows that no client has seen).
 """
 
@@ -77,7 +77,7 @@ class _Account:
 
 class Ledger:
     """Rows of all open requests. Every method but `verdict` and `is_open` raises KeyError for a
-    request that is not open. `emit`, `frontier` and the other per-token calls are O(1)."""
+    request that is not open. `emit`, `settled` and the other per-token calls are O(1)."""
 
     def __init__(self, guarantee: str, repair: str) -> None:
         """ValueError for unknown words, and for exact with column: column repair leaves rows
@@ -136,11 +136,11 @@ class Ledger:
     def retract(self, rid: str) -> int:
         """The request lost its columns to memory pressure. Returns how many tokens it keeps.
 
-        The settled rows 1..frontier stay settled, though not canonical any more; rows above are
+        The settled rows 1..settled stay settled, though not canonical any more; rows above are
         dropped, and so are flags and rows in flight. If rows are kept, `replay` must follow.
         """
         account = self._account(rid)
-        account.kept = self._frontier(account)
+        account.kept = self._settled_length(account)
         account.cut(account.kept)
         account.canonical = account.goal = 0
         account.todo.clear()
@@ -223,18 +223,18 @@ class Ledger:
 
     # -- output
 
-    def frontier(self, rid: str) -> int:
+    def settled_length(self, rid: str) -> int:
         """Settled tokens. Sparse: the rows before the first pending flag. Exact: the canonical
         rows, and those that were when the request was retracted."""
-        return self._frontier(self._account(rid))
+        return self._settled_length(self._account(rid))
 
     def mark_sent(self, rid: str, count: int) -> None:
-        """The client has tokens 1..count. ValueError above the frontier or below the last call."""
+        """The client has tokens 1..count. ValueError above the settled or below the last count."""
         account = self._account(rid)
-        if not account.sent <= count <= self._frontier(account):
+        if not account.sent <= count <= self._settled_length(account):
             raise ValueError(
                 f"cannot mark {count} tokens of {rid!r} sent: {account.sent} are, "
-                f"{self._frontier(account)} are settled"
+                f"{self._settled_length(account)} are settled"
             )
         account.sent = count
 
@@ -312,20 +312,20 @@ class Ledger:
             return range(account.canonical + 1, account.goal + 1)
         return tuple(account.todo)
 
-    def _frontier(self, account: _Account) -> int:
+    def _settled_length(self, account: _Account) -> int:
         if self._exact:
             return max(account.canonical, account.kept)
         return account.flags[0] - 1 if account.flags else account.emitted
 
     def _invariants(self, account: _Account) -> Iterator[tuple[bool, str]]:
         open_rows = range(account.canonical + 1, account.emitted + 1)
-        frontier = self._frontier(account)
+        settled = self._settled_length(account)
         lists = [list(account.flags), list(account.flight), account.todo]
         busy = {*account.flight, *account.todo}
         span_flight = [*range(account.canonical + 1, account.canonical + 1 + len(account.flight))]
-        yield 0 <= account.sent <= frontier <= account.emitted, "sent, frontier, emitted in order"
+        yield 0 <= account.sent <= settled <= account.emitted, "sent, settled, emitted in order"
         yield 0 <= account.canonical <= account.emitted, "canonical rows are emitted rows"
-        yield account.kept <= frontier, "rows kept by a retraction are settled"
+        yield account.kept <= settled, "rows kept by a retraction are settled"
         yield 0 <= account.goal <= account.emitted, "the goal is an emitted row"
         yield all(rows == sorted(set(rows)) for rows in lists), "flags and rows ascend, each once"
         yield all(row in open_rows for rows in lists for row in rows), "open rows are not canonical"

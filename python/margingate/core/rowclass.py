@@ -57,14 +57,14 @@ def spans(counts: Iterable[int]) -> tuple[Span, ...]:
 class RowPlan:
     """An operator gives a row the same bits in calls with each of these row counts.
 
-    `counts` are spans of counts that were all measured. With `own_kernel` they are those of the
-    batch-invariant kernel in the operator's place, which reduces in one order at every count: they
-    are a sample, and it takes any count. `routes`, by ascending rows, do not matter to the bits:
-    the first one that reaches is taken.
+    `counts` are spans of counts that were all measured. With `batch_invariant` they are those
+    of the batch-invariant kernel in the operator's place, which reduces in one order at every
+    count: they are a sample, and it takes any count. `routes`, by ascending rows, do not matter
+    to the bits: the first one that reaches is taken.
     """
 
     counts: tuple[Span, ...]
-    own_kernel: bool = False
+    batch_invariant: bool = False
     routes: tuple[Route, ...] = ()
     _highs: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
@@ -90,15 +90,15 @@ class RowPlan:
 
     def bits(self) -> list[Any]:
         """What the bits of a row depend on, for a fingerprint: no two classes begin alike."""
-        return [self.low, self.high, self.own_kernel]
+        return [self.low, self.high, self.batch_invariant]
 
     def record(self) -> list[Any]:
         """For JSON: `RowPlan(*record)` is the plan again."""
-        return [self.counts, self.own_kernel, self.routes]
+        return [self.counts, self.batch_invariant, self.routes]
 
     def calls(self, rows: int) -> list[Call]:
         """The calls for `rows` rows. The batch-invariant kernel takes all of them at once."""
-        if self.own_kernel:
+        if self.batch_invariant:
             return [Call(0, rows, rows, True)]
         if rows <= self.high:
             return [self._call(0, rows)]
@@ -106,9 +106,9 @@ class RowPlan:
         size = self._next(-(-rows // pieces))
         return [self._call(start, min(start + size, rows)) for start in range(0, rows, size)]
 
-    def holds(self, rows: int) -> bool:
+    def runs_as_is(self, rows: int) -> bool:
         """Whether the operator is called with these `rows` rows, as it would be without a plan."""
-        if self.own_kernel or rows > self.high:
+        if self.batch_invariant or rows > self.high:
             return False
         route = self._routed(rows)
         return self._next(rows) == rows if route is None else route.plain
@@ -134,12 +134,12 @@ class RowPlan:
     @property
     def by_kernel(self) -> int:
         """The most rows that the batch-invariant kernel is called with; 0: it is not used."""
-        if self.own_kernel:
+        if self.batch_invariant:
             return self.high
         return max((route.made for route in self.routes if route.kernel), default=0)
 
     def __str__(self) -> str:
-        if self.own_kernel:
+        if self.batch_invariant:
             return "run by the batch-invariant kernel"
         total = sum(high - low + 1 for low, high in self.counts)
         said = [f"kept to {total} row counts from {self.low} to {self.high}"]
@@ -205,7 +205,7 @@ def choose(
         if times.joins:
             plans.insert(0, _joined(top(classes), times))
         elif len(set(classes.values())) > 1:
-            plans.append(RowPlan(((1, max(classes)),), own_kernel=True))
+            plans.append(RowPlan(((1, max(classes)),), batch_invariant=True))
     if not plans:
         raise NoPlanError
     if times is None or len(plans) == 1:

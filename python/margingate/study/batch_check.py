@@ -1,7 +1,7 @@
 """Whether a server's answer depends on what else it serves, seen from outside.
 
 A client for any server with OpenAI's chat completions, gated or not, ours or another's. Each prompt
-is asked alone, then in company.
+is asked alone, then in a batch.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def sequence_key(case: str, prompts: Sequence[Prompt], size: int) -> str:
 def columns(client: Client, prompts: Sequence[Prompt], journal: Journal, count: int) -> None:
     """Compare up to `count` flipped answers' K/V columns, alone and in their batch.
 
-    Each is walked again, with the same company, in the largest batches that had flips.
+    Each is walked again, with the same neighbours, in the largest batches that had flips.
     """
     key = f"columns {count}"
     if key in journal.notes or count == 0:

@@ -90,7 +90,7 @@ class OwnAttention:
             return rows * self._longest * self._workspace.blocks.segment
         return max(capacity - rows, 1) * self._workspace.blocks.segment
 
-    def holds(self, batch: Any) -> bool:
+    def fits(self, batch: Any) -> bool:
         """Whether there is room for all that the rows of a decode batch see, as in a CUDA graph."""
         keys = batch.seq_lens_sum
         return (int(batch.seq_lens.sum()) if keys is None else keys) <= self.room
@@ -112,7 +112,7 @@ class OwnAttention:
 
     def _parts_of(self, batch: Any, rows: int) -> list[slice]:
         """The rows of a decode batch that attend together: all, where there is room."""
-        if rows == 1 or self.holds(batch):
+        if rows == 1 or self.fits(batch):
             return [slice(0, rows)]
         return list(parts(batch.seq_lens_cpu.tolist(), self.room))
 
@@ -217,7 +217,7 @@ def can_run_graph(original: Any, graphs: Any, batch: Any) -> bool:
     graph, and attends to some rows at a time.
     """
     own = of(graphs.attn_backend)
-    if own is None or own.holds(batch):
+    if own is None or own.fits(batch):
         return bool(original(graphs, batch))
     _warn_once(own.room)
     return False

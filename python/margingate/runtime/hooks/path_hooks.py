@@ -58,7 +58,7 @@ STOCK_HOOKS = (
         AROUND,
         handlers.forward,
         "self forward_batch pp_proxy_tensors reinit_attn_backend split_forward_count",
-        "a verify pass rides in a decode step",
+        "a verify pass shares the forward of a decode step",
         "SGLang lets plugins add rows to a decode forward",
     ),
 )

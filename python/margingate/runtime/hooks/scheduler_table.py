@@ -68,7 +68,7 @@ RUNTIME_HOOKS = (
         AROUND,
         handlers.sample,
         "self logits_output forward_batch",
-        "margins ride with the result; ties go to the lowest id; draws with a seed are the gate's",
+        "the result carries margins; ties go to the lowest id; draws with a seed are the gate's",
         "the sampler returns margins",
     ),
     Hook(
@@ -168,7 +168,7 @@ RUNTIME_HOOKS = (
         AROUND,
         handlers.accept,
         "self req",
-        "nothing past the frontier leaves the scheduler",
+        "nothing past the settled length leaves the scheduler",
         "requests carry a number of settled tokens",
         Policy.REQUEST,
         handlers.accept_failed,

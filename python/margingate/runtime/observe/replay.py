@@ -59,8 +59,8 @@ class Replay:
     def rows_of(self) -> str:
         """The row counts of its prefill forwards, for a log: its own and those beside them."""
         return ", ".join(
-            f"{piece.end - piece.start}+{piece.company}"
-            if piece.company
+            f"{piece.end - piece.start}+{piece.others}"
+            if piece.others
             else f"{piece.end - piece.start}"
             for piece in self.plan
         )
@@ -73,7 +73,7 @@ class Replay:
         chunk = args.chunked_prefill_size or -1
         drawn = pieces(self._recorded.rid, length, chunk if chunk > 0 else args.max_prefill_tokens)
         room = self._room_for_company()
-        return [replace(piece, company=min(piece.company, room)) for piece in drawn]
+        return [replace(piece, others=min(piece.others, room)) for piece in drawn]
 
     def _room_for_company(self) -> int:
         """Slots that the replay itself leaves."""
@@ -95,13 +95,13 @@ class Replay:
     def _extend(self, req: Any, piece: Piece, draw: Any) -> torch.Tensor:
         """The logits [1, vocab] of the piece's last row."""
         own = (req, piece.start, piece.end)
-        if not piece.company:
+        if not piece.others:
             return extend(self._scheduler, [own])
         vocabulary = self._scheduler.model_config.vocab_size
-        tokens = draw.choices(range(vocabulary), k=piece.company)
+        tokens = draw.choices(range(vocabulary), k=piece.others)
         other = internal_request(f"audit-beside-{self._recorded.rid}", tokens)
         try:
-            return extend(self._scheduler, [(other, 0, piece.company), own])[-1:]
+            return extend(self._scheduler, [(other, 0, piece.others), own])[-1:]
         finally:
             release(self._scheduler, other)
 

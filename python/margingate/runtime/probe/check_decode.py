@@ -52,7 +52,7 @@ class CanonicalSteps:
         """
         self._everywhere = all((*self._measured.values(), *self._eager.values()))
 
-    def holds(self, rows: int, by_graph: bool) -> bool:
+    def is_canonical(self, rows: int, by_graph: bool) -> bool:
         """Whether a decode step of `rows` requests is canonical.
 
         A graph runs it with the rows of the next size that has one, all of which were measured.

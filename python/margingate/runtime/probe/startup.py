@@ -164,7 +164,7 @@ def _find(
 def apply_linear(original: Any, method: Any, layer: Any, x: torch.Tensor, bias: Any = None) -> Any:
     """AROUND UnquantizedLinearMethod.apply: stay within the operator's class of row counts."""
     plan = _plans.get(id(layer))
-    if plan is None or x.dim() != 2 or x.shape[0] > _limit or plan.holds(x.shape[0]):
+    if plan is None or x.dim() != 2 or x.shape[0] > _limit or plan.runs_as_is(x.shape[0]):
         return original(method, layer, x, bias)  # more: a prefill that is canonical by its shape
     return plans.run_in_class(
         plan,
@@ -179,7 +179,7 @@ def compute_lm_head(
 ) -> Any:
     """AROUND LogitsProcessor._compute_lm_head."""
     plan = _plans.get(id(lm_head))
-    if plan is None or hidden.shape[0] > _limit or plan.holds(hidden.shape[0]):
+    if plan is None or hidden.shape[0] > _limit or plan.runs_as_is(hidden.shape[0]):
         return original(processor, hidden, lm_head, bias)
     weight = lm_head.weight
     return plans.run_in_class(

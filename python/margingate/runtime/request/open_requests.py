@@ -95,7 +95,7 @@ class OpenRequests:
     def is_settled(self, req: Any) -> bool:
         """Whether all that was emitted may be sent."""
         key = req.gate.key
-        return self.ledger.frontier(key) == self.ledger.emitted(key)
+        return self.ledger.settled_length(key) == self.ledger.emitted(key)
 
     def columns_are_canonical(self, req: Any) -> bool:
         """Whether each row so far is canonical, and so the columns that the next one reads."""
@@ -162,7 +162,7 @@ class OpenRequests:
             self.queue.note(gate.key, self.step)
             self.observers.flagged(req, len(gate.flags), margin, decision.reason)
         if gate.waits_since is None:
-            settled_rows, rows = self.ledger.frontier(gate.key), self.ledger.emitted(gate.key)
+            settled_rows, rows = self.ledger.settled_length(gate.key), self.ledger.emitted(gate.key)
             gate.waits_since = None if settled_rows == rows else now()
 
     def count_observed(self, req: Any, *, flagged: bool) -> None:
@@ -222,7 +222,7 @@ class OpenRequests:
         gate.counts.rolled_back += emitted - row + 1
 
     def _note_settled(self, req: Any) -> None:
-        """A wait ends when the frontier reaches what was emitted; whatever waits on starts anew."""
+        """A wait ends when all that was emitted is settled; whatever waits on starts anew."""
         gate: GateRequest = req.gate
         if gate.waits_since is None or not self.is_settled(req):
             return

@@ -170,7 +170,7 @@ class GateController:
         decode = self.checks.decode
         if decode is None:
             return False
-        return decode.holds(len(batch.reqs), bool(result.can_run_cuda_graph))
+        return decode.is_canonical(len(batch.reqs), bool(result.can_run_cuda_graph))
 
     def _record_gated(self, req: Any, result: Any, i: int, margin: float, canonical: bool) -> None:
         requests, key = self.requests, req.gate.key

@@ -8,13 +8,13 @@ from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.schedule.controller import GateController
 from margingate.runtime.verify import rollback
 
-REAP_EVERY = 64  # batches
+CLOSE_VANISHED_EVERY = 64  # batches
 
 
 def next_batch(controller: GateController, original: Any, running: Any, last: Any) -> Any:
     """AROUND Scheduler.get_next_batch_to_run: batches hold only what may decode on."""
     scheduler, requests = controller.scheduler, controller.requests
-    if requests.step % REAP_EVERY == 0:
+    if requests.step % CLOSE_VANISHED_EVERY == 0:
         close_vanished(scheduler, requests, controller.in_flight.batches())
     controller.before_next_batch(last)
     if requests.held:

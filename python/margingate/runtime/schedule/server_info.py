@@ -42,7 +42,7 @@ def internal_state(controller: GateController) -> dict[str, Any]:
         "largest_batch": requests.largest_batch,
         "margins": requests.histogram.record(),
         "passes_by_reason": dict(requests.dues),
-        "passes_that_rode": controller.merged.count,
+        "merged_passes": controller.merged.count,
         "max_delay": requests.queue.max_delay,
         "hooks_fired": {name: each.fired for name, each in guard.tallies().items()},
         "hooks_failed": guard.failures(),

@@ -1,4 +1,4 @@
-"""Nothing past the frontier leaves: settled tokens only, in order, each once."""
+"""Nothing past the settled length leaves: settled tokens only, in order, each once."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class SettledStream:
         gate = getattr(req, "gate", None)
         if gate is not None:
             if gate.key in self._requests and isinstance(req.finished_reason, FINISH_ABORT):
-                self._cut_to_frontier(req)
+                self._cut_to_settled(req)
             summary = gate.summary(self._config)
             if gate.gated:
                 summary |= self._fingerprint.of(gate.generation)
@@ -75,27 +75,27 @@ class SettledStream:
         if gate is not None:
             self._requests.close(req)
 
-    def _cut_to_frontier(self, req: Any) -> None:
+    def _cut_to_settled(self, req: Any) -> None:
         """An aborted request ends with what was settled."""
         if req.gate.kept is not None:
             self._retractions.give_back(req)
-        frontier = 0 if req.gate.failed else self._requests.ledger.frontier(req.gate.key)
-        req.finished_len = min(max(frontier, req.send_token_offset), len(req.output_ids))
+        settled = 0 if req.gate.failed else self._requests.ledger.settled_length(req.gate.key)
+        req.finished_len = min(max(settled, req.send_token_offset), len(req.output_ids))
 
     def _send_settled(self, original: Any, accumulator: Any, req: Any) -> None:
         if req.gate.kept is not None:  # retracted: what it had is set aside until it is prefilled
             return
         ledger, key = self._requests.ledger, req.gate.key
-        frontier, sent = ledger.frontier(key), req.send_token_offset
+        settled, sent = ledger.settled_length(key), req.send_token_offset
         params = req.sampling_params
         interval = params.stream_interval or accumulator.default_stream_interval
-        if frontier <= sent or (sent > 0 and frontier - sent < interval):
+        if settled <= sent or (sent > 0 and settled - sent < interval):
             return
         tokens, own_interval = req.output_ids, params.stream_interval
-        # SGLang sends where the length is a multiple of the interval; a frontier may jump past it.
+        # SGLang sends where the length is a multiple of the interval; ours may jump past one.
         params.stream_interval = 1
-        if frontier < len(tokens):  # a copy of the whole output: not where all of it is settled
-            req.output_ids = tokens[:frontier]
+        if settled < len(tokens):  # a copy of the whole output: not where all of it is settled
+            req.output_ids = tokens[:settled]
         try:
             original(accumulator, req=req)
         finally:

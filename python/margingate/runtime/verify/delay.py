@@ -87,7 +87,7 @@ def observers(
     if config.max_delay is not None or not merges or verifier.device == "cpu":
         return ()
     step_ms, pass_ms = slowest(scheduler, measure(verifier))
-    return (Pacer(requests, Costs(step_ms, pass_ms, verifier.rows, rides=merges)),)
+    return (Pacer(requests, Costs(step_ms, pass_ms, verifier.rows, merges=merges)),)
 
 
 def measure(verifier: Verifier) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Which passes ride in a decode step, and when their verdicts are entered."""
+"""which passes share a decode step, and when their verdicts are entered."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make_request(key: str, **changes: Any) -> SimpleNamespace:
 
 
 class Server:
-    """What rides look at; requests, ledger and queue are the real ones."""
+    """What merged passes look at; requests, ledger and queue are the real ones."""
 
     def __init__(self, delay: int = 2, *, serves: bool = True, backend: Any = None) -> None:
         self.requests = OpenRequests(GateConfig(rows=V, max_delay=delay))
