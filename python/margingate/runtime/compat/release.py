@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-SGLANG_VERSION = "0.5.17"
+SGLANG_VERSION = "0.5.23"
