@@ -16,12 +16,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sglang.srt.managers import schedule_batch
-from sglang.srt.managers.schedule_batch import Req, ReqKvInfo
+from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req
 from sglang.srt.mem_cache import common
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from margingate.config import GateConfig
@@ -85,37 +86,39 @@ class World:
 
     # -- what the scheduler does
 
-    def arrive(self, prompt: Sequence[int], gated: bool = True) -> Any:
+    def arrive(self, prompt: Sequence[int], gated: bool = True, salt: str | None = None) -> Any:
         """A request is matched with the tree, and its hit locked."""
         self.made += 1
         namespace = CACHE_NAMESPACE if gated else None
         params = SamplingParams(temperature=0, max_new_tokens=LONGEST)
-        req = Req(str(self.made), "", array("q", prompt), params, extra_key=namespace)
+        name, tokens = str(self.made), array("q", prompt)
+        req = Req(name, "", tokens, params, extra_key=namespace, cache_salt=salt)
         req.gate = GateRequest(str(self.made), gated)
         req.init_next_round_input(self.tree)
         if gated and self.alone:
-            assert len(req.prefix_indices) % CHUNK == 0
-        self.tree.inc_lock_ref(req.last_node)
+            assert req.prefix_len % CHUNK == 0
+        req.lock = self.tree.lock(req.last_node)
         self.live.append(req)
         return req
 
     def prefill(self, req: Any, count: int = LONGEST) -> None:
         """The next `count` tokens of the prompt, or its next chunk where that is prescribed."""
-        start, prompt = len(req.prefix_indices), len(req.origin_input_ids)
+        start, prompt = req.prefix_len, len(req.origin_input_ids)
         whole = start // CHUNK * CHUNK + CHUNK
         end = min(whole if self.alone and req.gate.gated else start + count, prompt)
         full = not self.alone or (start % CHUNK == 0 and end == whole)
-        if req.req_pool_idx is None:
+        if not req.kv.holds_kv:
+            hit = self.tree.prefix_device_indices(req)
             self.pool.alloc([req])
-            self.pool.write((req.req_pool_idx, slice(0, start)), req.prefix_indices)
+            self.pool.write((req.kv.req_pool_idx, slice(0, start)), hit.to(torch.int32))
         self._allocate(req, start, end)
         for position in range(start, end):
             self._compute(req, position, full)
-        req.set_extend_range(start, end)
+        req.extend_end = end
         if end == prompt:
             self._emit(req, True)
-        common.maybe_cache_unfinished_req(req, self.tree, chunked=end < prompt)
-        assert len(req.prefix_indices) == end, "the next chunk begins elsewhere"
+        common.checkpoint_kv_cache(req, self.tree)
+        assert req.prefix_len == end, "the next chunk begins elsewhere"
 
     def decode(self, req: Any, canonical: bool = True) -> None:
         end = req.kv.kv_allocated_len
@@ -135,8 +138,9 @@ class World:
     def finish(self, req: Any, insert: bool = True, known: bool = True) -> None:
         if not known:
             self._forget(req)
-        common.release_kv_cache(req, self.tree, is_insert=insert)
-        assert req.req_pool_idx is None
+        req.finished_reason = FINISH_LENGTH(len(req.output_ids))
+        common.release_kv_cache(req, self.tree, checkpoint=insert)
+        assert not req.kv.holds_kv and req.lock is None
         self._forget(req)
         self.live[:] = [other for other in self.live if other is not req]
 
@@ -169,20 +173,19 @@ class World:
     def _allocate(self, req: Any, start: int, end: int) -> None:
         common.evict_from_tree_cache(self.tree, end - start)
         slots = self.allocator.alloc(end - start)
-        self.pool.write((req.req_pool_idx, slice(start, end)), slots.to(torch.int32))
-        req.kv = ReqKvInfo(kv_allocated_len=end, swa_evicted_seqlen=0)
-        req.kv_committed_len = end
+        self.pool.write((req.kv.req_pool_idx, slice(start, end)), slots.to(torch.int32))
+        req.kv.kv_committed_len = req.kv.kv_allocated_len = end
 
     def _compute(self, req: Any, position: int, canonical: bool) -> None:
         """One row of a forward: reads all columns before its own, and writes its own."""
         slots, tokens = self.slots(req, position + 1), self.tokens(req)[: position + 1]
-        assert position >= req.cache_protected_len, "a shared column is rewritten"
+        assert position >= req.kv.cache_protected_len, "a shared column is rewritten"
         self.columns[slots[-1]] = Column(tokens, canonical)
 
     # -- what is to hold
 
     def slots(self, req: Any, count: int) -> list[int]:
-        return self.pool.req_to_token[req.req_pool_idx, :count].tolist()
+        return self.pool.req_to_token[req.kv.req_pool_idx, :count].tolist()
 
     @staticmethod
     def tokens(req: Any) -> tuple[int, ...]:
@@ -192,13 +195,13 @@ class World:
         """Each slot is somebody's, each column where it belongs, each lock somebody's too."""
         integrity.check(self.scheduler, self.requests, self.in_flight)
         for req in self.live:
-            if req.kv is not None:
+            if req.kv.holds_kv:
                 self._check_columns(self.slots(req, req.kv.kv_allocated_len), self.tokens(req))
-                prefix = req.prefix_indices.tolist()
-                assert prefix == self.slots(req, len(prefix))
+                path = self.tree.path_device_indices(req.lock.node).tolist()
+                assert path == self.slots(req, req.kv.cache_protected_len)
         for node, tokens, slots in self.nodes():
             self._check_columns(slots, tokens)
-            below = [req for req in self.live if self._is_behind(req.last_node, node)]
+            below = [req for req in self.live if self._is_behind(req.lock.node, node)]
             assert node.lock_ref == len(below), "a lock is nobody's, or missing"
         # Alone, a chunk that two share in part is split, and may lose one of its ends to others;
         # what is left is canonical, but no hit ends in it.
@@ -237,7 +240,7 @@ class World:
     def end(self) -> None:
         """With every request gone nothing is locked, and all slots can be had back."""
         for req in [*self.live]:
-            while req.kv is None:  # a request that was never prefilled has nothing to release
+            while not req.kv.holds_kv:  # a request that was never prefilled has nothing to release
                 self.prefill(req)
             self.finish(req)
         self.check()
@@ -263,7 +266,7 @@ def test_together_all_of_a_prompt_enters_and_a_hit_has_any_length(world: World):
     world.answer(PROMPT, [True] * 5)
     assert world.shared() == [PROMPT]
     other = world.arrive((*PROMPT[:7], 1, 2))
-    assert len(other.prefix_indices) == other.cache_protected_len == 7
+    assert other.prefix_len == other.kv.cache_protected_len == 7
     world.prefill(other)
     world.finish(other)
     assert world.shared() == sorted([PROMPT, (*PROMPT[:7], 1, 2)])
@@ -275,7 +278,7 @@ def test_alone_hits_and_insertions_end_on_the_grid(world: World):
     assert world.allocator.available_size() == SLOTS - 8, "the rest is free again"
     for length, hit in ((10, 8), (8, 4), (7, 4), (4, 0), (3, 0)):  # one token is always computed
         other = world.arrive((*PROMPT[: length - 1], 99))
-        assert len(other.prefix_indices) == other.cache_protected_len == hit
+        assert other.prefix_len == other.kv.cache_protected_len == hit
         world.prefill(other)
         world.check()
         world.finish(other)
@@ -285,7 +288,7 @@ def test_a_prompt_that_is_shorter_than_a_chunk_adds_nothing(world: World):
     req = world.arrive(PROMPT[:3])
     world.prefill(req)
     world.check()
-    assert world.shared() == [] and req.cache_protected_len == 0
+    assert world.shared() == [] and req.kv.cache_protected_len == 0
     world.finish(req)
     assert world.allocator.available_size() == SLOTS
 
@@ -297,7 +300,7 @@ def test_two_that_compute_the_same_at_once_share_one_copy(world: World):
         if not world.is_prefilled(req):
             world.prefill(req, CHUNK)
             world.check()
-    end = one.cache_protected_len
+    end = one.kv.cache_protected_len
     assert end == (8 if world.alone else 10)
     assert world.slots(one, end) == world.slots(two, end)
     assert world.tree.protected_size() == end
@@ -317,7 +320,7 @@ def test_the_canonical_run_of_an_answer_enters_and_the_rest_is_freed(world: Worl
     longer = world.answer(PROMPT, [True] * 5)
     assert world.shared() == [(*PROMPT, *longer.output_ids[:5])], "the last token has no column"
     turn = world.arrive((*PROMPT, *longer.output_ids, 7, 8))
-    assert len(turn.prefix_indices) == 15
+    assert turn.prefix_len == 15
 
 
 @pytest.mark.parametrize("world", [ANSWERS], indirect=True)
@@ -364,7 +367,7 @@ def test_ungated_requests_are_left_to_sglang_and_kept_apart(world: World):
     world.decode(other, False)
     world.finish(other)
     assert world.shared() == [] and world.tree.total_size() == 11, "all of it entered as ever"
-    assert len(world.arrive(PROMPT).prefix_indices) == 0
+    assert world.arrive(PROMPT).prefix_len == 0
 
 
 def test_what_is_left_of_a_chunk_is_no_hit(world: World):
@@ -375,7 +378,7 @@ def test_what_is_left_of_a_chunk_is_no_hit(world: World):
     assert world.shared() == [(0,)]
     world.check()
     req = world.arrive((0, 1, 1, 1, 5))
-    assert len(req.prefix_indices) == 0
+    assert req.prefix_len == 0
     world.prefill(req)
     world.prefill(req)
     world.check()
@@ -425,7 +428,7 @@ def take(world: World, step: Step) -> None:
         world.arrive(step.prompt, step.gated)
         return
     req = world.live[step.which % len(world.live)]
-    if not world.is_prefilled(req) and (step.what != "abort" or req.kv is None):
+    if not world.is_prefilled(req) and (step.what != "abort" or not req.kv.holds_kv):
         world.prefill(req, step.count)
     elif step.what in ("finish", "abort"):  # an abort may come between two chunks
         world.finish(req, step.insert, step.known)
