@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
+from inspect import signature
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from margingate.runtime.probe.check_prefill import Prefill
 from margingate.runtime.request.in_flight import InFlight
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import CACHE_NAMESPACE, GateRequest
+from margingate.runtime.schedule import radix
 from margingate.runtime.schedule.radix import GateRadixCache
 
 CHUNK = 4
@@ -64,8 +66,8 @@ class World:
     def __init__(self, prefill: Prefill = ALONE) -> None:
         self.pool = ReqToTokenPool(REQUESTS, LONGEST, "cpu", False)
         self.allocator = TokenToKVPoolAllocator(SLOTS, torch.bfloat16, "cpu", None, False)
-        params = CacheInitParams(False, self.pool, self.allocator, page_size=1)
-        self.tree = GateRadixCache(params, CHUNK)
+        self.params = CacheInitParams(False, self.pool, self.allocator, page_size=1)
+        self.tree = GateRadixCache(self.params, CHUNK)
         self.requests = OpenRequests(GateConfig(rows=64))
         self.tree.share(prefill, self.requests)
         self.alone = not prefill.together
@@ -368,6 +370,69 @@ def test_ungated_requests_are_left_to_sglang_and_kept_apart(world: World):
     world.finish(other)
     assert world.shared() == [] and world.tree.total_size() == 11, "all of it entered as ever"
     assert world.arrive(PROMPT).prefix_len == 0
+
+
+@pytest.mark.parametrize("world", [ALONE, ANSWERS], indirect=True)
+def test_requests_of_different_salts_share_nothing(world: World):
+    """SGLang keys them apart; a key made without the salt would mix their columns."""
+    for salt, hit in (("a", 0), ("b", 0), (None, 0), ("a", 8 if world.alone else 9)):
+        req = world.arrive(PROMPT, salt=salt)
+        assert req.prefix_len == hit
+        while not world.is_prefilled(req):
+            world.prefill(req)
+        world.decode(req)
+        world.check()
+        world.finish(req)
+
+
+def test_sglang_calls_each_function_that_is_overridden(monkeypatch: pytest.MonkeyPatch):
+    """One that it has no more, or gives other arguments, would be silent: all columns would enter."""
+    layers = GateRadixCache.__mro__[: GateRadixCache.__mro__.index(RadixCache)]
+    names = {name for layer in layers for name in vars(layer) if hasattr(RadixCache, name)}
+    overridden = {name for name in names if not name.startswith("__")}
+    assert overridden == {"match_prefix", "checkpoint"}
+    called: list[str] = []
+    for name in overridden:
+        function = getattr(GateRadixCache, name)
+        wanted, found = (signature(getattr(each, name)) for each in (RadixCache, GateRadixCache))
+        assert list(found.parameters) == list(wanted.parameters)
+
+        def counted(self: Any, *args: Any, name=name, function=function, **named: Any) -> Any:
+            called.append(name)
+            return function(self, *args, **named)
+
+        monkeypatch.setattr(GateRadixCache, name, counted)
+    world = World(ANSWERS)
+    req = world.arrive(PROMPT)
+    assert called == ["match_prefix"], "as it arrives"
+    world.prefill(req)
+    assert "checkpoint" in called, "after its prefill"
+    called.clear()
+    world.finish(req)
+    assert "checkpoint" in called, "as it ends"
+
+
+def test_slots_that_sglang_collects_to_free_at_once_are_free(world: World):
+    req = world.arrive(PROMPT)
+    while not world.is_prefilled(req):
+        world.prefill(req)
+    world.allocator.free_group_begin()
+    world.finish(req)
+    world.check()
+    world.allocator.free_group_end()
+    world.check()
+
+
+def test_the_factory_gives_the_gates_tree_where_a_gate_and_a_tree_are_wanted(monkeypatch):
+    context: Any = SimpleNamespace(server_args=SimpleNamespace(), disable_radix_cache=False)
+    context.params = World().params
+    monkeypatch.setattr(radix, "default_radix_cache_factory", lambda _context: "SGLang's")
+    monkeypatch.setattr(radix, "replace", lambda context: context)
+    assert radix.build(context) == "SGLang's"
+    monkeypatch.setattr(radix, "gate_config", lambda _args: GateConfig(prefill_chunk=64))
+    assert type(radix.build(context)) is GateRadixCache
+    context.disable_radix_cache = True
+    assert radix.build(context) == "SGLang's"
 
 
 def test_what_is_left_of_a_chunk_is_no_hit(world: World):
