@@ -16,6 +16,7 @@ import torch
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
 from margingate.config import GateError
+from margingate.runtime.compat import settings
 from margingate.runtime.compat.instance_patches import ON_TRITON, check_instance
 from margingate_kernels import (
     Chunks,
@@ -58,7 +59,7 @@ class OwnAttention:
         self._device = runner.device
         self._longest = segments_of(runner.model_config.context_len, self._head_size)
         self._pool = segments_of(runner.token_to_kv_pool.size, self._head_size)
-        graphs = runner.server_args.cuda_graph_config.decode.max_bs or 0
+        graphs = settings.view(runner.server_args).cuda_graph_config.decode.max_bs or 0
         self._workspace = self._make_workspace(max(MOST_ROWS, graphs))
         self._larger: DecodeWorkspace | None = None  # graphs hold addresses of the first
         self._layer: Any = None

@@ -15,6 +15,7 @@ from typing import Any
 from margingate.config import GateError
 from margingate.runtime.attention import invariant_attention
 from margingate.runtime.attention.fixed_split import fix_split
+from margingate.runtime.compat import settings
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def build(runner: Any, rows: int) -> tuple[Any, Any]:
 
 def _attention(runner: Any) -> Any:
     """What verify passes attend with: what carries the gate's kernels, if they serve the model."""
-    _, decode_name = runner.server_args.get_attention_backends()
+    _, decode_name = settings.attention_backends(runner.server_args)
     backend = _instance(runner, CARRIER)
     reason = invariant_attention.unfit(backend, runner)
     if not reason or decode_name == CARRIER:

@@ -18,7 +18,7 @@ import torch
 from margingate.config import GateConfig
 from margingate.core.rowclass import RowPlan
 from margingate.runtime.attention import fixed_split, invariant_attention
-from margingate.runtime.compat import ranks
+from margingate.runtime.compat import ranks, settings
 from margingate.runtime.compat.batch_invariant_matmul import invariant_matmul
 from margingate.runtime.compat.server_args import gate_config
 from margingate.runtime.probe import all_reduce, cache, classes, plans
@@ -103,7 +103,7 @@ def _prefill_counts(
         or config.prefill == "alone"
     ):
         return []
-    args = runner.server_args
+    args = settings.view(runner.server_args)
     chunk = args.chunked_prefill_size or -1
     largest = chunk if chunk > 0 else args.max_prefill_tokens
     largest = min(ranks.of_all(min(largest, _rows_in_memory(operators))))
@@ -125,7 +125,7 @@ def observe(runner: Any) -> dict[int, ObservedCall]:
 
 def _decode_graphs(runner: Any) -> list[int]:
     """Row counts of the decode graphs that will be made."""
-    config = runner.server_args.cuda_graph_config
+    config = settings.view(runner.server_args).cuda_graph_config
     return sorted(config.decode.bs or ()) if runner.device == "cuda" else []
 
 
