@@ -8,13 +8,7 @@ from margingate.runtime.request.record import INFO_KEY
 
 
 def update_request_meta_info(
-    original: Any,
-    manager: Any,
-    meta_info: dict[str, Any],
-    state: Any,
-    customized_info: dict[str, list[Any]],
-    index: int,
-    finish_reason: Any,
+    original: Any, manager: Any, meta_info: dict[str, Any], state: Any, *of_output: Any
 ) -> None:
     """AROUND TokenizerManager.update_request_meta_info: the record is an object, not a list.
 
@@ -23,11 +17,12 @@ def update_request_meta_info(
 
     Args:
         meta_info: of one output of a request. Mutated: gets the record where the output has one.
-        customized_info: by key, a list of entries for each request of the output; not mutated.
-        index: of the request.
+        of_output: customized info (by key, a list of entries for each request; not mutated), the
+            index of the request, and why it finished.
     """
-    rest = {key: entries for key, entries in customized_info.items() if key != INFO_KEY}
+    info, index, finish_reason = of_output
+    rest = {key: entries for key, entries in info.items() if key != INFO_KEY}
     original(manager, meta_info, state, rest, index, finish_reason)
-    if INFO_KEY in customized_info:
-        for record in filter(None, customized_info[INFO_KEY][index]):
+    if INFO_KEY in info:
+        for record in filter(None, info[INFO_KEY][index]):
             meta_info[INFO_KEY] = record
