@@ -18,10 +18,10 @@ import torch
 from margingate.config import GateConfig
 from margingate.core.rowclass import RowPlan
 from margingate.runtime.attention import fixed_split, invariant_attention
-from margingate.runtime.compat import ranks
+from margingate.runtime.compat import ranks, settings
 from margingate.runtime.compat.batch_invariant_matmul import invariant_matmul
 from margingate.runtime.compat.server_args import gate_config
-from margingate.runtime.probe import all_reduce, cache, classes, plans
+from margingate.runtime.probe import all_reduce, cache, classes, dual_gemm, plans
 from margingate.runtime.probe.attention_operator import probe_attention
 from margingate.runtime.probe.observed_calls import ROWS, ObservedCall, observing, refuse_unmeasured
 from margingate.runtime.verify.verifier import RowInput, Verifier, scratch_rows
@@ -79,6 +79,7 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     _findings.extend(summed)
     _plans.update(plans.plans(operators, _findings))
     _limit = decoded
+    _settle_dual_gemm(runner, bool(prefill))
     probed = {finding.name for finding in _findings}
     if prefill and classes.HEAD in probed and all(finding.prefill for finding in _findings):
         _limit = math.inf
@@ -88,6 +89,13 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
             "prefill: gated prompts are prefilled one at a time."
         )
         _limit = decoded
+
+
+def _settle_dual_gemm(runner: Any, prefill: bool) -> None:
+    """After the plans: the kernel stays where its rows have the bits that these give."""
+    for finding in dual_gemm.settle(runner.model, prefill=prefill):
+        logger.info("margingate: %s", finding)
+        _findings.append(finding)
 
 
 def _prefill_counts(
@@ -103,7 +111,7 @@ def _prefill_counts(
         or config.prefill == "alone"
     ):
         return []
-    args = runner.server_args
+    args = settings.view(runner.server_args)
     chunk = args.chunked_prefill_size or -1
     largest = chunk if chunk > 0 else args.max_prefill_tokens
     largest = min(ranks.of_all(min(largest, _rows_in_memory(operators))))
@@ -118,14 +126,15 @@ def observe(runner: Any) -> dict[int, ObservedCall]:
     model runs them as they are.
     """
     rows = [RowInput(1, position, 3 + position) for position in range(ROWS)]
-    with observing(runner.model, ROWS) as seen, scratch_rows(runner, ROWS):
-        Verifier(runner, ROWS).forward(rows, ROWS)
+    with dual_gemm.switched_off(runner.model), observing(runner.model, ROWS) as seen:
+        with scratch_rows(runner, ROWS):
+            Verifier(runner, ROWS).forward(rows, ROWS)
     return seen
 
 
 def _decode_graphs(runner: Any) -> list[int]:
     """Row counts of the decode graphs that will be made."""
-    config = runner.server_args.cuda_graph_config
+    config = settings.view(runner.server_args).cuda_graph_config
     return sorted(config.decode.bs or ()) if runner.device == "cuda" else []
 
 
@@ -175,12 +184,22 @@ def apply_linear(original: Any, method: Any, layer: Any, x: torch.Tensor, bias: 
 
 
 def compute_lm_head(
-    original: Any, processor: Any, hidden: torch.Tensor, lm_head: Any, bias: Any = None
+    original: Any,
+    processor: Any,
+    hidden: torch.Tensor,
+    lm_head: Any,
+    bias: Any = None,
+    *,
+    out: torch.Tensor | None = None,
 ) -> Any:
-    """AROUND LogitsProcessor._compute_lm_head."""
+    """AROUND LogitsProcessor._compute_lm_head.
+
+    Args:
+        out: where a whole forward's logits may be written; SGLang copies other results there.
+    """
     plan = _plans.get(id(lm_head))
     if plan is None or hidden.shape[0] > _limit or plan.runs_as_is(hidden.shape[0]):
-        return original(processor, hidden, lm_head, bias)
+        return original(processor, hidden, lm_head, bias, out=out)
     weight = lm_head.weight
     return plans.run_in_class(
         plan,
