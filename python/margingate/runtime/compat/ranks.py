@@ -18,14 +18,6 @@ def group() -> Any | None:
     return None if found.world_size == 1 else found
 
 
-def place() -> tuple[int, int]:
-    """This process's tensor-parallel rank, and how many there are."""
-    from sglang.srt.runtime_context import get_parallel
-
-    parallel = get_parallel()
-    return parallel.tp_rank, parallel.tp_size
-
-
 def of_all(value: T) -> list[T]:
     """As `gathered`, before there is a scheduler."""
     ranks = group()
