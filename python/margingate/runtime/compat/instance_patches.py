@@ -40,6 +40,14 @@ ON_FLASHINFER = (
     InstancePatch(_FLASHINFER, "decode_split_tile_size", "a fixed split without graphs", _SPLIT),
     InstancePatch(_FLASHINFER, "disable_cuda_graph_kv_split", "no split in graphs", _SPLIT),
 )
+ON_ENGINE = (
+    InstancePatch(
+        "entrypoints.engine.Engine",
+        "server_args_class",
+        "Engine(deterministic_gate=True) attaches the validated settings",
+        "SGLang lets plugins declare arguments",
+    ),
+)
 INSTANCE_PATCHES = (*ON_TRITON, *ON_FLASHINFER)
 
 

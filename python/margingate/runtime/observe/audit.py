@@ -26,6 +26,7 @@ from sglang.srt.managers.utils import is_health_check_generate_req
 from margingate.confidence import miss_bound
 from margingate.config import GateConfig
 from margingate.core.audit import Audits, Bits, Recorded
+from margingate.runtime.compat import settings
 from margingate.runtime.observe.fingerprint import Fingerprint
 from margingate.runtime.observe.replay import Part, Replay, room
 from margingate.runtime.probe.startup_checks import StartupChecks
@@ -55,7 +56,7 @@ class Auditor(Observer):
         assert config.prefill_chunk is not None
         self._scheduler, self._checks, self._chunk = scheduler, checks, config.prefill_chunk
         self._requests, self._fingerprint = requests, fingerprint
-        self.audits = Audits(config.audit_rate, self._scheduler.server_args.random_seed or 0)
+        self.audits = Audits(config.audit_rate, settings.view(scheduler.server_args).random_seed or 0)
         self._columns = ColumnBits(self._scheduler.token_to_kv_pool_allocator.get_kvcache())
         if self.audits.rate > 0:
             # SciPy takes a while to load, and weights to reach the device: now, not while requests

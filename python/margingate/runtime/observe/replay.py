@@ -16,6 +16,7 @@ import torch
 
 from margingate.core.audit import Piece, Recorded, grid, pieces
 from margingate.core.chance import generator
+from margingate.runtime.compat import settings
 from margingate.runtime.probe.startup_checks import StartupChecks
 from margingate.runtime.verify import rollback
 from margingate.runtime.verify.internal_prefill import extend, internal_request, release
@@ -69,7 +70,7 @@ class Replay:
         length = len(self._recorded.prompt)
         if not self._checks.prefill.together:
             return grid(length, self._chunk)
-        args = self._scheduler.server_args
+        args = settings.view(self._scheduler.server_args)
         chunk = args.chunked_prefill_size or -1
         drawn = pieces(self._recorded.rid, length, chunk if chunk > 0 else args.max_prefill_tokens)
         room = self._room_for_company()

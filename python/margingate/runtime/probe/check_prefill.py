@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from margingate.runtime.compat import settings
 from margingate.runtime.compat.ranks import agreed
 from margingate.runtime.probe import drawing, startup
 from margingate.runtime.verify import rollback
@@ -64,7 +65,7 @@ class _Check:
 
     def __init__(self, scheduler: Any, verifier: Verifier) -> None:
         self._scheduler, self._verifier = scheduler, verifier
-        args = scheduler.server_args
+        args = settings.view(scheduler.server_args)
         chunk = args.chunked_prefill_size or -1
         self._most = chunk if chunk > 0 else args.max_prefill_tokens  # rows of a forward
         room = min(self._most, scheduler.max_req_len)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from margingate.runtime.compat import ranks
+
 _PROCESSED = object()  # stands in SGLang's queue for a result that was brought in early
 
 
@@ -61,7 +63,7 @@ class InFlight:
         not see it at the same time, and must go on alike: so not where there are several.
         """
         pending = self._pending()
-        if not pending or self._scheduler.server_args.tp_size > 1:
+        if not pending or ranks.tp_size(self._scheduler) > 1:
             return
         batch, result = pending[0]
         computed = result.copy_done is not None and result.copy_done.query()

@@ -116,7 +116,7 @@ class Retractions:
     def _retract_again(self, batch: Any, req: Any) -> None:
         """No room for the replay: wait in the queue for the running requests to end."""
         index = batch.reqs.index(req)
-        batch.release_req(index, len(batch.reqs) - 1, self._scheduler.server_args)
+        batch.release_req(index, len(batch.reqs) - 1)
         stay = [i for i in range(len(batch.reqs)) if i != index]
         batch.filter_batch(keep_indices=stay)
         self._scheduler._add_request_to_queue(req, is_retracted=True)
