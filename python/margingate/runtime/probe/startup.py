@@ -68,8 +68,7 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     config = gate_config(runner.server_args)
     seen = observe(runner)
     operators = classes.groups(runner.model, seen)
-    known = {id(member.module) for same in operators.values() for member in same}
-    refuse_unmeasured(runner.model, known)
+    refuse_unknown(runner.model, operators, seen)
     prefill = _prefill_counts(runner, config, operators, decoded)
     fresh = config is not None and config.probe == "fresh"
     _findings[:] = _find(runner, operators, decoded, prefill, fresh=fresh)
@@ -89,6 +88,16 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
             "prefill: gated prompts are prefilled one at a time."
         )
         _limit = decoded
+
+
+def refuse_unknown(
+    model: Any, operators: dict[str, list[classes.Member]], seen: dict[int, ObservedCall]
+) -> None:
+    """Raises GateError for parameters that no measured operator, or another besides, works with."""
+    members = [member for same in operators.values() for member in same]
+    refuse_unmeasured(model, {id(member.module) for member in members})
+    linear = (m for m in members if m.kind == "linear" and m.name != classes.HEAD)
+    refuse_bypassed(((member.name, member.module) for member in linear), seen)
 
 
 def _settle_dual_gemm(runner: Any, prefill: bool) -> None:
