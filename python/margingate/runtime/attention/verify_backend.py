@@ -57,7 +57,7 @@ def _attention(runner: Any) -> Any:
     return _instance(runner, decode_name)
 
 
-def _instance(runner: Any, name: str) -> Any:
+def _instance(runner: Any, name: str | None) -> Any:
     """One more attention backend of SGLang's, with a workspace of its own."""
     from sglang.srt.model_executor.model_runner_components import attention_backend_setup
 

@@ -38,10 +38,11 @@ def is_deep_gemm(weight: torch.Tensor) -> bool:
     from sglang.srt.batch_invariant_ops import batch_invariant_ops as ops
 
     chosen = bool(ops.ENABLE_JIT_DEEPGEMM and ops._ENABLE_MM_DEEPGEMM)
+    if not chosen or not weight.is_cuda or weight.dtype != torch.bfloat16:
+        return False
     outputs, inputs = weight.shape
-    loads_blocks = all(n * weight.element_size() % _BLOCK == 0 for n in (outputs, inputs))
-    fits = outputs >= _LEAST_OUTPUTS and loads_blocks and weight.is_contiguous()
-    return chosen and fits and weight.is_cuda and weight.dtype == torch.bfloat16
+    aligned = all(n * weight.element_size() % _BLOCK == 0 for n in (outputs, inputs))
+    return outputs >= _LEAST_OUTPUTS and aligned and weight.is_contiguous()
 
 
 @contextmanager

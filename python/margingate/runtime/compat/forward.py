@@ -32,8 +32,10 @@ class DecodeRows(NamedTuple):
         """These rows after those of a decode batch of SGLang's."""
         known = other.seq_lens_cpu
         lengths = other.seq_lens.cpu() if known is None else known
-        firsts = (other.req_pool_indices, other.positions, other.input_ids)
-        firsts = (*firsts, other.out_cache_loc, lengths)
+        firsts = (
+            *(other.req_pool_indices, other.positions, other.input_ids),
+            *(other.out_cache_loc, lengths),
+        )
         pairs = zip(firsts, self, strict=True)
         return DecodeRows(*(torch.cat([one.to(torch.int64), its]) for one, its in pairs))
 

@@ -56,7 +56,9 @@ class Auditor(Observer):
         assert config.prefill_chunk is not None
         self._scheduler, self._checks, self._chunk = scheduler, checks, config.prefill_chunk
         self._requests, self._fingerprint = requests, fingerprint
-        self.audits = Audits(config.audit_rate, settings.view(scheduler.server_args).random_seed or 0)
+        self.audits = Audits(
+            config.audit_rate, settings.view(scheduler.server_args).random_seed or 0
+        )
         self._columns = ColumnBits(self._scheduler.token_to_kv_pool_allocator.get_kvcache())
         if self.audits.rate > 0:
             # SciPy takes a while to load, and weights to reach the device: now, not while requests

@@ -1,4 +1,4 @@
-"""DualGemm: SGLang's one kernel for gate, up and activation of an MLP, where a forward has few rows.
+"""DualGemm: SGLang's one kernel for gate, up and activation of an MLP, in forwards of few rows.
 
 It goes around the linear layer, so no plan of the layer holds for it. It stays where its rows have
 the bits that the layer's plan and the activation give them at every row count, and is switched off
@@ -128,7 +128,7 @@ def _settled(same: Sequence[FusedMlp], prefill: bool) -> probe.Finding:
 def _classes(first: FusedMlp) -> dict[int, int]:
     """Classes of the row counts up to the first that is the layers'.
 
-    A row count at which the kernel does not give the layers' own results there is in none of theirs.
+    A row count at which the kernel does not give the layers' own results is in none of theirs.
     """
     most, width, weight = first.most, first.weight.shape[-1], first.weight
     counts = probe.row_counts(most + 1)

@@ -23,7 +23,13 @@ from margingate.runtime.compat.batch_invariant_matmul import invariant_matmul
 from margingate.runtime.compat.server_args import gate_config
 from margingate.runtime.probe import all_reduce, cache, classes, dual_gemm, plans
 from margingate.runtime.probe.attention_operator import probe_attention
-from margingate.runtime.probe.observed_calls import ROWS, ObservedCall, observing, refuse_unmeasured
+from margingate.runtime.probe.observed_calls import (
+    ROWS,
+    ObservedCall,
+    observing,
+    refuse_bypassed,
+    refuse_unmeasured,
+)
 from margingate.runtime.verify.verifier import RowInput, Verifier, scratch_rows
 
 logger = logging.getLogger(__name__)
@@ -131,13 +137,16 @@ def _prefill_counts(
 def observe(runner: Any) -> dict[int, ObservedCall]:
     """How a decode step calls each module. Writes to slots that are free, before the first request.
 
-    Modules that it does not call are measured as their weights suggest; the check of the whole
-    model runs them as they are.
+    Norms that it does not call are measured as their weights suggest; the check of the whole model
+    runs them as they are.
     """
     rows = [RowInput(1, position, 3 + position) for position in range(ROWS)]
-    with dual_gemm.switched_off(runner.model), observing(runner.model, ROWS) as seen:
-        with scratch_rows(runner, ROWS):
-            Verifier(runner, ROWS).forward(rows, ROWS)
+    with (
+        dual_gemm.switched_off(runner.model),
+        observing(runner.model, ROWS) as seen,
+        scratch_rows(runner, ROWS),
+    ):
+        Verifier(runner, ROWS).forward(rows, ROWS)
     return seen
 
 

@@ -19,7 +19,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from margingate.config import GateConfig, GateError
 from margingate.runtime.attention import invariant_attention, verify_backend
-from margingate.runtime.compat import forward
+from margingate.runtime.compat.forward import DecodeRows, context, decode_batch, fence
 from margingate.runtime.request.sampling_params import Draw
 from margingate.runtime.sampling import logprobs
 from margingate.runtime.sampling.constraints import Constraint
@@ -134,9 +134,9 @@ class Verifier:
         if graph and self._graphs is not None and self._graphs.can_run_graph(batch):
             logits = self._graphs.execute(batch).next_token_logits
             if beside is None:
-                forward.fence(self.runner)
+                fence(self.runner)
             return logits
-        with forward.context(self.runner, self.backend, batch):
+        with context(self.runner, self.backend, batch):
             self.backend.init_forward_metadata(batch)
             output = self.runner.model.forward(batch.input_ids, batch.positions, batch)
         return output.next_token_logits
@@ -161,9 +161,9 @@ class Verifier:
         if beside is not None:
             made = made.behind(beside)
         attended = others + len(rows) if self._attends_row_by_row else count
-        return forward.decode_batch(self.runner, made, attended)
+        return decode_batch(self.runner, made, attended)
 
-    def _on_device(self, rows: Sequence[RowInput]) -> forward.DecodeRows:
+    def _on_device(self, rows: Sequence[RowInput]) -> DecodeRows:
         fields = torch.tensor(
             [
                 [row.pool_index for row in rows],
@@ -176,7 +176,7 @@ class Verifier:
         # From pinned memory, so that a step that carries a pass waits for no earlier one.
         pool, positions, tokens = fields.to(self.device, non_blocking=True).unbind()
         slots = self._page_table[pool, positions].to(torch.int64)
-        return forward.DecodeRows(pool, positions, tokens, slots, fields[1] + 1)
+        return DecodeRows(pool, positions, tokens, slots, fields[1] + 1)
 
 
 def build(model_runner: Any, config: GateConfig) -> Verifier:
