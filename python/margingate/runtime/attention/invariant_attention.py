@@ -71,7 +71,7 @@ class OwnAttention:
         backend.decode_attention_fwd = self._attend_rows
         backend.extend_attention_fwd = self._attend_chunks
         backend.max_kv_splits = 1  # of the buffers that its own kernels would fill
-        backend.get_num_kv_splits = lambda num_kv_splits, seq_lens: num_kv_splits.fill_(1)
+        backend.get_num_kv_splits = _one_split
         backend.margingate = self
 
     def confirm(self, *, prefill: bool) -> None:
@@ -194,6 +194,10 @@ class OwnAttention:
             longest,
         )
         extend_attention(q, Columns(k_buffer, v_buffer, k, v), chunks, scale, out)
+
+
+def _one_split(num_kv_splits: torch.Tensor, seq_lens: Any, uneven_batch: Any = None) -> None:
+    num_kv_splits.fill_(1)
 
 
 def _rows(workspace: DecodeWorkspace) -> int:
