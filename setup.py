@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 setup(
     name="margingate",
-    version="0.1.0",
+    version="0.2.0",
     description="SGLang answers that do not depend on what else is in the batch",
     long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -35,7 +35,7 @@ setup(
     # aiohttp, numpy, psutil, requests, torch, transformers and triton come with this SGLang, in the
     # versions that it pins; a second pin here could only disagree.
     install_requires=[
-        "sglang==0.5.17",
+        "sglang>=0.5.22,<0.5.24",
         "gguf>=0.10",
         "rich",
         "matplotlib",

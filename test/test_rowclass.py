@@ -563,7 +563,7 @@ def apply(calls, layer, rows):
     x = torch.randn(rows, 40, generator=torch.Generator().manual_seed(3)).bfloat16()
     found = startup.apply_linear(original, None, layer, x)
     head = startup.compute_lm_head(
-        lambda _p, hidden, lm_head, bias: original(None, lm_head, hidden, bias), None, x, layer
+        lambda _p, hidden, lm_head, bias, **_: original(None, lm_head, hidden, bias), None, x, layer
     )
     assert torch.equal(found, head) and len(calls) % 2 == 0
     half = len(calls) // 2

@@ -1,3 +1,3 @@
 """Batch-independent greedy decoding for SGLang."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -10,9 +10,10 @@ def load() -> None:
     options, `--deterministic-gate` is an unknown argument and the server does not start.
     """
     from margingate.runtime.hooks import registry
-    from margingate.runtime.start import startup_hooks
+    from margingate.runtime.start import engine, startup_hooks
 
     registry.register(startup_hooks.STARTUP_HOOKS)
+    engine.take_keywords()
 
 
 def host_platform() -> str | None:

@@ -63,7 +63,9 @@ def _fix_triton(backend: Any) -> None:
     splits = ((lengths + SPLIT_TILE - 1) // SPLIT_TILE).clamp(1, most).to(torch.int32)
     backend.max_kv_splits = int(splits[-1])
 
-    def get_num_kv_splits(num_kv_splits: torch.Tensor, seq_lens: torch.Tensor) -> None:
+    def get_num_kv_splits(
+        num_kv_splits: torch.Tensor, seq_lens: torch.Tensor, uneven_batch: Any = None
+    ) -> None:
         torch.index_select(splits, 0, seq_lens, out=num_kv_splits)
 
     backend.get_num_kv_splits = get_num_kv_splits

@@ -16,6 +16,7 @@ import torch
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
 from margingate.config import GateError
+from margingate.runtime.compat import settings
 from margingate.runtime.compat.instance_patches import ON_TRITON, check_instance
 from margingate_kernels import (
     Chunks,
@@ -58,7 +59,7 @@ class OwnAttention:
         self._device = runner.device
         self._longest = segments_of(runner.model_config.context_len, self._head_size)
         self._pool = segments_of(runner.token_to_kv_pool.size, self._head_size)
-        graphs = runner.server_args.cuda_graph_config.decode.max_bs or 0
+        graphs = settings.view(runner.server_args).cuda_graph_config.decode.max_bs or 0
         self._workspace = self._make_workspace(max(MOST_ROWS, graphs))
         self._larger: DecodeWorkspace | None = None  # graphs hold addresses of the first
         self._layer: Any = None
@@ -70,7 +71,7 @@ class OwnAttention:
         backend.decode_attention_fwd = self._attend_rows
         backend.extend_attention_fwd = self._attend_chunks
         backend.max_kv_splits = 1  # of the buffers that its own kernels would fill
-        backend.get_num_kv_splits = lambda num_kv_splits, seq_lens: num_kv_splits.fill_(1)
+        backend.get_num_kv_splits = _one_split
         backend.margingate = self
 
     def confirm(self, *, prefill: bool) -> None:
@@ -193,6 +194,10 @@ class OwnAttention:
             longest,
         )
         extend_attention(q, Columns(k_buffer, v_buffer, k, v), chunks, scale, out)
+
+
+def _one_split(num_kv_splits: torch.Tensor, seq_lens: Any, uneven_batch: Any = None) -> None:
+    num_kv_splits.fill_(1)
 
 
 def _rows(workspace: DecodeWorkspace) -> int:

@@ -15,6 +15,8 @@ from typing import Any
 from margingate.config import GateError
 from margingate.runtime.attention import invariant_attention
 from margingate.runtime.attention.fixed_split import fix_split
+from margingate.runtime.compat import settings
+from margingate.runtime.compat.forward import captures
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ def build(runner: Any, rows: int) -> tuple[Any, Any]:
 
 def _attention(runner: Any) -> Any:
     """What verify passes attend with: what carries the gate's kernels, if they serve the model."""
-    _, decode_name = runner.server_args.get_attention_backends()
+    _, decode_name = settings.attention_backends(runner.server_args)
     backend = _instance(runner, CARRIER)
     reason = invariant_attention.unfit(backend, runner)
     if not reason or decode_name == CARRIER:
@@ -55,7 +57,7 @@ def _attention(runner: Any) -> Any:
     return _instance(runner, decode_name)
 
 
-def _instance(runner: Any, name: str) -> Any:
+def _instance(runner: Any, name: str | None) -> Any:
     """One more attention backend of SGLang's, with a workspace of its own."""
     from sglang.srt.model_executor.model_runner_components import attention_backend_setup
 
@@ -73,11 +75,10 @@ def _captures(runner: Any, rows: int) -> Iterator[None]:
     """Graph runners made meanwhile capture this one row count, and have logits of their own."""
     from sglang.srt.model_executor.graph_shared_output import GraphSharedOutput
 
-    phase = runner.server_args.cuda_graph_config.decode
-    sizes, shared = phase.bs, runner.graph_shared_output
-    phase.bs = [rows]
+    shared = runner.graph_shared_output
     runner.graph_shared_output = GraphSharedOutput(device=runner.device, max_rows=rows)
     try:
-        yield
+        with captures([rows]):
+            yield
     finally:
-        phase.bs, runner.graph_shared_output = sizes, shared
+        runner.graph_shared_output = shared

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
+
+_LEAST_OUTPUTS = 16  # of a weight that DeepGEMM takes
+_BLOCK = 16  # bytes: rows of both operands begin at a multiple of it
 
 
 def invariant_matmul(
@@ -24,8 +31,36 @@ def kernel_counts(largest: int) -> list[int]:
 
 
 def is_deep_gemm(weight: torch.Tensor) -> bool:
-    """Whether `invariant_matmul` runs DeepGEMM for this weight."""
+    """Whether `invariant_matmul` runs DeepGEMM for this weight [outputs, inputs].
+
+    SGLang asks the same of each call, and whether both operands are contiguous.
+    """
     from sglang.srt.batch_invariant_ops import batch_invariant_ops as ops
 
     chosen = bool(ops.ENABLE_JIT_DEEPGEMM and ops._ENABLE_MM_DEEPGEMM)
-    return chosen and weight.is_cuda and weight.dtype == torch.bfloat16
+    if not chosen or not weight.is_cuda or weight.dtype != torch.bfloat16:
+        return False
+    outputs, inputs = weight.shape
+    aligned = all(n * weight.element_size() % _BLOCK == 0 for n in (outputs, inputs))
+    return outputs >= _LEAST_OUTPUTS and aligned and weight.is_contiguous()
+
+
+@contextmanager
+def deterministic(library: Any) -> Iterator[None]:
+    """Meanwhile DeepGEMM runs the kernels that `invariant_matmul` does.
+
+    From version 0.2 on its bfloat16 products are cuBLASLt's by default, whose order of additions
+    may depend on the number of rows.
+
+    Args:
+        library: the module `deep_gemm`.
+    """
+    asked = getattr(library, "get_deterministic_algorithms", None)
+    if asked is None or asked():
+        yield
+        return
+    library.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        library.use_deterministic_algorithms(False)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
+
+from margingate.config import GateError
 
 FAMILIES = (
     *("ATEN_", "DNNL_", "ONEDNN_", "MKL_", "MKLDNN_", "OMP_", "KMP_", "GOMP_", "OPENBLAS_"),
@@ -18,6 +20,7 @@ FAMILIES = (
     *("FLASHINFER_", "TRTLLM_", "DG_", "DEEP_GEMM_", "DISABLE_ADDMM", "USE_TRITON_", "QUACK_"),
     *("SGLANG_", "SGL_", "SYNC_TOKEN_IDS_ACROSS_TP", "XGRAMMAR_", "LLGUIDANCE_", "OUTLINES_"),
     *("AITER_", "ROCM_", "HIP_", "HSA_", "MIOPEN_", "LD_PRELOAD"),
+    *("MARGINGATE_",),
     *("BLIS_", "GOTO_", "NPY_", "GLIBC_TUNABLES"),  # these last two choose code by the processor
 )
 
@@ -61,3 +64,15 @@ def of_process() -> dict[str, str]:
     does not load them.
     """
     return chosen()
+
+
+def choice(name: str, values: Sequence[str]) -> str:
+    """The value of one of the gate's own variables, which are for benchmarks; the first if unset.
+
+    Raises:
+        GateError: it is set to something else.
+    """
+    found = os.environ.get(name, values[0])
+    if found not in values:
+        raise GateError(f"{name} is {found}: set it to one of {', '.join(values)}, or unset it.")
+    return found

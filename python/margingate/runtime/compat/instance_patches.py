@@ -14,7 +14,7 @@ from margingate.runtime.compat.release import SGLANG_VERSION
 
 @dataclass(frozen=True)
 class InstancePatch:
-    """An attribute that the gate replaces on the attention backend of a gated server."""
+    """An attribute that the gate replaces on an object of a gated server."""
 
     owner: str  # dotted path of the class, below sglang.srt
     name: str
@@ -40,7 +40,27 @@ ON_FLASHINFER = (
     InstancePatch(_FLASHINFER, "decode_split_tile_size", "a fixed split without graphs", _SPLIT),
     InstancePatch(_FLASHINFER, "disable_cuda_graph_kv_split", "no split in graphs", _SPLIT),
 )
-INSTANCE_PATCHES = (*ON_TRITON, *ON_FLASHINFER)
+ON_ENGINE = (
+    InstancePatch(
+        "entrypoints.engine.Engine",
+        "server_args_class",
+        "Engine(deterministic_gate=True) attaches the validated settings",
+        "SGLang lets plugins declare arguments",
+    ),
+)
+ON_LOGPROBS = InstancePatch(
+    "layers.logprob_processor.InputLogprobProcessor",
+    "enable_fast_input_logprobs",
+    "a prompt's log-probs have the bits of log_softmax, whoever else wants the likeliest tokens",
+    "SGLang computes them by one kernel",
+)
+ON_DUAL_GEMM = InstancePatch(
+    "layers.dual_gemm.DualGemm",
+    "mode",
+    "off where a row's bits differ from those of the MLP's layers at other row counts",
+    "SGLang's linear layers are batch-invariant at this cost",
+)
+INSTANCE_PATCHES = (*ON_TRITON, *ON_FLASHINFER, ON_LOGPROBS, ON_DUAL_GEMM)
 
 
 def check_instance(found: Any, patch: InstancePatch) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from margingate.processor import CPUINFO, cpu_name
+from margingate.runtime.compat import settings
 
 
 @cache
@@ -82,13 +83,14 @@ def interpreter() -> dict[str, str]:
 
 def describe(server_args: Any) -> dict[str, str]:
     """What margins depend on, of arguments that SGLang has resolved."""
-    dtype = str(server_args.get_model_config().dtype)
+    args = settings.view(server_args)
+    dtype = str(settings.model_config(server_args).dtype)
     return {
-        "device": device_name(server_args.device),
+        "device": device_name(args.device),
         "dtype": dtype,
-        "lm_head": "torch.float32" if server_args.enable_fp32_lm_head else dtype,
-        "attention": " ".join(map(str, server_args.get_attention_backends())),
-        "tensor_parallel": str(server_args.tp_size),
+        "lm_head": "torch.float32" if args.enable_fp32_lm_head else dtype,
+        "attention": " ".join(map(str, settings.attention_backends(server_args))),
+        "tensor_parallel": str(args.tp_size),
         "torch": str(version("torch")),
         "sglang": str(version("sglang")),
     }

@@ -7,7 +7,30 @@ from typing import Any, TypeVar
 
 import torch
 
+from margingate.runtime.compat import settings
+
 T = TypeVar("T")
+
+
+def tp_size(owner: Any) -> int:
+    """Of tensor parallelism, by the server arguments of a scheduler or of a model runner."""
+    size: int = settings.view(owner.server_args).tp_size
+    return size
+
+
+def tp_rank() -> int:
+    """Of this process in tensor parallelism, once SGLang has published its ranks."""
+    from sglang.srt.runtime_context import get_parallel
+
+    rank: int = get_parallel().tp_rank
+    return rank
+
+
+def dp_rank() -> int:
+    """Of this process's scheduler among the replicas of a server; 0 where there is one."""
+    from sglang.srt.runtime_context import get_parallel
+
+    return get_parallel().dp_rank or 0
 
 
 def group() -> Any | None:
@@ -28,7 +51,7 @@ def of_all(value: T) -> list[T]:
 
 def gathered(scheduler: Any, value: T) -> list[T]:
     """Each rank's value, by rank; a collective where there are several."""
-    if scheduler.server_args.tp_size == 1:
+    if tp_size(scheduler) == 1:
         return [value]
     group = scheduler.tp_cpu_group
     return _gather(value, group, torch.distributed.get_world_size(group))

@@ -7,6 +7,7 @@ from typing import Any
 from margingate.config import GateConfig
 
 ATTRIBUTE = "_margingate"  # where ServerArgs carries the GateConfig; absent: not gated
+LAUNCHED = "_margingate_launched"  # by a launcher whose hooks are in place
 RADIX_BACKEND = "margingate"
 
 

@@ -37,7 +37,7 @@ INVARIANT_HOOKS = (
         "layers.logits_processor.LogitsProcessor._compute_lm_head",
         AROUND,
         startup.compute_lm_head,
-        "self hidden_states lm_head embedding_bias",
+        "self hidden_states lm_head embedding_bias out",
         "keeps lm_head within one class of row counts",
         "SGLang's linear layers are batch-invariant at this cost",
     ),

@@ -91,7 +91,8 @@ RUNTIME_HOOKS = (
         "layers.logprob_processor.get_top_logprobs_chunk",
         AROUND,
         logprobs.rank,
-        "logprobs top_k_nums pruned_lens top_logprobs_val top_logprobs_idx split_pruned_len",
+        "logprobs top_k_nums pruned_lens top_logprobs_val top_logprobs_idx split_pruned_len "
+        "log_normalizer precomputed_topk copy_to_pinned_cpu",
         "the same for the tokens of a prompt",
         "SGLang ranks equals in one order, whatever k",
     ),

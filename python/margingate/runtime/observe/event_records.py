@@ -8,6 +8,7 @@ from typing import Any
 
 from margingate.core.ledger import Outcome
 from margingate.events import End, Flag, Pass, Settled, Step, Totals, Verdict
+from margingate.runtime.compat import ranks
 from margingate.runtime.observe.event_socket import Publisher, endpoint_of
 from margingate.runtime.request.observer import Observer
 from margingate.runtime.request.open_requests import OpenRequests
@@ -15,14 +16,11 @@ from margingate.runtime.request.open_requests import OpenRequests
 TOTALS_S = 1.0  # between two records of the sums
 
 
-def observers(endpoint: str | None, ranks: Any, requests: OpenRequests) -> tuple[Observer, ...]:
-    """One for the option, on rank 0 of tensor parallelism; GateError where it cannot bind.
-
-    `ranks` is SGLang's `Scheduler.ps`.
-    """
-    if endpoint is None or ranks.tp_rank != 0:
+def observers(endpoint: str | None, requests: OpenRequests) -> tuple[Observer, ...]:
+    """One for the option, on rank 0 of tensor parallelism; GateError where it cannot bind."""
+    if endpoint is None or ranks.tp_rank() != 0:
         return ()
-    return (GateEvents(requests, Publisher(endpoint_of(endpoint, ranks.dp_rank or 0))),)
+    return (GateEvents(requests, Publisher(endpoint_of(endpoint, ranks.dp_rank()))),)
 
 
 class GateEvents(Observer):

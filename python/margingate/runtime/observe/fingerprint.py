@@ -21,7 +21,7 @@ import margingate
 from margingate.config import GateConfig
 from margingate.core.rowclass import RowPlan
 from margingate.runtime.attention import fixed_split
-from margingate.runtime.compat import machine, settings_table, weights
+from margingate.runtime.compat import machine, settings, settings_table, weights
 from margingate.runtime.compat.ranks import gathered
 from margingate.runtime.observe import weight_digest, weight_updates
 from margingate.runtime.probe import cache, startup
@@ -151,7 +151,8 @@ class Fingerprint:
 
 def make(scheduler: Any, config: GateConfig, verifier: Verifier, prefill: Prefill) -> Fingerprint:
     """The fingerprint of a scheduler whose gate is about to come up."""
-    args, runner = scheduler.server_args, verifier.runner
+    runner = verifier.runner
+    args = settings.view(scheduler.server_args)
     known = cache.identity(runner, (), 0)
     versions = known["versions"] | libraries()
     parts = {
@@ -159,7 +160,7 @@ def make(scheduler: Any, config: GateConfig, verifier: Verifier, prefill: Prefil
         "arguments": arguments(args),
         "guarantee": guarantee(config),
         "plan": plan(config, verifier, prefill),
-        "machine": machine.describe(args)
+        "machine": machine.describe(scheduler.server_args)
         | {name: known[name] for name in ("units", "threads", "arithmetic", "environment")}
         | {"backend": known["attention"], "longest": scheduler.max_req_len},
         "versions": versions | {"margingate": margingate.__version__},

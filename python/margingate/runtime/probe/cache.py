@@ -14,7 +14,7 @@ import torch
 
 import margingate
 from margingate.paths import cache_root
-from margingate.runtime.compat import environment, machine, settings_table
+from margingate.runtime.compat import environment, machine, ranks, settings, settings_table
 from margingate.runtime.probe.classes import Finding
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def identity(
         "device": machine.device_name(runner.device),
         "units": machine.arithmetic_units(runner.device),
         "threads": torch.get_num_threads(),
-        "tensor_parallel": [runner.ps.tp_rank, runner.ps.tp_size],
+        "tensor_parallel": [ranks.tp_rank(), ranks.tp_size(runner)],
         "versions": {"margingate": margingate.__version__, "cuda": torch.version.cuda}
         | {name: machine.version(name) for name in LIBRARIES}
         | machine.versions(NVIDIA),
@@ -51,7 +51,7 @@ def identity(
             "fp16": torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
         },
         "settings": settings_table.values(
-            runner.server_args, settings_table.names(settings_table.ARITHMETIC)
+            settings.view(runner.server_args), settings_table.names(settings_table.ARITHMETIC)
         ),
         "environment": environment.of_process(),
     }

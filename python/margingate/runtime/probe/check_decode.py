@@ -17,6 +17,7 @@ import torch
 
 from margingate.config import GateError
 from margingate.runtime.attention import invariant_attention
+from margingate.runtime.compat import ranks
 from margingate.runtime.compat.ranks import agreed
 from margingate.runtime.probe import drawing, startup
 from margingate.runtime.verify.verifier import RowInput, Verifier, scratch_rows
@@ -134,11 +135,11 @@ def _reference(verifier: Verifier, rows: list[RowInput]) -> torch.Tensor:
     reference = _logits(verifier, rows, verifier.rows)
     padded = _logits(verifier, rows, max(verifier.rows // 2, 1), verifier.rows)
     if not _agree(reference, padded):
-        size = verifier.runner.server_args.tp_size
-        ranks = f", and --tp-size {size} sums in an order that depends on a row's place"
+        size = ranks.tp_size(verifier.runner)
+        summed = f", and --tp-size {size} sums in an order that depends on a row's place"
         raise GateError(
             f"--deterministic-gate found that a verify pass of {verifier.rows} rows depends on its "
-            f"padding with this model{ranks if size > 1 else ''}: choose other --gate-rows"
+            f"padding with this model{summed if size > 1 else ''}: choose other --gate-rows"
             f"{' or --tp-size 1' if size > 1 else ''}, or serve without the flag."
         )
     return reference

@@ -278,8 +278,10 @@ def members(model: Any, seen: Mapping[int, ObservedCall] | None = None) -> Itera
             yield Member("norm", name, module, partial(_normalize, module, call), call=call)
     head = getattr(model, "lm_head", None)
     if head is not None and hasattr(head, "weight"):
-        wide = bool(getattr(getattr(model, "logits_processor", None), "use_fp32_lm_head", False))
-        yield Member("linear", HEAD, head, partial(_project, head, wide), wide)
+        processor = getattr(model, "logits_processor", None)
+        names = ("use_fp32_lm_head", "use_fp32_lm_head_output")
+        wide = any(getattr(processor, name, False) for name in names)
+        yield Member("linear", HEAD, head, partial(_project, processor, head), wide)
 
 
 def _apply(method: Any, module: Any, call: ObservedCall, x: torch.Tensor) -> torch.Tensor:
@@ -287,8 +289,11 @@ def _apply(method: Any, module: Any, call: ObservedCall, x: torch.Tensor) -> tor
     return result.reshape(len(x), -1)
 
 
-def _project(head: Any, wide: bool, x: torch.Tensor) -> torch.Tensor:
-    return x.float() @ head.weight.float().T if wide else x @ head.weight.T
+def _project(processor: Any, head: Any, x: torch.Tensor) -> torch.Tensor:
+    if processor is None:
+        return x @ head.weight.T
+    logits: torch.Tensor = processor._compute_lm_head(x, head)
+    return logits
 
 
 def _normalize(module: Any, call: ObservedCall, x: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,11 @@ from contextlib import suppress
 
 import torch
 
-from margingate.runtime.compat.batch_invariant_matmul import invariant_matmul, is_deep_gemm
+from margingate.runtime.compat.batch_invariant_matmul import (
+    deterministic,
+    invariant_matmul,
+    is_deep_gemm,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -147,14 +151,15 @@ def main(arguments: Sequence[str]) -> None:
     torch.cuda.set_device(int(arguments[0]))
     step = 8  # elements between rows: 16 bytes, what a tensor map asks for
     buffer = torch.zeros(0, dtype=torch.bfloat16, device="cuda")
-    for line in needed:
-        outputs, inputs, count = map(int, line.split())
-        size = max(inputs, outputs) + step * max(outputs, count)
-        buffer = buffer if len(buffer) >= size else buffer.new_zeros(size)
-        weight = buffer.as_strided((outputs, inputs), (step, 1))
-        rows = buffer.as_strided((count, inputs), (step, 1))
-        results = torch.empty_like(buffer).as_strided((count, outputs), (step, 1))
-        deep_gemm.bf16_gemm_nn(rows, weight.T, results)
+    with deterministic(deep_gemm):  # or cuBLASLt runs, and nothing is compiled
+        for line in needed:
+            outputs, inputs, count = map(int, line.split())
+            size = max(inputs, outputs) + step * max(outputs, count)
+            buffer = buffer if len(buffer) >= size else buffer.new_zeros(size)
+            weight = buffer.as_strided((outputs, inputs), (step, 1))
+            rows = buffer.as_strided((count, inputs), (step, 1))
+            results = torch.empty_like(buffer).as_strided((count, outputs), (step, 1))
+            deep_gemm.bf16_gemm_nn(rows, weight.T, results)
     torch.cuda.synchronize()
 
 

@@ -8,7 +8,7 @@ module was given is noted. Modules with parameters that nobody measures end the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -120,6 +120,24 @@ def observing(model: Any, rows: int) -> Iterator[dict[int, ObservedCall]]:
         UnquantizedLinearMethod.apply = applied
         stack.callback(setattr, UnquantizedLinearMethod, "apply", apply)
         yield seen
+
+
+def refuse_bypassed(members: Iterable[tuple[str, Any]], seen: Mapping[int, ObservedCall]) -> None:
+    """Raises GateError for a linear layer that the observed step did not call.
+
+    Another kernel may read its weight, as fused ones do: no plan for the layer would hold for it.
+
+    Args:
+        members: the linear layers, by name.
+        seen: of `observing`.
+    """
+    for name, module in members:
+        if id(module) not in seen:
+            raise GateError(
+                f"--deterministic-gate cannot measure {name}, a {type(module).__name__}: a decode "
+                "step does not call it, and a kernel that the gate does not know may read its "
+                "weight; serve this model without the flag, or use --gate-fast-path stock."
+            )
 
 
 def refuse_unmeasured(model: Any, measured: set[int]) -> None:

@@ -18,12 +18,18 @@ import torch
 from margingate.config import GateConfig
 from margingate.core.rowclass import RowPlan
 from margingate.runtime.attention import fixed_split, invariant_attention
-from margingate.runtime.compat import ranks
+from margingate.runtime.compat import ranks, settings
 from margingate.runtime.compat.batch_invariant_matmul import invariant_matmul
 from margingate.runtime.compat.server_args import gate_config
-from margingate.runtime.probe import all_reduce, cache, classes, plans
+from margingate.runtime.probe import all_reduce, cache, classes, dual_gemm, plans
 from margingate.runtime.probe.attention_operator import probe_attention
-from margingate.runtime.probe.observed_calls import ROWS, ObservedCall, observing, refuse_unmeasured
+from margingate.runtime.probe.observed_calls import (
+    ROWS,
+    ObservedCall,
+    observing,
+    refuse_bypassed,
+    refuse_unmeasured,
+)
 from margingate.runtime.verify.verifier import RowInput, Verifier, scratch_rows
 
 logger = logging.getLogger(__name__)
@@ -68,8 +74,7 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     config = gate_config(runner.server_args)
     seen = observe(runner)
     operators = classes.groups(runner.model, seen)
-    known = {id(member.module) for same in operators.values() for member in same}
-    refuse_unmeasured(runner.model, known)
+    refuse_unknown(runner.model, operators, seen)
     prefill = _prefill_counts(runner, config, operators, decoded)
     fresh = config is not None and config.probe == "fresh"
     _findings[:] = _find(runner, operators, decoded, prefill, fresh=fresh)
@@ -79,6 +84,7 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     _findings.extend(summed)
     _plans.update(plans.plans(operators, _findings))
     _limit = decoded
+    _settle_dual_gemm(runner, bool(prefill))
     probed = {finding.name for finding in _findings}
     if prefill and classes.HEAD in probed and all(finding.prefill for finding in _findings):
         _limit = math.inf
@@ -88,6 +94,23 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
             "prefill: gated prompts are prefilled one at a time."
         )
         _limit = decoded
+
+
+def refuse_unknown(
+    model: Any, operators: dict[str, list[classes.Member]], seen: dict[int, ObservedCall]
+) -> None:
+    """Raises GateError for parameters that no measured operator, or another besides, works with."""
+    members = [member for same in operators.values() for member in same]
+    refuse_unmeasured(model, {id(member.module) for member in members})
+    linear = (m for m in members if m.kind == "linear" and m.name != classes.HEAD)
+    refuse_bypassed(((member.name, member.module) for member in linear), seen)
+
+
+def _settle_dual_gemm(runner: Any, prefill: bool) -> None:
+    """After the plans: the kernel stays where its rows have the bits that these give."""
+    for finding in dual_gemm.settle(runner.model, prefill=prefill):
+        logger.info("margingate: %s", finding)
+        _findings.append(finding)
 
 
 def _prefill_counts(
@@ -103,7 +126,7 @@ def _prefill_counts(
         or config.prefill == "alone"
     ):
         return []
-    args = runner.server_args
+    args = settings.view(runner.server_args)
     chunk = args.chunked_prefill_size or -1
     largest = chunk if chunk > 0 else args.max_prefill_tokens
     largest = min(ranks.of_all(min(largest, _rows_in_memory(operators))))
@@ -114,18 +137,22 @@ def _prefill_counts(
 def observe(runner: Any) -> dict[int, ObservedCall]:
     """How a decode step calls each module. Writes to slots that are free, before the first request.
 
-    Modules that it does not call are measured as their weights suggest; the check of the whole
-    model runs them as they are.
+    Norms that it does not call are measured as their weights suggest; the check of the whole model
+    runs them as they are.
     """
     rows = [RowInput(1, position, 3 + position) for position in range(ROWS)]
-    with observing(runner.model, ROWS) as seen, scratch_rows(runner, ROWS):
+    with (
+        dual_gemm.switched_off(runner.model),
+        observing(runner.model, ROWS) as seen,
+        scratch_rows(runner, ROWS),
+    ):
         Verifier(runner, ROWS).forward(rows, ROWS)
     return seen
 
 
 def _decode_graphs(runner: Any) -> list[int]:
     """Row counts of the decode graphs that will be made."""
-    config = runner.server_args.cuda_graph_config
+    config = settings.view(runner.server_args).cuda_graph_config
     return sorted(config.decode.bs or ()) if runner.device == "cuda" else []
 
 
@@ -175,12 +202,22 @@ def apply_linear(original: Any, method: Any, layer: Any, x: torch.Tensor, bias: 
 
 
 def compute_lm_head(
-    original: Any, processor: Any, hidden: torch.Tensor, lm_head: Any, bias: Any = None
+    original: Any,
+    processor: Any,
+    hidden: torch.Tensor,
+    lm_head: Any,
+    bias: Any = None,
+    *,
+    out: torch.Tensor | None = None,
 ) -> Any:
-    """AROUND LogitsProcessor._compute_lm_head."""
+    """AROUND LogitsProcessor._compute_lm_head.
+
+    Args:
+        out: where a whole forward's logits may be written; SGLang copies other results there.
+    """
     plan = _plans.get(id(lm_head))
     if plan is None or hidden.shape[0] > _limit or plan.runs_as_is(hidden.shape[0]):
-        return original(processor, hidden, lm_head, bias)
+        return original(processor, hidden, lm_head, bias, out=out)
     weight = lm_head.weight
     return plans.run_in_class(
         plan,

@@ -11,6 +11,7 @@ from margingate.runtime.probe import check_decode, check_prefill
 from margingate.runtime.probe.check_decode import CanonicalSteps
 from margingate.runtime.probe.check_prefill import Prefill
 from margingate.runtime.probe.startup import largest_rows
+from margingate.runtime.sampling import logprobs
 from margingate.runtime.verify import verifier
 from margingate.runtime.verify.verifier import Verifier
 
@@ -33,6 +34,7 @@ def run_checks(scheduler: Any, config: GateConfig) -> StartupChecks:
         GateError: the verifier's own rows depend on the padding beside them.
     """
     runner = scheduler.tp_worker.model_runner
+    logprobs.as_log_softmax(runner.model)
     made = verifier.build(runner, config)
     decode = None
     if config.invariant:

@@ -12,7 +12,7 @@ from typing import Any
 
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 
-from margingate.runtime.compat import settings
+from margingate.runtime.compat import ranks
 
 _PROCESSED = object()  # stands in SGLang's queue for a result that was brought in early
 
@@ -23,7 +23,7 @@ class InFlight:
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
         self.overlaps = bool(scheduler.enable_overlap)
-        self._is_alone = self.overlaps and settings.view(scheduler.server_args).tp_size == 1
+        self._is_alone = self.overlaps and ranks.tp_size(scheduler) == 1
         self._processed: Any = None  # the batch being processed, or last; without overlap alone
 
     def arrived(self, batch: Any, result: Any) -> None:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from margingate.runtime.compat.instance_patches import ON_LOGPROBS, check_instance
+
 _ALIGNED = 4  # float32 values in the 16 bytes that a CUDA softmax loads at once
 _LEAST = torch.finfo(torch.float32).min  # as SGLang; JSON has no infinity
 _BLOCK = 32  # rows ranked at once on a GPU: keys take 8 bytes a value, and a prompt has many rows
@@ -78,5 +80,27 @@ class _Rankable:
 def rank(original: Any, logprobs: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """AROUND get_top_logprobs_raw and get_top_logprobs_chunk: no request's list depends on the k
     of others. SGLang ranks all rows for the largest.
+
+    Raises:
+        RuntimeError: these are logits and what to subtract from them, which `as_log_softmax`
+            has switched off.
     """
+    if kwargs.get("log_normalizer") is not None:
+        raise RuntimeError("margingate: SGLang ranks logits where it was told to rank log-probs")
     return original(_Rankable(logprobs), *args, **kwargs)
+
+
+def as_log_softmax(model: Any) -> None:
+    """A prompt's log-probs are the log-softmax of its logits, as those of an answer are.
+
+    SGLang takes a shorter way, which another kernel goes where some request of the forward wants
+    the likeliest tokens. Mutates the model's processor; before the first request.
+
+    Raises:
+        GateError: SGLang has no such switch.
+    """
+    for module in model.modules():
+        processor = getattr(module, "input_logprob_processor", None)
+        if processor is not None:
+            check_instance(processor, ON_LOGPROBS)
+            processor.enable_fast_input_logprobs = False

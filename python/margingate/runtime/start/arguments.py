@@ -6,13 +6,14 @@ import argparse
 import hashlib
 import logging
 import sys
-from contextvars import ContextVar
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from margingate.config import GateConfig, GateError, load_threshold, make_config, option_name
-from margingate.runtime.compat import machine
+from margingate.runtime.compat import machine, settings
 from margingate.runtime.compat.server_args import ATTRIBUTE, RADIX_BACKEND, gate_config
 from margingate.runtime.hooks import registry
 from margingate.runtime.observe import event_socket
@@ -21,8 +22,7 @@ from margingate.runtime.start import refusals, refused_models
 logger = logging.getLogger(__name__)
 
 _PREFIX = "gate_"
-_pending: ContextVar[dict[str, Any] | None] = ContextVar("margingate_pending", default=None)
-_wanted: ContextVar[bool] = ContextVar("margingate_wanted", default=False)  # by Engine(...)
+_FROM_COMMAND_LINE = "_margingate_ends"  # on ServerArgs: a refusal is one line and exit status 1
 
 DEVICE_DEFAULTS = {"cpu": {"rows": 16, "prefill_chunk": 64}}
 DEFAULTS = {"rows": 64, "prefill_chunk": 512}
@@ -55,22 +55,23 @@ def add_options(_result: Any, parser: argparse.ArgumentParser) -> None:
 
 
 def from_command_line(original: Any, cls: type, args: argparse.Namespace) -> Any:
-    """AROUND ServerArgs.from_cli_args: keep our values for the __init__ that runs inside."""
+    """AROUND ServerArgs.from_cli_args: attach our values, which no field of SGLang's takes.
+
+    From here on a refusal ends the process with its sentence, and without a traceback.
+    """
     try:
-        options = _pop_options(dict(vars(args)))
-        token = _pending.set(options)
-        try:
-            made = original(cls, args)
-        finally:
-            _pending.reset(token)
-        if options["enabled"]:
-            confirm_settings(made)
+        options = pop_options(dict(vars(args)))
+        made = original(cls, args)
+        if options.pop("enabled"):
+            attach(made, options)
+            setattr(made, _FROM_COMMAND_LINE, True)
+            _confirm_attached(made)
         return made
     except GateError as error:
         sys.exit(f"margingate: {error}")
 
 
-def _pop_options(values: dict[str, Any]) -> dict[str, Any]:
+def pop_options(values: dict[str, Any]) -> dict[str, Any]:
     """Take the gate's keys out of `values`; raises GateError for options without the flag."""
     wanted = bool(values.pop("deterministic_gate", False))
     names = [name for name in values if name.startswith(_PREFIX)]
@@ -82,48 +83,80 @@ def _pop_options(values: dict[str, Any]) -> dict[str, Any]:
     return {"enabled": wanted, **options}
 
 
-def init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-    """AROUND ServerArgs.__init__: attach the validated config before SGLang resolves anything."""
-    options = dict(_pending.get() or _pop_options(kwargs))
-    if options.pop("enabled"):
-        registry.check_version()
-        model = model_identity(kwargs.get("model_path") or (args[0] if args else ""), options)
-        object.__setattr__(self, ATTRIBUTE, make_config(options, model))
-    original(self, *args, **kwargs)
+def attach(server_args: Any, options: dict[str, Any]) -> None:
+    """Give unresolved arguments the gate's settings, validated; raises GateError."""
+    registry.check_version()
+    model = model_identity(settings.view(server_args).model_path, options)
+    setattr(server_args, ATTRIBUTE, make_config(options, model))
 
 
-def post_init(original: Any, self: Any) -> None:
-    """AROUND ServerArgs.__post_init__: set what the gate needs, refuse what it cannot serve."""
+@contextmanager
+def ending(server_args: Any) -> Iterator[None]:
+    """What is refused here of a command line ends the process with one line; else it raises."""
+    try:
+        yield
+    except GateError as error:
+        if getattr(server_args, _FROM_COMMAND_LINE, False):
+            sys.exit(f"margingate: {error}")
+        raise
+
+
+def resolve(original: Any, self: Any) -> None:
+    """AROUND ServerArgs.resolve_once: set what the gate needs, refuse what it cannot serve."""
     config = gate_config(self)
     if config is None:
         original(self)
         return
-    refusals.refuse_server(self)  # first as given, before SGLang's own checks speak
+    with ending(self):
+        if settings.is_resolved(self):
+            confirm_settings(self)
+            return
+        config = _prepare(self, config)
+        original(self)
+        config = _with_device_defaults(config, settings.view(self))
+        _refuse_resolved(self, config)
+        setattr(self, ATTRIBUTE, config)  # last: settings without rows were not checked
+
+
+def _prepare(server_args: Any, config: GateConfig) -> GateConfig:
+    """Choose what is not given, before SGLang does; the config with its choice of overlap."""
+    given = settings.view(server_args)
+    refusals.refuse_server(given)  # first as given, before SGLang's own checks speak
     if config.overlap == "auto":
-        config = replace(config, overlap=_best_overlap(self, config))
-    if config.overlap == "off" and not self.disable_overlap_schedule:
-        self.disable_overlap_schedule = True
+        config = replace(config, overlap=_best_overlap(given, config))
+    if config.overlap == "off" and not given.disable_overlap_schedule:
+        settings.choose(server_args, disable_overlap_schedule=True)
         logger.info("margingate sets --disable-overlap-schedule: it verifies between two steps.")
-    _choose_attention(self, config)
+    if attention := _attention(given, config):
+        settings.choose(server_args, attention_backend=attention)
     # SGLang chooses a fused all-reduce by itself for some models; asked for, it is refused above.
-    self.enforce_disable_flashinfer_allreduce_fusion = True
-    if not self.disable_radix_cache:
-        self.radix_cache_backend = RADIX_BACKEND
-    original(self)
-    config = _with_device_defaults(config, self)
-    object.__setattr__(self, ATTRIBUTE, config)
-    refusals.refuse_server(self)
-    refusals.refuse_chunks(self, config)
-    refusals.refuse_audit(self, config)
-    refusals.refuse_simulation(self, config)
-    refusals.refuse_grammars(self)
-    event_socket.refuse_endpoint(self, config)
-    if self.model_path.lower() not in ("none", "dummy"):  # SGLang resolves nothing for these
-        refusals.refuse_fast_path(self, config)
-        refused_models.refuse_column_type(self)
-        refused_models.refuse_model(self.get_model_config(), observes=config.policy == "observe")
+    settings.choose(server_args, enforce_disable_flashinfer_allreduce_fusion=True)
+    if not given.disable_radix_cache:
+        settings.choose(server_args, radix_cache_backend=RADIX_BACKEND)
+    return config
+
+
+def _refuse_resolved(server_args: Any, config: GateConfig) -> None:
+    """Check what SGLang made of the arguments. Raises GateError."""
+    args = settings.view(server_args)
+    refusals.refuse_server(args)
+    refusals.refuse_chunks(args, config)
+    refusals.refuse_audit(args, config)
+    refusals.refuse_simulation(args, config)
+    refusals.refuse_grammars(args)
+    event_socket.refuse_endpoint(args, config)
+    if args.model_path.lower() not in ("none", "dummy"):  # SGLang resolves nothing for these
+        refusals.refuse_fast_path(server_args, config)
+        refused_models.refuse_column_type(server_args)
+        model = settings.model_config(server_args)
+        refused_models.refuse_model(model, observes=config.policy == "observe")
         if config.calibration is not None:
-            load_threshold(config.calibration, machine.describe(self), part="machine")
+            load_threshold(config.calibration, machine.describe(server_args), part="machine")
+
+
+def _confirm_attached(server_args: Any) -> None:
+    if gate_config(server_args) is None:
+        raise _unheard("ServerArgs.from_cli_args")
 
 
 def confirm_settings(server_args: Any) -> None:
@@ -132,34 +165,18 @@ def confirm_settings(server_args: Any) -> None:
     Raises:
         GateError: the flag was given, and these arguments carry no settings, or unchecked ones.
     """
+    _confirm_attached(server_args)
     config = gate_config(server_args)
     if config is None or config.rows is None:
-        step = "__init__" if config is None else "__post_init__"
-        raise GateError(
-            f"--deterministic-gate was given, but SGLang made its arguments without the hook on "
-            f"ServerArgs.{step}: reinstall sglang=={registry.SGLANG_VERSION}, or restrict the "
-            "plugins with SGLANG_PLUGINS."
-        )
+        raise _unheard("ServerArgs.resolve_once")
 
 
-def engine_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-    """AROUND Engine.__init__: with the flag, nothing is launched before the settings are there."""
-    token = _wanted.set(bool(kwargs.get("deterministic_gate", False)))
-    try:
-        original(self, *args, **kwargs)
-    finally:
-        _wanted.reset(token)
-
-
-def gate_to_launch(server_args: Any) -> GateConfig | None:
-    """The gate's settings of a server that is about to be launched, or None where it has none.
-
-    Raises:
-        GateError: as `confirm_settings`, where the Engine being made was given the flag.
-    """
-    if _wanted.get():
-        confirm_settings(server_args)
-    return gate_config(server_args)
+def _unheard(target: str) -> GateError:
+    return GateError(
+        f"--deterministic-gate was given, but SGLang made its arguments without the hook on "
+        f"{target}: reinstall sglang=={registry.SGLANG_VERSION}, or restrict the plugins with "
+        "SGLANG_PLUGINS."
+    )
 
 
 def _best_overlap(args: Any, config: GateConfig) -> str:
@@ -170,7 +187,7 @@ def _best_overlap(args: Any, config: GateConfig) -> str:
     return "on" if on_gpu and not config.study else "off"
 
 
-def _choose_attention(args: Any, config: GateConfig) -> None:
+def _attention(args: Any, config: GateConfig) -> str | None:
     """On CUDA, where nothing is chosen: the backend that is the fastest on this path."""
     import torch
     from sglang.srt.utils import is_flashinfer_available
@@ -180,13 +197,12 @@ def _choose_attention(args: Any, config: GateConfig) -> None:
     on_gpu = args.device in (None, "cuda") and torch.cuda.is_available()
     wanted = config.policy != "observe" or config.study  # a study is for gated servers
     if not wanted or chosen or not on_gpu:
-        return
+        return None
     if config.invariant or not is_flashinfer_available():
-        args.attention_backend = "triton"
         logger.info("margingate sets --attention-backend triton, inside which its kernels run.")
-    else:  # its kernels run beside it
-        args.attention_backend = "flashinfer"
-        logger.info("margingate sets --attention-backend flashinfer, with decode as SGLang's own.")
+        return "triton"
+    logger.info("margingate sets --attention-backend flashinfer, with decode as SGLang's own.")
+    return "flashinfer"  # its kernels run beside it
 
 
 def _with_device_defaults(config: GateConfig, args: Any) -> GateConfig:

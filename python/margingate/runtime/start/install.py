@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 from sglang.srt.mem_cache.registry import (
@@ -13,16 +12,16 @@ from sglang.srt.mem_cache.registry import (
 )
 
 from margingate.config import GateError
-from margingate.runtime.compat.server_args import RADIX_BACKEND, gate_config
+from margingate.runtime.compat.server_args import LAUNCHED, RADIX_BACKEND, gate_config
 from margingate.runtime.hooks import handlers, registry, scheduler_table
-from margingate.runtime.hooks.launcher_table import TOKENIZER_HOOKS
+from margingate.runtime.hooks.launcher_table import DETOKENIZER_HOOKS, TOKENIZER_HOOKS
 from margingate.runtime.observe import audit, event_records, metrics
 from margingate.runtime.probe.startup_checks import run_checks
 from margingate.runtime.request.observer import Observer
 from margingate.runtime.schedule import radix
 from margingate.runtime.schedule.controller import GateController
-from margingate.runtime.start import detokenizer_process, refused_models
-from margingate.runtime.start.arguments import gate_to_launch
+from margingate.runtime.start import arguments, refused_models
+from margingate.runtime.start.engine import gate_to_launch
 from margingate.runtime.verify import delay
 
 logger = logging.getLogger(__name__)
@@ -35,6 +34,8 @@ def init(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) 
         original(self, server_args, *args, **kwargs)
         return
     registry.check_version()
+    arguments.confirm_settings(server_args)
+    confirm_launcher(server_args)
     registry.install(scheduler_table.RUNTIME_HOOKS)
     registry.install(
         scheduler_table.INVARIANT_HOOKS if config.invariant else scheduler_table.STOCK_HOOKS
@@ -58,23 +59,32 @@ def _observers(controller: GateController) -> Iterator[Observer]:
     scheduler, config, requests = controller.scheduler, controller.config, controller.requests
     audits, observes = controller.auditor.audits, controller.observes_only
     yield from metrics.observers(scheduler, requests, audits, observes=observes)
-    yield from event_records.observers(config.events_endpoint, scheduler.ps, requests)
+    yield from event_records.observers(config.events_endpoint, requests)
     yield from audit.observers(controller.auditor)
     verifier, merges = controller.checks.verifier, controller.merged.serves
     yield from delay.observers(scheduler, config, verifier, requests, merges=merges)
     yield controller.tally
 
 
+def init_detokenizer(_manager: Any, server_args: Any, *_args: Any, **_kwargs: Any) -> None:
+    """BEFORE DetokenizerManager.__init__: that of a gated server is patched here."""
+    if gate_config(server_args) is not None:
+        registry.install(DETOKENIZER_HOOKS)
+
+
 def launch(original: Any, cls: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND Engine._launch_subprocesses: patch this process, then ask every scheduler."""
-    config = gate_to_launch(server_args)
-    if config is None:
+    if gate_to_launch(server_args) is None:
         return original(cls, server_args, *args, **kwargs)
+    with arguments.ending(server_args):
+        return _launch(original, cls, server_args, *args, **kwargs)
+
+
+def _launch(original: Any, cls: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
     registry.install(TOKENIZER_HOOKS)
-    # By name, as SGLang passes it: this process starts detokenizers, which load no plugins.
-    run = kwargs["run_detokenizer_process_func"]
-    kwargs["run_detokenizer_process_func"] = partial(detokenizer_process.run, run)
+    setattr(server_args, LAUNCHED, True)  # schedulers look for it
     result = original(cls, server_args, *args, **kwargs)
+    arguments.confirm_settings(server_args)
     confirm_schedulers(result)
     return result
 
@@ -94,3 +104,17 @@ def confirm_schedulers(result: Any, *_args: Any, **_kwargs: Any) -> None:
                 f"scheduler {rank} came up without the gate although --deterministic-gate is set: "
                 "check that SGLANG_PLUGINS and SGLANG_PLATFORM let the plugin 'margingate' load."
             )
+
+
+def confirm_launcher(server_args: Any) -> None:
+    """The process that launched this scheduler must have its hooks.
+
+    Raises:
+        GateError: it did not run `launch`.
+    """
+    if not getattr(server_args, LAUNCHED, False):
+        raise GateError(
+            "--deterministic-gate was given, but the launcher of this scheduler went around "
+            "Engine._launch_subprocesses, and so has no hooks for answers: launch with sglang "
+            "serve or sglang.Engine."
+        )

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from margingate.config import GateConfig, GateError
-from margingate.runtime.compat import settings_table
+from margingate.runtime.compat import settings, settings_table
 from margingate.runtime.hooks import registry
 from margingate.runtime.start.refused_settings import SERVER_REFUSALS
 
@@ -82,14 +82,14 @@ def refuse_grammars(args: Any) -> None:
 INVARIANT_ATTENTION = ("torch_native", "triton", "flashinfer")
 
 
-def refuse_fast_path(args: Any, config: GateConfig) -> None:
+def refuse_fast_path(server_args: Any, config: GateConfig) -> None:
     """What a fast path needs of device and attention backend. Raises GateError.
 
     Only for arguments that SGLang has resolved: before that no backend has a name.
     """
     if config.policy == "observe":
         return
-    for backend in args.get_attention_backends():
+    for backend in settings.attention_backends(server_args):
         if backend not in INVARIANT_ATTENTION:
             raise GateError(
                 f"--deterministic-gate does not work with --attention-backend {backend}, whose "

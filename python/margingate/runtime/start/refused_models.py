@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from margingate.config import GateError
+from margingate.runtime.compat import settings
 
 
 def refuse_model(model: Any, *, observes: bool = False) -> None:
@@ -47,9 +48,10 @@ def _has_windows(text: Any) -> bool:
     return "sliding_attention" in (getattr(text, "layer_types", None) or ())
 
 
-def refuse_column_type(args: Any) -> None:
+def refuse_column_type(server_args: Any) -> None:
     """--kv-cache-dtype names another type than the model's. Raises GateError."""
-    dtype = args.get_model_config().dtype
+    dtype = settings.model_config(server_args).dtype
+    args = settings.view(server_args)
     if args.kv_cache_dtype != "auto" and dtype != torch.bfloat16:
         raise GateError(
             f"--kv-cache-dtype is {args.kv_cache_dtype}, but the model's type is {dtype}, so that "

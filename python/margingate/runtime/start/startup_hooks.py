@@ -6,7 +6,7 @@ docs/hooks.md is printed from them; a test holds the two together.
 from __future__ import annotations
 
 from margingate.runtime.hooks.launcher_table import DETOKENIZER_HOOKS, TOKENIZER_HOOKS
-from margingate.runtime.hooks.registry import AFTER, AROUND, Hook
+from margingate.runtime.hooks.registry import AFTER, AROUND, BEFORE, Hook
 from margingate.runtime.hooks.scheduler_table import SCHEDULER_HOOKS
 from margingate.runtime.start import arguments, install
 
@@ -32,17 +32,9 @@ STARTUP_HOOKS = (
         _OPTIONS,
     ),
     Hook(
-        "server_args.ServerArgs.__init__",
+        "server_args.ServerArgs.resolve_once",
         AROUND,
-        arguments.init,
-        None,
-        "Engine(deterministic_gate=True); attaches the validated settings",
-        _OPTIONS,
-    ),
-    Hook(
-        "server_args.ServerArgs.__post_init__",
-        AROUND,
-        arguments.post_init,
+        arguments.resolve,
         "self",
         "sets what the gate needs and refuses what it cannot serve",
         _OPTIONS,
@@ -56,19 +48,19 @@ STARTUP_HOOKS = (
         _CALLBACK,
     ),
     Hook(
-        "entrypoints.engine.Engine.__init__",
-        AROUND,
-        arguments.engine_init,
-        "self kwargs",
-        "Engine(deterministic_gate=True) whose arguments carry no settings launches nothing",
-        _OPTIONS,
+        "managers.detokenizer_manager.DetokenizerManager.__init__",
+        BEFORE,
+        install.init_detokenizer,
+        "self server_args port_args",
+        "patches a gated server's detokenizer, and only that",
+        _CALLBACK,
     ),
     Hook(
         "entrypoints.engine.Engine._launch_subprocesses",
         AROUND,
         install.launch,
         "cls server_args init_tokenizer_manager_func run_scheduler_process_func "
-        "run_detokenizer_process_func port_args",
+        "run_detokenizer_process_func port_args placement_group",
         "a scheduler that came up without its gate ends the server",
         "a failing plugin ends the server by itself",
     ),

@@ -15,16 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sglang.srt.model_executor.forward_batch_info import (
-    CaptureHiddenMode,
-    ForwardBatch,
-    ForwardMode,
-)
-from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
-from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from margingate.config import GateConfig, GateError
 from margingate.runtime.attention import invariant_attention, verify_backend
+from margingate.runtime.compat.forward import DecodeRows, context, decode_batch, fence
 from margingate.runtime.request.sampling_params import Draw
 from margingate.runtime.sampling import logprobs
 from margingate.runtime.sampling.constraints import Constraint
@@ -139,10 +134,9 @@ class Verifier:
         if graph and self._graphs is not None and self._graphs.can_run_graph(batch):
             logits = self._graphs.execute(batch).next_token_logits
             if beside is None:
-                # The event fences the scheduler's writes behind a step's reads; this was none.
-                self.runner.war_fastpath_read_done_event = None
+                fence(self.runner)
             return logits
-        with forward_context(ForwardContext(attn_backend=self.backend)):
+        with context(self.runner, self.backend, batch):
             self.backend.init_forward_metadata(batch)
             output = self.runner.model.forward(batch.input_ids, batch.positions, batch)
         return output.next_token_logits
@@ -163,45 +157,26 @@ class Verifier:
         """A decode batch of `rows`, behind those of `beside`, padded to `count`."""
         others = 0 if beside is None else beside.batch_size
         padding = [RowInput(0, 0, 0)] * (count - others - len(rows))
+        made = self._on_device((*rows, *padding))
+        if beside is not None:
+            made = made.behind(beside)
         attended = others + len(rows) if self._attends_row_by_row else count
-        filled = (*rows, *padding)
+        return decode_batch(self.runner, made, attended)
+
+    def _on_device(self, rows: Sequence[RowInput]) -> DecodeRows:
         fields = torch.tensor(
             [
-                [row.pool_index for row in filled],
-                [row.position for row in filled],
-                [row.token for row in filled],
+                [row.pool_index for row in rows],
+                [row.position for row in rows],
+                [row.token for row in rows],
             ],
             dtype=torch.int64,
             pin_memory=self._pins,
         )
-        seq_lens_cpu = fields[1] + 1
         # From pinned memory, so that a step that carries a pass waits for no earlier one.
         pool, positions, tokens = fields.to(self.device, non_blocking=True).unbind()
         slots = self._page_table[pool, positions].to(torch.int64)
-        if beside is not None:
-            pool = torch.cat([beside.req_pool_indices.to(torch.int64), pool])
-            positions = torch.cat([beside.positions.to(torch.int64), positions])
-            tokens = torch.cat([beside.input_ids.to(torch.int64), tokens])
-            slots = torch.cat([beside.out_cache_loc.to(torch.int64), slots])
-            known = beside.seq_lens_cpu
-            first = beside.seq_lens.cpu() if known is None else known
-            seq_lens_cpu = torch.cat([first.to(torch.int64), seq_lens_cpu])
-        seq_lens = positions + 1
-        return ForwardBatch(
-            forward_mode=ForwardMode.DECODE,
-            batch_size=count,
-            input_ids=tokens,
-            req_pool_indices=pool[:attended],
-            seq_lens=seq_lens[:attended],
-            seq_lens_cpu=seq_lens_cpu[:attended],
-            seq_lens_sum=int(seq_lens_cpu[:attended].sum()),
-            orig_seq_lens=seq_lens.to(torch.int32),
-            out_cache_loc=slots,
-            positions=positions,
-            spec_algorithm=SpeculativeAlgorithm.NONE,
-            capture_hidden_mode=CaptureHiddenMode.NULL,
-            num_token_non_padded_cpu=count,
-        )
+        return DecodeRows(pool, positions, tokens, slots, fields[1] + 1)
 
 
 def build(model_runner: Any, config: GateConfig) -> Verifier:
