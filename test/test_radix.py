@@ -16,8 +16,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sglang.srt.managers import schedule_batch
+from sglang.srt.managers import schedule_batch, schedule_policy
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req
+from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 from sglang.srt.mem_cache import common
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
@@ -33,6 +34,7 @@ from margingate.runtime.request.in_flight import InFlight
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import CACHE_NAMESPACE, GateRequest
 from margingate.runtime.schedule import radix
+from margingate.runtime.schedule.prefill_admission import Admission
 from margingate.runtime.schedule.radix import GateRadixCache
 
 CHUNK = 4
@@ -448,6 +450,58 @@ def test_what_is_left_of_a_chunk_is_no_hit(world: World):
     world.prefill(req)
     world.check()
     assert world.shared() == [(0, 1, 1, 1)]
+
+
+# -- SGLang's admission over these pools, with the gate's around it
+
+
+class Turn:
+    """One prefill batch that SGLang makes up: its own adder, under the gate's admission."""
+
+    def __init__(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        features = SimpleNamespace(enable_encoder_swa_bounded_replay=False)
+        monkeypatch.setattr(schedule_policy, "get_exec", lambda: SimpleNamespace(features=features))
+        self.admission = Admission(ALONE if world.alone else TOGETHER, CHUNK)
+        running = schedule_batch.ScheduleBatch(reqs=[])
+        self.adder = PrefillAdder(1, world.tree, world.allocator, running, 0.5, 4096, 6)
+
+    def add(self, req: Any, chunked: bool = False) -> Any:
+        return self.admission.add_one_req(PrefillAdder.add_one_req, self.adder, req, chunked, None)
+
+    def go_on(self, req: Any) -> Any:
+        return self.admission.add_chunked_req(PrefillAdder.add_chunked_req, self.adder, req)
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        return [(req.prefix_len, req.extend_end) for req in self.adder.can_run_list]
+
+
+@pytest.mark.parametrize("world", [ALONE, TOGETHER], indirect=True)
+def test_sglang_cuts_a_gated_prompt_where_the_grid_says(world: World, monkeypatch):
+    """The server's own chunks have 6 tokens. A lock that the adder takes is the request's."""
+    world.answer(PROMPT)
+    req, beside = world.arrive((*PROMPT[:9], 1, 2, 3, 4, 5, 6, 7)), world.arrive((7, 8))
+    for each in (req, beside):
+        world.tree.unlock(each.lock)  # as they wait
+    turn = Turn(world, monkeypatch)
+    turn.add(req)
+    assert turn.spans == [(8, 12) if world.alone else (9, 15)]
+    assert turn.adder.new_chunked_req is req and req.lock.node is req.last_node
+    assert turn.add(beside) is AddReqResult.OTHER and len(turn.spans) == 1
+    world.tree.unlock(req.lock)
+    for each in (req, beside):
+        each.lock = world.tree.lock(each.last_node)
+
+
+def test_a_chunk_that_finds_no_room_is_parked_and_goes_on_later(world: World, monkeypatch):
+    req = world.arrive(tuple(range(30, 40)))
+    world.prefill(req)
+    turn = Turn(world, monkeypatch)
+    turn.adder.memory_budget.current_offset = world.allocator.available_size() - CHUNK + 1
+    assert turn.go_on(req) is req and not turn.spans
+    assert req.extend_end == req.prefix_len == CHUNK, "SGLang stashes nothing of a parked chunk"
+    turn.adder.memory_budget.current_offset -= 1
+    assert turn.go_on(req) is req and turn.spans == [(CHUNK, 2 * CHUNK)]
 
 
 PROMPTS = st.builds(  # answers go 0, 1, 0, 1 too: what one says may be what another is asked
