@@ -37,7 +37,7 @@ class TritonAttnBackend:
         self.calls: list[Any] = []
         self.decode_attention_fwd = self.extend_attention_fwd = None
 
-    def get_num_kv_splits(self, num_kv_splits, seq_lens):
+    def get_num_kv_splits(self, num_kv_splits, seq_lens, uneven_batch=None):
         raise AssertionError("its own rule was asked")
 
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, sinks=None):
@@ -214,7 +214,7 @@ def test_the_backend_is_told_of_one_split(kernels: Kernels):
     backend, own, _ = make()
     assert of(backend) is own and backend.max_kv_splits == 1
     splits = torch.full((3,), 7, dtype=torch.int32)
-    backend.get_num_kv_splits(splits, torch.tensor([1, 500, 9]))
+    backend.get_num_kv_splits(splits, torch.tensor([1, 500, 9]), torch.zeros(1))
     assert splits.tolist() == [1, 1, 1]
     assert fixed_split.split_of(backend) == own.record() == [ARITHMETIC, 64, SEGMENT]
 
