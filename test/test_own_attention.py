@@ -358,6 +358,16 @@ def test_a_prefill_with_a_mask_of_its_own_raises(extras: dict[str, Any], kernels
     assert not kernels.extends
 
 
+def test_the_rules_of_splits_take_what_sglang_gives_them():
+    from sglang.srt.layers.attention.triton_backend import TritonAttnBackend as Sglangs
+
+    theirs = list(inspect.signature(Sglangs.get_num_kv_splits).parameters)[1:]
+    ruled = SimpleNamespace(max_kv_splits=8, max_context_len=100, device="cpu")
+    fixed_split._fix_triton(ruled)
+    for rule in (ruled.get_num_kv_splits, invariant_attention._one_split):
+        assert list(inspect.signature(rule).parameters) == theirs
+
+
 def test_the_places_of_arguments_are_those_of_sglangs_kernels():
     """SGLang's backend passes them by place: a new one among them would be taken for another."""
     from sglang.kernels.ops.attention import decode_attention, extend_attention
