@@ -1,4 +1,4 @@
-"""DualGemm stays where its rows have the bits of the layers that it goes around, and nowhere else."""
+"""DualGemm stays where its rows have the bits of the layers that it goes around."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_a_kernel_in_a_module_of_another_build_is_refused():
     model = torch.nn.Module()
     model.experts = torch.nn.Module()
     model.experts.fused = Kernel(same)
-    with pytest.raises(GateError, match="cannot measure experts.fused, a DualGemm in a Module"):
+    with pytest.raises(GateError, match=r"cannot measure experts\.fused, a DualGemm in a Module"):
         dual_gemm.settle(model, prefill=False)
 
 

@@ -216,5 +216,5 @@ def test_logits_are_not_ranked_as_log_probs(processor, ranking):
 def test_a_processor_without_the_switch_ends_the_start():
     model = torch.nn.Module()
     model.input_logprob_processor = object()
-    with pytest.raises(GateError, match="InputLogprobProcessor.enable_fast_input_logprobs"):
+    with pytest.raises(GateError, match=r"InputLogprobProcessor\.enable_fast_input_logprobs"):
         logprobs.as_log_softmax(model)
