@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from sglang.srt.managers.schedule_batch import ReqKvInfo
 
 
 class Req(SimpleNamespace):
@@ -14,7 +15,9 @@ class Req(SimpleNamespace):
     __hash__ = object.__hash__  # type: ignore[assignment]
 
     def __init__(self, rid: str) -> None:
-        super().__init__(rid=rid, to_finish=None, grammar=None, mamba_pool_idx=None)
+        super().__init__(rid=rid, to_finish=None, grammar=None, kv=ReqKvInfo())
+        self.weight_version_events: list[Any] = []
+        self.output_ids: list[int] = []
 
     def finished(self) -> bool:
         return False
@@ -35,6 +38,7 @@ class Req(SimpleNamespace):
 def test_an_abort_ends_the_request_of_that_id(monkeypatch, place, rid, abort_all, ended):
     from sglang.srt.constrained.grammar_manager import GrammarManager
     from sglang.srt.disaggregation.utils import DisaggregationMode
+    from sglang.srt.managers import scheduler as scheduler_module
     from sglang.srt.managers.io_struct import AbortReq
     from sglang.srt.managers.scheduler import Scheduler
 
@@ -45,7 +49,8 @@ def test_an_abort_ends_the_request_of_that_id(monkeypatch, place, rid, abort_all
     gone: set[str] = set()
     grammar = GrammarManager.__new__(GrammarManager)
     grammar.grammar_queue = there.get("grammar", [])
-    output = SimpleNamespace(send_output=lambda message, _req: gone.add(message.rid))
+    monkeypatch.setattr(scheduler_module, "get_serving", lambda: SimpleNamespace(weight_version="1"))
+    monkeypatch.setattr(scheduler_module, "get_parallel", lambda: SimpleNamespace(pp_size=1))
     scheduler: Any = SimpleNamespace(
         running_batch=SimpleNamespace(reqs=there.get("running", [])),
         last_batch=None,
@@ -53,13 +58,17 @@ def test_an_abort_ends_the_request_of_that_id(monkeypatch, place, rid, abort_all
         grammar_manager=grammar,
         chunked_req=reqs[1] if place == "chunked" else None,
         _pending_chunked_abort_req=None,
-        enable_hicache_storage=False,
+        mm_receiver=None,
         dllm_config=None,
         disaggregation_mode=DisaggregationMode.NULL,
-        ps=SimpleNamespace(pp_size=1),
         tree_cache=None,
-        ipc_channels=SimpleNamespace(send_to_tokenizer=output),
+        enable_continuous_input_polling=False,
+        beam_coordinator=SimpleNamespace(retire_group=lambda _req: None),
+        send_abort_output=lambda message, _req: gone.add(message.rid),
+        _release_aborted_request=lambda _req: None,
     )
+    for name in ("collect_inflight_reqs", "_collect_inflight_batches"):
+        setattr(scheduler, name, getattr(Scheduler, name).__get__(scheduler))
 
     def abort(_requests: Any, _tree: Any, wanted: Any) -> None:
         gone.update(req.rid for req in there.get("held", []) if wanted(req))

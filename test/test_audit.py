@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sglang.srt.managers.schedule_batch import ReqKvInfo
 
 from margingate.config import GateConfig, GateError
 from margingate.core.audit import MOST_STARTS, Audits, Bits, Recorded, grid, pieces
@@ -190,7 +191,7 @@ class Server:
         self.scheduler: Any = SimpleNamespace(
             server_args=SimpleNamespace(random_seed=5),
             ipc_channels=SimpleNamespace(recv_from_tokenizer=socket, recv_from_rpc=None),
-            weight_updater=SimpleNamespace(offload_tags=set()),
+            weight_updater=SimpleNamespace(offload_tags=set(), _session=None),
             token_to_kv_pool_allocator=SimpleNamespace(
                 available_size=lambda: 4, get_kvcache=lambda: self.pool
             ),
@@ -258,7 +259,7 @@ class Server:
             gate=gate,
             grammar=None,
             sampling_params=SimpleNamespace(logit_bias=None),
-            req_pool_idx=1,
+            kv=ReqKvInfo(req_pool_idx=1),
             return_logprob=True,
             logprob=SimpleNamespace(output_token_logprobs_val=[-1.0, -2.0, -3.0]),
         )
@@ -267,7 +268,7 @@ class Server:
         for layer in self.pool.buffers:
             for part in layer:
                 part.zero_()  # whoever gets the slots writes to them
-        req.req_pool_idx = None
+        req.kv.req_pool_idx = None
         self.auditor.ended(req)
         ids[:] = array("q", [0] * len(ids))  # what is recorded is a copy
 
@@ -394,12 +395,21 @@ def test_bits_that_differ_are_not_lost_when_a_message_comes(server):
     assert server.found[:3] == (1, 0, 1) and server.audits.waiting == 0
 
 
+def test_no_audit_runs_while_weights_are_written(server):
+    server.end()
+    server.scheduler.weight_updater._session = "open"
+    assert not server.auditor.idle() and server.audits.waiting
+    server.scheduler.weight_updater._session = None
+    assert server.auditor.idle()
+
+
 def test_columns_of_others_are_not_digested(server, monkeypatch):
     asked: list[Any] = []
     monkeypatch.setattr(server.auditor._columns, "of", asked.append)
-    req = SimpleNamespace(gate=GateRequest("k", False), req_pool_idx=1, finished_reason="stop")
+    kv = ReqKvInfo(req_pool_idx=1)
+    req = SimpleNamespace(gate=GateRequest("k", False), kv=kv, finished_reason="stop")
     server.auditor.freed(req)
-    server.auditor.freed(SimpleNamespace(req_pool_idx=1))
+    server.auditor.freed(SimpleNamespace(kv=kv))
     server.audits.rate = 0.0
     server.end()
     assert not asked
@@ -465,7 +475,7 @@ def test_a_hidden_fault_is_emitted_and_not_flagged():
     from margingate.runtime.verify.rows import inject_fault
 
     gate = SimpleNamespace(faults=frozenset({-2, 3}), injected_first=None)
-    req = SimpleNamespace(gate=gate, output_ids=[4], req_pool_idx=0)
+    req = SimpleNamespace(gate=gate, output_ids=[4], kv=ReqKvInfo(req_pool_idx=0))
     output = SimpleNamespace()
     record_on(output).best = cast(Any, SimpleNamespace(runner_up=[9], margin=[0.5]))
     for tokens, emitted, flagged in (([4], 9, False), ([4, 9], 9, True), ([4, 9, 9], 5, False)):
@@ -482,7 +492,7 @@ def test_a_fault_waits_where_nothing_was_chosen():
     from margingate.runtime.verify.rows import inject_fault
 
     gate = SimpleNamespace(faults=frozenset({1}), injected_first=None)
-    req = SimpleNamespace(gate=gate, output_ids=[], req_pool_idx=0)
+    req = SimpleNamespace(gate=gate, output_ids=[], kv=ReqKvInfo(req_pool_idx=0))
     result = SimpleNamespace(logits_output=SimpleNamespace(), next_token_ids=[0])
     assert not inject_fault(None, req, result, 0) and result.next_token_ids == [0]
 
@@ -497,7 +507,7 @@ def test_a_fault_waits_where_a_grammar_leaves_one_token(margin):
     from margingate.runtime.verify.rows import inject_fault
 
     gate = SimpleNamespace(faults=frozenset({1}), injected_first=None)
-    req = SimpleNamespace(gate=gate, output_ids=[], req_pool_idx=0)
+    req = SimpleNamespace(gate=gate, output_ids=[], kv=ReqKvInfo(req_pool_idx=0))
     best = SimpleNamespace(runner_up=[9], margin=[margin])
     result = SimpleNamespace(logits_output=SimpleNamespace(), next_token_ids=[5])
     record_on(result.logits_output).best = cast(Any, best)
@@ -536,7 +546,7 @@ class Forwards:
 
     @staticmethod
     def _request(name: str, prompt: Any) -> Any:
-        return SimpleNamespace(rid=name, req_pool_idx=0, prompt=list(prompt))
+        return SimpleNamespace(rid=name, kv=ReqKvInfo(req_pool_idx=0), prompt=list(prompt))
 
     def _extend(self, _scheduler: Any, parts: Any) -> torch.Tensor:
         self.prefills.append([(req.rid, start, end) for req, start, end in parts])

@@ -59,18 +59,19 @@ class World:
         logits = []
         for req, start, end in parts:
             assert start < end, "an empty forward"
-            if req.req_pool_idx is None:
-                req.req_pool_idx = self.idle.pop()
+            if not req.kv.holds_kv:
+                req.kv.req_pool_idx = self.idle.pop()
             tokens = list(req.full_untruncated_fill_ids)
             self.allocate(req, start, end)
             rows = sum(end - start for _, start, end in parts)
             other = self.noise("prefill", len(parts), start, rows)
-            logits += [self.compute(req.req_pool_idx, range(start, end), tokens, other)[-1]]
+            logits += [self.compute(req.kv.req_pool_idx, range(start, end), tokens, other)[-1]]
         return torch.stack(logits)
 
     def allocate(self, req: Any, start: int, end: int) -> None:
         slots = [self.free.pop() for _ in range(end - start)]
-        self.req_to_token_pool.req_to_token[req.req_pool_idx, start:end] = torch.tensor(slots).int()
+        table = self.req_to_token_pool.req_to_token
+        table[req.kv.req_pool_idx, start:end] = torch.tensor(slots).int()
         req.held = end
 
     def extend_columns(self, _scheduler: Any, req: Any, count: int) -> bool:
@@ -81,10 +82,11 @@ class World:
 
     def release(self, _scheduler: Any, req: Any) -> None:
         self.released.append(req.rid)
-        if req.req_pool_idx is not None:
-            self.free += self.req_to_token_pool.req_to_token[req.req_pool_idx, : req.held].tolist()
-            self.idle.append(req.req_pool_idx)
-            req.req_pool_idx = None
+        if req.kv.holds_kv:
+            row = req.kv.req_pool_idx
+            self.free += self.req_to_token_pool.req_to_token[row, : req.held].tolist()
+            self.idle.append(row)
+            req.kv.req_pool_idx = None
 
     def compute(
         self, pool: int, positions: Sequence[int], tokens: Sequence[int], other: bool
@@ -189,7 +191,7 @@ def test_columns_of_every_layer_count_and_so_do_logits(monkeypatch):
             if len(world.forwards) > 1 and len(parts) == 1 and part == "logits":
                 return logits + 1
             if len(world.forwards) > 1 and len(parts) == 1:
-                slot = int(world.req_to_token_pool.req_to_token[req.req_pool_idx, 7])
+                slot = int(world.req_to_token_pool.req_to_token[req.kv.req_pool_idx, 7])
                 world.keys[0 if part == "first layer" else 1][slot] += 1
             return logits
 
@@ -255,7 +257,7 @@ def test_an_internal_request_is_gated_and_carries_its_prompt():
     assert req.gate.gated and list(req.full_untruncated_fill_ids) == [5, 6, 7]
     freed: list[Any] = []
     forwards.release(SimpleNamespace(tree_cache=freed), req)
-    assert req.req_pool_idx is None and not freed, "it has no slots yet"
+    assert not req.kv.holds_kv and not freed, "it has no slots yet"
 
 
 def test_ranks_use_what_all_of_them_found(monkeypatch):

@@ -84,14 +84,16 @@ def test_every_size_of_bursts(tokenizer, text):
         assert "".join(sent(tokenizer, cut(ids, [size]))) == text, size
 
 
-def test_the_process_has_the_hook_before_sglang_starts(monkeypatch):
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_gated_servers_detokenizer_has_the_hook_and_no_other(monkeypatch, gated):
+    from margingate.config import GateConfig
+    from margingate.runtime.compat.server_args import ATTRIBUTE
     from margingate.runtime.hooks import registry
     from margingate.runtime.hooks.launcher_table import DETOKENIZER_HOOKS
-    from margingate.runtime.start import detokenizer_process
+    from margingate.runtime.start import install
 
     installed: list[Any] = []
     monkeypatch.setattr(registry, "install", installed.append)
-    assert detokenizer_process.run(lambda *args: (args, list(installed)), 1, 2) == (
-        (1, 2),
-        [DETOKENIZER_HOOKS],
-    )
+    carried = {ATTRIBUTE: GateConfig()} if gated else {}
+    install.init_detokenizer(None, SimpleNamespace(**carried), None)
+    assert installed == ([DETOKENIZER_HOOKS] if gated else [])

@@ -158,7 +158,7 @@ def test_a_retracted_request_is_admitted_where_its_answer_has_room_too(kept, run
     req = SimpleNamespace(
         gate=gate,
         full_untruncated_fill_ids=[0] * 100,
-        prefix_indices=[0] * 20,
+        prefix_len=20,
         sampling_params=SimpleNamespace(max_new_tokens=8192),
     )
     adder = SimpleNamespace(

@@ -228,18 +228,21 @@ def test_async_targets_have_async_hooks(hooks, table):
 
 
 def test_the_version_of_the_hooks_is_the_one_that_is_installed(hooks):
+    from margingate.runtime.compat import release
+
     assert importlib.metadata.version("sglang") == hooks.SGLANG_VERSION
+    assert hooks.SGLANG_VERSION in release.SERVED
     hooks.check_version()
 
 
-@pytest.mark.parametrize("installed", ["0.5.18", "0.5.17.post1", "0.5.16"])
+@pytest.mark.parametrize("installed", ["0.5.17", "0.5.22.post1", "0.5.24"])
 def test_another_version_of_sglang_is_refused(hooks, monkeypatch, installed):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: installed)
     with pytest.raises(GateError) as caught:
         hooks.check_version()
     text = sentence(caught)
-    assert f"patches SGLang {hooks.SGLANG_VERSION}, but SGLang is {installed}: " in text
-    assert f"pip install sglang=={hooks.SGLANG_VERSION}" in text
+    assert f"patches SGLang 0.5.23 or 0.5.22, but SGLang is {installed}: " in text
+    assert "pip install sglang==0.5.23." in text
 
 
 def test_an_sglang_that_is_no_package_is_refused(hooks, monkeypatch):
@@ -465,4 +468,4 @@ def test_the_command_without_sglang_is_one_line(capsys, monkeypatch):
     said = capsys.readouterr()
     assert (said.out, said.err.count("\n")) == ("", 1)
     assert said.err.startswith("margingate: the ledger names functions of SGLang, which cannot be")
-    assert "pip install sglang==0.5.17." in said.err
+    assert "pip install sglang==0.5.23." in said.err

@@ -316,7 +316,7 @@ def test_a_grammar_that_fails_in_a_pass_aborts_its_request_and_nothing_else(monk
 
 def test_a_withheld_request_that_a_hook_failed_on_ends_before_the_next_batch(monkeypatch):
     """No finish check of SGLang's sees one that is in no batch."""
-    monkeypatch.setattr(lifecycle, "release_kv_cache", lambda _req, _tree: None)
+    monkeypatch.setattr(lifecycle, "release_columns", lambda _req, _tree, checkpoint: None)
     server = Server(1)
     bad, good = grammar_fails_at(server, "bad"), server.add("good", 4, 3)
     for req in (bad, good):

@@ -204,3 +204,26 @@ def test_a_stream_that_is_given_up_is_closed_at_once(answers):
 def test_who_does_not_stream_pays_nothing(answers):
     produced = object()
     assert answers.generate_request(lambda *args: produced, None, SimpleNamespace()) is produced
+
+
+# meta_info
+
+
+def test_the_record_in_meta_info_is_an_object_and_other_info_stays_a_list():
+    from sglang.srt.managers.tokenizer_manager import ReqState, TokenizerManager
+
+    from margingate.runtime.client import meta_info
+
+    manager = TokenizerManager.__new__(TokenizerManager)
+    state = ReqState([], False, asyncio.Event(), None, None)
+    original = TokenizerManager.update_request_meta_info
+
+    def output(**info: list[Any]) -> dict[str, Any]:
+        told: dict[str, Any] = {}
+        meta_info.update_request_meta_info(original, manager, told, state, info, 1, None)
+        return told
+
+    assert output(gate=[[GATED], [None]], other=[[], [1]]) == {"other": [1]}
+    assert output(other=[[], [2]]) == {"other": [1, 2]}
+    assert output(gate=[[None], [GATED]], other=[[], [3]]) == {"other": [1, 2, 3], "gate": GATED}
+    assert list(state.customized_info_accumulated) == ["other"], "which SGLang cuts and repeats"

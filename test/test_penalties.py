@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sglang.srt.managers.schedule_batch import ReqKvInfo
 
 from margingate.runtime.request.sampling_params import NONE, Penalties
 from margingate.runtime.sampling.penalties import RowPenalty, Table, ends_of, of_row, penalize
@@ -22,7 +23,7 @@ class Request:
     """As much of SGLang's `Req` as a table reads."""
 
     def __init__(self, pool: int, penalties: Penalties | None, prompt: int = 3) -> None:
-        self.req_pool_idx = pool
+        self.kv = ReqKvInfo(req_pool_idx=pool)
         self.origin_input_ids = array("q", range(prompt))
         self.output_ids = array("q")
         self.vocab_size = VOCABULARY
@@ -36,7 +37,7 @@ def forward(reqs: list[Request], *, decode: bool) -> SimpleNamespace:
     lengths = torch.tensor([len(r.origin_input_ids) + len(r.output_ids) for r in reqs])
     return SimpleNamespace(
         forward_mode=SimpleNamespace(is_decode=lambda: decode),
-        req_pool_indices=torch.tensor([r.req_pool_idx for r in reqs]),
+        req_pool_indices=torch.tensor([r.kv.req_pool_idx for r in reqs]),
         input_ids=torch.tensor([r.output_ids[-1] for r in reqs]) if decode else None,
         positions=lengths - 1 if decode else None,
         seq_lens=lengths,
@@ -160,7 +161,7 @@ def test_any_number_of_requests_has_room(ends_and_starts):
         reqs = list(open_.values())
         many = logits.repeat(len(reqs), 1)
         before = [each.output_ids.tolist() for each in reqs]
-        found = step(table, reqs, many, [each.req_pool_idx for each in reqs])
+        found = step(table, reqs, many, [each.kv.req_pool_idx for each in reqs])
         for row, req_tokens, each in zip(found, before, reqs, strict=True):
             wanted = expected(logits[0], each.gate.penalties or Penalties(*NONE, 0), req_tokens)
             assert torch.allclose(row.double(), wanted)

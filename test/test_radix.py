@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
+from inspect import signature
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -16,12 +17,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sglang.srt.managers import schedule_batch
-from sglang.srt.managers.schedule_batch import Req, ReqKvInfo
+from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req
 from sglang.srt.mem_cache import common
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from margingate.config import GateConfig
@@ -30,6 +32,7 @@ from margingate.runtime.probe.check_prefill import Prefill
 from margingate.runtime.request.in_flight import InFlight
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import CACHE_NAMESPACE, GateRequest
+from margingate.runtime.schedule import radix
 from margingate.runtime.schedule.radix import GateRadixCache
 
 CHUNK = 4
@@ -63,8 +66,8 @@ class World:
     def __init__(self, prefill: Prefill = ALONE) -> None:
         self.pool = ReqToTokenPool(REQUESTS, LONGEST, "cpu", False)
         self.allocator = TokenToKVPoolAllocator(SLOTS, torch.bfloat16, "cpu", None, False)
-        params = CacheInitParams(False, self.pool, self.allocator, page_size=1)
-        self.tree = GateRadixCache(params, CHUNK)
+        self.params = CacheInitParams(False, self.pool, self.allocator, page_size=1)
+        self.tree = GateRadixCache(self.params, CHUNK)
         self.requests = OpenRequests(GateConfig(rows=64))
         self.tree.share(prefill, self.requests)
         self.alone = not prefill.together
@@ -85,37 +88,39 @@ class World:
 
     # -- what the scheduler does
 
-    def arrive(self, prompt: Sequence[int], gated: bool = True) -> Any:
+    def arrive(self, prompt: Sequence[int], gated: bool = True, salt: str | None = None) -> Any:
         """A request is matched with the tree, and its hit locked."""
         self.made += 1
         namespace = CACHE_NAMESPACE if gated else None
         params = SamplingParams(temperature=0, max_new_tokens=LONGEST)
-        req = Req(str(self.made), "", array("q", prompt), params, extra_key=namespace)
+        name, tokens = str(self.made), array("q", prompt)
+        req = Req(name, "", tokens, params, extra_key=namespace, cache_salt=salt)
         req.gate = GateRequest(str(self.made), gated)
         req.init_next_round_input(self.tree)
         if gated and self.alone:
-            assert len(req.prefix_indices) % CHUNK == 0
-        self.tree.inc_lock_ref(req.last_node)
+            assert req.prefix_len % CHUNK == 0
+        req.lock = self.tree.lock(req.last_node)
         self.live.append(req)
         return req
 
     def prefill(self, req: Any, count: int = LONGEST) -> None:
         """The next `count` tokens of the prompt, or its next chunk where that is prescribed."""
-        start, prompt = len(req.prefix_indices), len(req.origin_input_ids)
+        start, prompt = req.prefix_len, len(req.origin_input_ids)
         whole = start // CHUNK * CHUNK + CHUNK
         end = min(whole if self.alone and req.gate.gated else start + count, prompt)
         full = not self.alone or (start % CHUNK == 0 and end == whole)
-        if req.req_pool_idx is None:
+        if not req.kv.holds_kv:
+            hit = self.tree.prefix_device_indices(req)
             self.pool.alloc([req])
-            self.pool.write((req.req_pool_idx, slice(0, start)), req.prefix_indices)
+            self.pool.write((req.kv.req_pool_idx, slice(0, start)), hit.to(torch.int32))
         self._allocate(req, start, end)
         for position in range(start, end):
             self._compute(req, position, full)
-        req.set_extend_range(start, end)
+        req.extend_end = end
         if end == prompt:
             self._emit(req, True)
-        common.maybe_cache_unfinished_req(req, self.tree, chunked=end < prompt)
-        assert len(req.prefix_indices) == end, "the next chunk begins elsewhere"
+        common.checkpoint_kv_cache(req, self.tree)
+        assert req.prefix_len == end, "the next chunk begins elsewhere"
 
     def decode(self, req: Any, canonical: bool = True) -> None:
         end = req.kv.kv_allocated_len
@@ -135,8 +140,9 @@ class World:
     def finish(self, req: Any, insert: bool = True, known: bool = True) -> None:
         if not known:
             self._forget(req)
-        common.release_kv_cache(req, self.tree, is_insert=insert)
-        assert req.req_pool_idx is None
+        req.finished_reason = FINISH_LENGTH(len(req.output_ids))
+        common.release_kv_cache(req, self.tree, checkpoint=insert)
+        assert not req.kv.holds_kv and req.lock is None
         self._forget(req)
         self.live[:] = [other for other in self.live if other is not req]
 
@@ -169,20 +175,19 @@ class World:
     def _allocate(self, req: Any, start: int, end: int) -> None:
         common.evict_from_tree_cache(self.tree, end - start)
         slots = self.allocator.alloc(end - start)
-        self.pool.write((req.req_pool_idx, slice(start, end)), slots.to(torch.int32))
-        req.kv = ReqKvInfo(kv_allocated_len=end, swa_evicted_seqlen=0)
-        req.kv_committed_len = end
+        self.pool.write((req.kv.req_pool_idx, slice(start, end)), slots.to(torch.int32))
+        req.kv.kv_committed_len = req.kv.kv_allocated_len = end
 
     def _compute(self, req: Any, position: int, canonical: bool) -> None:
         """One row of a forward: reads all columns before its own, and writes its own."""
         slots, tokens = self.slots(req, position + 1), self.tokens(req)[: position + 1]
-        assert position >= req.cache_protected_len, "a shared column is rewritten"
+        assert position >= req.kv.cache_protected_len, "a shared column is rewritten"
         self.columns[slots[-1]] = Column(tokens, canonical)
 
     # -- what is to hold
 
     def slots(self, req: Any, count: int) -> list[int]:
-        return self.pool.req_to_token[req.req_pool_idx, :count].tolist()
+        return self.pool.req_to_token[req.kv.req_pool_idx, :count].tolist()
 
     @staticmethod
     def tokens(req: Any) -> tuple[int, ...]:
@@ -192,13 +197,13 @@ class World:
         """Each slot is somebody's, each column where it belongs, each lock somebody's too."""
         integrity.check(self.scheduler, self.requests, self.in_flight)
         for req in self.live:
-            if req.kv is not None:
+            if req.kv.holds_kv:
                 self._check_columns(self.slots(req, req.kv.kv_allocated_len), self.tokens(req))
-                prefix = req.prefix_indices.tolist()
-                assert prefix == self.slots(req, len(prefix))
+                path = self.tree.path_device_indices(req.lock.node).tolist()
+                assert path == self.slots(req, req.kv.cache_protected_len)
         for node, tokens, slots in self.nodes():
             self._check_columns(slots, tokens)
-            below = [req for req in self.live if self._is_behind(req.last_node, node)]
+            below = [req for req in self.live if self._is_behind(req.lock.node, node)]
             assert node.lock_ref == len(below), "a lock is nobody's, or missing"
         # Alone, a chunk that two share in part is split, and may lose one of its ends to others;
         # what is left is canonical, but no hit ends in it.
@@ -237,7 +242,7 @@ class World:
     def end(self) -> None:
         """With every request gone nothing is locked, and all slots can be had back."""
         for req in [*self.live]:
-            while req.kv is None:  # a request that was never prefilled has nothing to release
+            while not req.kv.holds_kv:  # a request that was never prefilled has nothing to release
                 self.prefill(req)
             self.finish(req)
         self.check()
@@ -263,7 +268,7 @@ def test_together_all_of_a_prompt_enters_and_a_hit_has_any_length(world: World):
     world.answer(PROMPT, [True] * 5)
     assert world.shared() == [PROMPT]
     other = world.arrive((*PROMPT[:7], 1, 2))
-    assert len(other.prefix_indices) == other.cache_protected_len == 7
+    assert other.prefix_len == other.kv.cache_protected_len == 7
     world.prefill(other)
     world.finish(other)
     assert world.shared() == sorted([PROMPT, (*PROMPT[:7], 1, 2)])
@@ -275,7 +280,7 @@ def test_alone_hits_and_insertions_end_on_the_grid(world: World):
     assert world.allocator.available_size() == SLOTS - 8, "the rest is free again"
     for length, hit in ((10, 8), (8, 4), (7, 4), (4, 0), (3, 0)):  # one token is always computed
         other = world.arrive((*PROMPT[: length - 1], 99))
-        assert len(other.prefix_indices) == other.cache_protected_len == hit
+        assert other.prefix_len == other.kv.cache_protected_len == hit
         world.prefill(other)
         world.check()
         world.finish(other)
@@ -285,7 +290,7 @@ def test_a_prompt_that_is_shorter_than_a_chunk_adds_nothing(world: World):
     req = world.arrive(PROMPT[:3])
     world.prefill(req)
     world.check()
-    assert world.shared() == [] and req.cache_protected_len == 0
+    assert world.shared() == [] and req.kv.cache_protected_len == 0
     world.finish(req)
     assert world.allocator.available_size() == SLOTS
 
@@ -297,7 +302,7 @@ def test_two_that_compute_the_same_at_once_share_one_copy(world: World):
         if not world.is_prefilled(req):
             world.prefill(req, CHUNK)
             world.check()
-    end = one.cache_protected_len
+    end = one.kv.cache_protected_len
     assert end == (8 if world.alone else 10)
     assert world.slots(one, end) == world.slots(two, end)
     assert world.tree.protected_size() == end
@@ -317,7 +322,7 @@ def test_the_canonical_run_of_an_answer_enters_and_the_rest_is_freed(world: Worl
     longer = world.answer(PROMPT, [True] * 5)
     assert world.shared() == [(*PROMPT, *longer.output_ids[:5])], "the last token has no column"
     turn = world.arrive((*PROMPT, *longer.output_ids, 7, 8))
-    assert len(turn.prefix_indices) == 15
+    assert turn.prefix_len == 15
 
 
 @pytest.mark.parametrize("world", [ANSWERS], indirect=True)
@@ -364,7 +369,70 @@ def test_ungated_requests_are_left_to_sglang_and_kept_apart(world: World):
     world.decode(other, False)
     world.finish(other)
     assert world.shared() == [] and world.tree.total_size() == 11, "all of it entered as ever"
-    assert len(world.arrive(PROMPT).prefix_indices) == 0
+    assert world.arrive(PROMPT).prefix_len == 0
+
+
+@pytest.mark.parametrize("world", [ALONE, ANSWERS], indirect=True)
+def test_requests_of_different_salts_share_nothing(world: World):
+    """SGLang keys them apart; a key made without the salt would mix their columns."""
+    for salt, hit in (("a", 0), ("b", 0), (None, 0), ("a", 8 if world.alone else 9)):
+        req = world.arrive(PROMPT, salt=salt)
+        assert req.prefix_len == hit
+        while not world.is_prefilled(req):
+            world.prefill(req)
+        world.decode(req)
+        world.check()
+        world.finish(req)
+
+
+def test_sglang_calls_each_function_that_is_overridden(monkeypatch: pytest.MonkeyPatch):
+    """One that it has no more, or gives other arguments, would be silent: all columns would enter."""
+    layers = GateRadixCache.__mro__[: GateRadixCache.__mro__.index(RadixCache)]
+    names = {name for layer in layers for name in vars(layer) if hasattr(RadixCache, name)}
+    overridden = {name for name in names if not name.startswith("__")}
+    assert overridden == {"match_prefix", "checkpoint"}
+    called: list[str] = []
+    for name in overridden:
+        function = getattr(GateRadixCache, name)
+        wanted, found = (signature(getattr(each, name)) for each in (RadixCache, GateRadixCache))
+        assert list(found.parameters) == list(wanted.parameters)
+
+        def counted(self: Any, *args: Any, name=name, function=function, **named: Any) -> Any:
+            called.append(name)
+            return function(self, *args, **named)
+
+        monkeypatch.setattr(GateRadixCache, name, counted)
+    world = World(ANSWERS)
+    req = world.arrive(PROMPT)
+    assert called == ["match_prefix"], "as it arrives"
+    world.prefill(req)
+    assert "checkpoint" in called, "after its prefill"
+    called.clear()
+    world.finish(req)
+    assert "checkpoint" in called, "as it ends"
+
+
+def test_slots_that_sglang_collects_to_free_at_once_are_free(world: World):
+    req = world.arrive(PROMPT)
+    while not world.is_prefilled(req):
+        world.prefill(req)
+    world.allocator.free_group_begin()
+    world.finish(req)
+    world.check()
+    world.allocator.free_group_end()
+    world.check()
+
+
+def test_the_factory_gives_the_gates_tree_where_a_gate_and_a_tree_are_wanted(monkeypatch):
+    context: Any = SimpleNamespace(server_args=SimpleNamespace(), disable_radix_cache=False)
+    context.params = World().params
+    monkeypatch.setattr(radix, "default_radix_cache_factory", lambda _context: "SGLang's")
+    monkeypatch.setattr(radix, "replace", lambda context: context)
+    assert radix.build(context) == "SGLang's"
+    monkeypatch.setattr(radix, "gate_config", lambda _args: GateConfig(prefill_chunk=64))
+    assert type(radix.build(context)) is GateRadixCache
+    context.disable_radix_cache = True
+    assert radix.build(context) == "SGLang's"
 
 
 def test_what_is_left_of_a_chunk_is_no_hit(world: World):
@@ -375,7 +443,7 @@ def test_what_is_left_of_a_chunk_is_no_hit(world: World):
     assert world.shared() == [(0,)]
     world.check()
     req = world.arrive((0, 1, 1, 1, 5))
-    assert len(req.prefix_indices) == 0
+    assert req.prefix_len == 0
     world.prefill(req)
     world.prefill(req)
     world.check()
@@ -425,7 +493,7 @@ def take(world: World, step: Step) -> None:
         world.arrive(step.prompt, step.gated)
         return
     req = world.live[step.which % len(world.live)]
-    if not world.is_prefilled(req) and (step.what != "abort" or req.kv is None):
+    if not world.is_prefilled(req) and (step.what != "abort" or not req.kv.holds_kv):
         world.prefill(req, step.count)
     elif step.what in ("finish", "abort"):  # an abort may come between two chunks
         world.finish(req, step.insert, step.known)

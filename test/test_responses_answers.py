@@ -23,16 +23,17 @@ async def contexts() -> AsyncIterator[Any]:
 
 
 @pytest.mark.parametrize("metadata", [None, {"mine": "1"}])
-def test_the_last_event_has_the_record_as_text_beside_what_was_sent(metadata):
+def test_the_last_event_has_the_record_as_text_beside_what_was_sent(monkeypatch, metadata):
     from openai.types.responses import Response
+    from sglang.srt.entrypoints.openai import serving_responses
     from sglang.srt.entrypoints.openai.protocol import RequestResponseMetadata, ResponsesRequest
-    from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingResponses as Serving
 
+    Serving = serving_responses.OpenAIServingResponses  # noqa: N806
+    settings = SimpleNamespace(incremental_streaming_output=False)
+    monkeypatch.setattr(serving_responses, "get_serving", lambda: settings)
     serving = Serving.__new__(Serving)
-    args = SimpleNamespace(incremental_streaming_output=False)
-    serving.tokenizer_manager = SimpleNamespace(server_args=args)
-    serving.tool_call_parser = serving.reasoning_parser = None
-    serving.enable_prompt_tokens_details = False
+    serving.tool_call_parser = serving.reasoning_parser = serving._encoding_adapter = None
+    serving.enable_prompt_tokens_details = serving.enable_response_store = False
     asked = ResponsesRequest(input="x", stream=True, store=False, metadata=metadata)
 
     async def events() -> list[Any]:

@@ -34,9 +34,11 @@ def ledger() -> str:
         from margingate.runtime.hooks import launcher_table, scheduler_table
         from margingate.runtime.start import startup_hooks
     except ImportError as err:
+        from margingate.runtime.compat.release import NEWEST
+
         raise CliError(
             f"the ledger names functions of SGLang, which cannot be imported ({err}); pip install"
-            " sglang==0.5.17."
+            f" sglang=={NEWEST}."
         ) from err
     processes = {
         "startup": startup_hooks.STARTUP_HOOKS,

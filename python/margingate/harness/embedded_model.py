@@ -216,7 +216,7 @@ def _write_weights(gguf: Path, folder: Path) -> None:
     if {n: t.shape for n, t in tensors.items()} != wanted:
         raise CliError(
             f"this transformers reads other tensors from {gguf.name} than its Llama model has;"
-            " install the transformers version that sglang 0.5.17 asks for."
+            " install the transformers version that the installed sglang asks for."
         )
     config.save_pretrained(folder)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -4,33 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from margingate.runtime.request import guard
 from margingate.runtime.request.record import INFO_KEY
 
 
-class _Merged(dict[str, Any]):
-    """What the tokenizer process accumulates per request: it extends lists, this is one record."""
+def update_request_meta_info(
+    original: Any, manager: Any, meta_info: dict[str, Any], state: Any, *of_output: Any
+) -> None:
+    """AROUND TokenizerManager.update_request_meta_info: the record is an object, not a list.
 
-    def extend(self, entries: list[Any]) -> None:
-        for entry in entries:
-            self.update(entry or {})
+    SGLang takes customized info for a list with an entry a token: it joins those of all outputs,
+    cuts them by tokens for a stream, and repeats what it has. So it does not get to see the record.
 
-    def __getitem__(self, key: Any) -> Any:
-        return self if isinstance(key, slice) else super().__getitem__(key)
-
-
-async def handle_batch_output(original: Any, manager: Any, received: Any) -> None:
-    """AROUND TokenizerManager._handle_batch_output: `meta_info["gate"]` is a record, not a list."""
-    try:
-        _merge(manager, received)
-    except Exception as error:  # raised here it would end the loop that serves all clients
-        guard.note("TokenizerManager._handle_batch_output", error)
-    await original(manager, received)
-
-
-def _merge(manager: Any, received: Any) -> None:
-    if getattr(received, "customized_info", None) is not None:
-        for rid in received.rids:
-            request_state = manager.rid_to_state.get(rid)
-            if request_state is not None:
-                request_state.customized_info_accumulated.setdefault(INFO_KEY, _Merged())
+    Args:
+        meta_info: of one output of a request. Mutated: gets the record where the output has one.
+        of_output: customized info (by key, a list of entries for each request; not mutated), the
+            index of the request, and why it finished.
+    """
+    info, index, finish_reason = of_output
+    rest = {key: entries for key, entries in info.items() if key != INFO_KEY}
+    original(manager, meta_info, state, rest, index, finish_reason)
+    if INFO_KEY in info:
+        for record in filter(None, info[INFO_KEY][index]):
+            meta_info[INFO_KEY] = record

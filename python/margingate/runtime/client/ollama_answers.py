@@ -30,8 +30,8 @@ class _Delegate:
 
 class _Tokenizer(_Delegate):
     def apply_chat_template(self, messages: Any, **options: Any) -> Any:
-        """Ids, which SGLang's route takes for granted, and not a mapping that holds them."""
-        return self._inner.apply_chat_template(messages, **options, return_dict=False)
+        """Ids, which SGLang 0.5.22 takes for granted, and not a mapping that holds them."""
+        return self._inner.apply_chat_template(messages, **{**options, "return_dict": False})
 
 
 class _Manager(_Delegate):

@@ -56,12 +56,11 @@ def abort_request(original: Any, _scheduler: Any, recv_req: Any) -> None:
     _gate().abort(original, recv_req)
 
 
-def release_req(original: Any, *, req: Any, **kwargs: Any) -> None:
-    """AROUND schedule_batch.release_req: a retraction."""
+def release_req(original: Any, *, req: Any, **kwargs: Any) -> bool:
+    """AROUND schedule_batch.release_req: a retraction. SGLang aborts the request at False."""
     if _controller is None:
-        original(req=req, **kwargs)
-    else:
-        _controller.retractions.release(original, req, **kwargs)
+        return bool(original(req=req, **kwargs))
+    return _controller.retractions.release(original, req, **kwargs)
 
 
 def before_free(pool: Any, req: Any) -> None:
@@ -163,6 +162,12 @@ def weights_change(original: Any, manager: Any, received: Any) -> Any:
     """AROUND what replaces weights in SchedulerWeightUpdaterManager."""
     gate = _gate()
     return fingerprint.weights_change(gate.fingerprint, gate.scheduler, original, manager, received)
+
+
+def begin_weight_update(original: Any, manager: Any, received: Any) -> Any:
+    """AROUND SchedulerWeightUpdaterManager.begin_weight_update: let nothing wait across it."""
+    _gate().verify_everything()
+    return weights_change(original, manager, received)
 
 
 def init_info(result: dict[str, Any], *_args: Any) -> None:

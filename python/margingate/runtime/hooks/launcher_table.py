@@ -27,13 +27,13 @@ _RECORD = "SGLang puts customized info into OpenAI's answers"
 # Applied in the launching process of a gated server.
 TOKENIZER_HOOKS = (
     Hook(
-        _MANAGER + "_handle_batch_output",
+        _MANAGER + "update_request_meta_info",
         AROUND,
-        meta_info.handle_batch_output,
-        "self recv_obj",
+        meta_info.update_request_meta_info,
+        "self meta_info state customized_info index finish_reason",
         'meta_info["gate"] is a record per request, not a list per token',
-        "customized info can be per request",
-        Policy.CLIENT,
+        "customized info can be an object per request, sent with the last output",
+        Policy.OBSERVE,
     ),
     Hook(
         _MANAGER + "_validate_one_request",
@@ -121,7 +121,7 @@ TOKENIZER_HOOKS = (
         AROUND,
         responses_answers.answer,
         "self request sampling_params result_generator context model_name tokenizer "
-        "request_metadata created_time require_reasoning",
+        "request_metadata created_time require_reasoning output_items tool_adapter",
         "the gate's record in responses",
         _RECORD,
         Policy.CLIENT,
@@ -131,7 +131,7 @@ TOKENIZER_HOOKS = (
         AROUND,
         responses_answers.stream,
         "self request sampling_params result_generator model_name tokenizer request_metadata "
-        "created_time require_reasoning",
+        "created_time require_reasoning tool_adapter",
         "the gate's record in the last event of a response",
         _RECORD,
         Policy.CLIENT,

@@ -7,7 +7,6 @@ before it is registered, and looked up again after it was applied.
 
 from __future__ import annotations
 
-import importlib.metadata
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterable
@@ -17,7 +16,9 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
 from margingate.config import GateError
+from margingate.runtime.compat import release
 from margingate.runtime.compat.release import SGLANG_VERSION
+from margingate.runtime.compat.release import check_version as check_version
 from margingate.runtime.request import guard
 from margingate.runtime.request.guard import Policy
 
@@ -34,7 +35,7 @@ class Hook:
     target: str  # dotted path below sglang.srt
     kind: HookType
     function: Callable[..., Any]
-    parameters: str | None  # the target's parameter names, space-separated; None: not compared
+    parameters: str | None  # the target's names in the newest release; None: not compared
     why: str
     remove_when: str
     policy: Policy = Policy.FATAL  # what an exception in it ends
@@ -43,19 +44,6 @@ class Hook:
     @property
     def path(self) -> str:
         return _SRT + self.target
-
-
-def check_version() -> None:
-    """Raises GateError unless the installed SGLang is the version the hooks were written for."""
-    try:
-        installed = importlib.metadata.version("sglang")
-    except importlib.metadata.PackageNotFoundError:
-        installed = "not installed as a package"
-    if installed != SGLANG_VERSION:
-        raise GateError(
-            f"--deterministic-gate patches SGLang {SGLANG_VERSION}, but SGLang is {installed}: "
-            f"pip install sglang=={SGLANG_VERSION}."
-        )
 
 
 def resolve(hook: Hook) -> Any:
@@ -72,14 +60,15 @@ def resolve(hook: Hook) -> Any:
 def check_target(hook: Hook) -> None:
     """Raises GateError when the target is missing or its parameters differ from the ledger's."""
     target = resolve(hook)
-    if hook.parameters is None:
+    expected = release.parameters(hook.target, hook.parameters)
+    if expected is None:
         return
     found = " ".join(inspect.signature(inspect.unwrap(target)).parameters)
     # A bound classmethod hides its first parameter.
-    if found not in (hook.parameters, hook.parameters.removeprefix("cls ")):
+    if found not in (expected, expected.removeprefix("cls ")):
         raise GateError(
             f"--deterministic-gate cannot patch {hook.path}: its parameters are ({found}) instead "
-            f"of ({hook.parameters}); reinstall sglang=={SGLANG_VERSION}, or remove the plugin "
+            f"of ({expected}); reinstall sglang=={SGLANG_VERSION}, or remove the plugin "
             "that replaces it."
         )
 

@@ -178,7 +178,7 @@ RUNTIME_HOOKS = (
         "managers.schedule_batch.release_req",
         AROUND,
         handlers.release_req,
-        "req remaing_req_count server_args req_to_token_pool token_to_kv_pool_allocator "
+        "req remaing_req_count req_to_token_pool token_to_kv_pool_allocator "
         "tree_cache hisparse_coordinator offload_kv",
         "a retracted request keeps its settled tokens; only its prompt is prefilled again",
         "retraction can replay decoded columns",
@@ -188,7 +188,7 @@ RUNTIME_HOOKS = (
         _SCHEDULER + "is_fully_idle",
         AFTER,
         handlers.is_fully_idle,
-        "self for_health_check",
+        "self for_health_check ignore_waiting",
         "held requests own slots",
         _CALLBACK,
     ),
@@ -234,6 +234,14 @@ RUNTIME_HOOKS = (
         "tells the launcher that the gate is up",
         "a failing plugin ends the server by itself",
     ),
+    Hook(
+        _WEIGHTS + "begin_weight_update",
+        AROUND,
+        handlers.begin_weight_update,
+        "self recv_req",
+        "no row waits across an update of the weights, and no audit runs within one",
+        _CALLBACK,
+    ),
     *(
         Hook(
             _WEIGHTS + name,
@@ -246,7 +254,7 @@ RUNTIME_HOOKS = (
         for name in (
             *("update_weights_from_disk", "update_weights_from_distributed"),
             *("update_weights_from_tensor", "update_weights_from_ipc"),
-            *("resume_memory_occupation", "check_weights"),
+            *("end_weight_update", "resume_memory_occupation", "check_weights"),
         )
     ),
 )

@@ -26,7 +26,7 @@ from sglang.srt.managers.utils import is_health_check_generate_req
 from margingate.confidence import miss_bound
 from margingate.config import GateConfig
 from margingate.core.audit import Audits, Bits, Recorded
-from margingate.runtime.compat import settings
+from margingate.runtime.compat import columns, settings, weights
 from margingate.runtime.observe.fingerprint import Fingerprint
 from margingate.runtime.observe.replay import Part, Replay, room
 from margingate.runtime.probe.startup_checks import StartupChecks
@@ -56,9 +56,8 @@ class Auditor(Observer):
         assert config.prefill_chunk is not None
         self._scheduler, self._checks, self._chunk = scheduler, checks, config.prefill_chunk
         self._requests, self._fingerprint = requests, fingerprint
-        self.audits = Audits(
-            config.audit_rate, settings.view(scheduler.server_args).random_seed or 0
-        )
+        seed = settings.view(scheduler.server_args).random_seed or 0
+        self.audits = Audits(config.audit_rate, seed)
         self._columns = ColumnBits(self._scheduler.token_to_kv_pool_allocator.get_kvcache())
         if self.audits.rate > 0:
             # SciPy takes a while to load, and weights to reach the device: now, not while requests
@@ -75,14 +74,14 @@ class Auditor(Observer):
         It is the last moment at which they are its own: its slots are free but hold what they
         held; forwards that are launched later write to them later. Nothing waits for the device.
         """
-        if not is_gated(req) or req.req_pool_idx is None:
+        if not is_gated(req) or not columns.holds(req):
             return
         if self.audits.rate == 0 or not self._is_audited(req):
             return
         count = min(self._requests.canonical_columns(req), _columns_of(req))
         table = self._scheduler.req_to_token_pool.req_to_token
         try:
-            req.gate.columns = self._columns.of(table[req.req_pool_idx, :count].to(torch.int64))
+            req.gate.columns = self._columns.of(table[columns.row(req), :count].to(torch.int64))
         except torch.OutOfMemoryError:
             logger.warning("margingate: no memory to digest the columns of request %s", req.rid)
 
@@ -124,6 +123,8 @@ class Auditor(Observer):
         if not self.audits.waiting or self._is_called():
             return False
         if self._scheduler.weight_updater.offload_tags:  # the memory was given back
+            return False
+        if weights.session_is_open(self._scheduler):  # they may be written meanwhile
             return False
         recorded = self.audits.take(self._fingerprint.generation)
         if recorded is None:

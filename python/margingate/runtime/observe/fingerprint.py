@@ -21,7 +21,7 @@ import margingate
 from margingate.config import GateConfig
 from margingate.core.rowclass import RowPlan
 from margingate.runtime.attention import fixed_split
-from margingate.runtime.compat import machine, settings, settings_table
+from margingate.runtime.compat import machine, settings, settings_table, weights
 from margingate.runtime.compat.ranks import gathered
 from margingate.runtime.observe import weight_digest, weight_updates
 from margingate.runtime.probe import cache, startup
@@ -63,6 +63,7 @@ LOOKS_ONLY = ("snapshot", "compare", "checksum")  # of SGLang's check_weights
 OBSERVED = "policy observe guarantees nothing"
 SIMULATED = "simulated verdicts guarantee nothing"
 STALE = "the weights were updated; it is computed with the next request"
+UPDATING = "the weights are being updated"
 MIXED = "the weights were updated with columns of the old ones cached: flush the cache"
 CROSSED = "the weights were updated while it was served"
 
@@ -85,6 +86,7 @@ class Fingerprint:
         self._generation = 0
         self._mixed = False
         self._stale = True
+        self._updating = False
         self._value = ""
         self._refresh()
 
@@ -93,10 +95,15 @@ class Fingerprint:
         """Of the weights in memory: how often they may have been replaced."""
         return self._generation
 
-    def weights_changed(self, *, flushed: bool) -> None:
-        """The weights may be others now; `flushed`: no columns of the old ones are left."""
+    def weights_changed(self, *, flushed: bool, updating: bool = False) -> None:
+        """The weights may be others now.
+
+        Args:
+            flushed: no columns of the old ones are left.
+            updating: they may change further without a word, until this is called again.
+        """
         self._generation += 1
-        self._stale = True
+        self._stale, self._updating = True, updating
         self._mixed = not flushed and (self._mixed or not self._no_columns())
 
     def admit(self) -> int:
@@ -104,7 +111,7 @@ class Fingerprint:
 
         Not at the update: that may be one of many, and memory may be gone between them.
         """
-        if self._stale:
+        if self._stale and not self._updating:
             self._refresh()
         self._mixed = self._mixed and not self._no_columns()
         return self._generation
@@ -119,7 +126,9 @@ class Fingerprint:
 
     def _because(self) -> str:
         """Why there is none; empty where there is one."""
-        return self._never() or (STALE if self._stale else MIXED if self._mixed else "")
+        if self._stale:
+            return self._never() or (UPDATING if self._updating else STALE)
+        return self._never() or (MIXED if self._mixed else "")
 
     def _never(self) -> str:
         unknown = [name for name, part in self.parts.items() if part is None]
@@ -282,4 +291,5 @@ def weights_change(
         flushed = getattr(received, "flush_cache", False) and getattr(result, "success", False)
         return result
     finally:
-        fingerprint.weights_changed(flushed=flushed)
+        updating = weights.session_is_open(scheduler)
+        fingerprint.weights_changed(flushed=flushed, updating=updating)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from margingate.runtime.compat import columns, tree
 from margingate.runtime.request.in_flight import InFlight
 from margingate.runtime.request.open_requests import OpenRequests
 
@@ -50,17 +51,17 @@ class Reports:
 def _check_request(requests: OpenRequests, in_flight: InFlight, req: Any) -> None:
     ledger, key = requests.ledger, req.gate.key
     assert key in set(ledger.requests()), f"request {req.rid} is open but not in the ledger"
-    if req.req_pool_idx is None:  # waits for its prompt to be prefilled again
+    if not columns.holds(req):  # waits for its prompt to be prefilled again
         return
     tokens = len(req.gate.kept.tokens) if req.gate.kept is not None else len(req.output_ids)
     emitted = ledger.emitted(key)
     assert tokens == emitted, f"request {req.rid} has {tokens} tokens, the ledger {emitted}"
     if req.gate.kept is not None:
         return
-    columns, allocated = req.kv_committed_len, req.kv.kv_allocated_len
+    committed, allocated = columns.committed(req), columns.allocated(req)
     wanted = len(req.origin_input_ids) + tokens - 1 + _rows_in_flight(in_flight, req)
-    assert columns == allocated == wanted, (
-        f"request {req.rid} holds {columns} columns of {allocated} allocated, not {wanted}"
+    assert committed == allocated == wanted, (
+        f"request {req.rid} holds {committed} columns of {allocated} allocated, not {wanted}"
     )
 
 
@@ -77,17 +78,17 @@ def _live_requests(scheduler: Any, requests: OpenRequests, in_flight: InFlight) 
     reqs += [*requests.held, *requests.rejoining]
     if scheduler.chunked_req is not None:
         reqs.append(scheduler.chunked_req)
-    unique = {id(req): req for req in reqs if req.req_pool_idx is not None}
+    unique = {id(req): req for req in reqs if columns.holds(req)}
     return list(unique.values())
 
 
 def _check_slots(scheduler: Any, live: list[Any]) -> None:
     """Each slot is free, in the tree, or owned by exactly one request."""
-    allocator, tree = scheduler.token_to_kv_pool_allocator, scheduler.tree_cache
-    parts = [("free", _free_slots(allocator)), ("in the tree", _tree_slots(tree))]
+    allocator, cached = scheduler.token_to_kv_pool_allocator, tree.slots(scheduler.tree_cache)
+    parts = [("free", tree.free_slots(allocator)), ("in the tree", cached)]
     table = scheduler.req_to_token_pool.req_to_token
     for req in live:
-        own = table[req.req_pool_idx, req.cache_protected_len : req.kv.kv_allocated_len]
+        own = table[columns.row(req), columns.protected(req) : columns.allocated(req)]
         parts.append((f"of request {req.rid}", own.to(torch.int64).cpu()))
     counts = torch.bincount(torch.cat([slots for _, slots in parts]), minlength=allocator.size + 1)
     twice, lost = counts > 1, counts[1:] == 0
@@ -96,23 +97,7 @@ def _check_slots(scheduler: Any, live: list[Any]) -> None:
         owners = [name for name, slots in parts if (slots == slot).any()]
         raise AssertionError(f"slot {slot} has several owners: {', '.join(owners)}")
     assert not lost.any(), f"{int(lost.sum())} of {allocator.size} slots are nobody's"
-    total = tree.total_size() if hasattr(tree, "root_node") else 0
-    accounted = tree.evictable_size() + tree.protected_size()
-    assert total == accounted, f"the tree holds {total} columns but accounts for {accounted}"
-
-
-def _free_slots(allocator: Any) -> torch.Tensor:
-    pages = [allocator.free_pages, allocator.release_pages]
-    return torch.cat([page.to(torch.int64).cpu() for page in pages if page is not None])
-
-
-def _tree_slots(tree: Any) -> torch.Tensor:
-    values, nodes = [torch.empty(0, dtype=torch.int64)], [getattr(tree, "root_node", None)]
-    while nodes:
-        node = nodes.pop()
-        if node is None:
-            continue
-        nodes.extend(node.children.values())
-        if node.parent is not None:
-            values.append(node.value.to(torch.int64).cpu())
-    return torch.cat(values)
+    accounted = tree.accounted(scheduler.tree_cache)
+    assert len(cached) == accounted, (
+        f"the tree holds {len(cached)} columns but accounts for {accounted}"
+    )

@@ -16,7 +16,7 @@ import torch
 
 from margingate.core.audit import Piece, Recorded, grid, pieces
 from margingate.core.chance import generator
-from margingate.runtime.compat import settings
+from margingate.runtime.compat import columns, settings
 from margingate.runtime.probe.startup_checks import StartupChecks
 from margingate.runtime.verify import rollback
 from margingate.runtime.verify.internal_prefill import extend, internal_request, release
@@ -122,7 +122,7 @@ class Replay:
 
     def _row(self, req: Any, position: int, token: int) -> RowInput:
         draw = self._recorded.draw
-        return RowInput(req.req_pool_idx, position, token, self._wants, draw=draw)
+        return RowInput(columns.row(req), position, token, self._wants, draw=draw)
 
     def _part(self, req: Any, rows: Sequence[RowResult], start: int, end: int) -> Part:
         known = 0 if self._recorded.columns is None else len(self._recorded.columns)
@@ -130,7 +130,7 @@ class Replay:
         if start >= end:
             return Part(rows)
         table = self._scheduler.req_to_token_pool.req_to_token
-        slots = table[req.req_pool_idx, start:end].to(torch.int64)
+        slots = table[columns.row(req), start:end].to(torch.int64)
         return Part(rows, start, self._columns.of(slots).cpu())
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from sglang.srt.utils import use_intel_amx_backend
 
+from margingate.runtime.compat import columns
 from margingate.runtime.request.forward_record import record_on
 from margingate.runtime.request.record import ColumnsWanted, GateRequest
 
@@ -66,7 +67,7 @@ def force(relay: Any, req: Any, result: Any, i: int, margin: float) -> None:
         wanted = gate.forced[len(req.output_ids)]
         if wanted != token:  # each write is a kernel
             result.next_token_ids[i] = wanted
-            relay.output_tokens_buf[req.req_pool_idx] = wanted
+            relay.output_tokens_buf[columns.row(req)] = wanted
 
 
 def _chosen(result: Any) -> list[tuple[Any, ...]]:
@@ -132,13 +133,12 @@ def before_free(pool: Any, columns_pool: Any, req: Any) -> None:
         columns_pool: its K/V pool.
     """
     gate = getattr(req, "gate", None)
-    if gate is None or gate.columns_wanted is None or req.req_pool_idx is None:
+    if gate is None or gate.columns_wanted is None or not columns.holds(req):
         return
     prompt = len(req.origin_input_ids)
     length = prompt + max(len(req.output_ids) - 1, 0)  # the last token has no column
-    slots = pool.req_to_token[req.req_pool_idx, :length].to(torch.int64)
-    columns = _gather(columns_pool, slots)
-    gate.drift = _keep_or_compare(gate.columns_wanted, columns, prompt)
+    slots = pool.req_to_token[columns.row(req), :length].to(torch.int64)
+    gate.drift = _keep_or_compare(gate.columns_wanted, _gather(columns_pool, slots), prompt)
 
 
 def _gather(pool: Any, slots: torch.Tensor) -> torch.Tensor:

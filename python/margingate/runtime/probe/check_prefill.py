@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from margingate.runtime.compat import settings
+from margingate.runtime.compat import columns, settings
 from margingate.runtime.compat.ranks import agreed
 from margingate.runtime.probe import drawing, startup
 from margingate.runtime.verify import rollback
@@ -158,7 +158,7 @@ class _Check:
             if not rollback.extend_columns(self._scheduler, req, count):
                 return False
             rows = [
-                RowInput(req.req_pool_idx, start + i, token)
+                RowInput(columns.row(req), start + i, token)
                 for i, token in enumerate(self._prompt[start:])
             ]
             for some in self._verifier.that_fit(rows):
@@ -190,7 +190,7 @@ class _Check:
     def _columns(self, req: Any) -> list[torch.Tensor]:
         pool = self._scheduler.token_to_kv_pool_allocator.get_kvcache()
         table = self._scheduler.req_to_token_pool.req_to_token
-        slots = table[req.req_pool_idx, : self._length].to(torch.int64)
+        slots = table[columns.row(req), : self._length].to(torch.int64)
         layers = range(pool.start_layer, pool.start_layer + pool.layer_num)
         return [part[slots] for i in layers for part in pool.get_kv_buffer(i)]
 

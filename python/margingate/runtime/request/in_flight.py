@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+
 from margingate.runtime.compat import ranks
 
 _PROCESSED = object()  # stands in SGLang's queue for a result that was brought in early
@@ -21,6 +23,7 @@ class InFlight:
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
         self.overlaps = bool(scheduler.enable_overlap)
+        self._is_alone = self.overlaps and ranks.tp_size(scheduler) == 1
         self._processed: Any = None  # the batch being processed, or last; without overlap alone
 
     def arrived(self, batch: Any, result: Any) -> None:
@@ -47,14 +50,16 @@ class InFlight:
     def bring_in(self) -> None:
         """Process the result in flight, if there is one. Only between two steps.
 
-        SGLang's loop takes it from the queue later; `is_processed` tells it apart then.
+        SGLang's loop takes it from the queue later; `is_processed` tells it apart then. Until then
+        its place holds a batch of no requests: SGLang leaves requests out of the next decode step
+        that the queued batch is about to bring to their length, and theirs have come already.
         """
         if not self.batches():
             return
         queue = self._scheduler.result_queue
         batch, result = queue.popleft()
         self._scheduler.process_batch_result(batch, result)
-        queue.appendleft((batch, _PROCESSED))
+        queue.appendleft((ScheduleBatch(reqs=[]), _PROCESSED))
 
     def bring_in_prefill(self) -> None:
         """Process a prefill that is in flight, if it is computed. Only between two steps.
@@ -63,7 +68,7 @@ class InFlight:
         not see it at the same time, and must go on alike: so not where there are several.
         """
         pending = self._pending()
-        if not pending or ranks.tp_size(self._scheduler) > 1:
+        if not pending or not self._is_alone:
             return
         batch, result = pending[0]
         computed = result.copy_done is not None and result.copy_done.query()

@@ -8,8 +8,8 @@ from time import monotonic as now
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
-from sglang.srt.mem_cache.common import release_kv_cache
 
+from margingate.runtime.compat.tree import release as release_columns
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import Hold
 
@@ -39,7 +39,7 @@ def release(requests: OpenRequests, tree: Any, req: Any) -> None:
 
 def end(requests: OpenRequests, tree: Any, req: Any) -> None:
     """Free the columns of a finished request; its end is to be sent."""
-    release_kv_cache(req, tree)
+    release_columns(req, tree, checkpoint=True)
     req.time_stats.set_completion_time()
     requests.mark_ended(req)
 

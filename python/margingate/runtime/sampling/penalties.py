@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from margingate.runtime.compat import columns
 from margingate.runtime.request.sampling_params import NONE, Penalties
 
 FEW = 8  # rows of the table, once it has any
@@ -128,7 +129,7 @@ class Table:
         """Before a prefill forward: its requests have rows of the page table, perhaps new ones."""
         rows = [0 if _of(req) is None else self._row(req) for req in batch.reqs]
         if self._rows:
-            self._moved.append(([req.req_pool_idx for req in batch.reqs], rows))
+            self._moved.append(([columns.row(req) for req in batch.reqs], rows))
         else:
             self._stale = True
             self._new, self._moved = [], []  # of requests that are gone

@@ -81,12 +81,13 @@ class GateController:
         gated = [req for req in batch.reqs if is_gated(req)]
         self.in_flight.arrived(batch, result)
         canonical = self._record(batch, result)
+        told = _with_whole_prompts(batch, gated)  # SGLang counts their chunks as it appends
         self._append(original, batch, result, gated)
         self.requests.stepped(batch, len(gated), canonical)
         self.merged.process_results(result)
         if not self.in_flight.overlaps and (gated or self.merged.waiting):
             self.verify(batch, gated)
-        self.send(gated)
+        self.send(told)
         if self.config.debug:
             self.check_integrity()
 
@@ -261,6 +262,13 @@ class GateController:
     def check_integrity(self) -> None:
         """Raises AssertionError with a sentence on the first thing that does not agree."""
         integrity.check(self.scheduler, self.requests, self.in_flight)
+
+
+def _with_whole_prompts(batch: Any, reqs: list[Any]) -> list[Any]:
+    """Without a prompt whose chunk is not the last: if it is aborted, SGLang has said so."""
+    if not batch.forward_mode.is_extend():
+        return reqs
+    return [req for req in reqs if req.inflight_middle_chunks <= 0]
 
 
 def _any_kept(batch: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult
 
+from margingate.runtime.compat import columns
 from margingate.runtime.probe.check_prefill import Prefill
 from margingate.runtime.request.record import is_gated
 
@@ -53,9 +54,9 @@ class Admission:
         """AROUND PrefillAdder.add_chunked_req: never shrink a gated chunk; park it instead."""
         if not is_gated(req) or self._together:
             return original(adder, req)
-        need = min(self._chunk, len(req.full_untruncated_fill_ids) - len(req.prefix_indices))
+        need = min(self._chunk, _left(req))
         if need > adder.cur_rem_tokens or 0 < adder.rem_total_tokens < need:
-            req.set_extend_range(len(req.prefix_indices), len(req.prefix_indices))
+            columns.park(req)
             return req
         adder.rem_chunk_tokens = self._chunk
         return original(adder, req)
@@ -87,7 +88,11 @@ def _lacks_room_to_replay(adder: Any, req: Any) -> bool:
     running = adder.running_batch
     if not adder.can_run_list and (running is None or running.is_empty()):
         return False  # there is not more room to wait for
-    prompt = len(req.full_untruncated_fill_ids) - len(req.prefix_indices)
     more = max(req.sampling_params.max_new_tokens - len(kept.tokens), 0)
-    needed = prompt + len(kept.tokens) + min(more, CLIP_MAX_NEW_TOKENS)
+    needed = _left(req) + len(kept.tokens) + min(more, CLIP_MAX_NEW_TOKENS)
     return bool(needed >= adder.rem_total_tokens)
+
+
+def _left(req: Any) -> int:
+    """Tokens of the prompt that are still to be prefilled."""
+    return len(req.full_untruncated_fill_ids) - columns.prefix(req)

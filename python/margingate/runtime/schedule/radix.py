@@ -12,12 +12,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
-from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
-from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 from sglang.srt.mem_cache.registry import TreeCacheBuildContext, default_radix_cache_factory
 
 from margingate.runtime.compat.server_args import gate_config
+from margingate.runtime.compat.tree import LimitedRadixCache
 from margingate.runtime.probe.check_prefill import Prefill
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import is_gated
@@ -32,7 +30,7 @@ def build(context: TreeCacheBuildContext) -> Any:
     return GateRadixCache(context.params, config.prefill_chunk)
 
 
-class GateRadixCache(RadixCache):
+class GateRadixCache(LimitedRadixCache):
     """SGLang's tree; for gated requests hits and insertions end on the grid."""
 
     def __init__(self, params: Any, chunk: int) -> None:
@@ -46,76 +44,21 @@ class GateRadixCache(RadixCache):
             self.chunk = 1
         self._requests = requests if prefill.as_decoded else None
 
+    def usable(self, req: Any, hit: int) -> int:
+        """A gated request's hit ends on the grid."""
+        return self._grid(hit) if is_gated(req) else hit
+
+    def shareable(self, req: Any, length: int) -> int:
+        """Of a gated request: the full chunks of its prompt; at its end the canonical columns of
+        its answer too, where they have the bits of a prefill.
+        """
+        if not is_gated(req):
+            return length
+        if not req.finished():
+            return self._grid(length)
+        if self._requests is None:
+            return 0
+        return min(self._requests.canonical_columns(req), length)
+
     def _grid(self, length: int) -> int:
         return length // self.chunk * self.chunk
-
-    def match_prefix(self, params: MatchPrefixParams) -> Any:
-        """As SGLang's; a gated request's hit is cut to the grid."""
-        match = super().match_prefix(params)
-        hit = len(match.device_indices)
-        if not is_gated(params.req) or hit == self._grid(hit):
-            return match
-        return super().match_prefix(replace(params, key=params.key[: self._grid(hit)]))
-
-    def cache_unfinished_req(self, req: Any, chunked: bool = False) -> None:
-        """After a prefill forward: insert the full chunks, keep the rest with the request.
-
-        Mutates the request's slot row (duplicates are freed and replaced by the tree's), its
-        prefix_indices, last_node and cache_protected_len.
-        """
-        if not is_gated(req) or self.disable:
-            super().cache_unfinished_req(req, chunked=chunked)
-            return
-        tokens = req.get_fill_ids()
-        shared = self._grid(len(tokens))
-        row = self.req_to_token_pool.req_to_token[req.req_pool_idx]
-        if shared > req.cache_protected_len:
-            self._share(req, RadixKey(tokens[:shared], req.extra_key), row, chunked)
-        req.prefix_indices = row[: len(tokens)].to(torch.int64, copy=True)
-
-    def _add(self, req: Any, key: RadixKey, row: torch.Tensor, chunked: bool = False) -> None:
-        """Give `key`'s columns to the tree; free the request's own where it has them already."""
-        values = row[: len(key)].to(torch.int64, copy=True)
-        priority = getattr(req, "priority", 0) or 0
-        inserted = self.insert(
-            InsertParams(key=key, value=values, chunked=chunked, priority=priority)
-        )
-        owned = req.cache_protected_len
-        self.token_to_kv_pool_allocator.free_segment(
-            row[owned : inserted.prefix_len], start_pos=owned
-        )
-
-    def _share(self, req: Any, key: RadixKey, row: torch.Tensor, chunked: bool) -> None:
-        """Put `key`'s columns into the tree, or take the tree's where it has them already."""
-        owned, end = req.cache_protected_len, len(key)
-        self._add(req, key, row, chunked)
-        match = self.match_prefix(MatchPrefixParams(key=key))
-        assert len(match.device_indices) == end, "the tree lost columns it was just given"
-        self.req_to_token_pool.write(
-            (req.req_pool_idx, slice(owned, end)), match.device_indices[owned:]
-        )
-        self.inc_lock_ref(match.last_device_node)
-        self.dec_lock_ref(req.last_node)
-        req.last_node, req.cache_protected_len = match.last_device_node, end
-
-    def cache_finished_req(
-        self, req: Any, is_insert: bool = True, *, kv_len_to_handle: int
-    ) -> None:
-        """A gated request's shared chunks are in the tree since prefill; free all its others.
-
-        Its answer's canonical columns enter now, where they have the bits of a prefill.
-        """
-        if not is_gated(req) or self.disable:
-            super().cache_finished_req(req, is_insert, kv_len_to_handle=kv_len_to_handle)
-            return
-        owned = req.cache_protected_len
-        row = self.req_to_token_pool.req_to_token[req.req_pool_idx]
-        if is_insert and self._requests is not None:
-            end = min(self._requests.canonical_columns(req), kv_len_to_handle)
-            if end > owned:
-                tokens = (req.origin_input_ids + req.output_ids)[:end]
-                self._add(req, RadixKey(tokens, req.extra_key), row)
-                owned = end
-        self.token_to_kv_pool_allocator.free_segment(row[owned:kv_len_to_handle], start_pos=owned)
-        if req.last_node is not None:
-            self.dec_lock_ref(req.last_node)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 from sglang.srt.mem_cache.registry import (
@@ -15,13 +14,13 @@ from sglang.srt.mem_cache.registry import (
 from margingate.config import GateError
 from margingate.runtime.compat.server_args import LAUNCHED, RADIX_BACKEND, gate_config
 from margingate.runtime.hooks import handlers, registry, scheduler_table
-from margingate.runtime.hooks.launcher_table import TOKENIZER_HOOKS
+from margingate.runtime.hooks.launcher_table import DETOKENIZER_HOOKS, TOKENIZER_HOOKS
 from margingate.runtime.observe import audit, event_records, metrics
 from margingate.runtime.probe.startup_checks import run_checks
 from margingate.runtime.request.observer import Observer
 from margingate.runtime.schedule import radix
 from margingate.runtime.schedule.controller import GateController
-from margingate.runtime.start import arguments, detokenizer_process, refused_models
+from margingate.runtime.start import arguments, refused_models
 from margingate.runtime.start.engine import gate_to_launch
 from margingate.runtime.verify import delay
 
@@ -67,6 +66,12 @@ def _observers(controller: GateController) -> Iterator[Observer]:
     yield controller.tally
 
 
+def init_detokenizer(_manager: Any, server_args: Any, *_args: Any, **_kwargs: Any) -> None:
+    """BEFORE DetokenizerManager.__init__: that of a gated server is patched here."""
+    if gate_config(server_args) is not None:
+        registry.install(DETOKENIZER_HOOKS)
+
+
 def launch(original: Any, cls: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND Engine._launch_subprocesses: patch this process, then ask every scheduler."""
     if gate_to_launch(server_args) is None:
@@ -78,9 +83,6 @@ def launch(original: Any, cls: Any, server_args: Any, *args: Any, **kwargs: Any)
 def _launch(original: Any, cls: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
     registry.install(TOKENIZER_HOOKS)
     setattr(server_args, LAUNCHED, True)  # schedulers look for it
-    # By name, as SGLang passes it: this process starts detokenizers, which load no plugins.
-    run = kwargs["run_detokenizer_process_func"]
-    kwargs["run_detokenizer_process_func"] = partial(detokenizer_process.run, run)
     result = original(cls, server_args, *args, **kwargs)
     arguments.confirm_settings(server_args)
     confirm_schedulers(result)

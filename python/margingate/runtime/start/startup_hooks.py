@@ -6,7 +6,7 @@ docs/hooks.md is printed from them; a test holds the two together.
 from __future__ import annotations
 
 from margingate.runtime.hooks.launcher_table import DETOKENIZER_HOOKS, TOKENIZER_HOOKS
-from margingate.runtime.hooks.registry import AFTER, AROUND, Hook
+from margingate.runtime.hooks.registry import AFTER, AROUND, BEFORE, Hook
 from margingate.runtime.hooks.scheduler_table import SCHEDULER_HOOKS
 from margingate.runtime.start import arguments, install
 
@@ -45,6 +45,14 @@ STARTUP_HOOKS = (
         install.init,
         None,
         "patches a gated scheduler, and only that",
+        _CALLBACK,
+    ),
+    Hook(
+        "managers.detokenizer_manager.DetokenizerManager.__init__",
+        BEFORE,
+        install.init_detokenizer,
+        "self server_args port_args",
+        "patches a gated server's detokenizer, and only that",
         _CALLBACK,
     ),
     Hook(

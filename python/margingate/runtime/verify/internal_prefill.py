@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from sglang.srt.managers.overlap_utils import resolve_forward_inputs
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
-from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from margingate.runtime.compat.forward import fence
+from margingate.runtime.compat import columns, tree
 from margingate.runtime.request.record import GateRequest
 
 
 def internal_request(name: str, prompt: Sequence[int]) -> Any:
     """A request that no queue, client or counter knows of; it carries the prompt."""
     params = SamplingParams(temperature=0, max_new_tokens=1)
-    req = Req(name, "", list(prompt), params)
+    req = Req(name, "", array("q", prompt), params)
     req.gate = GateRequest(req.rid, True)  # gated, so that its columns are freed as such
     req.full_untruncated_fill_ids = array("q", prompt)
     return req
@@ -37,10 +37,7 @@ def extend(scheduler: Any, parts: Sequence[tuple[Any, int, int]]) -> torch.Tenso
         overwrites.
     """
     for req, start, end in parts:
-        if start > 0:
-            row = scheduler.req_to_token_pool.req_to_token[req.req_pool_idx, :start]
-            req.prefix_indices = row.to(torch.int64, copy=True)
-        req.set_extend_range(start, end)
+        columns.set_extend(req, start, end)
     batch = ScheduleBatch.init_new(
         [req for req, _, _ in parts],
         scheduler.req_to_token_pool,
@@ -61,5 +58,4 @@ def extend(scheduler: Any, parts: Sequence[tuple[Any, int, int]]) -> torch.Tenso
 
 def release(scheduler: Any, req: Any) -> None:
     """Free an internal request's slots, if it has any."""
-    if req.req_pool_idx is not None:
-        release_kv_cache(req, scheduler.tree_cache, is_insert=False)
+    tree.release(req, scheduler.tree_cache, checkpoint=False)

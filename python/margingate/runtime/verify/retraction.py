@@ -40,16 +40,18 @@ class Retractions:
         self._scheduler, self._requests = scheduler, requests
         self._passes, self._merged, self._penalties = passes, merged, penalties
 
-    def release(self, original: Any, req: Any, **kwargs: Any) -> None:
-        """AROUND schedule_batch.release_req: keep the settled tokens apart, forget the rest."""
+    def release(self, original: Any, req: Any, **kwargs: Any) -> bool:
+        """AROUND schedule_batch.release_req: keep the settled tokens apart, forget the rest.
+
+        Returns what SGLang says: whether the request can go on later. It aborts one that cannot.
+        """
         if not is_gated(req) or req.gate.key not in self._requests:
-            original(req=req, **kwargs)
-            return
+            return bool(original(req=req, **kwargs))
         kept = self._requests.retract(req)
-        original(req=req, **kwargs)
-        if _is_given_up(req):
+        resumable = bool(original(req=req, **kwargs))
+        if _is_given_up(req) or not resumable:
             self._requests.close(req)
-            return
+            return resumable
         req.gate.counts.retractions += 1
         if req.gate.kept is None and kept > 0:
             _set_aside(req, kept)
@@ -58,6 +60,7 @@ class Retractions:
         constraints.follow(req, self._penalties)
         req.gate.forget_rows(kept)
         req.gate.waits_since = None
+        return resumable
 
     def give_back(self, req: Any) -> None:
         """Put the kept tokens and log-probs back as the request's output."""

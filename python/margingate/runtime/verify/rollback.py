@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from margingate.runtime.compat import columns, tree, weights
 from margingate.runtime.request.record import logprob_lists
 from margingate.runtime.verify.verifier import RowResult
 
@@ -20,34 +21,35 @@ def to_row(scheduler: Any, batches: Iterable[Any], req: Any, row: int, result: R
     relay and the request's row in `batches`, each of which is there once.
     Returns whether any of the batches holds the request.
     """
-    columns = len(req.origin_input_ids) + row - 1  # the new last token has no column yet
-    _free_columns(scheduler, req, columns)
+    count = len(req.origin_input_ids) + row - 1  # the new last token has no column yet
+    _free_columns(scheduler, req, count)
     req.decode_batch_idx -= len(req.output_ids) - row
     req.output_ids = array("q", [*req.output_ids[: row - 1], result.token])
     req.full_untruncated_fill_ids = array("q")  # SGLang rebuilds it from the parts
     req.finished_reason = req.finished_len = None
+    weights.forget_versions(req, row - 1)
     _cut_logprobs(req, row, result)
     recount_reasoning(scheduler, req)
-    scheduler.future_map.output_tokens_buf[req.req_pool_idx] = result.token
-    return _set_length(batches, req, columns)
+    scheduler.future_map.output_tokens_buf[columns.row(req)] = result.token
+    return _set_length(batches, req, count)
 
 
-def _free_columns(scheduler: Any, req: Any, columns: int) -> None:
-    """Free the slots of positions from `columns` on."""
-    end = req.kv.kv_allocated_len
-    if columns < end:
-        slots = scheduler.req_to_token_pool.req_to_token[req.req_pool_idx, columns:end]
-        scheduler.token_to_kv_pool_allocator.free_segment(slots, start_pos=columns)
-    req.kv_committed_len = req.kv.kv_allocated_len = columns
+def _free_columns(scheduler: Any, req: Any, count: int) -> None:
+    """Free the slots of positions from `count` on."""
+    end = columns.allocated(req)
+    if count < end:
+        slots = scheduler.req_to_token_pool.req_to_token[columns.row(req), count:end]
+        scheduler.token_to_kv_pool_allocator.free_segment(slots, start_pos=count)
+    columns.set_columns(req, count)
 
 
 def drop_last_column(scheduler: Any, req: Any) -> None:
     """Free the column of a row whose token is not wanted, of a request that leaves its batch."""
-    _free_columns(scheduler, req, req.kv.kv_allocated_len - 1)
+    _free_columns(scheduler, req, columns.allocated(req) - 1)
     req.decode_batch_idx -= 1
 
 
-def _set_length(batches: Iterable[Any], req: Any, columns: int) -> bool:
+def _set_length(batches: Iterable[Any], req: Any, count: int) -> bool:
     """Set the sequence length of the request's row; new tensors, never written in place."""
     found = False
     for batch in batches:
@@ -57,7 +59,7 @@ def _set_length(batches: Iterable[Any], req: Any, columns: int) -> bool:
         found = True
         for name in ("seq_lens", "seq_lens_cpu", "orig_seq_lens"):
             lengths = getattr(batch, name).clone()
-            lengths[index] = columns
+            lengths[index] = count
             setattr(batch, name, lengths)
         batch.seq_lens_sum = None
     return found
@@ -86,12 +88,14 @@ def replace_logprobs(req: Any, row: int, result: RowResult) -> None:
 
 
 def recount_reasoning(scheduler: Any, req: Any) -> None:
-    """After the output was changed: the tokens of its reasoning, for `usage`."""
-    if not req.require_reasoning:
-        return
-    req.reasoning_tokens, req._is_reasoning_over, req._think_end_match_len = 0, False, 0
-    if ends := scheduler.model_config.think_end_ids:
-        req.update_reasoning_tokens(list(req.output_ids), ends)
+    """After the output was changed: the tokens of its reasoning, for `usage`.
+
+    SGLang counts: by the request's own end of reasoning, or by what the model opens itself.
+    """
+    req.reasoning_tokens, req._is_reasoning_over = 0, False
+    req._think_end_match_len = req._think_start_match_len = 0
+    counter = scheduler.batch_result_processor
+    counter._maybe_update_reasoning_tokens(req, list(req.output_ids))
 
 
 def rejoin(scheduler: Any, running: Any, reqs: list[Any]) -> Any:
@@ -115,20 +119,18 @@ def extend_columns(scheduler: Any, req: Any, count: int) -> bool:
     Evicts from the radix tree if need be; returns False, changing nothing else, if that is not
     enough.
     """
-    from sglang.srt.mem_cache.common import evict_from_tree_cache
-
-    evict_from_tree_cache(scheduler.tree_cache, count)
+    tree.evict(scheduler.tree_cache, count)
     slots: torch.Tensor | None = scheduler.token_to_kv_pool_allocator.alloc(count)
     if slots is None:
         return False
-    start = req.kv.kv_allocated_len
-    target = (req.req_pool_idx, slice(start, start + count))
+    start = columns.allocated(req)
+    target = (columns.row(req), slice(start, start + count))
     scheduler.req_to_token_pool.write(target, slots.to(torch.int32))
-    req.kv_committed_len = req.kv.kv_allocated_len = start + count
+    columns.set_columns(req, start + count)
     return True
 
 
 def set_running_tail(scheduler: Any, batches: Iterable[Any], req: Any) -> None:
     """Make the next decode step of `req` continue from its last output token."""
-    scheduler.future_map.output_tokens_buf[req.req_pool_idx] = req.output_ids[-1]
-    _set_length(batches, req, req.kv.kv_allocated_len)
+    scheduler.future_map.output_tokens_buf[columns.row(req)] = req.output_ids[-1]
+    _set_length(batches, req, columns.allocated(req))

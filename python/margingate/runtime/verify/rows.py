@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from margingate.core.ledger import Row
+from margingate.runtime.compat import columns
 from margingate.runtime.request.forward_record import record_of
 from margingate.runtime.request.record import GateRequest
 from margingate.runtime.sampling.constraints import Constraint
@@ -16,13 +17,13 @@ _ONE_CHOICE = 1e29  # a greedy margin is inf there; seeded_top2 takes masked log
 def row_input(req: Any, row: Row, constraint: Constraint | None = None) -> RowInput:
     """Row j >= 2 predicts token j from token j-1, which stands at position prompt + j - 2."""
     position = len(req.origin_input_ids) + row.index - 2
-    assert position >= req.cache_protected_len, "a shared column must not be rewritten"
+    assert position >= columns.protected(req), "a shared column must not be rewritten"
     wanted = None
     if req.return_logprob:
         ids = req.logprob.token_ids_logprob
         wanted = (req.logprob.top_logprobs_num, None if ids is None else tuple(ids))
     token = req.output_ids[row.index - 2]
-    return RowInput(req.req_pool_idx, position, token, wanted, req.gate.draw, constraint)
+    return RowInput(columns.row(req), position, token, wanted, req.gate.draw, constraint)
 
 
 def first_token(req: Any) -> RowResult:
@@ -55,5 +56,5 @@ def inject_fault(relay: Any, req: Any, result: Any, i: int) -> bool:
         gate.injected_first = int(result.next_token_ids[i])
     result.next_token_ids[i] = wrong
     if relay is not None:
-        relay.output_tokens_buf[req.req_pool_idx] = wrong
+        relay.output_tokens_buf[columns.row(req)] = wrong
     return row in due

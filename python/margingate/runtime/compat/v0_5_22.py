@@ -1,0 +1,26 @@
+"""What SGLang 0.5.22 has in another way than 0.5.23. Goes when 0.5.22 is served no more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Hooks' targets whose parameters differ.
+PARAMETERS = {
+    "layers.logits_processor.LogitsProcessor._compute_lm_head": ""
+    "self hidden_states lm_head embedding_bias",
+    "entrypoints.openai.serving_responses.OpenAIServingResponses.responses_full_generator": ""
+    "self request sampling_params result_generator context model_name tokenizer request_metadata "
+    "created_time require_reasoning output_items",
+    "entrypoints.openai.serving_responses.OpenAIServingResponses."
+    "responses_stream_generator_non_harmony": ""
+    "self request sampling_params result_generator model_name tokenizer request_metadata "
+    "created_time require_reasoning",
+}
+
+
+def forward_context(context: Any, *, forward_batch: Any) -> Any:
+    """SGLang's context manager, which has no part for the batch: layers cannot ask for it."""
+    from sglang.srt.model_executor import forward_context
+
+    del forward_batch
+    return forward_context.forward_context(context)

@@ -1,0 +1,18 @@
+"""SGLang's sessions of weight updates, and the versions of weights that it notes by request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.utils.weight_versions import truncate_weight_version_events
+
+
+def session_is_open(scheduler: Any) -> bool:
+    """Whether weights may be written now, by other processes too: between begin and end."""
+    return scheduler.weight_updater._session is not None
+
+
+def forget_versions(req: Any, kept: int) -> None:
+    """Tokens behind the first `kept` are dropped: what they were computed with is not theirs."""
+    if req.weight_version_events:
+        req.weight_version_events = truncate_weight_version_events(req.weight_version_events, kept)

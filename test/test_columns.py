@@ -1,0 +1,314 @@
+"""What is read and written of a request's columns, and how requests end and are taken back.
+
+SGLang's own request, pools and functions, without a model.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from inspect import signature
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from sglang.srt.managers import schedule_batch
+from sglang.srt.managers.schedule_batch import (
+    FINISH_LENGTH,
+    FINISH_MATCHED_TOKEN,
+    Req,
+    ScheduleBatch,
+)
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.scheduler_components import batch_result_processor
+from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
+from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from margingate.config import GateConfig
+from margingate.runtime.compat import columns
+from margingate.runtime.hooks import handlers
+from margingate.runtime.request import lifecycle
+from margingate.runtime.request.in_flight import InFlight
+from margingate.runtime.request.open_requests import OpenRequests
+from margingate.runtime.request.record import GateRequest
+from margingate.runtime.schedule import controller
+from margingate.runtime.verify import passes as passes_module
+from margingate.runtime.verify import rollback
+from margingate.runtime.verify.passes import Passes
+from margingate.runtime.verify.retraction import Retractions
+from margingate.runtime.verify.simulation import Simulator
+from margingate.runtime.verify.verifier import RowResult
+
+SLOTS, LONGEST = 40, 20
+PROMPT = (11, 12, 13)
+
+
+def make_request(key: str = "a", most: int = 4, **more: Any) -> Any:
+    params = SamplingParams(temperature=0, max_new_tokens=most, stop_token_ids=[99])
+    params.normalize(None)
+    req = Req(key, "", array("q", PROMPT), params, **more)
+    req.gate = GateRequest(key, True)
+    return req
+
+
+def test_each_function_changes_sglangs_record_and_adds_no_attribute():
+    """A request of SGLang's takes any attribute: a name that it has no more would say nothing."""
+    req = make_request()
+    known = set(vars(req))
+    assert not columns.holds(req)
+    req.kv.req_pool_idx = 7
+    assert columns.holds(req) and columns.row(req) == 7
+    columns.set_columns(req, 5)
+    assert columns.committed(req) == columns.allocated(req) == 5
+    assert req.kv.kv_committed_len == req.kv.kv_allocated_len == 5
+    req.kv.cache_protected_len = 2
+    assert columns.protected(req) == 2
+    columns.set_extend(req, 1, 3)
+    assert columns.prefix(req) == 1 and req.extend_len == 2
+    columns.park(req)
+    assert columns.prefix(req) == req.extend_end == 1, "SGLang takes this for a parked chunk"
+    assert set(vars(req)) == known
+
+
+# -- ends by length under overlap: SGLang leaves such requests out of the next decode step
+
+
+class World:
+    """Pools, a relay and batches, where SGLang's functions and the gate's meet."""
+
+    def __init__(self, *, overlap: bool = True) -> None:
+        self.pool = ReqToTokenPool(4, LONGEST, "cpu", False)
+        self.allocator = TokenToKVPoolAllocator(SLOTS, torch.bfloat16, "cpu", None, False)
+        self.processed: list[Any] = []
+        self.scheduler: Any = SimpleNamespace(
+            req_to_token_pool=self.pool,
+            token_to_kv_pool_allocator=self.allocator,
+            tree_cache=None,
+            enable_overlap=overlap,
+            server_args=SimpleNamespace(tp_size=1),
+            enable_skip_finishing_decode=overlap,
+            result_queue=deque(),
+            running_batch=ScheduleBatch(reqs=[]),
+            last_batch=None,
+            future_map=SimpleNamespace(output_tokens_buf=torch.zeros(5, dtype=torch.int64)),
+            process_batch_result=self._process,
+            batch_result_processor=SimpleNamespace(
+                _maybe_update_reasoning_tokens=lambda *_: None
+            ),
+        )
+        self.in_flight = InFlight(self.scheduler)
+        self.requests = OpenRequests(GateConfig(rows=8))
+        self.passes = Passes(
+            self.scheduler,
+            self.requests,
+            cast(Any, SimpleNamespace(rows=8)),
+            simulator=Simulator(GateConfig()),
+            in_flight=self.in_flight,
+            penalties=cast(Any, None),
+        )
+
+    def decoding(self, tokens: int, flagged: int = 0, **more: Any) -> Any:
+        """A request with so many tokens, whose row `flagged` is to be verified."""
+        req = make_request(**more)
+        self.pool.alloc([req])
+        self._allocate(req, len(PROMPT))
+        self.requests.open(req)
+        for _ in range(tokens):
+            self.emit(req, len(req.output_ids) + 1 == flagged)
+        return req
+
+    def emit(self, req: Any, flagged: bool = False) -> None:
+        row = len(req.output_ids) + 1
+        if row > 1:
+            self._allocate(req, 1)
+        self.requests.ledger.emit(req.gate.key, flagged=flagged, canonical=row == 1)
+        req.gate.margins.append(1.0)
+        req.gate.flags.append(flagged)
+        req.output_ids.append(50 + row)
+
+    def _allocate(self, req: Any, count: int) -> None:
+        start = columns.allocated(req)
+        slots = self.allocator.alloc(count)
+        self.pool.write((columns.row(req), slice(start, start + count)), slots.to(torch.int32))
+        columns.set_columns(req, start + count)
+
+    def _process(self, batch: Any, _result: Any) -> None:
+        self.processed.append(batch)
+        for req in batch.reqs:
+            self.emit(req)
+
+    def batch(self, *reqs: Any) -> Any:
+        batch = ScheduleBatch(reqs=list(reqs))
+        for name in ("seq_lens", "seq_lens_cpu", "orig_seq_lens"):
+            setattr(batch, name, torch.tensor([columns.allocated(req) for req in reqs]))
+        return batch
+
+    def left_out(self, *reqs: Any) -> list[Any]:
+        """Of these, what SGLang leaves out of the next decode step."""
+        batch = ScheduleBatch(reqs=list(reqs))
+        return Scheduler._reqs_finishing_inflight(self.scheduler, batch)
+
+
+def test_a_request_with_one_token_left_decodes_on_where_its_result_came_early():
+    """Its token is there already, so that SGLang would leave it out of its batch for ever."""
+    world = World()
+    req = world.decoding(2, most=4)
+    world.scheduler.result_queue.append((world.batch(req), SimpleNamespace(copy_done=None)))
+    assert world.left_out(req) == [], "two are left"
+    world.in_flight.bring_in()
+    assert len(req.output_ids) == 3 and len(world.processed) == 1
+    assert world.left_out(req) == [], "one is left, and no step in flight computes it"
+    assert len(world.scheduler.result_queue) == 1, "SGLang's loop takes it from there"
+    batch, result = world.scheduler.result_queue.popleft()
+    assert batch.reqs == [] and InFlight.is_processed(result)
+    world.scheduler.result_queue.append((world.batch(req), SimpleNamespace(copy_done=None)))
+    assert world.left_out(req) == [req], "its last token is on its way"
+
+
+def test_a_flip_in_a_request_that_was_left_out_brings_it_back(monkeypatch):
+    """It is in no batch: what was behind its row is freed, and it rejoins to decode on."""
+    monkeypatch.setattr(passes_module.constraints, "follow", lambda *_: None)
+    world = World()
+    req, other = world.decoding(3, most=4, flagged=2), make_request("b")
+    world.scheduler.running_batch = world.scheduler.last_batch = world.batch(req)
+    world.scheduler.result_queue.append((world.batch(req), SimpleNamespace(copy_done=None)))
+    world.scheduler.running_batch.reqs = [other]  # as SGLang left it out
+    world.in_flight.bring_in()
+    req.update_finish_state()
+    assert isinstance(req.finished_reason, FINISH_LENGTH)
+    lifecycle.finish_checked(world.requests, req)
+    assert world.requests.is_held(req) and not req.finished()
+    assert columns.allocated(req) == len(PROMPT) + 3, "no step was launched behind its last row"
+    rows = world.requests.next_batch()
+    results = [None if r.index == 1 else RowResult(70 + r.index, 1.0, None) for r in rows]
+    world.passes.enter(rows, results, 0.0, "draining")
+    assert list(req.output_ids) == [51, 72]
+    assert world.requests.rejoining == (req,) and not world.requests.held
+    assert columns.committed(req) == columns.allocated(req) == len(PROMPT) + 1
+    assert world.allocator.available_size() == SLOTS - columns.allocated(req)
+    assert world.scheduler.future_map.output_tokens_buf[columns.row(req)] == 72
+
+
+def test_the_column_behind_another_end_is_freed():
+    """After a stop token the next step was launched with the request; after its length it was not."""
+    world = World()
+    req = world.decoding(3)
+    world._allocate(req, 1)
+    rollback.drop_last_column(world.scheduler, req)
+    assert columns.allocated(req) == len(PROMPT) + 2
+    assert world.allocator.available_size() == SLOTS - columns.allocated(req)
+
+
+def test_a_stop_token_in_the_last_place_ends_as_a_stop():
+    world = World()
+    req = world.decoding(3, most=4, flagged=2)
+    world.emit(req)
+    req.output_ids[-1] = 99
+    req.update_finish_state()
+    lifecycle.finish_checked(world.requests, req)
+    assert isinstance(req.gate.hold.reason, FINISH_MATCHED_TOKEN) and req.gate.hold.length == 4
+
+
+def test_of_a_prompt_in_chunks_nothing_is_told_that_sglang_told():
+    """An aborted one is finished, and the result of its last chunk comes after that was said."""
+    half, whole = SimpleNamespace(inflight_middle_chunks=1), SimpleNamespace(inflight_middle_chunks=0)
+    extend = SimpleNamespace(forward_mode=SimpleNamespace(is_extend=lambda: True))
+    assert controller._with_whole_prompts(extend, [half, whole]) == [whole]
+    decode = SimpleNamespace(forward_mode=SimpleNamespace(is_extend=lambda: False))
+    assert controller._with_whole_prompts(decode, [whole]) == [whole]
+
+
+# -- retraction
+
+
+def retractions(world: World) -> Retractions:
+    nothing: Any = None
+    return Retractions(world.scheduler, world.requests, world.passes, nothing, nothing)
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+@pytest.mark.parametrize("known", [True, False])
+def test_whether_a_retracted_request_can_go_on_is_passed_on(monkeypatch, resumable, known):
+    """SGLang aborts one that cannot; nothing returned would abort each with HTTP 500."""
+    monkeypatch.setattr("margingate.runtime.sampling.constraints.follow", lambda *_: None)
+    world = World()
+    req = world.decoding(3)
+    if not known:
+        world.requests.close(req)
+    gate = SimpleNamespace(retractions=retractions(world))
+    for serving in (gate, None):
+        monkeypatch.setattr(handlers, "_controller", serving)
+        said = handlers.release_req(lambda req, offload_kv: resumable, req=req, offload_kv=True)
+        assert said is resumable
+    assert (req.gate.key in world.requests) is (known and resumable)
+    assert (req.gate.kept is not None) is (known and resumable)
+
+
+def test_a_request_that_finds_no_room_is_released_as_sglang_asks():
+    """The third place of `release_req` was another parameter once."""
+    world = World()
+    req, given = make_request(), []
+    req.gate.kept = object()
+    batch = SimpleNamespace(
+        reqs=[req, make_request("b")],
+        release_req=lambda *args: given.append(args),
+        filter_batch=lambda keep_indices: given.append(keep_indices),
+    )
+    world.scheduler._add_request_to_queue = lambda req, is_retracted: given.append(is_retracted)
+    retractions(world)._retract_again(batch, req)
+    assert given == [(0, 1), [1], True]
+    bound = signature(ScheduleBatch.release_req).bind(None, *given[0])
+    assert bound.arguments == {"self": None, "idx": 0, "remaing_req_count": 1}
+
+
+# -- what SGLang counts of an output, after tokens were taken back
+
+
+def counts(req: Any) -> tuple[int, bool, int, int]:
+    matched = req._think_end_match_len, req._think_start_match_len
+    return (req.reasoning_tokens, req._is_reasoning_over, *matched)
+
+
+@pytest.mark.parametrize("require", [True, False], ids=["asked for", "opened by the model"])
+@pytest.mark.parametrize("own_end", [None, [7, 8]])
+@pytest.mark.parametrize("kept", [1, 3, 5, 6])
+def test_reasoning_is_counted_again_as_sglang_counts_it(monkeypatch, require, own_end, kept):
+    monkeypatch.setattr(
+        batch_result_processor,
+        "get_request_reasoning_end_token_ids",
+        lambda _params, allowed_sequences: own_end,
+    )
+    processor = SimpleNamespace(
+        model_config=SimpleNamespace(think_end_ids=[5, 6], self_opened_think_start_ids=[1])
+    )
+    count = batch_result_processor.SchedulerBatchResultProcessor._maybe_update_reasoning_tokens
+    processor._maybe_update_reasoning_tokens = lambda *given: count(processor, *given)
+    scheduler = SimpleNamespace(batch_result_processor=processor)
+    again, fresh = (make_request(require_reasoning=require) for _ in range(2))
+    for token in (1, 2, 5, 6, 7, 8, 3):
+        again.output_ids.append(token)
+        processor._maybe_update_reasoning_tokens(again, token)
+    del again.output_ids[kept:]
+    rollback.recount_reasoning(scheduler, again)
+    for token in again.output_ids:
+        processor._maybe_update_reasoning_tokens(fresh, token)
+    assert counts(again) == counts(fresh)
+    again.output_ids.append(4)
+    for req in (again, fresh):
+        processor._maybe_update_reasoning_tokens(req, 4)
+    assert counts(again) == counts(fresh)
+
+
+def test_versions_of_weights_are_forgotten_with_the_tokens_they_gave():
+    world = World()
+    req = world.decoding(3)
+    schedule_batch_events = [SimpleNamespace(old_version="1", num_output_tokens=n) for n in (1, 3)]
+    req.weight_version_events = schedule_batch_events
+    rollback.to_row(world.scheduler, (), req, 2, RowResult(9, 1.0, None))
+    assert [(e.old_version, e.num_output_tokens) for e in req.weight_version_events] == [
+        ("1", 1),
+        ("1", 1),
+    ]
+    assert schedule_batch.truncate_weight_version_events is not None
