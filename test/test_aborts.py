@@ -49,8 +49,9 @@ def test_an_abort_ends_the_request_of_that_id(monkeypatch, place, rid, abort_all
     gone: set[str] = set()
     grammar = GrammarManager.__new__(GrammarManager)
     grammar.grammar_queue = there.get("grammar", [])
-    monkeypatch.setattr(scheduler_module, "get_serving", lambda: SimpleNamespace(weight_version="1"))
-    monkeypatch.setattr(scheduler_module, "get_parallel", lambda: SimpleNamespace(pp_size=1))
+    published = SimpleNamespace(weight_version="1", pp_size=1)
+    for name in ("get_serving", "get_parallel"):
+        monkeypatch.setattr(scheduler_module, name, lambda: published)
     scheduler: Any = SimpleNamespace(
         running_batch=SimpleNamespace(reqs=there.get("running", [])),
         last_batch=None,

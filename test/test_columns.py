@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-from sglang.srt.managers import schedule_batch
 from sglang.srt.managers.schedule_batch import (
     FINISH_LENGTH,
     FINISH_MATCHED_TOKEN,
@@ -25,6 +24,7 @@ from sglang.srt.managers.scheduler_components import batch_result_processor
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.utils.weight_versions import WeightVersionEvent, compute_weight_version_spans
 
 from margingate.config import GateConfig
 from margingate.runtime.compat import columns
@@ -94,9 +94,7 @@ class World:
             last_batch=None,
             future_map=SimpleNamespace(output_tokens_buf=torch.zeros(5, dtype=torch.int64)),
             process_batch_result=self._process,
-            batch_result_processor=SimpleNamespace(
-                _maybe_update_reasoning_tokens=lambda *_: None
-            ),
+            batch_result_processor=SimpleNamespace(_maybe_update_reasoning_tokens=lambda *_: None),
         )
         self.in_flight = InFlight(self.scheduler)
         self.requests = OpenRequests(GateConfig(rows=8))
@@ -192,7 +190,7 @@ def test_a_flip_in_a_request_that_was_left_out_brings_it_back(monkeypatch):
 
 
 def test_the_column_behind_another_end_is_freed():
-    """After a stop token the next step was launched with the request; after its length it was not."""
+    """After a stop token, a step that was launched with the request is behind it."""
     world = World()
     req = world.decoding(3)
     world._allocate(req, 1)
@@ -213,7 +211,7 @@ def test_a_stop_token_in_the_last_place_ends_as_a_stop():
 
 def test_of_a_prompt_in_chunks_nothing_is_told_that_sglang_told():
     """An aborted one is finished, and the result of its last chunk comes after that was said."""
-    half, whole = SimpleNamespace(inflight_middle_chunks=1), SimpleNamespace(inflight_middle_chunks=0)
+    half, whole = (SimpleNamespace(inflight_middle_chunks=count) for count in (1, 0))
     extend = SimpleNamespace(forward_mode=SimpleNamespace(is_extend=lambda: True))
     assert controller._with_whole_prompts(extend, [half, whole]) == [whole]
     decode = SimpleNamespace(forward_mode=SimpleNamespace(is_extend=lambda: False))
@@ -249,13 +247,11 @@ def test_whether_a_retracted_request_can_go_on_is_passed_on(monkeypatch, resumab
 def test_a_request_that_finds_no_room_is_released_as_sglang_asks():
     """The third place of `release_req` was another parameter once."""
     world = World()
-    req, given = make_request(), []
-    req.gate.kept = object()
-    batch = SimpleNamespace(
-        reqs=[req, make_request("b")],
-        release_req=lambda *args: given.append(args),
-        filter_batch=lambda keep_indices: given.append(keep_indices),
-    )
+    given: list[Any] = []
+    req = make_request()
+    batch = SimpleNamespace(reqs=[req, make_request("b")])
+    batch.release_req = lambda *args: given.append(args)
+    batch.filter_batch = lambda **named: given.append(named["keep_indices"])
     world.scheduler._add_request_to_queue = lambda req, is_retracted: given.append(is_retracted)
     retractions(world)._retract_again(batch, req)
     assert given == [(0, 1), [1], True]
@@ -266,9 +262,8 @@ def test_a_request_that_finds_no_room_is_released_as_sglang_asks():
 # -- what SGLang counts of an output, after tokens were taken back
 
 
-def counts(req: Any) -> tuple[int, bool, int, int]:
-    matched = req._think_end_match_len, req._think_start_match_len
-    return (req.reasoning_tokens, req._is_reasoning_over, *matched)
+def counts(req: Any) -> tuple[int, bool]:
+    return req.reasoning_tokens, req._is_reasoning_over
 
 
 @pytest.mark.parametrize("require", [True, False], ids=["asked for", "opened by the model"])
@@ -295,20 +290,17 @@ def test_reasoning_is_counted_again_as_sglang_counts_it(monkeypatch, require, ow
     for token in again.output_ids:
         processor._maybe_update_reasoning_tokens(fresh, token)
     assert counts(again) == counts(fresh)
-    again.output_ids.append(4)
-    for req in (again, fresh):
-        processor._maybe_update_reasoning_tokens(req, 4)
-    assert counts(again) == counts(fresh)
+    for token in (8, 6, 4):  # a match that began before goes on
+        for req in (again, fresh):
+            processor._maybe_update_reasoning_tokens(req, token)
+        assert counts(again) == counts(fresh)
 
 
 def test_versions_of_weights_are_forgotten_with_the_tokens_they_gave():
     world = World()
     req = world.decoding(3)
-    schedule_batch_events = [SimpleNamespace(old_version="1", num_output_tokens=n) for n in (1, 3)]
-    req.weight_version_events = schedule_batch_events
+    req.weight_version_events = [WeightVersionEvent("1", 1), WeightVersionEvent("2", 3)]
     rollback.to_row(world.scheduler, (), req, 2, RowResult(9, 1.0, None))
-    assert [(e.old_version, e.num_output_tokens) for e in req.weight_version_events] == [
-        ("1", 1),
-        ("1", 1),
-    ]
-    assert schedule_batch.truncate_weight_version_events is not None
+    req.output_ids.append(9)
+    spans = compute_weight_version_spans(req.weight_version_events, "3", len(req.output_ids))
+    assert [(span.version, span.start, span.end) for span in spans] == [("1", 0, 1), ("3", 1, 3)]

@@ -228,12 +228,13 @@ def test_who_opens_the_controller():
 # Modules that change SGLang's request (`Req`), and what of it.
 WRITERS = {
     "aborts": "its id, hidden from an abort of another one",
+    "columns": "how many it has, and where its next prefill forward begins and ends",
     "constraints": "its grammar",
     "lifecycle": "how it ended",
     "internal_prefill": "requests of its own, that no client sent",
     "guard": "how one ends that we failed on, and its namespace",
     "prefill_admission": "the namespace of one that we failed on, and that it ends",
-    "radix": "its columns in the tree",
+    "weights": "which of its tokens other weights gave",
     "admission": "the gate's record, its namespace, and inputs of one that is refused",
     "retraction": "its output, while its columns are gone",
     "rollback": "its output and its columns",
@@ -270,6 +271,39 @@ def test_who_writes_sglangs_request():
     runtime = [module for module in MODULES if below(module, "margingate.runtime")]
     found = {m.rpartition(".")[2] for m in runtime if written(ast.parse(MODULES[m].read_text()))}
     assert found == set(WRITERS)
+
+
+# What SGLang's releases change most, by attribute and by module.
+RECORD = {"kv", "req_pool_idx", "kv_committed_len", "kv_allocated_len", "cache_protected_len"}
+RECORD |= {"prefix_len", "prefix_indices", "extend_end", "extend_range", "cache_salt"}
+TREE = {"last_node", "lock", "root_node", "inc_lock_ref", "dec_lock_ref", "evictable_size_"}
+SLOTS = {"free_pages", "release_pages", "free_group"}
+MEMORY = "sglang.srt.mem_cache"  # but for its registry, which is for plugins
+
+
+def named_attributes(tree: ast.AST) -> set[str]:
+    """Attributes that are read or written, those named in a string included."""
+    found = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr"):
+            found |= {str(each.value) for each in node.args if isinstance(each, ast.Constant)}
+    return found
+
+
+def test_attributes_are_seen():
+    source = "req.kv.a = b.c\ngetattr(d, 'e', None)\nsetattr(f, 'g', h)\n"
+    assert named_attributes(ast.parse(source)) == {"kv", "a", "c", "e", "g", "None"}
+
+
+RUNTIME = [m for m in MODULES if package_of(m) not in ("", "compat")]
+
+
+@pytest.mark.parametrize("module", RUNTIME)
+def test_compat_alone_opens_a_requests_record_and_the_tree(module):
+    attributes = named_attributes(ast.parse(MODULES[module].read_text()))
+    assert not attributes & (RECORD | TREE | SLOTS)
+    memory = {one for one in imported(module) if below(one, MEMORY)}
+    assert not {one for one in memory if not below(one, f"{MEMORY}.registry")}
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)

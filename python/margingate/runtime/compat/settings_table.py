@@ -7,8 +7,9 @@ looked at by nobody: `unseen` names it, and the start is refused where it is not
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, fields
 from typing import Any
+
+import msgspec
 
 _Group = Mapping[str, str]  # reason -> names, separated by spaces
 
@@ -28,15 +29,17 @@ ARITHMETIC: _Group = {
 COUNTED: _Group = {
     "which forwards replay graphs": "disable_cuda_graph disable_prefill_cuda_graph "
     "disable_decode_cuda_graph cuda_graph_backend_prefill cuda_graph_backend_decode "
-    "cuda_graph_bs_prefill disable_cuda_graph_padding debug_cuda_graph",
+    "cuda_graph_bs_prefill cuda_graph_max_seq_len_prefill disable_cuda_graph_padding "
+    "debug_cuda_graph",
     "how a prompt becomes token ids": "tokenizer_mode tokenizer_backend skip_tokenizer_init "
     "trust_remote_code model_config_parser enable_dynamic_batch_tokenizer "
     "enable_tokenizer_batch_encode chat_template hf_chat_template_name completion_template "
-    "default_chat_template_kwargs decrypted_config_file",
+    "default_chat_template_kwargs trust_request_chat_template decrypted_config_file",
     "what a request is taken to ask for": "context_length sampling_defaults "
-    "preferred_sampling_params allow_auto_truncate enable_strict_thinking tool_server enable_mis",
+    "preferred_sampling_params allow_auto_truncate enable_strict_thinking tool_server enable_mis "
+    "enable_response_store",
     "which tokens a grammar allows": "grammar_backend constrained_json_whitespace_pattern "
-    "constrained_json_disable_any_whitespace",
+    "constrained_json_disable_any_whitespace constrained_json_max_whitespace_cnt",
     "how an answer is read or written": "reasoning_parser tool_call_parser "
     "disable_tokenizer_batch_decode",
     "how a token is drawn": "sampling_backend",
@@ -45,6 +48,7 @@ COUNTED: _Group = {
     "enable_single_batch_overlap disable_shared_experts_fusion enforce_shared_experts_fusion "
     "disable_chunked_prefix_cache flashinfer_mla_disable_ragged enable_scattered_sconv "
     "fp8_gemm_runner_backend fp4_gemm_runner_backend enable_multimodal language_only "
+    "language_model_only "
     "enable_precise_embedding_interpolation",
 }
 
@@ -65,25 +69,30 @@ REFUSED: _Group = {
     "draft tokens": "speculative_algorithm decoupled_spec_role",
     "requests spread over ranks or processes": "pp_size dp_size enable_dp_attention dcp_size "
     "attn_cp_size moe_dp_size dwdp_size moe_dense_tp_size enable_dp_lm_head enable_prefill_cp "
-    "enable_prefill_context_parallel enable_dsa_prefill_context_parallel enable_cp_decode_attn_tp "
+    "enable_cp_decode_attn_tp attn_dp_size enable_tp_lm_head_all_to_all enable_dense_mlp_attn_tp "
     "enable_attn_tp_input_scattered disaggregation_mode elastic_ep_backend use_ray "
     "tokenizer_worker_num smg_grpc_mode grpc_mode encoder_only",
     "sums that go around the hook on all-reduce, or run in another way than measured": ""
     "enable_flashinfer_allreduce_fusion flashinfer_allreduce_fusion_backend "
     "enable_aiter_allreduce_fusion enable_fused_moe_sum_all_reduce enable_symm_mem enable_mscclpp "
-    "enable_torch_symm_mem enable_nccl_nvls enable_quant_communications",
+    "enable_torch_symm_mem enable_nccl_nvls enable_quant_communications boundary_reduction "
+    "enable_layernorm_sp",
     "batches made or run in other ways": "enable_two_batch_overlap enable_pdmux enable_mixed_chunk "
     "dllm_algorithm enable_torch_compile",
     "columns kept in other ways": "enable_hierarchical_cache enable_lmcache enable_flexkv "
     "enable_hisparse enable_unified_memory enable_page_major_kv_layout strip_thinking_cache "
     "kv_canary page_size enable_streaming_session enable_session_radix_cache "
-    "prefill_only_disable_kv_cache radix_cache_backend quantization_param_path",
-    "weights kept in other ways": "enable_lora torchao_config modelopt_quant quantize_and_serve "
-    "rl_quant_profile cpu_offload_gb offload_group_size kt_weight_path",
+    "prefill_only_disable_kv_cache radix_cache_backend quantization_param_path "
+    "enable_kv_cache_sharding enable_unified_cache_external_linker",
+    "weights kept in other ways": "enable_lora modelopt_quant quantize_and_serve "
+    "rl_quant_profile cpu_offload_gb offload_group_size kt_weight_path "
+    "startup_weight_load_mode",
     "other kernels than those measured": "enable_fused_qk_norm_rope forward_hooks "
-    "debug_tensor_dump_output_folder debug_tensor_dump_input_file msprobe_dump_config",
+    "debug_tensor_dump_output_folder debug_tensor_dump_input_file msprobe_dump_config "
+    "enable_lean_attention enable_amd_monokernel enable_nvidia_megakernel",
     "what a rollback cannot undo": "enable_return_routed_experts enable_return_indexer_topk "
-    "enable_return_hidden_states return_hidden_states_mode",
+    "enable_return_hidden_states return_hidden_states_mode enable_return_aux_hidden_states",
+    "draws that are not the gate's": "enable_watermark",
     "nothing to gate": "is_embedding enable_deterministic_inference rl_on_policy_target",
 }
 
@@ -99,18 +108,22 @@ NO_EFFECT: _Group = {
     "prefill_delayer_max_delay_passes prefill_delayer_token_usage_low_watermark "
     "prefill_delayer_forward_passes_buckets prefill_delayer_wait_seconds_buckets "
     "prefill_delayer_queue_min_ratio prefill_delayer_max_delay_ms min_free_slots_delay "
-    "load_balance_method num_reserved_decode_tokens",
-    "SGLang 0.5.17 reads it for draft models alone, or nowhere": "num_continuous_decode_steps",
+    "load_balance_method num_reserved_decode_tokens prefill_decode_interval "
+    "prefill_decode_interval_min_bs radix_eviction_policy_config "
+    "_radix_eviction_policy_explicitly_set",
+    "SGLang reads it for draft models alone, or nowhere": "num_continuous_decode_steps",
     "where processes run and find each other": "nccl_port dist_timeout dist_init_addr node_rank "
     "base_gpu_id gpu_id_step numa_node host port fastapi_root_path grpc_port sidecar sidecar_args "
     "enable_http2 ssl_keyfile ssl_certfile ssl_ca_certs ssl_keyfile_password enable_ssl_refresh "
     "pre_warm_nccl detokenizer_worker_num engine_info_bootstrap_port gc_threshold sleep_on_idle "
-    "enable_dp_attention_local_control_broadcast",
+    "enable_dp_attention_local_control_broadcast grpc_worker_threads grpc_response_timeout_secs "
+    "http2_max_concurrent_streams http2_initial_connection_window_size "
+    "enable_http_worker_reuseport",
     "who may ask, and what names are given": "api_key admin_api_key served_model_name "
     "weight_version file_storage_path",
     "how an answer is cut into chunks, and what is said beside it": "stream_interval "
     "batch_notify_size stream_response_default_include_usage incremental_streaming_output "
-    "enable_cache_report",
+    "enable_cache_report return_input_ids return_output_ids",
     "logs, metrics and traces": "log_level log_level_http log_requests log_requests_level "
     "log_requests_format log_requests_target uvicorn_access_log_exclude_prefixes crash_dump_folder "
     "show_time_cost enable_metrics smg_http_sidecar_port enable_mfu_metrics "
@@ -123,10 +136,10 @@ NO_EFFECT: _Group = {
     "otlp_traces_endpoint export_metrics_to_file export_metrics_to_file_dir stat_loggers "
     "enable_layerwise_nvtx_marker enable_profile_cuda_graph debug_tensor_dump_layers "
     "expert_distribution_recorder_mode expert_distribution_recorder_buffer_size "
-    "enable_expert_distribution_metrics",
+    "expert_balancedness_report_mode otlp_service_name load_publish_endpoint",
     "start, warm-up, watching and the end of processes": "watchdog_timeout soft_watchdog_timeout "
     "custom_sigquit_handler skip_server_warmup warmups enable_cudagraph_gc enable_memory_saver "
-    "checkpoint_engine_wait_weights_before_ready disable_outlines_disk_cache",
+    "checkpoint_engine_wait_weights_before_ready disable_outlines_disk_cache gated_launch_port",
     "how weights are fetched; the fingerprint reads them in memory": "weight_loader_disable_mmap "
     "weight_loader_prefetch_checkpoints weight_loader_prefetch_num_threads download_dir "
     "weight_loader_drop_cache_after_load remote_instance_weight_loader_seed_instance_ip "
@@ -137,7 +150,7 @@ NO_EFFECT: _Group = {
     "modelopt_checkpoint_save_path modelopt_export_path",
     "the gate draws with the seed of the request": "random_seed",
     "what a request may ask for, and such requests are refused or not gated": ""
-    "enable_custom_logit_processor",
+    "enable_custom_logit_processor sampling_mask_max_tokens",
     "the gate sets it where SGLang would choose a fused all-reduce by itself": ""
     "enforce_disable_flashinfer_allreduce_fusion",
     "of --speculative-algorithm, which is refused": "speculative_draft_model_path "
@@ -149,43 +162,59 @@ NO_EFFECT: _Group = {
     "speculative_use_rejection_sampling speculative_token_map speculative_attention_mode "
     "speculative_draft_attention_backend speculative_draft_window_size speculative_adaptive "
     "speculative_moe_runner_backend speculative_moe_a2a_backend speculative_adaptive_config "
-    "speculative_draft_model_quantization speculative_skip_dp_mlp_sync enable_multi_layer_eagle "
+    "speculative_draft_model_quantization enable_multi_layer_eagle uno_lora_path "
     "decoupled_spec_bind_endpoint decoupled_spec_connect_endpoints decoupled_spec_rank "
     "spec_trace_dir speculative_ngram_min_bfs_breadth speculative_ngram_max_bfs_breadth "
     "speculative_ngram_match_type speculative_ngram_max_trie_depth speculative_ngram_capacity "
     "speculative_ngram_external_corpus_path speculative_ngram_external_sam_budget "
     "speculative_ngram_external_corpus_max_tokens enable_draft_weights_cpu_backup "
-    "decrypted_draft_config_file",
+    "decrypted_draft_config_file speculative_dsa_topk_backend speculative_draft_kv_cache_dtype "
+    "speculative_enable_w4a4_mxfp4_megamoe _speculative_draft_quantization_explicitly_set "
+    "speculative_domino_candidate_pool_size speculative_boundary_reduction "
+    "speculative_use_block_verification speculative_draft_sink_size",
     "of --enable-lora, which is refused": "enable_lora_overlap_loading max_lora_rank "
     "lora_target_modules lora_paths max_loaded_loras max_loras_per_batch lora_eviction_policy "
     "lora_backend max_lora_chunk_size experts_shared_outer_loras lora_use_virtual_experts "
     "lora_strict_loading lora_drain_wait_threshold",
     "of --pp-size, --dcp-size and context parallelism, which are refused": ""
     "pp_max_micro_batch_size pp_async_batch_depth dcp_comm_backend dcp_replicate_q_proj "
-    "cp_strategy dsa_prefill_cp_mode enable_dsa_cache_layer_split prefill_cp_mode "
+    "cp_strategy enable_dsa_cache_layer_split enable_cp_tp_group_sharing "
     "disable_attn_tp_gather",
     "of --disaggregation-mode and --encoder-only, which are refused": ""
     "disaggregation_transfer_backend disaggregation_bootstrap_port disaggregation_ib_device "
     "disaggregation_decode_enable_radix_cache disaggregation_decode_enable_offload_kvcache "
     "disaggregation_decode_extra_slots disaggregation_decode_polling_interval "
     "optimistic_prefill_attempts encoder_transfer_backend encoder_urls encoder_bootstrap_port "
-    "encoder_register_urls enable_adaptive_dispatch_to_encoder",
+    "encoder_register_urls enable_adaptive_dispatch_to_encoder "
+    "disaggregation_decode_retraction_backup disaggregation_enable_kv_checksum "
+    "enable_pd_role_switch disaggregation_decode_host_receive_threshold "
+    "disaggregation_decode_allocation_policy",
     "of caches that are refused": "hicache_ratio hicache_size hicache_write_policy "
     "hicache_io_backend hicache_mem_layout hicache_storage_backend hisparse_config "
     "hicache_storage_prefetch_policy hicache_storage_backend_extra_config lmcache_config_file "
-    "flexkv_config_file kv_canary_real_data kv_canary_sweep_interval",
-    "of another option that is refused": "tbo_token_distribution_threshold dllm_algorithm_config "
-    "dllm_fdfo pdmux_config_path sm_group_num torch_compile_max_bs cuda_graph_tc_compiler "
+    "flexkv_config_file kv_canary_real_data kv_canary_sweep_interval hicache_host_memory_mode "
+    "hicache_storage_prefetch_retry_poll_interval hicache_storage_prefetch_retry_max_attempts "
+    "hicache_host_memory_fraction unified_cache_external_linker_backend "
+    "unified_cache_external_linker_config enable_linker_mla_dedup",
+    "of another option that is refused": "disable_aiter_allreduce_fusion_in_prefill "
+    "disable_aiter_allreduce_fusion_in_decode enable_megamoe_for_layernorm_sp watermark_config "
+    "watermark_key watermark_key_b watermark_context_window watermark_mixing_probability "
+    "watermark_max_probability watermark_default_enabled watermark_enforce_all "
+    "aux_hidden_state_capture return_aux_hidden_state_layer_ids prefill_kv_cache_dequant_dtype "
+    "tbo_token_distribution_threshold dllm_algorithm_config "
+    "dllm_fdfo pdmux_config_path sm_group_num torch_compile_max_bs "
     "enable_torch_compile_debug_mode offload_num_in_group offload_prefetch_step offload_mode "
     "kt_method kt_cpuinfer kt_threadpool_count kt_num_gpu_experts "
     "kt_max_deferred_experts_per_token enable_elastic_expert_backup mooncake_ib_device "
     "ep_join_mode ep_join_rank_offset "
-    "elastic_ep_initial_size max_ep_size elastic_ep_scale_timeout elastic_ep_rejoin",
+    "elastic_ep_initial_size max_ep_size elastic_ep_scale_timeout",
     "of mixtures of experts, which are refused": "deepep_mode fuseep_mode enable_eplb "
     "deepep_dispatcher_output_dtype ep_num_redundant_experts ep_dispatch_algorithm "
     "init_expert_location eplb_algorithm eplb_rebalance_num_iterations "
     "eplb_rebalance_layers_per_chunk eplb_min_rebalancing_utilization_threshold deepep_config "
-    "enable_waterfill disable_flashinfer_cutlass_moe_fp4_allgather",
+    "enable_waterfill disable_flashinfer_cutlass_moe_fp4_allgather enable_shared_experts_attn_tp "
+    "shared_experts_tp_size enable_w4a4_mxfp4_megamoe deepep_v2_mode flashinfer_a2a_dispatch_type "
+    "enable_paged_experts paged_experts_num_resident",
     "of attention with a state, a window or an index, models with which are refused": ""
     "swa_full_tokens_ratio disable_hybrid_swa_memory dsa_prefill_backend dsa_decode_backend "
     "dsa_paged_mqa_logits_backend dsa_topk_backend mamba_backend enable_deepseek_v4_fp4_indexer "
@@ -194,12 +223,19 @@ NO_EFFECT: _Group = {
     "uses_mamba_radix_cache mamba_track_interval enable_int8_mamba_checkpoint "
     "int8_mamba_ckpt_size linear_attn_backend linear_attn_decode_backend "
     "linear_attn_prefill_backend linear_attn_verify_backend enable_linear_replayssm "
-    "linear_replayssm_cache_len enable_linear_replayssm_spec",
+    "linear_replayssm_cache_len enable_linear_replayssm_spec dsv4_prefill_backend "
+    "dsv4_attn_backend cuda_graph_prefill_max_context _swa_full_tokens_ratio_explicitly_set "
+    "swa_prefix_tails enable_encoder_swa_bounded_replay enable_decoder_swa_bounded_replay "
+    "qsa_indexer_dtype dsa_triton_union enable_dsa_fused_indexer ple_offload_embedding "
+    "ple_offload_backend ple_offload_dir c128_page_size",
     "of multimodal models, which are refused": "mm_attention_backend mm_process_config "
     "enable_broadcast_mm_inputs_process enable_prefix_mm_cache mm_enable_dp_encoder "
     "mm_processor_worker_num mm_io_worker_num limit_mm_data_per_request enable_mm_global_cache "
-    "disable_fast_image_processor mm_feature_transport keep_mm_feature_on_device "
-    "asr_max_buffer_seconds asr_max_concurrent_sessions",
+    "disable_fast_image_processor mm_feature_transport "
+    "asr_max_buffer_seconds asr_max_concurrent_sessions allowed_media_domains "
+    "media_url_max_file_size_mb mm_preprocess_cache_size_mb trust_mm_content_hashes "
+    "image_processor_backend mm_global_cache_backend",
+    "of MLX, on whose devices no attention backend is served": "mlx_enable_sampling",
     "of --enable-dynamic-batch-tokenizer, which is counted": "dynamic_batch_tokenizer_batch_size "
     "dynamic_batch_tokenizer_batch_timeout",
 }
@@ -238,17 +274,31 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def unseen(args: Any, known: frozenset[str] | None = None) -> list[str]:
-    """Fields of a dataclass of arguments that are not in the table and not at their default."""
-    known = KNOWN if known is None else known
-    found = []
-    for field in fields(args):
-        if field.name not in known:
-            made = field.default_factory
-            default = field.default if made is MISSING else made()
-            if default is MISSING or getattr(args, field.name) != default:
-                found.append(field.name)
+def defaults(kind: Any) -> dict[str, Any]:
+    """Each field of ServerArgs with its default; a field that must be given is absent."""
+    found = {}
+    for field in msgspec.structs.fields(kind):
+        if field.default is not msgspec.NODEFAULT:
+            found[field.name] = field.default
+        elif field.default_factory is not msgspec.NODEFAULT:
+            found[field.name] = field.default_factory()
     return found
+
+
+def unseen(args: Any, known: frozenset[str] | None = None, kind: Any = None) -> list[str]:
+    """Fields of a class of arguments that are not in the table and not at their default.
+
+    Args:
+        args: ServerArgs, or a view of them.
+        known: the fields that are in the table; None: those of the table.
+        kind: of `args`, which a view does not say; None: SGLang's ServerArgs.
+    """
+    from sglang.srt.server_args import ServerArgs
+
+    kind, known = kind or ServerArgs, KNOWN if known is None else known
+    defaulted = defaults(kind)
+    new = [name for name in kind.__struct_fields__ if name not in known]
+    return [n for n in new if n not in defaulted or getattr(args, n) != defaulted[n]]
 
 
 KNOWN = frozenset(names(*GROUPS.values()))

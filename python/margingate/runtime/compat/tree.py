@@ -80,6 +80,6 @@ def accounted(tree: Any) -> int:
 
 
 def free_slots(allocator: Any) -> torch.Tensor:
-    """int64 [slots] on the CPU: free, or freed while SGLang still collects what it frees at once."""
+    """int64 [slots] on the CPU: free, or freed in a group that SGLang has not ended yet."""
     parts = [allocator.free_pages, allocator.release_pages, *(allocator.free_group or ())]
     return torch.cat([part.to(torch.int64).cpu() for part in parts if part is not None])

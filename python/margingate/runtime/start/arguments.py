@@ -129,8 +129,13 @@ def _prepare(server_args: Any, config: GateConfig) -> GateConfig:
         logger.info("margingate sets --disable-overlap-schedule: it verifies between two steps.")
     if attention := _attention(given, config):
         settings.choose(server_args, attention_backend=attention)
-    # SGLang chooses a fused all-reduce by itself for some models; asked for, it is refused above.
-    settings.choose(server_args, enforce_disable_flashinfer_allreduce_fusion=True)
+    # SGLang would choose each of these by itself for some models; asked for, they are refused above.
+    settings.choose(
+        server_args,
+        enforce_disable_flashinfer_allreduce_fusion=True,
+        boundary_reduction="ar",
+        enable_lean_attention=False,
+    )
     if not given.disable_radix_cache:
         settings.choose(server_args, radix_cache_backend=RADIX_BACKEND)
     return config

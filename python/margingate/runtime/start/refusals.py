@@ -10,11 +10,7 @@ from margingate.runtime.compat import settings, settings_table
 from margingate.runtime.hooks import registry
 from margingate.runtime.start.refused_settings import SERVER_REFUSALS
 
-_ENVIRONMENT = (
-    "SGLANG_RUST_SERVER",
-    "SGLANG_ENABLE_UNIFIED_RADIX_TREE",
-    "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE",
-)
+_ENVIRONMENT = ("SGLANG_RUST_SERVER", "SGLANG_ENABLE_DELAY_SAMPLE")
 
 
 def refuse_server(args: Any) -> None:

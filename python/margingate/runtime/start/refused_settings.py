@@ -62,10 +62,12 @@ def _prefers_the_switch(args: Any) -> bool:
 _TREE = "its copies of K/V columns would go stale when a column is repaired"
 _DROP = "drop the option"
 _AROUND = "it sums in other kernels than the all-reduce that is measured at start"
+_SCATTERED = "it sums in other collectives than the all-reduce that is measured at start"
 _OUTSIDE = "all-reduce is measured outside of it, and sums in another way inside"
 _APART = "ranks batch apart"
 _QUANTIZED = "quantized models are not served"
 _MOVED = "layers whose weights are elsewhere are run in another way than was measured"
+_WHOLE = "its kernels run several layers, each of which is measured on its own"
 _INSIDE = "what runs inside the model then is more than was measured"
 
 SERVER_REFUSALS = (
@@ -89,6 +91,9 @@ SERVER_REFUSALS = (
         "start a server for each GPU behind a router",
     ),
     Refusal(_on("enable_dp_attention"), "--enable-dp-attention", _APART, _DROP),
+    Refusal(_above_one("attn_dp_size"), "--attn-dp-size", _APART, "use 1"),
+    Refusal(_on("enable_tp_lm_head_all_to_all"), "--enable-tp-lm-head-all-to-all", _APART, _DROP),
+    Refusal(_on("enable_dense_mlp_attn_tp"), "--enable-dense-mlp-attn-tp", _APART, _DROP),
     Refusal(_above_one("dcp_size"), "--dcp-size", "columns are spread over ranks", "use 1"),
     Refusal(_above_one("attn_cp_size"), "--attn-cp-size", "columns are spread over ranks", "use 1"),
     Refusal(
@@ -114,6 +119,18 @@ SERVER_REFUSALS = (
         _on("enable_page_major_kv_layout"),
         "--enable-page-major-kv-layout",
         "columns are not addressed by slot",
+        _DROP,
+    ),
+    Refusal(
+        _on("enable_kv_cache_sharding"),
+        "--enable-kv-cache-sharding",
+        "columns are spread over ranks",
+        _DROP,
+    ),
+    Refusal(
+        _on("enable_unified_cache_external_linker"),
+        "--enable-unified-cache-external-linker",
+        _TREE,
         _DROP,
     ),
     Refusal(
@@ -147,6 +164,18 @@ SERVER_REFUSALS = (
         "a rollback cannot undo it",
         _DROP,
     ),
+    Refusal(
+        _on("enable_return_aux_hidden_states"),
+        "--enable-return-aux-hidden-states",
+        "a rollback cannot undo it",
+        _DROP,
+    ),
+    Refusal(
+        _on("enable_watermark"),
+        "--enable-watermark",
+        "it makes other tokens likely after the gate has measured their margin",
+        _DROP,
+    ),
     Refusal(_on("elastic_ep_backend"), "--elastic-ep-backend", "ranks come and go", _DROP),
     Refusal(
         lambda a: a.smg_grpc_mode or a.grpc_mode,
@@ -154,7 +183,6 @@ SERVER_REFUSALS = (
         "its launcher does not ask the schedulers whether they have their gate",
         _DROP,
     ),
-    Refusal(_on("torchao_config"), "--torchao-config", _QUANTIZED, _DROP),
     Refusal(_on("use_ray"), "--use-ray", "Ray workers do not load SGLang plugins", _DROP),
     Refusal(_on("encoder_only"), "--encoder-only", "nothing is decoded", _DROP),
     Refusal(_on("is_embedding"), "--is-embedding", "nothing is decoded", _DROP),
@@ -234,6 +262,13 @@ SERVER_REFUSALS = (
         _on("enable_fused_moe_sum_all_reduce"), "--enable-fused-moe-sum-all-reduce", _AROUND, _DROP
     ),
     Refusal(_on("enable_quant_communications"), "--enable-quant-communications", _AROUND, _DROP),
+    Refusal(
+        lambda a: a.boundary_reduction not in ("auto", "ar"),
+        "--boundary-reduction",
+        _SCATTERED,
+        "use ar",
+    ),
+    Refusal(_on("enable_layernorm_sp"), "--enable-layernorm-sp", _SCATTERED, _DROP),
     Refusal(_on("enable_symm_mem"), "--enable-symm-mem", _OUTSIDE, _DROP),
     Refusal(_on("enable_torch_symm_mem"), "--enable-torch-symm-mem", _OUTSIDE, _DROP),
     Refusal(_on("enable_mscclpp"), "--enable-mscclpp", _OUTSIDE, _DROP),
@@ -256,11 +291,7 @@ SERVER_REFUSALS = (
         _on("enable_attn_tp_input_scattered"), "--enable-attn-tp-input-scattered", _APART, _DROP
     ),
     Refusal(
-        lambda a: (
-            a.enable_prefill_cp
-            or a.enable_prefill_context_parallel
-            or a.enable_dsa_prefill_context_parallel
-        ),
+        _on("enable_prefill_cp"),
         "--enable-prefill-cp",
         "columns are spread over ranks",
         _DROP,
@@ -283,6 +314,20 @@ SERVER_REFUSALS = (
     Refusal(lambda a: a.cpu_offload_gb > 0, "--cpu-offload-gb", _MOVED, "use 0"),
     Refusal(lambda a: a.offload_group_size > 0, "--offload-group-size", _MOVED, _DROP),
     Refusal(_on("kt_weight_path"), "--kt-weight-path", _MOVED, _DROP),
+    Refusal(
+        lambda a: a.startup_weight_load_mode != "serial",
+        "--startup-weight-load-mode",
+        "layers are measured before the weights are there",
+        "use serial",
+    ),
+    Refusal(
+        _on("enable_lean_attention"),
+        "--enable-lean-attention",
+        "it cuts a row's keys by what else is in the batch",
+        _DROP,
+    ),
+    Refusal(_on("enable_amd_monokernel"), "--enable-amd-monokernel", _WHOLE, _DROP),
+    Refusal(_on("enable_nvidia_megakernel"), "--enable-nvidia-megakernel", _WHOLE, _DROP),
     Refusal(
         _on("enable_fused_qk_norm_rope"),
         "--enable-fused-qk-norm-rope",
