@@ -130,7 +130,14 @@ IN_FILES = {
 OURS = {
     _REQ: {"gate"},
     _TRITON: {"margingate"},
-    _RESULT: {"internal_state", "logprobs", "reshape", "success", "token", "token_ids_logprobs_val"},
+    _RESULT: {
+        "internal_state",
+        "logprobs",
+        "reshape",
+        "success",
+        "token",
+        "token_ids_logprobs_val",
+    },
     "mem_cache.radix_cache.RadixCache": {"accounted", "free_slots", "release", "share", "slots"},
     _ROWS: set(),
 }
