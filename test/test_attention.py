@@ -30,7 +30,9 @@ class FlashAttentionBackend:
 
 def splits(backend: TritonAttnBackend, lengths: list[int]) -> list[int]:
     found = torch.empty(len(lengths), dtype=torch.int32)
-    backend.get_num_kv_splits(found, torch.tensor(lengths))
+    uneven = torch.zeros(1, dtype=torch.int32)
+    backend.get_num_kv_splits(found, torch.tensor(lengths), uneven)
+    assert uneven.item() == 0, "rows keep their order among the kernel's programs"
     return found.tolist()
 
 

@@ -115,12 +115,91 @@ def test_a_process_that_hangs_is_ended(monkeypatch):
     assert compile_kernels._status(process) != 0 and process.poll() is not None
 
 
+class Switched:
+    """DeepGEMM's switch between its own kernels and cuBLASLt's, from version 0.2 on."""
+
+    switch = False
+
+    @classmethod
+    def get_deterministic_algorithms(cls):
+        return cls.switch
+
+    @classmethod
+    def use_deterministic_algorithms(cls, wanted):
+        cls.switch = wanted
+
+
+def test_deep_gemms_own_kernels_are_asked_for_meanwhile():
+    library = type("DeepGemm", (Switched,), {})
+    with pytest.raises(ZeroDivisionError), batch_invariant_matmul.deterministic(library):
+        assert library.switch
+        raise ZeroDivisionError
+    assert not library.switch
+    library.switch = True
+    with batch_invariant_matmul.deterministic(library):
+        assert library.switch
+    assert library.switch, "as it was"
+    with batch_invariant_matmul.deterministic(object()):  # an older one has no other kernels
+        pass
+
+
+class Bf16OnCuda:
+    """A weight on a GPU, as far as it is asked about."""
+
+    is_cuda, dtype = True, torch.bfloat16
+
+    def __init__(self, outputs, inputs, contiguous=True, **changes):
+        self.shape, self.contiguous = (outputs, inputs), contiguous
+        vars(self).update(changes)
+
+    def element_size(self):
+        return self.dtype.itemsize
+
+    def is_contiguous(self):
+        return self.contiguous
+
+
+@pytest.mark.parametrize(
+    ("weight", "expected"),
+    [
+        (Bf16OnCuda(64, 32), True),
+        (Bf16OnCuda(16, 8), True),
+        (Bf16OnCuda(8, 32), False),
+        (Bf16OnCuda(64, 36), False),
+        (Bf16OnCuda(68, 32), False),
+        (Bf16OnCuda(64, 32, contiguous=False), False),
+        (Bf16OnCuda(64, 32, dtype=torch.float16), False),
+        (Bf16OnCuda(64, 32, is_cuda=False), False),
+    ],
+)
+def test_deep_gemm_runs_where_sglang_runs_it(monkeypatch, weight, expected):
+    """Held to SGLang's own choice, on a CPU tensor of the same kind."""
+    from sglang.srt.batch_invariant_ops import batch_invariant_ops as ops
+
+    monkeypatch.setattr(ops, "ENABLE_JIT_DEEPGEMM", True)
+    monkeypatch.setattr(ops, "_ENABLE_MM_DEEPGEMM", True)
+    assert batch_invariant_matmul.is_deep_gemm(weight) is expected
+    if not weight.is_cuda:
+        return
+    ran = []
+    monkeypatch.setattr(ops, "_matmul_persistent_deepgemm", lambda **_: ran.append("deep_gemm"))
+    monkeypatch.setattr(ops, "_matmul_persistent_triton", lambda **_: ran.append("triton"))
+    outputs, inputs = weight.shape
+    made = torch.zeros(outputs, inputs, dtype=weight.dtype)
+    if not weight.contiguous:
+        made = torch.zeros(outputs, 2 * inputs, dtype=weight.dtype)[:, :inputs]
+    x = torch.zeros(3, inputs, dtype=weight.dtype)
+    batch_invariant_matmul.invariant_matmul(x, weight=made, bias=None)
+    assert ran == ["deep_gemm" if expected else "triton"]
+
+
 def test_the_script_compiles_what_its_lines_say(monkeypatch):
     met = []
 
-    class DeepGemm:
+    class DeepGemm(Switched):
         @staticmethod
         def bf16_gemm_nn(rows, weight, results):
+            assert DeepGemm.switch, "else it is cuBLASLt, and nothing is compiled"
             met.append((tuple(weight.T.shape), len(rows)))
             assert results.shape == (len(rows), weight.shape[1]) and rows.stride(0) == 8
 
@@ -132,6 +211,7 @@ def test_the_script_compiles_what_its_lines_say(monkeypatch):
     monkeypatch.setattr(sys, "stdin", ["64 32 1\n", "64 32 200\n", "48 4096 3\n"])
     compile_kernels.main(["3"])
     assert met == [3, ((64, 32), 1), ((64, 32), 200), ((48, 4096), 3)]
+    assert not DeepGemm.switch
 
 
 def test_on_a_cpu_it_is_not_deep_gemm():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sglang.srt.layers import logprob_processor
 from sglang.srt.layers.logprob_processor import LogprobResult, LogprobStage, OutputLogprobProcessor
 
+from margingate.config import GateError
 from margingate.runtime.hooks import scheduler_table
 from margingate.runtime.sampling import logprobs, sampler
 from margingate.runtime.verify import verifier
@@ -148,3 +149,72 @@ def test_the_lists_of_a_prompts_tokens_do_not_depend_on_others(ranking):
         found, [10, 50], LogprobStage.PREFILL, [20] * 2
     )
     assert prefill[1][0] == alone[1][0]
+
+
+class Head:
+    """What SGLang's processor asks for logits, by the rows' numbers."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits
+
+    def __call__(self, states, _head, _metadata, *, use_logits_buffer):
+        return self.logits[states[:, 0].long()]
+
+
+def prompt_logprobs(processor, logits: torch.Tensor, ks: list[int]) -> Any:
+    """Of prompts of equal length, a row for each token; SGLang's own code and the hooks."""
+    rows, each = len(logits), len(logits) // len(ks)
+    indices = torch.arange(rows)
+    metadata = SimpleNamespace(
+        sample_indices_cpu=[],
+        input_logprob_indices_cpu=indices.tolist(),
+        extend_return_top_logprob=any(ks),
+        extend_token_ids_logprob=False,
+        top_logprobs_nums=ks,
+        extend_logprob_pruned_lens_cpu=[each] * len(ks),
+        extend_input_logprob_token_ids_gpu=indices,
+    )
+    owners = [i // each for i in range(rows)]
+    found, _ = processor.forward(
+        indices.view(-1, 1).float(), indices[:0], indices, owners, None, Head(logits), metadata
+    )
+    return found
+
+
+@pytest.fixture
+def processor() -> Any:
+    """Of a model whose log-probs are those of the gate."""
+    from sglang.srt.layers.logprob_processor import InputLogprobProcessor
+
+    made = InputLogprobProcessor(VOCABULARY)
+    assert made.enable_fast_input_logprobs, "else there is nothing to switch off"
+    model = torch.nn.Module()
+    model.logits_processor = torch.nn.Module()
+    model.logits_processor.input_logprob_processor = made
+    logprobs.as_log_softmax(model)
+    return made
+
+
+def test_a_prompts_log_probs_are_the_log_softmax_of_its_logits(processor, ranking):
+    logits = scores(6, 40) + 40  # logits are ranked as log-probs only where none is positive
+    found = prompt_logprobs(processor, logits, [10, 50])
+    expected = torch.log_softmax(logits, -1)
+    assert torch.equal(found.token_logprobs, expected[range(40), range(40)])
+    alone = prompt_logprobs(processor, logits[:20], [10])
+    assert torch.equal(alone.token_logprobs, found.token_logprobs[:20])
+    assert alone.top_logprobs_idx[0] == found.top_logprobs_idx[0]
+    assert found.top_logprobs_idx[0] == [in_order(row)[:10] for row in expected[:20]]
+
+
+def test_logits_are_not_ranked_as_log_probs(processor, ranking):
+    """Should SGLang go the shorter way all the same."""
+    processor.enable_fast_input_logprobs = True
+    with pytest.raises(RuntimeError, match="SGLang ranks logits"):
+        prompt_logprobs(processor, scores(6, 4), [2, 3])
+
+
+def test_a_processor_without_the_switch_ends_the_start():
+    model = torch.nn.Module()
+    model.input_logprob_processor = object()
+    with pytest.raises(GateError, match=r"InputLogprobProcessor\.enable_fast_input_logprobs"):
+        logprobs.as_log_softmax(model)

@@ -238,10 +238,25 @@ def test_the_first_row_is_judged_by_the_prefill():
     assert merged_passes.results_of(merged) == [None, RowResult(9, 0.5, None)]
 
 
+def translator_of(table: torch.Tensor) -> Any:
+    from sglang.srt.mem_cache.kv_index_translator import KVIndexTranslator
+
+    return KVIndexTranslator(
+        req_to_token=table,
+        token_to_kv_pool_allocator=None,
+        token_to_kv_pool=None,
+        page_size=1,
+        device="cpu",
+    )
+
+
 def test_the_steps_rows_come_first_in_the_forward():
     table = torch.arange(12).view(2, 6) + 50
     runner = SimpleNamespace(
-        req_to_token_pool=SimpleNamespace(req_to_token=table), attn_backend=None, device="cpu"
+        req_to_token_pool=SimpleNamespace(req_to_token=table),
+        attn_backend=None,
+        device="cpu",
+        kv_index_translator=translator_of(table),
     )
     beside = SimpleNamespace(
         batch_size=2,
@@ -258,7 +273,9 @@ def test_the_steps_rows_come_first_in_the_forward():
     assert batch.positions.tolist() == [3, 4, 2, 3, 0]
     assert batch.out_cache_loc.tolist() == [300, 400, 58, 59, 50]
     assert batch.seq_lens.tolist() == batch.seq_lens_cpu.tolist() == [4, 5, 3, 4, 1]
-    assert batch.seq_lens_sum == 17
+    assert batch.seq_lens_sum == 17 and batch.global_num_token_non_padded_cpu == 5
+    plan = batch.kv_loc_plan
+    assert plan.write_physical is batch.out_cache_loc and batch.out_cache_loc_is_physical
 
 
 def test_a_forward_without_a_gate_is_sglangs_own():

@@ -37,7 +37,7 @@ class TritonAttnBackend:
         self.calls: list[Any] = []
         self.decode_attention_fwd = self.extend_attention_fwd = None
 
-    def get_num_kv_splits(self, num_kv_splits, seq_lens):
+    def get_num_kv_splits(self, num_kv_splits, seq_lens, uneven_batch=None):
         raise AssertionError("its own rule was asked")
 
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, sinks=None):
@@ -214,7 +214,7 @@ def test_the_backend_is_told_of_one_split(kernels: Kernels):
     backend, own, _ = make()
     assert of(backend) is own and backend.max_kv_splits == 1
     splits = torch.full((3,), 7, dtype=torch.int32)
-    backend.get_num_kv_splits(splits, torch.tensor([1, 500, 9]))
+    backend.get_num_kv_splits(splits, torch.tensor([1, 500, 9]), torch.zeros(1))
     assert splits.tolist() == [1, 1, 1]
     assert fixed_split.split_of(backend) == own.record() == [ARITHMETIC, 64, SEGMENT]
 
@@ -356,6 +356,16 @@ def test_a_prefill_with_a_mask_of_its_own_raises(extras: dict[str, Any], kernels
     with pytest.raises(RuntimeError, match="a mask of its own"):
         extend(backend, runner, prefill_batch(), **extras)
     assert not kernels.extends
+
+
+def test_the_rules_of_splits_take_what_sglang_gives_them():
+    from sglang.srt.layers.attention.triton_backend import TritonAttnBackend as Sglangs
+
+    theirs = list(inspect.signature(Sglangs.get_num_kv_splits).parameters)[1:]
+    ruled = SimpleNamespace(max_kv_splits=8, max_context_len=100, device="cpu")
+    fixed_split._fix_triton(ruled)
+    for rule in (ruled.get_num_kv_splits, invariant_attention._one_split):
+        assert list(inspect.signature(rule).parameters) == theirs
 
 
 def test_the_places_of_arguments_are_those_of_sglangs_kernels():

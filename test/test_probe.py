@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from margingate.cli import main as cli
 from margingate.cli import probe as command
 from margingate.core.rowclass import Route, RowPlan
+from margingate.runtime.compat import ranks
 from margingate.runtime.probe import cache, classes, plans
 from margingate.study.plots import plot_classes
 
@@ -35,12 +36,12 @@ class TorchNativeAttnBackend:
 @pytest.fixture
 def runner(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(ranks, "tp_rank", lambda: 0)
     return SimpleNamespace(
         model_config=SimpleNamespace(model_path="/m"),
         attn_backend=TorchNativeAttnBackend(),
         device="cpu",
-        ps=SimpleNamespace(tp_rank=0, tp_size=1),
-        server_args=SimpleNamespace(enable_fp32_lm_head=False),
+        server_args=SimpleNamespace(enable_fp32_lm_head=False, tp_size=1),
     )
 
 

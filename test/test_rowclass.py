@@ -572,6 +572,25 @@ def apply(calls, layer, rows):
     return x, found, made
 
 
+def test_lm_head_is_handed_the_buffer_where_the_whole_forward_fits_the_plan(calls):
+    """A result that is not the buffer is copied there by SGLang."""
+    head, buffer = Layer(), torch.zeros(9, 24)
+    startup._plans[id(head)] = kept(9, 32)
+    given = []
+
+    def original(_processor, hidden, _head, _bias, *, out=None):
+        given.append((len(hidden), out))
+        return split_by_count(hidden) if out is None else out
+
+    def logits(rows, out):
+        hidden = torch.randn(rows, 40).bfloat16()
+        return startup.compute_lm_head(original, None, hidden, head, out=out)
+
+    assert logits(9, buffer) is buffer and given.pop() == (9, buffer)
+    assert logits(5, buffer) is not buffer and given.pop() == (9, None)
+    assert given == []
+
+
 def test_calls_above_the_limit_are_left_alone_unless_plans_hold_for_prefill(calls, monkeypatch):
     layer = Layer()
     startup._plans[id(layer)] = kept(9, 32)

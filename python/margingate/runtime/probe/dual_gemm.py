@@ -141,7 +141,7 @@ def _classes(first: FusedMlp) -> dict[int, int]:
         except RuntimeError as error:
             logger.info("margingate: DualGemm does not run: %s", str(error).partition("\n")[0])
             return {count: int(count > most) for count in counts}
-        for count in counts[:-1]:
+        for count in [count for count in counts[:-1] if found[count] == found[most + 1]]:
             sample = torch.randn(count, width, device=weight.device).to(weight.dtype)
             if not torch.equal(first(sample), first.by_layers(sample)):
                 found[count] = max(found.values()) + 1

@@ -12,6 +12,7 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from margingate.runtime.compat import columns, tree
+from margingate.runtime.compat.forward import fence
 from margingate.runtime.request.record import GateRequest
 
 
@@ -50,6 +51,7 @@ def extend(scheduler: Any, parts: Sequence[tuple[Any, int, int]]) -> torch.Tenso
     resolve_forward_inputs(batch, scheduler.future_map)
     # "Verify" leaves the sampler out.
     result = scheduler.tp_worker.forward_batch_generation(batch, is_verify=True)
+    fence(scheduler.tp_worker.model_runner)
     logits: torch.Tensor = result.logits_output.next_token_logits
     return logits
 
