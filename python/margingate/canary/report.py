@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 import os
 import subprocess
@@ -28,9 +29,9 @@ def installed() -> Tree:
             f"the canary compares with SGLang {release.NEWEST}, but SGLang is {found}: "
             f"pip install sglang=={release.NEWEST}."
         )
-    import sglang
-
-    return Tree(Path(sglang.__path__[0]).parent)
+    spec = importlib.util.find_spec("sglang")
+    assert spec is not None and spec.submodule_search_locations
+    return Tree(Path(spec.submodule_search_locations[0]).parent)
 
 
 def is_served(version: str) -> bool:

@@ -34,8 +34,8 @@ def unpacked(release: str, work: Path) -> Tree:
 
 def _download(version: str, work: Path) -> Path:
     options = ("--quiet", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check")
-    command = (sys.executable, "-m", "pip", "download", *options, "--dest", str(work))
-    command = (*command, f"sglang=={version}")
+    wanted = ("--dest", str(work), f"sglang=={version}")
+    command = (sys.executable, "-m", "pip", "download", *options, *wanted)
     done = subprocess.run(command, capture_output=True, check=False, text=True)
     found = sorted(work.glob("sglang-*.whl"))
     if done.returncode or not found:
