@@ -176,10 +176,10 @@ def _named(module: ast.AST) -> Iterator[tuple[str, str, int]]:
         if isinstance(node, ast.Attribute):
             yield _name(node.value), node.attr, node.lineno
         elif isinstance(node, ast.Call) and len(node.args) > 1:
-            name = node.args[1]
-            if _name(node.func) in ("getattr", "setattr", "hasattr"):
-                if isinstance(name, ast.Constant):
-                    yield _name(node.args[0]), str(name.value), node.lineno
+            held, name = node.args[:2]
+            by_text = _name(node.func) in ("getattr", "setattr", "hasattr")
+            if by_text and isinstance(name, ast.Constant):
+                yield _name(held), str(name.value), node.lineno
 
 
 def _name(node: ast.expr) -> str:

@@ -19,8 +19,8 @@ import pytest
 
 from margingate.cli.main import main
 from margingate.config import GateError
-from margingate.runtime.compat import release
 from margingate.harness.embedded_model import ensure_model
+from margingate.runtime.compat import release
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "hooks.md"
 TOY = "sglang.srt.margingate_toy"

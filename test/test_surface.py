@@ -15,7 +15,7 @@ from margingate.runtime.compat import surface, surface_table
 
 
 def test_the_table_has_what_the_source_names_and_nothing_else():
-    """A new attribute goes into runtime/compat/surface_table.py; test/surface_scan.py reads them."""
+    """A new attribute goes into compat/surface_table.py; test/surface_scan.py reads the source."""
     found = surface_scan.attributes()
     table = {path: set(names.split()) for path, names in surface_table.SURFACE.items()}
     assert {path: set(names) for path, names in found.items()} == table
@@ -66,7 +66,11 @@ def test_a_scheduler_that_lacks_something_does_not_come_up(monkeypatch):
 
 def test_members_are_what_a_class_and_its_functions_give_its_objects():
     def wrapped(function: Any) -> Any:
-        return functools.wraps(function)(lambda *args: function(*args))
+        @functools.wraps(function)
+        def wrapper(*args: Any) -> Any:
+            return function(*args)
+
+        return wrapper
 
     class Base:
         annotated: int

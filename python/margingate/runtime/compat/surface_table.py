@@ -93,8 +93,7 @@ SURFACE: Mapping[str, str] = {
     "model_executor.cuda_graph_config.CudaGraphConfig": "decode prefill",
     "model_executor.forward_batch_info.ForwardBatch": ""
     "batch_size extend_prefix_lens forward_mode input_ids out_cache_loc positions "
-    "req_pool_indices reqs return_logprob sampling_info seq_lens seq_lens_cpu "
-    "seq_lens_sum",
+    "req_pool_indices return_logprob sampling_info seq_lens seq_lens_cpu seq_lens_sum",
     "model_executor.forward_batch_info.ForwardMode": "is_decode is_extend",
     "model_executor.model_runner.ModelRunner": ""
     "attn_backend decode_cuda_graph_runner device dtype graph_shared_output "
@@ -113,14 +112,13 @@ SURFACE: Mapping[str, str] = {
     "presence_penalty repetition_penalty sampling_seed stop_token_ids stream_interval "
     "temperature top_k top_p",
     "server_args.ServerArgs": ""
-    "_resolution_finished attention_backend chat_template chunked_prefill_size "
-    "cpu_offload_gb cuda_graph_backend_prefill cuda_graph_config "
+    "_resolution_finished attention_backend boundary_reduction chat_template "
+    "chunked_prefill_size cpu_offload_gb cuda_graph_backend_prefill cuda_graph_config "
     "debug_tensor_dump_output_folder decoupled_spec_role device disaggregation_mode "
-    "dp_size enable_dsa_prefill_context_parallel enable_flashinfer_allreduce_fusion "
-    "enable_fp32_lm_head enable_prefill_context_parallel enable_prefill_cp "
+    "dp_size enable_flashinfer_allreduce_fusion enable_fp32_lm_head "
     "enable_return_hidden_states enable_torch_compile flashinfer_allreduce_fusion_backend "
     "grammar_backend grpc_mode kv_cache_dtype kv_canary load_format max_prefill_tokens "
     "max_running_requests model_path node_rank offload_group_size page_size "
     "preferred_sampling_params radix_cache_backend random_seed return_hidden_states_mode "
-    "revision smg_grpc_mode tokenizer_path tp_size",
+    "revision smg_grpc_mode startup_weight_load_mode tokenizer_path tp_size",
 }
