@@ -24,6 +24,7 @@ _INFO = "sampling.sampling_batch_info.SamplingBatchInfo"
 _LAYER = "layers.radix_attention.RadixAttention"
 _LOGITS = "layers.logits_processor.LogitsProcessor"
 _LOGPROB = "managers.schedule_batch.ReqLogprob"
+_MANAGER = "managers.tokenizer_manager.TokenizerManager"
 _MATCH = "mem_cache.base_prefix_cache.MatchPrefixParams"
 _MODEL = "configs.model_config.ModelConfig"
 _NODE = "mem_cache.radix_cache.TreeNode"
@@ -32,12 +33,12 @@ _PARAMS = "sampling.sampling_params.SamplingParams"
 _POOL = "mem_cache.memory_pool.MHATokenToKVPool"
 _REQ = "managers.schedule_batch.Req"
 _RESULT = "managers.utils.GenerationBatchResult"
+_RESULTS = "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
 _ROWS = "mem_cache.memory_pool.ReqToTokenPool"
 _RUNNER = "model_executor.model_runner.ModelRunner"
 _SCHEDULER = "managers.scheduler.Scheduler"
 _TRITON = "layers.attention.triton_backend.TritonAttnBackend"
 _UPDATER = "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
-_FLASHINFER = "layers.attention.flashinfer_backend.FlashInferAttnBackend"
 
 # A variable, or the last attribute of a path; `[]` behind it: an item of it.
 NAMES = {
@@ -70,6 +71,8 @@ NAMES = {
     "logits_output": _OUTPUT,
     "req_to_token_pool": _ROWS,
     "token_to_kv_pool": _POOL,
+    "pool": _POOL,
+    "_pool": _POOL,
     "token_to_kv_pool_allocator": "mem_cache.allocator.token.TokenToKVPoolAllocator",
     "allocator": "mem_cache.allocator.token.TokenToKVPoolAllocator",
     "tree_cache": "mem_cache.radix_cache.RadixCache",
@@ -89,6 +92,8 @@ NAMES = {
     "translator": "mem_cache.kv_index_translator.KVIndexTranslator",
     "weight_updater": _UPDATER,
     "channels": "managers.scheduler_components.ipc_channels.SchedulerIpcChannels",
+    "metrics_collector": "observability.metrics_collector.SchedulerMetricsCollector",
+    "metrics_reporter": "managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter",
     "output_streamer": "managers.scheduler_components.output_streamer.SchedulerOutputStreamer",
     "accumulator": "managers.scheduler_components.output_streamer._GenerationStreamAccumulator",
     "grammar": "constrained.base_grammar_backend.BaseGrammarObject",
@@ -104,32 +109,42 @@ NAMES = {
 
 # Where a name stands for another class, or "" for none of SGLang's.
 IN_FILES = {
-    "attention/fixed_split.py": {"backend": _FLASHINFER, "attn_backend": _FLASHINFER},
+    "attention/fixed_split.py": {"backend": _TRITON},
     "attention/invariant_attention.py": {"batch": _FORWARD, "backend": _TRITON, "layer": _LAYER},
     "attention/verify_backend.py": {"backend": _TRITON},
     "client/detokenizer.py": {"manager": "managers.detokenizer_manager.DetokenizerManager"},
-    "client/frontend.py": {"params": "lang"},
+    "client/frontend.py": {"params": ""},
     "client/ollama_answers.py": {"params": "", "obj": _GENERATE},
     "client/openai_answers.py": {"result": ""},
-    "client/parameter_types.py": {"params": "", "obj": _GENERATE},
+    "client/parameter_types.py": {"params": "", "obj": _GENERATE, "manager": _MANAGER},
     "client/responses_answers.py": {"context": _CONTEXT},
     "client/switch.py": {"params": "", "obj": _GENERATE},
     "compat/forward.py": {"batch": _FORWARD, "other": _FORWARD},
     "compat/settings.py": {"context": "runtime_context.RuntimeContext"},
     "compat/tree.py": {"params": _MATCH},
+    "observe/study.py": {"processor": _LOGITS},
     "probe/all_reduce.py": {"group": _GROUP},
     "probe/attention_operator.py": {"batch": _FORWARD, "layer": _LAYER, "backend": _TRITON},
-    "sampling/sampler.py": {"info": _INFO},
+    "probe/classes.py": {"processor": _LOGITS},
+    "sampling/penalties.py": {"batch": _FORWARD},
+    "sampling/sampler.py": {"batch": _FORWARD, "info": _INFO},
     "sampling/seeds.py": {"info": _INFO, "other": _INFO},
     "start/refused_models.py": {"model": _MODEL},
     "start/refused_settings.py": {"a": _ARGS},
+    "verify/rollback.py": {"kept": _LOGPROB, "counter": _RESULTS},
     "verify/verifier.py": {"batch": _FORWARD, "output": _OUTPUT},
 }
 
 # Attributes of others that go by these names, and the gate's own.
 OURS = {
     _REQ: {"gate"},
-    _TRITON: {"margingate"},
+    _TRITON: {
+        *("decode_split_tile_size", "decode_use_tensor_cores", "disable_cuda_graph_kv_split"),
+        "margingate",  # the first three are FlashInfer's, and in compat/instance_patches.py
+    },
+    _MODEL: {"named_modules"},
+    _POOL: {"req_to_token", "submit"},
+    _FORWARD: {"reqs"},
     _RESULT: {
         "internal_state",
         "logprobs",
@@ -139,7 +154,6 @@ OURS = {
         "token_ids_logprobs_val",
     },
     "mem_cache.radix_cache.RadixCache": {"accounted", "free_slots", "release", "share", "slots"},
-    _ROWS: set(),
 }
 
 
@@ -162,10 +176,10 @@ def _named(module: ast.AST) -> Iterator[tuple[str, str, int]]:
         if isinstance(node, ast.Attribute):
             yield _name(node.value), node.attr, node.lineno
         elif isinstance(node, ast.Call) and len(node.args) > 1:
-            name = node.args[1]
-            if _name(node.func) in ("getattr", "setattr", "hasattr"):
-                if isinstance(name, ast.Constant):
-                    yield _name(node.args[0]), str(name.value), node.lineno
+            held, name = node.args[:2]
+            by_text = _name(node.func) in ("getattr", "setattr", "hasattr")
+            if by_text and isinstance(name, ast.Constant):
+                yield _name(held), str(name.value), node.lineno
 
 
 def _name(node: ast.expr) -> str:

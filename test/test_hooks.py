@@ -20,6 +20,7 @@ import pytest
 from margingate.cli.main import main
 from margingate.config import GateError
 from margingate.harness.embedded_model import ensure_model
+from margingate.runtime.compat import release
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "hooks.md"
 TOY = "sglang.srt.margingate_toy"
@@ -228,18 +229,16 @@ def test_async_targets_have_async_hooks(hooks, table):
 
 
 def test_the_version_of_the_hooks_is_the_one_that_is_installed(hooks):
-    from margingate.runtime.compat import release
-
     assert importlib.metadata.version("sglang") == hooks.SGLANG_VERSION
     assert hooks.SGLANG_VERSION in release.SERVED
-    hooks.check_version()
+    release.check_version()
 
 
 @pytest.mark.parametrize("installed", ["0.5.17", "0.5.22.post1", "0.5.24"])
 def test_another_version_of_sglang_is_refused(hooks, monkeypatch, installed):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: installed)
     with pytest.raises(GateError) as caught:
-        hooks.check_version()
+        release.check_version()
     text = sentence(caught)
     assert f"patches SGLang 0.5.23 or 0.5.22, but SGLang is {installed}: " in text
     assert "pip install sglang==0.5.23." in text
@@ -251,7 +250,7 @@ def test_an_sglang_that_is_no_package_is_refused(hooks, monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", absent)
     with pytest.raises(GateError) as caught:
-        hooks.check_version()
+        release.check_version()
     assert "SGLang is not installed as a package: pip install" in sentence(caught)
 
 

@@ -16,7 +16,9 @@ from sglang.srt.model_executor.forward_batch_info import (
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-from margingate.runtime.compat import settings
+from margingate.runtime.compat import release, settings
+
+_forward_context = release.of_release("forward_context", forward_context)
 
 
 class DecodeRows(NamedTuple):
@@ -81,7 +83,7 @@ def context(runner: Any, backend: Any, batch: ForwardBatch) -> Iterator[None]:
         if experts is not None:
             stack.enter_context(get_model().override(shared_experts=experts))
         stack.enter_context(
-            forward_context(ForwardContext(attn_backend=backend), forward_batch=batch)
+            _forward_context(ForwardContext(attn_backend=backend), forward_batch=batch)
         )
         yield
 

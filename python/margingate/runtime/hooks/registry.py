@@ -17,7 +17,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
 from margingate.config import GateError
 from margingate.runtime.compat import release
-from margingate.runtime.compat.release import SGLANG_VERSION, check_version  # noqa: F401
+from margingate.runtime.compat.release import SGLANG_VERSION
 from margingate.runtime.request import guard
 from margingate.runtime.request.guard import Policy
 

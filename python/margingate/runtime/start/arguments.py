@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from margingate.config import GateConfig, GateError, load_threshold, make_config, option_name
-from margingate.runtime.compat import machine, settings
+from margingate.runtime.compat import machine, release, settings
 from margingate.runtime.compat.server_args import ATTRIBUTE, RADIX_BACKEND, gate_config
-from margingate.runtime.hooks import registry
 from margingate.runtime.observe import event_socket
 from margingate.runtime.start import refusals, refused_models
 
@@ -85,7 +84,7 @@ def pop_options(values: dict[str, Any]) -> dict[str, Any]:
 
 def attach(server_args: Any, options: dict[str, Any]) -> None:
     """Give unresolved arguments the gate's settings, validated; raises GateError."""
-    registry.check_version()
+    release.check_version()
     model = model_identity(settings.view(server_args).model_path, options)
     setattr(server_args, ATTRIBUTE, make_config(options, model))
 
@@ -179,7 +178,7 @@ def confirm_settings(server_args: Any) -> None:
 def _unheard(target: str) -> GateError:
     return GateError(
         f"--deterministic-gate was given, but SGLang made its arguments without the hook on "
-        f"{target}: reinstall sglang=={registry.SGLANG_VERSION}, or restrict the plugins with "
+        f"{target}: reinstall sglang=={release.SGLANG_VERSION}, or restrict the plugins with "
         "SGLANG_PLUGINS."
     )
 

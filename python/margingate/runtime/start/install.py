@@ -12,6 +12,7 @@ from sglang.srt.mem_cache.registry import (
 )
 
 from margingate.config import GateError
+from margingate.runtime.compat import release, surface
 from margingate.runtime.compat.server_args import LAUNCHED, RADIX_BACKEND, gate_config
 from margingate.runtime.hooks import handlers, registry, scheduler_table
 from margingate.runtime.hooks.launcher_table import DETOKENIZER_HOOKS, TOKENIZER_HOOKS
@@ -33,7 +34,8 @@ def init(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) 
     if config is None:
         original(self, server_args, *args, **kwargs)
         return
-    registry.check_version()
+    release.check_version()
+    surface.check()
     arguments.confirm_settings(server_args)
     confirm_launcher(server_args)
     registry.install(scheduler_table.RUNTIME_HOOKS)

@@ -6,8 +6,7 @@ import os
 from typing import Any
 
 from margingate.config import GateConfig, GateError
-from margingate.runtime.compat import settings, settings_table
-from margingate.runtime.hooks import registry
+from margingate.runtime.compat import release, settings, settings_table
 from margingate.runtime.start.refused_settings import SERVER_REFUSALS
 
 _ENVIRONMENT = ("SGLANG_RUST_SERVER", "SGLANG_ENABLE_DELAY_SAMPLE")
@@ -24,7 +23,7 @@ def refuse_server(args: Any) -> None:
     for name in settings_table.unseen(args):
         raise GateError(
             f"--deterministic-gate does not work with --{name.replace('_', '-')}, which nobody has "
-            f"looked at in SGLang {registry.SGLANG_VERSION}: leave it at its default."
+            f"looked at in SGLang {release.SGLANG_VERSION}: leave it at its default."
         )
     for name in _ENVIRONMENT:
         if os.environ.get(name, "").lower() in ("1", "true", "yes", "y"):
