@@ -26,8 +26,20 @@ from margingate.core.rowclass import (
     timed_counts,
 )
 from margingate.runtime.compat import ranks
-from margingate.runtime.probe import classes as probe
-from margingate.runtime.probe import plans, startup
+from margingate.runtime.probe import execute, plans, startup
+from margingate.runtime.probe.classes import (
+    HEAD,
+    Member,
+    Operator,
+    RowDependenceError,
+    extended,
+    groups,
+    prefill_counts,
+    probe_operator,
+    require,
+    require_more_than_one_row,
+    row_counts,
+)
 
 
 def kept(low: int, high: int, **more: Any) -> RowPlan:
@@ -236,22 +248,22 @@ def leaky(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_probe_separates_the_classes():
-    classes = probe.probe_operator(split_by_count, 40, probe.row_counts(32), WEIGHT)
+    classes = probe_operator(split_by_count, 40, row_counts(32), WEIGHT)
     assert {count for count, key in classes.items() if key == 0} == set(range(1, 9))
     assert choose(classes).high in (8, 32)
 
 
 def test_row_counts_at_which_a_row_depends_on_its_neighbours_are_left_out():
-    counts = probe.row_counts(16)
-    found = probe.probe_operator(leaky, 40, counts, WEIGHT)
+    counts = row_counts(16)
+    found = probe_operator(leaky, 40, counts, WEIGHT)
     assert found == {1: 0}
-    for refuses in (probe.require, probe.require_more_than_one_row):
-        with pytest.raises(probe.RowDependenceError) as caught:
+    for refuses in (require, require_more_than_one_row):
+        with pytest.raises(RowDependenceError) as caught:
             refuses(found, counts)
         assert caught.value.rows == 2
-    probe.require(found, [1])
-    probe.require_more_than_one_row(found, [1])
-    probe.require_more_than_one_row({1: 0, 7: 1}, counts)
+    require(found, [1])
+    require_more_than_one_row(found, [1])
+    require_more_than_one_row({1: 0, 7: 1}, counts)
 
 
 PLACED = st.sets(st.integers(2, 24), max_size=20)
@@ -271,8 +283,8 @@ def test_no_plan_calls_a_count_at_which_a_row_depends_on_its_place(
             out[-1] += 8
         return out
 
-    counts = probe.row_counts(24)
-    measured = probe.probe_operator(operator, 40, counts, WEIGHT)
+    counts = row_counts(24)
+    measured = probe_operator(operator, 40, counts, WEIGHT)
     assert set(measured) == {*counts} - placed
     try:
         plan = choose(measured, to_the_top=to_the_top)
@@ -281,13 +293,13 @@ def test_no_plan_calls_a_count_at_which_a_row_depends_on_its_place(
         return
     made.clear()
     x = torch.randn(rows, 40, generator=torch.Generator().manual_seed(2)).bfloat16()
-    found = plans.run_in_class(plan, x, operator)
+    found = execute.run_in_class(plan, x, operator)
     assert not placed.intersection(made) and made == [call.made for call in plan.calls(rows)]
     assert not plan.runs_as_is(rows) or rows not in placed
     assert torch.equal(found, in_order(x) + orders[plan.low])
 
 
-def model_of(operator: probe.Operator) -> torch.nn.Module:
+def model_of(operator: Operator) -> torch.nn.Module:
     """A model whose only linear layer is this operator."""
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
@@ -304,7 +316,7 @@ def model_of(operator: probe.Operator) -> torch.nn.Module:
 
 def test_a_model_with_a_layer_that_takes_rows_one_by_one_alone_is_refused_by_name():
     with pytest.raises(GateError, match=r"cannot use down_proj: with 2 rows"):
-        plans.probe_groups(probe.groups(model_of(leaky)), 16)
+        plans.probe_groups(groups(model_of(leaky)), 16)
 
 
 def leaky_at_5(x: torch.Tensor) -> torch.Tensor:
@@ -313,7 +325,7 @@ def leaky_at_5(x: torch.Tensor) -> torch.Tensor:
 
 def test_a_layer_does_without_a_count_that_leaks_and_says_so(caplog):
     with caplog.at_level("INFO"):
-        (finding,) = plans.probe_groups(probe.groups(model_of(leaky_at_5)), 16)
+        (finding,) = plans.probe_groups(groups(model_of(leaky_at_5)), 16)
     assert 5 not in finding.classes and len(finding.classes) == 15
     assert finding.plan.calls(5) != [Call(0, 5, 5, False)] and not finding.plan.runs_as_is(5)
     assert "down_proj is not called with 5 rows: a row's bits would depend" in caplog.text
@@ -321,7 +333,7 @@ def test_a_layer_does_without_a_count_that_leaks_and_says_so(caplog):
 
 def test_a_norm_cannot_do_without_such_a_count():
     """No plan keeps it from one."""
-    norm = probe.Member("norm", "norm", SimpleNamespace(weight=WEIGHT), leaky_at_5)
+    norm = Member("norm", "norm", SimpleNamespace(weight=WEIGHT), leaky_at_5)
     with pytest.raises(GateError, match=r"cannot use norm: with 5 rows"):
         plans.probe_groups({"n": [norm]}, 16)
 
@@ -330,9 +342,9 @@ def test_a_norm_cannot_do_without_such_a_count():
 def test_pieces_and_padding_keep_the_bits(rows):
     x = torch.randn(rows, 40, generator=torch.Generator().manual_seed(2)).bfloat16()
     one_by_one = torch.cat([split_by_count(row[None]) for row in x])
-    assert torch.equal(plans.run_in_class(kept(1, 8), x, split_by_count), one_by_one)
+    assert torch.equal(execute.run_in_class(kept(1, 8), x, split_by_count), one_by_one)
     nine = torch.cat([split_by_count(row.expand(9, -1))[:1] for row in x])
-    assert torch.equal(plans.run_in_class(kept(9, 64), x, split_by_count), nine)
+    assert torch.equal(execute.run_in_class(kept(9, 64), x, split_by_count), nine)
 
 
 def test_routes_take_kernel_or_operator_padded_or_not():
@@ -348,7 +360,7 @@ def test_routes_take_kernel_or_operator_padded_or_not():
 
     for rows in (1, 2, 3, 4, 5, 7, 8, 16, 20):
         x = torch.randn(rows, 3)
-        found = plans.run_in_class(plan, x, called("operator"), called("kernel"))
+        found = execute.run_in_class(plan, x, called("operator"), called("kernel"))
         assert torch.equal(found, x + 1)
     assert made == [
         *(("kernel", n) for n in (1, 2, 6, 6)),
@@ -364,17 +376,17 @@ def in_order(x: torch.Tensor) -> torch.Tensor:
 def test_larger_counts_are_in_a_class_with_their_bits_or_in_a_new_one():
     classes = {1: 0, 4: 0, 8: 0}
     counts = [100, 257, 300]
-    assert probe.extended(in_order, 40, classes, counts, WEIGHT) == dict.fromkeys(
+    assert extended(in_order, 40, classes, counts, WEIGHT) == dict.fromkeys(
         (1, 4, 8, 100, 257, 300), 0
     )
-    found = probe.extended(split_by_count, 40, classes, counts, WEIGHT)
+    found = extended(split_by_count, 40, classes, counts, WEIGHT)
     assert found == {**classes, 100: 1, 257: 1, 300: 1}
     assert classes == {1: 0, 4: 0, 8: 0}
 
     def breaks(x: torch.Tensor) -> torch.Tensor:
         return in_order(x) if x.shape[0] <= 256 else in_order(x) + 1
 
-    found = probe.extended(breaks, 40, {1: 0, 2: 0, 8: 0}, counts, WEIGHT)
+    found = extended(breaks, 40, {1: 0, 2: 0, 8: 0}, counts, WEIGHT)
     assert found == {1: 0, 2: 0, 8: 0, 100: 0, 257: 1, 300: 1}
     # A hole at the largest small count is no reason to leave the others' class.
     holed = {count: int(count == 16) for count in range(1, 17)}
@@ -382,7 +394,7 @@ def test_larger_counts_are_in_a_class_with_their_bits_or_in_a_new_one():
     def at_16(x: torch.Tensor) -> torch.Tensor:
         return in_order(x) + (len(x) == 16)
 
-    assert probe.extended(at_16, 40, holed, [100, 257], WEIGHT) == {**holed, 100: 0, 257: 0}
+    assert extended(at_16, 40, holed, [100, 257], WEIGHT) == {**holed, 100: 0, 257: 0}
 
 
 def test_a_block_or_a_rest_that_differs_is_seen():
@@ -395,7 +407,7 @@ def test_a_block_or_a_rest_that_differs_is_seen():
                 out[row] += 1
             return out
 
-        assert probe.extended(spoils, 40, {1: 0, 8: 0}, [19], WEIGHT)[19] == 1, row
+        assert extended(spoils, 40, {1: 0, 8: 0}, [19], WEIGHT)[19] == 1, row
 
 
 def test_rows_that_depend_on_their_neighbours_are_in_no_class_of_smaller_calls():
@@ -404,19 +416,19 @@ def test_rows_that_depend_on_their_neighbours_are_in_no_class_of_smaller_calls()
     def summed(x: torch.Tensor) -> torch.Tensor:
         return in_order(x) + x.sum() / 8
 
-    assert probe.extended(summed, 40, {1: 0, 8: 0}, [24], WEIGHT)[24] == 1
+    assert extended(summed, 40, {1: 0, 8: 0}, [24], WEIGHT)[24] == 1
 
 
-def layers_of(operator, weight=WEIGHT) -> list[probe.Member]:
+def layers_of(operator, weight=WEIGHT) -> list[Member]:
     layers = [SimpleNamespace(weight=weight) for _ in range(2)]
-    return [probe.Member("linear", "down_proj", layer, operator) for layer in layers]
+    return [Member("linear", "down_proj", layer, operator) for layer in layers]
 
 
 def plan_of(operator, classes, wide):
     return plans.plan_of(layers_of(operator), classes, wide)
 
 
-SMALL = {count: int(count > 8) for count in probe.row_counts(32)}
+SMALL = {count: int(count > 8) for count in row_counts(32)}
 ONE = dict.fromkeys(SMALL, 0)
 
 
@@ -427,7 +439,7 @@ def test_plans_on_a_cpu_hold_for_prefill_where_the_last_class_does():
     wide = {**SMALL, 512: 1}
     assert plan_of(split_by_count, SMALL, wide) == (of(wide, 1), True)
     # Nothing holds to the top: decode is planned by itself.
-    late = dict.fromkeys(probe.row_counts(128), 0)
+    late = dict.fromkeys(row_counts(128), 0)
     assert plan_of(split_by_count, late, {**late, 512: 1, 640: 1}) == (kept(1, 128), False)
     late = {count: int(count > 8) for count in late}
     assert plan_of(split_by_count, late, {**late, 512: 2}) == (kept(9, 128), False)
@@ -458,14 +470,15 @@ def timed(monkeypatch):
 @pytest.fixture
 def kernel(monkeypatch):
     """Has the batch-invariant kernel be another one, and probes what says that it is on a GPU."""
-    probe_as = probe.probe_operator, probe.extended
     monkeypatch.setattr(
-        probe, "probe_operator", lambda op, width, counts, _: probe_as[0](op, width, counts, WEIGHT)
+        plans,
+        "probe_operator",
+        lambda op, width, counts, _: probe_operator(op, width, counts, WEIGHT),
     )
     monkeypatch.setattr(
-        probe,
+        plans,
         "extended",
-        lambda op, width, known, more, _: probe_as[1](op, 40, known, more, WEIGHT),
+        lambda op, width, known, more, _: extended(op, 40, known, more, WEIGHT),
     )
 
     def use(operator):
@@ -477,7 +490,7 @@ def kernel(monkeypatch):
     return use
 
 
-LATE = {count: int(count > 8) for count in probe.row_counts(128)}
+LATE = {count: int(count > 8) for count in row_counts(128)}
 
 
 @pytest.mark.parametrize("kernel_is_in_order", [True, False])
@@ -514,7 +527,7 @@ def test_a_kernel_with_the_bits_of_the_last_class_joins_it(steady, timed, kernel
     # A bias is added to results that are rounded, so such a layer's bits are others; and the
     # kernel of lm_head is not worth a start's time.
     same[0].module.bias = torch.zeros(24)
-    head = probe.Member("linear", probe.HEAD, SimpleNamespace(weight=OnCuda()), operator)
+    head = Member("linear", HEAD, SimpleNamespace(weight=OnCuda()), operator)
     for member in (same[0], head):
         assert plans._tried(member, wide) == (0 if steady else 640)
     found = plans.plan_of(same, classes, wide)[0]
@@ -538,7 +551,7 @@ def test_a_kernel_that_does_not_join_is_compiled_for_all_it_may_be_asked_for(
     assert len(compiled) == 2
 
 
-@pytest.mark.parametrize("error", [probe.RowDependenceError(3), RuntimeError("no nvcc")])
+@pytest.mark.parametrize("error", [RowDependenceError(3), RuntimeError("no nvcc")])
 def test_a_kernel_that_cannot_be_used_is_not_taken(error: Exception, timed, monkeypatch):
     def unusable(*_args: Any) -> bool:
         raise error
@@ -548,7 +561,7 @@ def test_a_kernel_that_cannot_be_used_is_not_taken(error: Exception, timed, monk
     assert plans.plan_of(same, SMALL, None)[0].batch_invariant is False
 
 
-def settled(monkeypatch, kernel: probe.Operator, plan: RowPlan, decoded: int = 256):
+def settled(monkeypatch, kernel: Operator, plan: RowPlan, decoded: int = 256):
     """Whether it holds, and the row counts that the kernel was called with."""
     made: list[int] = []
 
@@ -558,8 +571,8 @@ def settled(monkeypatch, kernel: probe.Operator, plan: RowPlan, decoded: int = 2
 
     monkeypatch.setattr(plans, "invariant_matmul", invariant_matmul)
     layers = [Layer() for _ in range(3)]
-    same = [probe.Member("linear", "o_proj", layer, split_by_count) for layer in layers[:2]]
-    other = [probe.Member("linear", "qkv_proj", layers[2], split_by_count)]
+    same = [Member("linear", "o_proj", layer, split_by_count) for layer in layers[:2]]
+    other = [Member("linear", "qkv_proj", layers[2], split_by_count)]
     planned = {id(layers[0]): plan, id(layers[1]): plan, id(layers[2]): kept(1, 256)}
     return plans.settle_kernels({"a": same, "b": other}, planned, decoded), made
 
@@ -608,8 +621,8 @@ class Layer:
 @pytest.fixture
 def calls(monkeypatch):
     """A linear method, and the plans of a process of its own; the row counts it is called with."""
-    monkeypatch.setattr(startup, "_plans", {})
-    monkeypatch.setattr(startup, "_limit", 64)
+    monkeypatch.setattr(execute, "_plans", {})
+    monkeypatch.setattr(execute, "_limit", 64)
     return []
 
 
@@ -619,8 +632,8 @@ def apply(calls, layer, rows):
         return split_by_count(x)
 
     x = torch.randn(rows, 40, generator=torch.Generator().manual_seed(3)).bfloat16()
-    found = startup.apply_linear(original, None, layer, x)
-    head = startup.compute_lm_head(
+    found = execute.apply_linear(original, None, layer, x)
+    head = execute.compute_lm_head(
         lambda _p, hidden, lm_head, bias: original(None, lm_head, hidden, bias), None, x, layer
     )
     assert torch.equal(found, head) and len(calls) % 2 == 0
@@ -632,12 +645,12 @@ def apply(calls, layer, rows):
 
 def test_calls_above_the_limit_are_left_alone_unless_plans_hold_for_prefill(calls, monkeypatch):
     layer = Layer()
-    startup._plans[id(layer)] = kept(9, 32)
-    assert not startup.covers_prefill()
+    execute._plans[id(layer)] = kept(9, 32)
+    assert not execute.covers_prefill()
     assert apply(calls, layer, 100)[2] == [100]
     assert apply(calls, layer, 64)[2] == [32, 32] and apply(calls, layer, 5)[2] == [9]
-    monkeypatch.setattr(startup, "_limit", math.inf)
-    assert startup.covers_prefill()
+    monkeypatch.setattr(execute, "_limit", math.inf)
+    assert execute.covers_prefill()
     x, found, made = apply(calls, layer, 100)
     assert made == [25, 25, 25, 25]
     expected = torch.cat([split_by_count(row.expand(9, -1))[:1] for row in x])
@@ -647,10 +660,10 @@ def test_calls_above_the_limit_are_left_alone_unless_plans_hold_for_prefill(call
 
 def test_the_kernel_takes_calls_of_any_size(calls, monkeypatch):
     layer = Layer()
-    startup._plans[id(layer)] = kept(1, 32, batch_invariant=True)
-    monkeypatch.setattr(startup, "_limit", math.inf)
+    execute._plans[id(layer)] = kept(1, 32, batch_invariant=True)
+    monkeypatch.setattr(execute, "_limit", math.inf)
     monkeypatch.setattr(
-        startup, "invariant_matmul", lambda x, *, weight, bias: in_order(x) + (bias or 0)
+        execute, "invariant_matmul", lambda x, *, weight, bias: in_order(x) + (bias or 0)
     )
     x, found, made = apply(calls, layer, 100)
     assert made == [] and torch.equal(found, in_order(x))
@@ -666,7 +679,7 @@ def test_prefill_is_probed_where_the_gates_attention_runs_and_prompts_may_share(
     runner = SimpleNamespace(attn_backend=SimpleNamespace(margingate=object()), server_args=args)
     config = SimpleNamespace(prefill="auto")
     counts = startup._prefill_counts
-    assert counts(runner, config, {}, 256) == probe.prefill_counts(256, 4096, [300])
+    assert counts(runner, config, {}, 256) == prefill_counts(256, 4096, [300])
     assert 300 in counts(runner, config, {}, 256)
     monkeypatch.setattr(startup, "_rows_in_memory", lambda _operators: 1 << 30)
     assert max(counts(runner, config, {}, 256)) == 8192

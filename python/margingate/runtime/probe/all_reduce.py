@@ -24,7 +24,7 @@ from margingate.runtime.probe.classes import (
     probe_operator,
     require,
 )
-from margingate.runtime.probe.plans import run_in_class
+from margingate.runtime.probe.execute import run_in_class
 
 NAME = "all-reduce"
 

@@ -27,7 +27,7 @@ from margingate.core.rowclass import members as counts_by_class
 from margingate.runtime.probe.observed_calls import AS_WEIGHT, ObservedCall
 
 SAMPLE_ROWS = 64  # rows computed at every count; twice that from counts above it
-SEED = 20260530
+SEED = 20260530  # of the inputs of all measurements at start; arbitrary, and always the same
 HEAD = "lm_head"
 SHOWN = 5  # classes of an operator in the log
 Operator = Callable[[torch.Tensor], torch.Tensor]

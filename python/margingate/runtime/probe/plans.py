@@ -32,12 +32,12 @@ from margingate.runtime.probe.classes import (
     row_counts,
 )
 from margingate.runtime.probe.compile_kernels import Compilers, Need, compile_ahead
+from margingate.runtime.probe.graph_timing import replay_us
 
 logger = logging.getLogger(__name__)
 
 Operator = Callable[[torch.Tensor], torch.Tensor]
 TIMED_CALLS = 20
-ALIGNED = 16  # bytes
 LARGEST_SMALL = 256  # row counts up to this are compared in windows, larger ones in blocks
 
 
@@ -260,30 +260,6 @@ def _in_one_class(operator: Operator, counts: Iterable[int], weight: torch.Tenso
     return len(set(extended(operator, width, classes, large, weight).values())) == 1
 
 
-def run_in_class(
-    plan: RowPlan, x: torch.Tensor, operator: Operator, kernel: Operator | None = None
-) -> torch.Tensor:
-    """The operator's results of the rows of `x` [rows, inputs], by calls within the class.
-
-    Args:
-        kernel: the batch-invariant one; None for a plan without it.
-    """
-    outputs = []
-    for start, stop, made, by_kernel in plan.calls(x.shape[0]):
-        piece, rows = x[start:stop], stop - start
-        if made > rows:
-            # Rows leave each other alone, whatever is in the unused ones.
-            room = x.new_empty(made, x.shape[1])
-            room[:rows].copy_(piece)
-            piece = room
-        elif piece.data_ptr() % ALIGNED:
-            piece = piece.clone()  # a library may look at the address; inputs are measured aligned
-        call = kernel if by_kernel else operator
-        assert call is not None, f"{plan} needs the batch-invariant kernel"
-        outputs.append(call(piece)[:rows])
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-
 def settle_kernels(
     found: dict[str, list[Member]], planned: dict[int, RowPlan], decoded: int
 ) -> bool:
@@ -352,14 +328,5 @@ def _microseconds(
         with torch.cuda.graph(graph):
             for operator in turns:
                 operator(rows)
-        found[count] = min(_replay_ms(graph) for _ in range(3)) / TIMED_CALLS * 1e3
+        found[count] = min(replay_us(graph) for _ in range(3)) / TIMED_CALLS
     return found
-
-
-def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    graph.replay()
-    stop.record()
-    stop.synchronize()
-    return float(start.elapsed_time(stop))
