@@ -8,7 +8,6 @@ from sglang.srt.managers import io_struct
 
 from margingate.runtime.observe import fingerprint
 
-
 KINDS = [
     ("UpdateWeightFromDiskReqInput", "UpdateWeightFromDiskReqOutput"),
     ("UpdateWeightsFromDistributedReqInput", "UpdateWeightsFromDistributedReqOutput"),
