@@ -22,7 +22,6 @@ from margingate.runtime.probe.classes import (
     RowDependenceError,
     extended,
     probe_operator,
-    require,
 )
 from margingate.runtime.probe.execute import run_in_class
 
@@ -55,7 +54,6 @@ def settle(runner: Any, counts: Sequence[int], prefill: Sequence[int]) -> list[F
     with torch.inference_mode():
         try:
             classes = probe_operator(summed, width, counts, like)
-            require(classes, counts)
         except RowDependenceError as error:
             raise GateError(
                 f"--deterministic-gate cannot use the all-reduce of --tp-size {group.world_size}: "

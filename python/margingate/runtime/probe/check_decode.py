@@ -56,9 +56,8 @@ class CanonicalSteps:
         """Whether a decode step of `rows` requests is canonical.
 
         A graph runs it with the rows of the next size that has one, all of which were measured.
-        Without graphs each operator was measured at every row count up to the largest, or its plan
-        keeps it from that count; one that the whole model was not measured at is canonical when
-        the ones around it both are.
+        Without graphs each operator was measured at every row count up to the largest; a count that
+        the whole model was not measured at is canonical when the ones around it both are.
         """
         if self._everywhere:
             return True

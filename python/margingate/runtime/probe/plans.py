@@ -27,8 +27,6 @@ from margingate.runtime.probe.classes import (
     extended,
     probe_operator,
     refusing,
-    require,
-    require_more_than_one_row,
     row_counts,
 )
 from margingate.runtime.probe.compile_kernels import Compilers, Need, compile_ahead
@@ -54,8 +52,7 @@ def probe_groups(
         graphs: row counts of CUDA graphs, in which an operator may have other bits.
 
     Raises:
-        GateError: an operator that cannot do without a row count at which a row's bits depend on
-            its place in the call.
+        GateError: an operator whose rows depend on each other at a fixed row count.
     """
     counts = row_counts(largest)
     linear = (same[0].module.weight for same in found.values() if same[0].kind == "linear")
@@ -93,7 +90,6 @@ def _classes(
     start, width = time.monotonic(), first.width
     with torch.inference_mode(), refusing(first.name):
         classes = probe_operator(first.operator, width, counts, first.like)
-        _confirm(first, classes, counts)
         if graphs:
             known = [count for count in graphs if count in classes]
             for count in apart_in_graphs(first.operator, width, known, first.like):
@@ -102,22 +98,6 @@ def _classes(
         if prefill and first.name != HEAD:  # which has a row a request
             wide = extended(first.operator, width, classes, prefill, first.like)
     return Classes(classes, wide, time.monotonic() - start)
-
-
-def _confirm(first: Member, classes: Mapping[int, int], counts: Sequence[int]) -> None:
-    """Raises RowDependenceError for an operator that cannot do without a count that was left out.
-
-    Says which ones a plan does without: calls with so many rows are padded, or run in pieces.
-    """
-    if first.kind != "linear":
-        require(classes, counts)
-    require_more_than_one_row(classes, counts)
-    if out := [str(count) for count in counts if count not in classes]:
-        logger.info(
-            "margingate: %s is not called with %s rows: a row's bits would depend on its place.",
-            first.name,
-            ", ".join(out),
-        )
 
 
 def _needs(found: Iterable[list[Member]], measured: Iterable[Classes]) -> list[Need]:
@@ -256,7 +236,6 @@ def _in_one_class(operator: Operator, counts: Iterable[int], weight: torch.Tenso
     large = [count for count in counts if count > LARGEST_SMALL]
     width = weight.shape[-1]
     classes = probe_operator(operator, width, small, weight)
-    require(classes, small)
     return len(set(extended(operator, width, classes, large, weight).values())) == 1
 
 
