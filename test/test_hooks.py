@@ -42,13 +42,13 @@ if not HookRegistry._hooks:
     print(json.dumps(answer))
     sys.exit()
 
-from margingate.runtime.hooks import registry as hooks
+from margingate.runtime.hooks import registry
 from margingate.runtime.hooks.scheduler_table import SCHEDULER_HOOKS
 from margingate.runtime.start.startup_hooks import ALL_HOOKS, STARTUP_HOOKS
 from margingate.runtime.hooks.launcher_table import DETOKENIZER_HOOKS, TOKENIZER_HOOKS
 
 def layers(hook):
-    function = hooks.resolve(hook)
+    function = registry.resolve(hook)
     function, count = getattr(function, "__func__", function), 0
     while hasattr(function, "__wrapped__"):
         function, count = function.__wrapped__, count + 1
@@ -57,14 +57,14 @@ def layers(hook):
 def state():
     return {
         "patched": sorted(HookRegistry._patched),
-        "applied": sorted(hook.path for hook in ALL_HOOKS if hooks.is_applied(hook)),
+        "applied": sorted(hook.path for hook in ALL_HOOKS if registry.is_applied(hook)),
         "layers": {hook.path: layers(hook) for hook in ALL_HOOKS},
     }
 
 answer |= {"startup": sorted(h.path for h in STARTUP_HOOKS), "ungated": state()}
-hooks.install(SCHEDULER_HOOKS + TOKENIZER_HOOKS + DETOKENIZER_HOOKS)
+registry.install(SCHEDULER_HOOKS + TOKENIZER_HOOKS + DETOKENIZER_HOOKS)
 answer["once"] = state()
-hooks.install(SCHEDULER_HOOKS + TOKENIZER_HOOKS + DETOKENIZER_HOOKS)
+registry.install(SCHEDULER_HOOKS + TOKENIZER_HOOKS + DETOKENIZER_HOOKS)
 answer["twice"] = state()
 print(json.dumps(answer), flush=True)
 sys.argv += ["--deterministic-gate", "--gate-threshold", "-1"]
@@ -122,9 +122,9 @@ def probe(probes) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def hooks() -> types.ModuleType:
     """margingate.runtime.hooks.registry; the first test that asks waits for SGLang's import."""
-    from margingate.runtime.hooks import registry as hooks
+    from margingate.runtime.hooks import registry
 
-    return hooks
+    return registry
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from margingate.config import GateConfig
 from margingate.core.costs import DELAYS, Costs, best_delay
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import Counts, GateRequest
-from margingate.runtime.verify import delay as pacing
+from margingate.runtime.verify import delay
 from margingate.runtime.verify.delay import EVERY, FEW, FIRST, Pacer
 
 COSTS = Costs(step_ms=8.0, pass_ms=9.0, rows=256)
@@ -56,7 +56,7 @@ def test_flips_shorten_the_wait_and_calm_makes_it_long_again(caplog):
 
 def test_open_requests_count_and_are_not_counted_twice_when_they_end(monkeypatch):
     seen = []
-    monkeypatch.setattr(pacing, "best_delay", lambda load, *_: seen.append(load) or 4)
+    monkeypatch.setattr(delay, "best_delay", lambda load, *_: seen.append(load) or 4)
     counts = Counts(steps=1000, flagged=1000)
     open_one = SimpleNamespace(gate=GateRequest("a", True, counts=counts))
     requests = make_requests()
@@ -72,7 +72,7 @@ def test_open_requests_count_and_are_not_counted_twice_when_they_end(monkeypatch
 
 def test_prefills_and_steps_without_gated_requests_are_not_looked_at(monkeypatch):
     looks = []
-    monkeypatch.setattr(pacing, "best_delay", lambda load, *_: looks.append(load) or 4)
+    monkeypatch.setattr(delay, "best_delay", lambda load, *_: looks.append(load) or 4)
     pacer = Pacer(make_requests(), COSTS)
     step(pacer, 0, 3 * EVERY)
     step(pacer, 4, 3 * EVERY, decode=False)
@@ -93,7 +93,7 @@ def observers(*, max_delay: int | None = None, device: str = "cuda", merges: boo
     scheduler = SimpleNamespace(server_args=SimpleNamespace(tp_size=1))
     verifier: Any = SimpleNamespace(device=device, rows=COSTS.rows)
     requests, config = make_requests(), GateConfig(max_delay=max_delay)
-    found = pacing.observers(scheduler, config, verifier, requests, merges=merges)
+    found = delay.observers(scheduler, config, verifier, requests, merges=merges)
     return requests.queue.max_delay, found
 
 
@@ -101,15 +101,15 @@ def observers(*, max_delay: int | None = None, device: str = "cuda", merges: boo
     "changes", [{"max_delay": 0}, {"max_delay": 8}, {"merges": False}, {"device": "cpu"}]
 )
 def test_there_is_no_pacer_where_passes_are_not_to_be_spaced(changes, monkeypatch):
-    monkeypatch.setattr(pacing, "measure", None)
+    monkeypatch.setattr(delay, "measure", None)
     assert observers(**changes) == (0, ())
 
 
 def test_the_pacer_of_a_stock_path_on_a_gpu_is_measured(monkeypatch):
-    monkeypatch.setattr(pacing, "measure", lambda _verifier: (COSTS.step_ms, COSTS.pass_ms))
-    delay, (pacer,) = observers()
+    monkeypatch.setattr(delay, "measure", lambda _verifier: (COSTS.step_ms, COSTS.pass_ms))
+    chosen, (pacer,) = observers()
     merging = replace(COSTS, merges=True)
-    assert isinstance(pacer, Pacer) and delay == best_delay(FIRST, merging)
+    assert isinstance(pacer, Pacer) and chosen == best_delay(FIRST, merging)
 
 
 @pytest.mark.parametrize(
@@ -125,10 +125,10 @@ def test_a_step_of_a_few_rows_is_timed_with_graphs_or_without(sizes, few, monkey
         def forward(self, rows: list[Any], count: int) -> None:
             forwards.append((len(rows), count, self.graphs))
 
-    monkeypatch.setattr(pacing, "Verifier", Verifier)
-    monkeypatch.setattr(pacing.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(delay, "Verifier", Verifier)
+    monkeypatch.setattr(delay.torch.cuda, "synchronize", lambda: None)
     graphs = None if sizes is None else SimpleNamespace(capture_bs=sizes)
     own = Verifier(SimpleNamespace(decode_cuda_graph_runner=graphs), 256, graphs="own")
-    assert all(each >= 0 for each in pacing.measure(own))
-    timed = pacing.TIMED
+    assert all(each >= 0 for each in delay.measure(own))
+    timed = delay.TIMED
     assert forwards == [(1, few, graphs)] * timed + [(1, 256, "own")] * timed

@@ -26,8 +26,18 @@ from margingate.core.rowclass import (
     timed_counts,
 )
 from margingate.runtime.compat import ranks
-from margingate.runtime.probe import classes as probe
-from margingate.runtime.probe import plans, startup
+from margingate.runtime.probe import execute, plans, startup
+from margingate.runtime.probe.classes import (
+    HEAD,
+    Member,
+    Operator,
+    RowDependenceError,
+    extended,
+    groups,
+    prefill_counts,
+    probe_operator,
+    row_counts,
+)
 
 
 def kept(low: int, high: int, **more: Any) -> RowPlan:
@@ -236,14 +246,14 @@ def leaky(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_probe_separates_the_classes():
-    classes = probe.probe_operator(split_by_count, 40, probe.row_counts(32), WEIGHT)
+    classes = probe_operator(split_by_count, 40, row_counts(32), WEIGHT)
     assert {count for count, key in classes.items() if key == 0} == set(range(1, 9))
     assert choose(classes).high in (8, 32)
 
 
 def test_the_probe_says_no_to_a_row_that_depends_on_its_neighbours():
-    with pytest.raises(probe.RowDependenceError) as caught:
-        probe.probe_operator(leaky, 40, probe.row_counts(16), WEIGHT)
+    with pytest.raises(RowDependenceError) as caught:
+        probe_operator(leaky, 40, row_counts(16), WEIGHT)
     assert caught.value.rows > 1
 
 
@@ -265,16 +275,16 @@ class Broken(torch.nn.Module):
 
 def test_a_model_with_such_a_layer_is_refused_by_name():
     with pytest.raises(GateError, match=r"cannot use down_proj: with \d+ rows"):
-        plans.probe_groups(probe.groups(Broken()), 16)
+        plans.probe_groups(groups(Broken()), 16)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 16, 40])
 def test_pieces_and_padding_keep_the_bits(rows):
     x = torch.randn(rows, 40, generator=torch.Generator().manual_seed(2)).bfloat16()
     one_by_one = torch.cat([split_by_count(row[None]) for row in x])
-    assert torch.equal(plans.run_in_class(kept(1, 8), x, split_by_count), one_by_one)
+    assert torch.equal(execute.run_in_class(kept(1, 8), x, split_by_count), one_by_one)
     nine = torch.cat([split_by_count(row.expand(9, -1))[:1] for row in x])
-    assert torch.equal(plans.run_in_class(kept(9, 64), x, split_by_count), nine)
+    assert torch.equal(execute.run_in_class(kept(9, 64), x, split_by_count), nine)
 
 
 def test_routes_take_kernel_or_operator_padded_or_not():
@@ -290,7 +300,7 @@ def test_routes_take_kernel_or_operator_padded_or_not():
 
     for rows in (1, 2, 3, 4, 5, 7, 8, 16, 20):
         x = torch.randn(rows, 3)
-        found = plans.run_in_class(plan, x, called("operator"), called("kernel"))
+        found = execute.run_in_class(plan, x, called("operator"), called("kernel"))
         assert torch.equal(found, x + 1)
     assert made == [
         *(("kernel", n) for n in (1, 2, 6, 6)),
@@ -306,17 +316,17 @@ def in_order(x: torch.Tensor) -> torch.Tensor:
 def test_larger_counts_are_in_a_class_with_their_bits_or_in_a_new_one():
     classes = {1: 0, 4: 0, 8: 0}
     counts = [100, 257, 300]
-    assert probe.extended(in_order, 40, classes, counts, WEIGHT) == dict.fromkeys(
+    assert extended(in_order, 40, classes, counts, WEIGHT) == dict.fromkeys(
         (1, 4, 8, 100, 257, 300), 0
     )
-    found = probe.extended(split_by_count, 40, classes, counts, WEIGHT)
+    found = extended(split_by_count, 40, classes, counts, WEIGHT)
     assert found == {**classes, 100: 1, 257: 1, 300: 1}
     assert classes == {1: 0, 4: 0, 8: 0}
 
     def breaks(x: torch.Tensor) -> torch.Tensor:
         return in_order(x) if x.shape[0] <= 256 else in_order(x) + 1
 
-    found = probe.extended(breaks, 40, {1: 0, 2: 0, 8: 0}, counts, WEIGHT)
+    found = extended(breaks, 40, {1: 0, 2: 0, 8: 0}, counts, WEIGHT)
     assert found == {1: 0, 2: 0, 8: 0, 100: 0, 257: 1, 300: 1}
     # A hole at the largest small count is no reason to leave the others' class.
     holed = {count: int(count == 16) for count in range(1, 17)}
@@ -324,7 +334,7 @@ def test_larger_counts_are_in_a_class_with_their_bits_or_in_a_new_one():
     def at_16(x: torch.Tensor) -> torch.Tensor:
         return in_order(x) + (len(x) == 16)
 
-    assert probe.extended(at_16, 40, holed, [100, 257], WEIGHT) == {**holed, 100: 0, 257: 0}
+    assert extended(at_16, 40, holed, [100, 257], WEIGHT) == {**holed, 100: 0, 257: 0}
 
 
 def test_a_block_or_a_rest_that_differs_is_seen():
@@ -337,7 +347,7 @@ def test_a_block_or_a_rest_that_differs_is_seen():
                 out[row] += 1
             return out
 
-        assert probe.extended(spoils, 40, {1: 0, 8: 0}, [19], WEIGHT)[19] == 1, row
+        assert extended(spoils, 40, {1: 0, 8: 0}, [19], WEIGHT)[19] == 1, row
 
 
 def test_rows_that_depend_on_their_neighbours_are_in_no_class_of_smaller_calls():
@@ -346,19 +356,19 @@ def test_rows_that_depend_on_their_neighbours_are_in_no_class_of_smaller_calls()
     def summed(x: torch.Tensor) -> torch.Tensor:
         return in_order(x) + x.sum() / 8
 
-    assert probe.extended(summed, 40, {1: 0, 8: 0}, [24], WEIGHT)[24] == 1
+    assert extended(summed, 40, {1: 0, 8: 0}, [24], WEIGHT)[24] == 1
 
 
-def layers_of(operator, weight=WEIGHT) -> list[probe.Member]:
+def layers_of(operator, weight=WEIGHT) -> list[Member]:
     layers = [SimpleNamespace(weight=weight) for _ in range(2)]
-    return [probe.Member("linear", "down_proj", layer, operator) for layer in layers]
+    return [Member("linear", "down_proj", layer, operator) for layer in layers]
 
 
 def plan_of(operator, classes, wide):
     return plans.plan_of(layers_of(operator), classes, wide)
 
 
-SMALL = {count: int(count > 8) for count in probe.row_counts(32)}
+SMALL = {count: int(count > 8) for count in row_counts(32)}
 ONE = dict.fromkeys(SMALL, 0)
 
 
@@ -369,7 +379,7 @@ def test_plans_on_a_cpu_hold_for_prefill_where_the_last_class_does():
     wide = {**SMALL, 512: 1}
     assert plan_of(split_by_count, SMALL, wide) == (of(wide, 1), True)
     # Nothing holds to the top: decode is planned by itself.
-    late = dict.fromkeys(probe.row_counts(128), 0)
+    late = dict.fromkeys(row_counts(128), 0)
     assert plan_of(split_by_count, late, {**late, 512: 1, 640: 1}) == (kept(1, 128), False)
     late = {count: int(count > 8) for count in late}
     assert plan_of(split_by_count, late, {**late, 512: 2}) == (kept(9, 128), False)
@@ -400,14 +410,15 @@ def timed(monkeypatch):
 @pytest.fixture
 def kernel(monkeypatch):
     """Has the batch-invariant kernel be another one, and probes what says that it is on a GPU."""
-    probe_as = probe.probe_operator, probe.extended
     monkeypatch.setattr(
-        probe, "probe_operator", lambda op, width, counts, _: probe_as[0](op, width, counts, WEIGHT)
+        plans,
+        "probe_operator",
+        lambda op, width, counts, _: probe_operator(op, width, counts, WEIGHT),
     )
     monkeypatch.setattr(
-        probe,
+        plans,
         "extended",
-        lambda op, width, known, more, _: probe_as[1](op, 40, known, more, WEIGHT),
+        lambda op, width, known, more, _: extended(op, 40, known, more, WEIGHT),
     )
 
     def use(operator):
@@ -419,7 +430,7 @@ def kernel(monkeypatch):
     return use
 
 
-LATE = {count: int(count > 8) for count in probe.row_counts(128)}
+LATE = {count: int(count > 8) for count in row_counts(128)}
 
 
 @pytest.mark.parametrize("kernel_is_in_order", [True, False])
@@ -456,7 +467,7 @@ def test_a_kernel_with_the_bits_of_the_last_class_joins_it(steady, timed, kernel
     # A bias is added to results that are rounded, so such a layer's bits are others; and the
     # kernel of lm_head is not worth a start's time.
     same[0].module.bias = torch.zeros(24)
-    head = probe.Member("linear", probe.HEAD, SimpleNamespace(weight=OnCuda()), operator)
+    head = Member("linear", HEAD, SimpleNamespace(weight=OnCuda()), operator)
     for member in (same[0], head):
         assert plans._tried(member, wide) == (0 if steady else 640)
     found = plans.plan_of(same, classes, wide)[0]
@@ -480,7 +491,7 @@ def test_a_kernel_that_does_not_join_is_compiled_for_all_it_may_be_asked_for(
     assert len(compiled) == 2
 
 
-@pytest.mark.parametrize("error", [probe.RowDependenceError(3), RuntimeError("no nvcc")])
+@pytest.mark.parametrize("error", [RowDependenceError(3), RuntimeError("no nvcc")])
 def test_a_kernel_that_cannot_be_used_is_not_taken(error: Exception, timed, monkeypatch):
     def unusable(*_args: Any) -> bool:
         raise error
@@ -490,7 +501,7 @@ def test_a_kernel_that_cannot_be_used_is_not_taken(error: Exception, timed, monk
     assert plans.plan_of(same, SMALL, None)[0].batch_invariant is False
 
 
-def settled(monkeypatch, kernel: probe.Operator, plan: RowPlan, decoded: int = 256):
+def settled(monkeypatch, kernel: Operator, plan: RowPlan, decoded: int = 256):
     """Whether it holds, and the row counts that the kernel was called with."""
     made: list[int] = []
 
@@ -500,8 +511,8 @@ def settled(monkeypatch, kernel: probe.Operator, plan: RowPlan, decoded: int = 2
 
     monkeypatch.setattr(plans, "invariant_matmul", invariant_matmul)
     layers = [Layer() for _ in range(3)]
-    same = [probe.Member("linear", "o_proj", layer, split_by_count) for layer in layers[:2]]
-    other = [probe.Member("linear", "qkv_proj", layers[2], split_by_count)]
+    same = [Member("linear", "o_proj", layer, split_by_count) for layer in layers[:2]]
+    other = [Member("linear", "qkv_proj", layers[2], split_by_count)]
     planned = {id(layers[0]): plan, id(layers[1]): plan, id(layers[2]): kept(1, 256)}
     return plans.settle_kernels({"a": same, "b": other}, planned, decoded), made
 
@@ -550,8 +561,8 @@ class Layer:
 @pytest.fixture
 def calls(monkeypatch):
     """A linear method, and the plans of a process of its own; the row counts it is called with."""
-    monkeypatch.setattr(startup, "_plans", {})
-    monkeypatch.setattr(startup, "_limit", 64)
+    monkeypatch.setattr(execute, "_plans", {})
+    monkeypatch.setattr(execute, "_limit", 64)
     return []
 
 
@@ -561,8 +572,8 @@ def apply(calls, layer, rows):
         return split_by_count(x)
 
     x = torch.randn(rows, 40, generator=torch.Generator().manual_seed(3)).bfloat16()
-    found = startup.apply_linear(original, None, layer, x)
-    head = startup.compute_lm_head(
+    found = execute.apply_linear(original, None, layer, x)
+    head = execute.compute_lm_head(
         lambda _p, hidden, lm_head, bias, **_: original(None, lm_head, hidden, bias), None, x, layer
     )
     assert torch.equal(found, head) and len(calls) % 2 == 0
@@ -575,7 +586,7 @@ def apply(calls, layer, rows):
 def test_lm_head_is_handed_the_buffer_where_the_whole_forward_fits_the_plan(calls):
     """A result that is not the buffer is copied there by SGLang."""
     head, buffer = Layer(), torch.zeros(9, 24)
-    startup._plans[id(head)] = kept(9, 32)
+    execute._plans[id(head)] = kept(9, 32)
     given = []
 
     def original(_processor, hidden, _head, _bias, *, out=None):
@@ -584,7 +595,7 @@ def test_lm_head_is_handed_the_buffer_where_the_whole_forward_fits_the_plan(call
 
     def logits(rows, out):
         hidden = torch.randn(rows, 40).bfloat16()
-        return startup.compute_lm_head(original, None, hidden, head, out=out)
+        return execute.compute_lm_head(original, None, hidden, head, out=out)
 
     assert logits(9, buffer) is buffer and given.pop() == (9, buffer)
     assert logits(5, buffer) is not buffer and given.pop() == (9, None)
@@ -593,12 +604,12 @@ def test_lm_head_is_handed_the_buffer_where_the_whole_forward_fits_the_plan(call
 
 def test_calls_above_the_limit_are_left_alone_unless_plans_hold_for_prefill(calls, monkeypatch):
     layer = Layer()
-    startup._plans[id(layer)] = kept(9, 32)
-    assert not startup.covers_prefill()
+    execute._plans[id(layer)] = kept(9, 32)
+    assert not execute.covers_prefill()
     assert apply(calls, layer, 100)[2] == [100]
     assert apply(calls, layer, 64)[2] == [32, 32] and apply(calls, layer, 5)[2] == [9]
-    monkeypatch.setattr(startup, "_limit", math.inf)
-    assert startup.covers_prefill()
+    monkeypatch.setattr(execute, "_limit", math.inf)
+    assert execute.covers_prefill()
     x, found, made = apply(calls, layer, 100)
     assert made == [25, 25, 25, 25]
     expected = torch.cat([split_by_count(row.expand(9, -1))[:1] for row in x])
@@ -608,10 +619,10 @@ def test_calls_above_the_limit_are_left_alone_unless_plans_hold_for_prefill(call
 
 def test_the_kernel_takes_calls_of_any_size(calls, monkeypatch):
     layer = Layer()
-    startup._plans[id(layer)] = kept(1, 32, batch_invariant=True)
-    monkeypatch.setattr(startup, "_limit", math.inf)
+    execute._plans[id(layer)] = kept(1, 32, batch_invariant=True)
+    monkeypatch.setattr(execute, "_limit", math.inf)
     monkeypatch.setattr(
-        startup, "invariant_matmul", lambda x, *, weight, bias: in_order(x) + (bias or 0)
+        execute, "invariant_matmul", lambda x, *, weight, bias: in_order(x) + (bias or 0)
     )
     x, found, made = apply(calls, layer, 100)
     assert made == [] and torch.equal(found, in_order(x))
@@ -627,7 +638,7 @@ def test_prefill_is_probed_where_the_gates_attention_runs_and_prompts_may_share(
     runner = SimpleNamespace(attn_backend=SimpleNamespace(margingate=object()), server_args=args)
     config = SimpleNamespace(prefill="auto")
     counts = startup._prefill_counts
-    assert counts(runner, config, {}, 256) == probe.prefill_counts(256, 4096, [300])
+    assert counts(runner, config, {}, 256) == prefill_counts(256, 4096, [300])
     assert 300 in counts(runner, config, {}, 256)
     monkeypatch.setattr(startup, "_rows_in_memory", lambda _operators: 1 << 30)
     assert max(counts(runner, config, {}, 256)) == 8192

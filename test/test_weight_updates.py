@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt.managers import io_struct
 from sglang.srt.managers.io_struct import BeginWeightUpdateReqInput, UpdateWeightFromDiskReqInput
 from sglang.srt.managers.scheduler_components import weight_updater
 
@@ -16,11 +17,19 @@ def scheduler(*, idle: bool = True, session: Any = None) -> Any:
     updater = SimpleNamespace(_session=session)
     return SimpleNamespace(is_fully_idle=lambda: idle, weight_updater=updater)
 
+KINDS = [
+    ("UpdateWeightFromDiskReq", {"model_path": "here"}),
+    ("UpdateWeightsFromDistributedReq", {"names": [], "dtypes": [], "shapes": []}),
+    ("UpdateWeightsFromTensorReq", {"serialized_named_tensors": []}),
+    ("UpdateWeightsFromIPCReq", {"zmq_handles": {}}),
+]
 
+
+@pytest.mark.parametrize(("kind", "more"), KINDS)
 @pytest.mark.parametrize(
     ("idle", "flush", "done"), [(False, True, False), (False, False, True), (True, True, True)]
 )
-def test_an_update_that_flushes_is_refused_while_requests_wait(idle, flush, done):
+def test_an_update_that_flushes_is_refused_while_requests_wait(kind, more, idle, flush, done):
     hashed: Any = SimpleNamespace(weights_changed=lambda **_: None)
     called = []
 
@@ -28,9 +37,14 @@ def test_an_update_that_flushes_is_refused_while_requests_wait(idle, flush, done
         called.append(1)
         return SimpleNamespace(success=True, message="")
 
-    received = UpdateWeightFromDiskReqInput(model_path="here", flush_cache=flush)
+    received = getattr(io_struct, f"{kind}Input")(flush_cache=flush, **more)
     answer = fingerprint.weights_change(hashed, scheduler(idle=idle), update, None, received)
     assert answer.success == done and bool(called) == done
+    if not done:
+        assert (
+            isinstance(answer, getattr(io_struct, f"{kind}Output"))
+            and "flush_cache" in answer.message
+        )
 
 
 @pytest.mark.parametrize("success", [True, False])

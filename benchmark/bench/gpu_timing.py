@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from margingate.runtime.probe.graph_timing import replay_us
+
 GIB = 1 << 30
 
 
@@ -25,7 +27,7 @@ def microseconds(
     graph = _capture(call, inputs)
     for _ in range(warm_up):
         graph.replay()
-    return [_replay(graph) / len(inputs) for _ in range(replays)]
+    return [replay_us(graph) / len(inputs) for _ in range(replays)]
 
 
 def bandwidth(replays: int = 10) -> float:
@@ -49,12 +51,3 @@ def _capture(call: Callable[[Any], Any], inputs: Sequence[Any]) -> torch.cuda.CU
         for one in inputs:
             call(one)
     return graph
-
-
-def _replay(graph: torch.cuda.CUDAGraph) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return 1e3 * start.elapsed_time(end)

@@ -47,6 +47,8 @@ GATED: dict[str, tuple[str, ...]] = {
     "exact-little-memory": (*EXACT, *HOPEFUL),
 }
 OTHERS: dict[str, tuple[str, ...]] = {
+    "stock-default": (),
+    "sglang-deterministic-default": ("--enable-deterministic-inference",),
     "stock": FLASHINFER,
     "sglang-deterministic": ("--enable-deterministic-inference", *FLASHINFER),
     "gate-stock-path": STOCK_PATH,

@@ -30,6 +30,7 @@ DETERMINISTIC = {"enable_deterministic_inference": True}
 FLASHINFER = {"attention_backend": "flashinfer"}
 TRITON = {"attention_backend": "triton"}
 MODES: dict[str, dict[str, Any]] = {
+    "stock-default": {},  # the attention backend is SGLang's choice
     "stock": FLASHINFER,
     "stock-triton": TRITON,
     "stock-fa3": {"attention_backend": "fa3"},
@@ -38,6 +39,7 @@ MODES: dict[str, dict[str, Any]] = {
     "gate-triton": {**TRITON, **GATE},
     "gate-exact": {**FLASHINFER, **GATE, "gate_guarantee": "exact"},
     "gate-no-overlap": {**FLASHINFER, **GATE, "gate_overlap": "off"},
+    "deterministic-default": DETERMINISTIC,
     "deterministic": {**FLASHINFER, **DETERMINISTIC},
     "deterministic-triton": {**TRITON, **DETERMINISTIC},
 }

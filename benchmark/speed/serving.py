@@ -43,6 +43,7 @@ SERVERS: dict[str, tuple[str, ...]] = {
     "stock": FLASHINFER,
     "stock-default": (),
     "stock-triton": TRITON,
+    "deterministic-default": (DETERMINISTIC,),
     "deterministic": (DETERMINISTIC, *FLASHINFER),
     "deterministic-triton": (DETERMINISTIC, *TRITON),
     "gate": (GATE,),

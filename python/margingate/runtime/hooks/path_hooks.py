@@ -5,7 +5,7 @@ from __future__ import annotations
 from margingate.runtime.attention import invariant_attention
 from margingate.runtime.hooks import handlers
 from margingate.runtime.hooks.registry import AROUND, BEFORE, Hook
-from margingate.runtime.probe import all_reduce, startup
+from margingate.runtime.probe import all_reduce, execute, startup
 
 # Applied, besides, where --gate-fast-path is invariant.
 INVARIANT_HOOKS = (
@@ -28,7 +28,7 @@ INVARIANT_HOOKS = (
     Hook(
         "layers.quantization.unquant.UnquantizedLinearMethod.apply",
         AROUND,
-        startup.apply_linear,
+        execute.apply_linear,
         "self layer x bias",
         "keeps a linear layer within one class of row counts",
         "SGLang's linear layers are batch-invariant at this cost",
@@ -36,7 +36,7 @@ INVARIANT_HOOKS = (
     Hook(
         "layers.logits_processor.LogitsProcessor._compute_lm_head",
         AROUND,
-        startup.compute_lm_head,
+        execute.compute_lm_head,
         "self hidden_states lm_head embedding_bias out",
         "keeps lm_head within one class of row counts",
         "SGLang's linear layers are batch-invariant at this cost",

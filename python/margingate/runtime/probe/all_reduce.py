@@ -17,8 +17,13 @@ import torch
 from margingate.config import GateError
 from margingate.core.rowclass import RowPlan, choose
 from margingate.runtime.compat import ranks
-from margingate.runtime.probe import classes as probe
-from margingate.runtime.probe.plans import run_in_class
+from margingate.runtime.probe.classes import (
+    Finding,
+    RowDependenceError,
+    extended,
+    probe_operator,
+)
+from margingate.runtime.probe.execute import run_in_class
 
 NAME = "all-reduce"
 
@@ -26,7 +31,7 @@ _plan: RowPlan | None = None
 _width = 0  # of the rows that it is for
 
 
-def settle(runner: Any, counts: Sequence[int], prefill: Sequence[int]) -> list[probe.Finding]:
+def settle(runner: Any, counts: Sequence[int], prefill: Sequence[int]) -> list[Finding]:
     """Measure, and keep to what was found from now on; [] where there is one rank.
 
     All ranks must call this with the same row counts.
@@ -48,20 +53,20 @@ def settle(runner: Any, counts: Sequence[int], prefill: Sequence[int]) -> list[p
 
     with torch.inference_mode():
         try:
-            classes = probe.probe_operator(summed, width, counts, like)
-        except probe.RowDependenceError as error:
+            classes = probe_operator(summed, width, counts, like)
+        except RowDependenceError as error:
             raise GateError(
                 f"--deterministic-gate cannot use the all-reduce of --tp-size {group.world_size}: "
                 f"with {error.rows} rows, a row's sum depends on its place among them; use "
                 "--tp-size 2 or 1, or serve without the flag."
             ) from None
         if prefill:
-            classes = probe.extended(summed, width, classes, prefill, like)
+            classes = extended(summed, width, classes, prefill, like)
     classes = merged(ranks.of_all(classes))
     _plan, _width = choose(classes), width
     shape = (group.world_size, width)
     seconds = time.monotonic() - start
-    return [probe.Finding(NAME, NAME, shape, 1, classes, _plan, seconds, bool(prefill))]
+    return [Finding(NAME, NAME, shape, 1, classes, _plan, seconds, bool(prefill))]
 
 
 def merged(of_ranks: Sequence[dict[int, int]]) -> dict[int, int]:

@@ -19,12 +19,12 @@ from margingate.config import GateError
 from margingate.runtime.attention import invariant_attention
 from margingate.runtime.compat import ranks
 from margingate.runtime.compat.ranks import agreed
-from margingate.runtime.probe import drawing, startup
+from margingate.runtime.probe import drawing, execute
+from margingate.runtime.probe.classes import SEED
 from margingate.runtime.verify.verifier import RowInput, Verifier, scratch_rows
 
 logger = logging.getLogger(__name__)
 
-SEED = 20260530
 EAGER_COUNTS = (1, 2, 3, 5, 8, 9, 12, 16, 17, 24, 32, 33, 48, 64)
 LEAST_ROWS = 16  # compared at every row count
 
@@ -95,7 +95,7 @@ def measure(verifier: Verifier, scheduler: Any, largest: int) -> CanonicalSteps:
     """
     draw = drawing.shared(scheduler)
     graphs = verifier.graph_sizes(largest)
-    drawn = drawing.row_counts(draw, largest, startup.borders())
+    drawn = drawing.row_counts(draw, largest, execute.borders())
     counts = graphs or sorted({*drawn, *(n for n in EAGER_COUNTS if n <= largest)})
     eager = drawn if graphs and invariant_attention.of(verifier.backend) else []
     rows = _made_up_rows(scheduler, max([verifier.rows, LEAST_ROWS, *counts, *eager]))

@@ -18,14 +18,14 @@ import torch
 
 from margingate.runtime.compat import columns, settings
 from margingate.runtime.compat.ranks import agreed
-from margingate.runtime.probe import drawing, startup
+from margingate.runtime.probe import drawing, execute
+from margingate.runtime.probe.classes import SEED
 from margingate.runtime.verify import rollback
 from margingate.runtime.verify.internal_prefill import extend, internal_request, release
 from margingate.runtime.verify.verifier import RowInput, Verifier
 
 logger = logging.getLogger(__name__)
 
-SEED = 20260530
 LONGEST = 900  # tokens of the prompt that is compared
 
 
@@ -43,7 +43,7 @@ class Prefill:
 
 def measure(scheduler: Any, verifier: Verifier, wanted: bool) -> Prefill:
     """Compare prefills of the same prompt; alone on the grid where they are not `wanted`."""
-    if not agreed(scheduler, [wanted and startup.covers_prefill()])[0]:
+    if not agreed(scheduler, [wanted and execute.covers_prefill()])[0]:
         return Prefill()
     check = _Check(scheduler, verifier)
     # All of them, whatever the first says: ranks must run the same forwards.
@@ -96,7 +96,7 @@ class _Check:
         """Whether it has them in forwards with row counts that this start draws, part by part."""
         draw = drawing.shared(self._scheduler)
         wrong = []
-        counts = drawing.row_counts(draw, self._room, startup.borders())
+        counts = drawing.row_counts(draw, self._room, execute.borders())
         for count in counts:
             cut = self._length - draw.randint(1, min(count, self._length))
             if not self._agrees_within(count, cut):

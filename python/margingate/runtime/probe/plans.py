@@ -18,23 +18,33 @@ from margingate.runtime.compat.batch_invariant_matmul import (
     is_deep_gemm,
     kernel_counts,
 )
-from margingate.runtime.probe import classes as probe
+from margingate.runtime.probe.classes import (
+    HEAD,
+    Finding,
+    Member,
+    RowDependenceError,
+    apart_in_graphs,
+    extended,
+    probe_operator,
+    refusing,
+    row_counts,
+)
 from margingate.runtime.probe.compile_kernels import Compilers, Need, compile_ahead
+from margingate.runtime.probe.graph_timing import replay_us
 
 logger = logging.getLogger(__name__)
 
 Operator = Callable[[torch.Tensor], torch.Tensor]
 TIMED_CALLS = 20
-ALIGNED = 16  # bytes
 LARGEST_SMALL = 256  # row counts up to this are compared in windows, larger ones in blocks
 
 
 def probe_groups(
-    found: dict[str, list[probe.Member]],
+    found: dict[str, list[Member]],
     largest: int,
     prefill: Sequence[int] = (),
     graphs: Sequence[int] = (),
-) -> list[probe.Finding]:
+) -> list[Finding]:
     """Probe each distinct operator once.
 
     Args:
@@ -44,7 +54,7 @@ def probe_groups(
     Raises:
         GateError: an operator whose rows depend on each other at a fixed row count.
     """
-    counts = probe.row_counts(largest)
+    counts = row_counts(largest)
     linear = (same[0].module.weight for same in found.values() if same[0].kind == "linear")
     with Compilers(linear) as compilers:
         measured = [_classes(same[0], counts, prefill, graphs) for same in found.values()]
@@ -55,9 +65,7 @@ def probe_groups(
     ]
 
 
-def plans(
-    found: dict[str, list[probe.Member]], findings: Sequence[probe.Finding]
-) -> dict[int, RowPlan]:
+def plans(found: dict[str, list[Member]], findings: Sequence[Finding]) -> dict[int, RowPlan]:
     """The plans of `probe_groups`, by id of the module that each is for."""
     named = {finding.name: finding.plan for finding in findings if finding.plan is not None}
     return {
@@ -77,22 +85,22 @@ class Classes(NamedTuple):
 
 
 def _classes(
-    first: probe.Member, counts: Sequence[int], prefill: Sequence[int], graphs: Sequence[int]
+    first: Member, counts: Sequence[int], prefill: Sequence[int], graphs: Sequence[int]
 ) -> Classes:
     start, width = time.monotonic(), first.width
-    with torch.inference_mode(), probe.refusing(first.name):
-        classes = probe.probe_operator(first.operator, width, counts, first.like)
+    with torch.inference_mode(), refusing(first.name):
+        classes = probe_operator(first.operator, width, counts, first.like)
         if graphs:
             known = [count for count in graphs if count in classes]
-            for count in probe.apart_in_graphs(first.operator, width, known, first.like):
+            for count in apart_in_graphs(first.operator, width, known, first.like):
                 classes[count] = max(classes.values()) + 1
         wide = classes
-        if prefill and first.name != probe.HEAD:  # which has a row a request
-            wide = probe.extended(first.operator, width, classes, prefill, first.like)
+        if prefill and first.name != HEAD:  # which has a row a request
+            wide = extended(first.operator, width, classes, prefill, first.like)
     return Classes(classes, wide, time.monotonic() - start)
 
 
-def _needs(found: Iterable[list[probe.Member]], measured: Iterable[Classes]) -> list[Need]:
+def _needs(found: Iterable[list[Member]], measured: Iterable[Classes]) -> list[Need]:
     """What the batch-invariant kernel will be tried with."""
     tried = [
         (same[0].module.weight, classes.wide, most)
@@ -108,7 +116,7 @@ def _need(weight: torch.Tensor, classes: Iterable[int], most: int, kernels: bool
     return weight, met if kernels else sorted({n for n in classes if n <= most}.difference(met))
 
 
-def _tried(member: probe.Member, classes: Mapping[int, int]) -> int:
+def _tried(member: Member, classes: Mapping[int, int]) -> int:
     """Up to how many rows the batch-invariant kernel is tried; 0: not at all."""
     if _may_join(member):
         return reach(classes)
@@ -116,41 +124,41 @@ def _tried(member: probe.Member, classes: Mapping[int, int]) -> int:
     return max(classes) if _may_replace(member) and unsteady else 0
 
 
-def _may_replace(member: probe.Member) -> bool:
+def _may_replace(member: Member) -> bool:
     """Whether the batch-invariant kernel may take its place: measured without a bias, not wide."""
     return member.kind == "linear" and not member.widened and member.call.bias is not True
 
 
-def _may_join(member: probe.Member) -> bool:
+def _may_join(member: Member) -> bool:
     """Whether the batch-invariant kernel may have this layer's own bits, and be faster.
 
     It adds a bias to results that are rounded already. lm_head's weight is read once a step.
     """
     return (
         member.kind == "linear"
-        and member.name != probe.HEAD
+        and member.name != HEAD
         and getattr(member.module, "bias", None) is None
         and is_deep_gemm(member.module.weight)
     )
 
 
-def _finding(same: list[probe.Member], measured: Classes, prefilled: bool) -> probe.Finding:
+def _finding(same: list[Member], measured: Classes, prefilled: bool) -> Finding:
     first, start = same[0], time.monotonic()
     weight, wide = first.module.weight, measured.wide
     plan, holds = None, prefilled and len(set(wide.values())) == 1
     if first.kind == "linear":
-        head = first.name == probe.HEAD
+        head = first.name == HEAD
         many = wide if prefilled and not head else None
-        with torch.inference_mode(), probe.refusing(first.name):
+        with torch.inference_mode(), refusing(first.name):
             plan, holds = plan_of(same, measured.decode, many)
         holds |= prefilled and head  # more rows run in pieces
     seconds = measured.seconds + time.monotonic() - start
     shape = tuple(weight.shape)
-    return probe.Finding(first.kind, first.name, shape, len(same), wide, plan, seconds, holds)
+    return Finding(first.kind, first.name, shape, len(same), wide, plan, seconds, holds)
 
 
 def plan_of(
-    same: Sequence[probe.Member], classes: dict[int, int], wide: dict[int, int] | None
+    same: Sequence[Member], classes: dict[int, int], wide: dict[int, int] | None
 ) -> tuple[RowPlan, bool]:
     """A plan for the linear layers that are `same`, and whether it holds for prefill too.
 
@@ -165,7 +173,7 @@ def plan_of(
     return _plan(same, classes, to_the_top=False), False
 
 
-def _plan(same: Sequence[probe.Member], classes: dict[int, int], *, to_the_top: bool) -> RowPlan:
+def _plan(same: Sequence[Member], classes: dict[int, int], *, to_the_top: bool) -> RowPlan:
     """By measured times on a GPU; elsewhere the plan must not depend on the clock."""
     first, steady = same[0], len(set(classes.values())) == 1
     weight = first.module.weight
@@ -184,7 +192,7 @@ def _plan(same: Sequence[probe.Member], classes: dict[int, int], *, to_the_top: 
         if _may_join(first):  # what `probe_groups` had compiled ends at `reach`
             compile_ahead([_need(weight, classes, max(classes), each) for each in (True, False)])
         # RuntimeError: it does not run here, as where DeepGEMM has nothing to compile with
-        with suppress(probe.RowDependenceError, RuntimeError):
+        with suppress(RowDependenceError, RuntimeError):
             if _in_one_class(own[0], classes, weight):
                 kernel = _microseconds(own, weight, counts)
     operators = [each.operator for each in same]
@@ -210,7 +218,7 @@ def _joins(
         sample = torch.randn(count, like.shape[-1], device=like.device).to(like.dtype)
         return torch.equal(own(sample), operator(sample))
 
-    with suppress(probe.RowDependenceError, RuntimeError):
+    with suppress(RowDependenceError, RuntimeError):
         shared = [count for count in within if count in of_top]
         if _in_one_class(either, [*within, beyond], like) and all(map(agrees, shared)):
             return within
@@ -227,36 +235,12 @@ def _in_one_class(operator: Operator, counts: Iterable[int], weight: torch.Tenso
     small = [count for count in counts if count <= LARGEST_SMALL]
     large = [count for count in counts if count > LARGEST_SMALL]
     width = weight.shape[-1]
-    classes = probe.probe_operator(operator, width, small, weight)
-    return len(set(probe.extended(operator, width, classes, large, weight).values())) == 1
-
-
-def run_in_class(
-    plan: RowPlan, x: torch.Tensor, operator: Operator, kernel: Operator | None = None
-) -> torch.Tensor:
-    """The operator's results of the rows of `x` [rows, inputs], by calls within the class.
-
-    Args:
-        kernel: the batch-invariant one; None for a plan without it.
-    """
-    outputs = []
-    for start, stop, made, by_kernel in plan.calls(x.shape[0]):
-        piece, rows = x[start:stop], stop - start
-        if made > rows:
-            # Rows leave each other alone, whatever is in the unused ones.
-            room = x.new_empty(made, x.shape[1])
-            room[:rows].copy_(piece)
-            piece = room
-        elif piece.data_ptr() % ALIGNED:
-            piece = piece.clone()  # a library may look at the address; inputs are measured aligned
-        call = kernel if by_kernel else operator
-        assert call is not None, f"{plan} needs the batch-invariant kernel"
-        outputs.append(call(piece)[:rows])
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    classes = probe_operator(operator, width, small, weight)
+    return len(set(extended(operator, width, classes, large, weight).values())) == 1
 
 
 def settle_kernels(
-    found: dict[str, list[probe.Member]], planned: dict[int, RowPlan], decoded: int
+    found: dict[str, list[Member]], planned: dict[int, RowPlan], decoded: int
 ) -> bool:
     """Run the batch-invariant kernel of each plan that has it, with all it may be asked for.
 
@@ -284,7 +268,7 @@ def settle_kernels(
             if plan.by_kernel > decoded:
                 try:
                     holds &= _in_one_class(own, kernel_counts(plan.by_kernel), weight)
-                except probe.RowDependenceError:
+                except RowDependenceError:
                     holds = False
         seconds = time.monotonic() - start
         if seconds > 1:
@@ -323,14 +307,5 @@ def _microseconds(
         with torch.cuda.graph(graph):
             for operator in turns:
                 operator(rows)
-        found[count] = min(_replay_ms(graph) for _ in range(3)) / TIMED_CALLS * 1e3
+        found[count] = min(replay_us(graph) for _ in range(3)) / TIMED_CALLS
     return found
-
-
-def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    graph.replay()
-    stop.record()
-    stop.synchronize()
-    return float(start.elapsed_time(stop))

@@ -1,4 +1,4 @@
-"""`--gate-fast-path invariant`: the decode step itself becomes canonical, at almost no cost.
+"""`--gate-fast-path invariant`: what makes the decode step itself canonical, measured at start.
 
 Linear layers whose bits depend on the number of rows are padded up to, or run in pieces of, one
 class of row counts; decode attention gets a split of the K/V that depends on the length alone.
@@ -16,12 +16,10 @@ from typing import Any
 import torch
 
 from margingate.config import GateConfig
-from margingate.core.rowclass import RowPlan
 from margingate.runtime.attention import fixed_split, invariant_attention
 from margingate.runtime.compat import ranks, settings
-from margingate.runtime.compat.batch_invariant_matmul import invariant_matmul
 from margingate.runtime.compat.server_args import gate_config
-from margingate.runtime.probe import all_reduce, cache, classes, dual_gemm, plans
+from margingate.runtime.probe import all_reduce, cache, classes, dual_gemm, execute, plans
 from margingate.runtime.probe.attention_operator import probe_attention
 from margingate.runtime.probe.observed_calls import (
     ROWS,
@@ -39,8 +37,6 @@ LARGEST_ON_GPU = 256
 
 MOST_PREFILLED = 16384  # rows of a prefill up to which layers are probed; more run in pieces
 
-_plans: dict[int, RowPlan] = {}
-_limit: float = LARGEST_ON_GPU  # of this process's device; rows above it are left alone
 _findings: list[classes.Finding] = []
 
 
@@ -54,21 +50,10 @@ def records() -> list[dict[str, Any]]:
     return [finding.record() for finding in _findings]
 
 
-def covers_prefill() -> bool:
-    """Whether the plans of this process hold for prefill forwards of any size."""
-    return math.isinf(_limit)
-
-
-def borders() -> set[int]:
-    """First and last row counts of the spans that plans keep to, and around them."""
-    return {end for plan in _plans.values() for span in plan.counts for end in span}
-
-
 def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     """BEFORE ModelRunner.init_cuda_graphs: plan the operators that the graphs will hold."""
     if runner.is_draft_worker:
         return
-    global _limit  # noqa: PLW0603
     decoded = largest_rows(runner.device)
     fixed_split.fix_split(runner.attn_backend, runner)
     config = gate_config(runner.server_args)
@@ -82,18 +67,19 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     for finding in summed:
         logger.info("margingate: %s", finding)
     _findings.extend(summed)
-    _plans.update(plans.plans(operators, _findings))
-    _limit = decoded
+    planned, limit = plans.plans(operators, _findings), float(decoded)
+    execute.keep_to(planned, limit)
     _settle_dual_gemm(runner, bool(prefill))
     probed = {finding.name for finding in _findings}
     if prefill and classes.HEAD in probed and all(finding.prefill for finding in _findings):
-        _limit = math.inf
-    if not plans.settle_kernels(operators, _plans, decoded):
+        limit = math.inf
+    if not plans.settle_kernels(operators, planned, decoded):
         logger.warning(
             "margingate: the batch-invariant matmul gives a row other bits at some row counts of "
             "prefill: gated prompts are prefilled one at a time."
         )
-        _limit = decoded
+        limit = decoded
+    execute.keep_to(planned, limit)
 
 
 def refuse_unknown(
@@ -186,42 +172,3 @@ def _find(
     for finding in found:
         logger.info("margingate: %s", finding)
     return found
-
-
-def apply_linear(original: Any, method: Any, layer: Any, x: torch.Tensor, bias: Any = None) -> Any:
-    """AROUND UnquantizedLinearMethod.apply: stay within the operator's class of row counts."""
-    plan = _plans.get(id(layer))
-    if plan is None or x.dim() != 2 or x.shape[0] > _limit or plan.runs_as_is(x.shape[0]):
-        return original(method, layer, x, bias)  # more: a prefill that is canonical by its shape
-    return plans.run_in_class(
-        plan,
-        x,
-        lambda piece: original(method, layer, piece, bias),
-        lambda piece: invariant_matmul(piece, weight=layer.weight, bias=bias),
-    )
-
-
-def compute_lm_head(
-    original: Any,
-    processor: Any,
-    hidden: torch.Tensor,
-    lm_head: Any,
-    bias: Any = None,
-    *,
-    out: torch.Tensor | None = None,
-) -> Any:
-    """AROUND LogitsProcessor._compute_lm_head.
-
-    Args:
-        out: where a whole forward's logits may be written; SGLang copies other results there.
-    """
-    plan = _plans.get(id(lm_head))
-    if plan is None or hidden.shape[0] > _limit or plan.runs_as_is(hidden.shape[0]):
-        return original(processor, hidden, lm_head, bias, out=out)
-    weight = lm_head.weight
-    return plans.run_in_class(
-        plan,
-        hidden,
-        lambda piece: original(processor, piece, lm_head, bias),
-        lambda piece: invariant_matmul(piece.to(weight.dtype), weight=weight, bias=bias),
-    )
