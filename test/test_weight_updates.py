@@ -17,6 +17,7 @@ def scheduler(*, idle: bool = True, session: Any = None) -> Any:
     updater = SimpleNamespace(_session=session)
     return SimpleNamespace(is_fully_idle=lambda: idle, weight_updater=updater)
 
+
 KINDS = [
     ("UpdateWeightFromDiskReq", {"model_path": "here"}),
     ("UpdateWeightsFromDistributedReq", {"names": [], "dtypes": [], "shapes": []}),
