@@ -10,7 +10,7 @@ import pickle
 import socket
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ import pytest
 
 from margingate.config import GateConfig, GateError
 from margingate.harness.embedded_model import ensure_model
-from margingate.runtime.compat import machine
+from margingate.runtime.compat import machine, settings, settings_table
 from margingate.runtime.start import refusals, refused_models
 from margingate.runtime.start.refused_settings import SERVER_REFUSALS, Refusal
 
@@ -60,9 +60,25 @@ def prepare(folder):
     from sglang.srt.server_args import prepare_server_args
 
     def prepared(*argv: str, model: str = folder) -> Any:
-        return prepare_server_args(["--model-path", model, "--device", "cpu", *argv])
+        made = prepare_server_args(["--model-path", model, "--device", "cpu", *argv])
+        made.resolve_once()
+        return made
 
     return prepared
+
+
+@pytest.fixture
+def make(server_args_class):
+    """Make and resolve ServerArgs as an Engine does that is given these keywords."""
+    from sglang.srt.entrypoints.engine import Engine
+
+    def made(**keywords: Any) -> Any:
+        server_args = Engine.server_args_class(**keywords)
+        assert isinstance(server_args, server_args_class)
+        server_args.resolve_once()
+        return server_args
+
+    return made
 
 
 @pytest.fixture
@@ -126,13 +142,19 @@ def test_an_events_endpoint_in_use_ends_the_start(prepare):
 def test_the_flag_attaches_the_settings_and_sets_what_the_gate_needs(prepare):
     server_args = prepare(GATE)
     assert server_args._margingate == GateConfig(rows=16, prefill_chunk=64, overlap="off")
-    assert server_args.disable_overlap_schedule is True
-    assert server_args.radix_cache_backend == "margingate"
+    args = settings.view(server_args)
+    assert args.disable_overlap_schedule is True
+    assert (args.radix_cache_backend, args.boundary_reduction) == ("margingate", "ar")
+    assert (args.enable_lean_attention, args.enforce_disable_flashinfer_allreduce_fusion) == (
+        False,
+        True,
+    )
 
 
 def test_without_a_radix_cache_there_is_no_backend(prepare):
     server_args = prepare(GATE, "--disable-radix-cache")
-    assert (server_args.disable_radix_cache, server_args.radix_cache_backend) == (True, None)
+    args = settings.view(server_args)
+    assert (args.disable_radix_cache, args.radix_cache_backend) == (True, None)
     assert server_args._margingate.rows == 16
 
 
@@ -198,7 +220,9 @@ def test_one_parsed_command_line_can_be_used_twice(server_args_class, parser, fo
     args = parser.parse_args(["--model-path", folder, "--device", "cpu", GATE])
     given = dict(vars(args))
     for _ in range(2):
-        assert server_args_class.from_cli_args(args)._margingate.rows == 16
+        made = server_args_class.from_cli_args(args)
+        made.resolve_once()
+        assert made._margingate.rows == 16
     assert vars(args) == given
 
 
@@ -249,41 +273,53 @@ def test_a_refused_value_is_one_line(prepare, argv, words):
 # Without the flag
 
 
-def test_without_the_flag_there_is_no_attribute(prepare, server_args_class, folder):
+def test_without_the_flag_there_is_no_attribute(prepare, make, server_args_class, folder):
     from margingate.runtime.compat.server_args import gate_config
 
     for server_args in (
         prepare(),
         server_args_class(model_path=folder, device="cpu"),
-        server_args_class(model_path=folder, device="cpu", deterministic_gate=False),
+        make(model_path=folder, device="cpu"),
+        make(model_path=folder, device="cpu", deterministic_gate=False),
     ):
         assert "_margingate" not in vars(server_args)
         assert gate_config(server_args) is None
-        assert (server_args.radix_cache_backend, server_args.disable_overlap_schedule) == (
-            None,
-            False,
-        )
+        args = settings.view(server_args)
+        assert (args.radix_cache_backend, args.disable_overlap_schedule) == (None, False)
 
 
 # Python
 
 
-def test_keywords_turn_the_gate_on(server_args_class, folder):
-    server_args = server_args_class(
+def test_keywords_turn_the_gate_on(make, folder):
+    server_args = make(
         model_path=folder, device="cpu", deterministic_gate=True, gate_threshold=0.25, gate_rows=8
     )
     assert server_args._margingate == GateConfig(
         threshold=0.25, rows=8, prefill_chunk=64, overlap="off"
     )
-    assert server_args.radix_cache_backend == "margingate"
+    assert settings.view(server_args).radix_cache_backend == "margingate"
 
 
-def test_the_model_path_may_come_by_position(server_args_class, folder):
-    assert server_args_class(folder, device="cpu", deterministic_gate=True)._margingate.rows == 16
+def test_server_arguments_themselves_take_no_keyword_of_ours(server_args_class, folder):
+    with pytest.raises(TypeError, match="deterministic_gate"):
+        server_args_class(model_path=folder, deterministic_gate=True)
 
 
-def test_a_server_without_a_model_is_gated_too(server_args_class):
-    assert server_args_class(model_path="dummy", deterministic_gate=True)._margingate.rows == 64
+def test_a_server_without_a_model_is_gated_too(make):
+    assert make(model_path="dummy", deterministic_gate=True)._margingate.rows == 64
+
+
+def test_arguments_that_were_refused_stay_refused(make, server_args_class, folder):
+    """SGLang resolves them once, and takes them for resolved from then on."""
+    from sglang.srt.entrypoints.engine import Engine
+
+    keywords = {"model_path": folder, "device": "cpu", "deterministic_gate": True}
+    made = Engine.server_args_class(**keywords, gate_prefill_chunk=8192, chunked_prefill_size=4096)
+    with pytest.raises(GateError, match="--gate-prefill-chunk is 8192"):
+        made.resolve_once()
+    with pytest.raises(GateError, match=r"without the hook on ServerArgs\.resolve_once"):
+        made.resolve_once()
 
 
 @pytest.mark.parametrize(
@@ -296,24 +332,24 @@ def test_a_server_without_a_model_is_gated_too(server_args_class):
         ({"deterministic_gate": True, "page_size": 16}, "does not work with --page-size, "),
     ],
 )
-def test_refused_keywords_raise(server_args_class, folder, keywords, words):
+def test_refused_keywords_raise(make, folder, keywords, words):
     with pytest.raises(GateError) as caught:
-        server_args_class(model_path=folder, device="cpu", **keywords)
+        make(model_path=folder, device="cpu", **keywords)
     assert words in sentence(caught.value)
 
 
-def test_another_version_of_sglang_does_not_start(server_args_class, folder, monkeypatch):
+def test_another_version_of_sglang_does_not_start(make, folder, monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.5.18")
     with pytest.raises(GateError, match=r"but SGLang is 0\.5\.18: pip install"):
-        server_args_class(model_path=folder, device="cpu", deterministic_gate=True)
-    assert server_args_class(model_path="dummy")
+        make(model_path=folder, device="cpu", deterministic_gate=True)
+    assert make(model_path="dummy")
 
 
 def test_the_settings_travel_with_a_copy(prepare):
     server_args = prepare(GATE, "--gate-threshold", "0.25")
     for other in (pickle.loads(pickle.dumps(server_args)), copy.deepcopy(server_args)):
         assert other._margingate == server_args._margingate
-        assert other.radix_cache_backend == "margingate"
+        assert settings.view(other).radix_cache_backend == "margingate"
 
 
 # Calibration
@@ -355,19 +391,21 @@ def test_a_calibration_needs_a_model_in_a_folder(prepare, tmp_path):
 # What the gate does not work with
 
 VALUES: dict[str, Any] = {
+    "--attn-dp-size": 2,
+    "--boundary-reduction": "rs",
+    "--startup-weight-load-mode": "overlap",
     "--preferred-sampling-params": '{"deterministic": false}',
     "--speculative-algorithm": "NGRAM",
     "--pp-size": 2,
     "--disaggregation-mode": "prefill",
     "--dcp-size": 2,
     "--dp-size": 2,
-    "--torchao-config": "int8wo",
     "--attn-cp-size": 2,
     "--dllm-algorithm": "LowConfidence",
     "--kv-canary": "log",
     "--elastic-ep-backend": "mooncake",
     "--rl-on-policy-target": "fsdp",
-    "--cuda-graph-backend-prefill": "tc_piecewise",
+    "--cuda-graph-backend-prefill": "full",
     "--page-size": 16,
     "--tokenizer-worker-num": 2,
     "--radix-cache-backend": "another",
@@ -393,15 +431,9 @@ each_refusal = pytest.mark.parametrize("refusal", SERVER_REFUSALS, ids=lambda r:
 
 def stand_in(server_args_class: Any, **changes: Any) -> Any:
     """ServerArgs with these fields, not resolved."""
-    args = object.__new__(server_args_class)
-    for option in fields(server_args_class):
-        made = option.default_factory
-        default = option.default if made is MISSING else made()
-        object.__setattr__(args, option.name, None if default is MISSING else default)
-    assert changes.keys() <= vars(args).keys()
-    for name, value in changes.items():
-        object.__setattr__(args, name, value)
-    return args
+    values = {"model_path": "model"} | settings_table.defaults(server_args_class)
+    assert changes.keys() <= values.keys()
+    return SimpleNamespace(**(values | changes))
 
 
 def check_refused(text: str, refusal: Refusal) -> None:
@@ -484,8 +516,12 @@ def test_the_grid_must_fit_into_a_forward(size, chunk, refused):
 
 def test_a_grammar_backend_that_needs_a_driver_is_refused_on_a_cpu(prepare):
     """The first grammar would end the scheduler."""
-    assert prepare(GATE).grammar_backend == "llguidance"
-    assert prepare(GATE, "--grammar-backend", "outlines").grammar_backend == "outlines"
+
+    def backend(*argv: str) -> str:
+        return settings.view(prepare(GATE, *argv)).grammar_backend
+
+    assert backend() == "llguidance"
+    assert backend("--grammar-backend", "outlines") == "outlines"
     text = exits(prepare, GATE, "--grammar-backend", "xgrammar")
     assert text == (
         "--grammar-backend is xgrammar, whose masks need a GPU's driver, but --device is cpu: use "
@@ -594,7 +630,12 @@ def test_schedulers_with_the_gate_and_servers_without_it_pass():
 
 
 def backends(device: str, decode: str) -> SimpleNamespace:
-    return SimpleNamespace(device=device, get_attention_backends=lambda: ("triton", decode))
+    return SimpleNamespace(
+        device=device,
+        attention_backend="triton",
+        prefill_attention_backend=None,
+        decode_attention_backend=decode,
+    )
 
 
 @pytest.mark.parametrize("decode", refusals.INVARIANT_ATTENTION)
@@ -628,11 +669,9 @@ def test_the_attention_of_a_gpu_depends_on_the_path(monkeypatch, config, flashin
     monkeypatch.setattr("sglang.srt.utils.is_flashinfer_available", lambda: flashinfer)
     names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
     args = SimpleNamespace(device="cuda", **dict.fromkeys(names))
-    arguments._choose_attention(args, config)
-    assert args.attention_backend == chosen
+    assert arguments._attention(args, config) == chosen
     args.attention_backend = "fa3"
-    arguments._choose_attention(args, config)
-    assert args.attention_backend == "fa3"
+    assert arguments._attention(args, config) is None
 
 
 @pytest.mark.parametrize(
@@ -660,8 +699,7 @@ def test_the_verifier_has_the_gates_kernels_beside_other_attention(
 
     monkeypatch.setattr(attention_backend_setup, "_build_full_attention_backend_from_str", build)
     monkeypatch.setattr(invariant_attention, "unfit", lambda backend, runner: reason)
-    args = SimpleNamespace(get_attention_backends=lambda: (decode, decode))
-    runner = SimpleNamespace(server_args=args, init_new_workspace=False)
+    runner = SimpleNamespace(server_args=backends("cuda", decode), init_new_workspace=False)
     assert verify_backend._attention(runner) == made[-1]
     assert built == made
     assert runner.init_new_workspace is False

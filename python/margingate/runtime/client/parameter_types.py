@@ -47,6 +47,10 @@ def _number(value: Any) -> bool:
     return real and bool(abs(value) <= _FLOAT32)
 
 
+def _one(value: Any) -> bool:
+    return _whole(value) and value == 1
+
+
 def _flag(value: Any) -> bool:
     return isinstance(value, bool | np.bool_)
 
@@ -101,7 +105,9 @@ _KINDS: dict[str, _Kind] = {
     **dict.fromkeys(("frequency_penalty", "presence_penalty", "repetition_penalty"), _NUMBER),
     **dict.fromkeys(("json_schema", "regex", "ebnf", "structural_tag"), _TEXT),
     **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens"), _FLAG),
+    "ebnf_full_assistant": _FLAG,
     "n": _COPIES,
+    "beam_width": (_one, "1, since a server with the deterministic gate searches no beams"),
     "stop": (_texts, "a text or a list of texts"),
     "stop_regex": (
         _expressions,

@@ -19,6 +19,7 @@ _REFUSED = "refused where the request is gated"
 _CARRIED = "how the request travels, who waits for it, and what is logged"
 _DISAGGREGATED = "of --disaggregation-mode or --dp-size, which are refused"
 _IMAGES = "of multimodal models, which are refused"
+_OFF = "of options of the server that are refused"
 _SCORED = "of scores, for which nothing is generated"
 _NOTES = "SGLang's own notes on other fields; refused from clients"
 
@@ -26,7 +27,9 @@ SAMPLING: _Group = {
     _ASKED: "max_new_tokens stop stop_token_ids stop_regex temperature top_p top_k min_p "
     "frequency_penalty presence_penalty repetition_penalty min_new_tokens n json_schema regex ebnf "
     "structural_tag ignore_eos skip_special_tokens spaces_between_special_tokens no_stop_trim "
-    "logit_bias sampling_seed custom_params",
+    "logit_bias sampling_seed custom_params ebnf_full_assistant",
+    _OFF: "watermark",
+    "refused: a server with the gate searches no beams": "beam_width",
     "how a stream is cut into chunks": "stream_interval",
     _NOTES: "stop_strs stop_regex_strs stop_str_max_len stop_regex_max_len is_normalized",
 }
@@ -34,16 +37,15 @@ SAMPLING: _Group = {
 _BOTH: _Group = {
     _ASKED: "input_ids sampling_params require_reasoning",
     _BESIDE: "return_logprob logprob_start_len top_logprobs_num token_ids_logprob "
-    "return_flat_raw_top_logprobs return_bytes return_entropy",
+    "return_flat_raw_top_logprobs return_bytes return_entropy sampling_logprobs_mode",
     _REFUSED: "input_embeds return_sampling_mask return_hidden_states custom_logit_processor "
-    "positional_embed_overrides lora_id session_id session_params",
-    "of options of the server that are refused": "return_routed_experts routed_experts_start_len "
-    "return_indexer_topk",
+    "positional_embed_overrides lora_id session_id session_params token_indices_to_pool",
+    _OFF: "return_routed_experts routed_experts_start_len return_indexer_topk kv_hints",
     _CARRIED: "rid stream priority http_worker_ipc no_logs routing_key",
-    "where columns are looked for, which the gate makes answers independent of": "extra_key",
+    "where columns are looked for, which the gate makes answers independent of": "extra_key cache_salt",
     _DISAGGREGATED: "bootstrap_host bootstrap_port bootstrap_room bootstrap_pair_key "
     "decode_tp_size routed_dp_rank disagg_prefill_dp_rank",
-    _IMAGES: "need_wait_for_mm_inputs num_items_assigned mm_data_mooncake encoder_urls",
+    _IMAGES: "need_wait_for_mm_inputs num_items_assigned encoder_urls",
     _SCORED: "multi_item_delimiter_indices",
 }
 
@@ -51,19 +53,23 @@ _GENERATE: _Group = {
     "part of what is asked, in words": "text",
     "part of what is asked; SGLang makes a logit processor of it": "max_thinking_tokens",
     "asks for what is said beside the answer, in words": "return_text_in_logprobs "
-    "return_flat_raw_top_logprobs_b64 return_prompt_token_ids",
+    "return_flat_raw_output_top_logprobs return_flat_raw_top_logprobs_b64 return_prompt_token_ids",
+    "a name for routed_dp_rank, of --dp-size, which is refused": "data_parallel_rank",
+    "of --enable-watermark, which is refused": "watermark",
     "refused where the request is gated, by the id it gets": "lora_path",
     "how a client's call is kept and timed": "log_metrics conversation_id background custom_labels "
     "external_trace_header received_time",
     "images, video and sound, models for which are refused": "image_data video_data audio_data "
     "mm_hashes use_audio_in_video modalities max_dynamic_patch min_dynamic_patch "
-    "image_max_dynamic_patch video_max_dynamic_patch images_config",
+    "image_max_dynamic_patch video_max_dynamic_patch images_config mm_content_hashes video_config "
+    "mm_processor_kwargs",
 }
 
 _TOKENIZED: _Group = {
     "a copy of the prompt in words, for logs": "input_text",
     "of models for images or for scores, which are refused": "mm_inputs token_type_ids",
     "when it came": "time_stats",
+    "of --pp-size and --enable-lora, which are refused": "pp_prefetch_ticketed lora_name",
 }
 
 TABLES: Mapping[str, tuple[_Group, ...]] = {

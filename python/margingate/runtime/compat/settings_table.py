@@ -11,6 +11,8 @@ from typing import Any
 
 import msgspec
 
+from margingate.runtime.compat.release import of_release
+
 _Group = Mapping[str, str]  # reason -> names, separated by spaces
 
 # The probe is measured anew where one of these differs, and the fingerprint is another.
@@ -301,4 +303,5 @@ def unseen(args: Any, known: frozenset[str] | None = None, kind: Any = None) -> 
     return [n for n in new if n not in defaulted or getattr(args, n) != defaulted[n]]
 
 
-KNOWN = frozenset(names(*GROUPS.values()))
+_GONE: Mapping[str, str] = of_release("GONE", {})
+KNOWN = frozenset(names(*GROUPS.values())) | _GONE.keys()

@@ -183,5 +183,6 @@ def _unserved(req: Any) -> str:
         (req.session is not None, "a session"),
         (bool(req.return_hidden_states), "return_hidden_states"),
         (req.return_sampling_mask, "return_sampling_mask"),
+        (req.token_indices_to_pool is not None, "token_indices_to_pool"),
     )
     return next((name for applies, name in features if applies), "")

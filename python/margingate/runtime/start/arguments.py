@@ -128,7 +128,7 @@ def _prepare(server_args: Any, config: GateConfig) -> GateConfig:
         logger.info("margingate sets --disable-overlap-schedule: it verifies between two steps.")
     if attention := _attention(given, config):
         settings.choose(server_args, attention_backend=attention)
-    # SGLang would choose each of these by itself for some models; asked for, they are refused above.
+    # SGLang would choose each of these itself for some models; asked for, they are refused above.
     settings.choose(
         server_args,
         enforce_disable_flashinfer_allreduce_fusion=True,
@@ -146,6 +146,7 @@ def _refuse_resolved(server_args: Any, config: GateConfig) -> None:
     refusals.refuse_server(args)
     refusals.refuse_chunks(args, config)
     refusals.refuse_audit(args, config)
+    refusals.refuse_confidential(args, config)
     refusals.refuse_simulation(args, config)
     refusals.refuse_grammars(args)
     event_socket.refuse_endpoint(args, config)

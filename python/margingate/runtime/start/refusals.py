@@ -52,6 +52,20 @@ def refuse_audit(args: Any, config: GateConfig) -> None:
         )
 
 
+def refuse_confidential(args: Any, config: GateConfig) -> None:
+    """There a worker thread copies a step's results, whose margins the next step may overwrite.
+
+    Only for arguments that SGLang has resolved. Raises GateError.
+    """
+    from sglang.srt.utils.common import is_confidential_compute
+
+    if config.overlap == "on" and args.device == "cuda" and is_confidential_compute():
+        raise GateError(
+            "--deterministic-gate does not overlap steps on a GPU in confidential computing mode, "
+            "where SGLang copies a step's results in another thread: add --gate-overlap off."
+        )
+
+
 def refuse_simulation(args: Any, config: GateConfig) -> None:
     """Simulated verdicts on real weights would be wrong answers. Raises GateError."""
     if config.simulates and args.load_format != "dummy":

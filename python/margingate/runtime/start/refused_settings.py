@@ -7,6 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from margingate.runtime.compat.release import of_release
+
+# Of these fields, which newer releases have, this one has none.
+ABSENT: frozenset[str] = of_release("ABSENT", frozenset())
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -19,7 +24,7 @@ class Refusal:
 
 
 def _on(name: str) -> Callable[[Any], bool]:
-    return lambda args: bool(getattr(args, name))
+    return lambda args: name not in ABSENT and bool(getattr(args, name))
 
 
 def _above_one(name: str) -> Callable[[Any], bool]:
@@ -30,7 +35,7 @@ def _prefill_graphs(args: Any) -> bool:
     """Whether prefill graphs are of a kind that the gate was not tried with."""
     chosen = getattr(args.cuda_graph_config, "prefill", None)  # of resolved arguments
     backend = getattr(chosen, "backend", args.cuda_graph_backend_prefill)
-    return backend in ("tc_piecewise", "full")
+    return backend not in (None, "breakable", "disabled")
 
 
 def _other_columns(args: Any) -> bool:
@@ -207,7 +212,7 @@ SERVER_REFUSALS = (
     Refusal(
         _prefill_graphs,
         "--cuda-graph-backend-prefill",
-        "compiled or whole prefill graphs pass the layers by that it keeps canonical",
+        "whole prefill graphs pass the layers by that it keeps canonical",
         "use breakable or disabled",
     ),
     Refusal(

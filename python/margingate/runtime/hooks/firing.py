@@ -1,0 +1,100 @@
+"""Hooks are seen to run: one that is in place may still never be called.
+
+SGLang may reach what a hook is on by another way, or not at all any more, and then all is in place
+and nothing is done. So each hook that a start must run is asked for when the checks at start end,
+and each that any gated request must run is asked for when the first one ends. What is left runs
+only if a client or an operator asks for something: a route, log-probs, an abort, an update.
+
+Hooks on server arguments and on the launcher are told by what they leave: the settings, resolved,
+the launcher's mark for its schedulers, and the word of each scheduler in its ready message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+from margingate.config import GateConfig, GateError
+from margingate.runtime.compat.release import SGLANG_VERSION
+from margingate.runtime.request import guard
+from margingate.runtime.request.observer import Observer
+from margingate.runtime.request.record import is_gated
+
+_SCHEDULER = "managers.scheduler.Scheduler."
+# Targets of hooks, in the scheduler.
+LAYERS = (
+    "model_executor.model_runner.ModelRunner.init_cuda_graphs",
+    "layers.quantization.unquant.UnquantizedLinearMethod.apply",
+    "layers.logits_processor.LogitsProcessor._compute_lm_head",
+)
+SUMS = "distributed.parallel_state.GroupCoordinator.all_reduce"
+REQUEST = (
+    "managers.schedule_batch.Req.__init__",
+    _SCHEDULER + "_add_request_to_queue",
+    "managers.schedule_policy.PrefillAdder.add_one_req",
+    "model_executor.model_runner.ModelRunner.sample",
+    "layers.sampler.Sampler._preprocess_logits",
+    "sampling.sampling_batch_info.SamplingBatchInfo.adjusted_from_schedule_batch",
+    _SCHEDULER + "get_next_batch_to_run",
+    _SCHEDULER + "process_batch_result",
+    _SCHEDULER + "get_init_info",
+    "managers.schedule_batch.Req.update_finish_state",
+    "mem_cache.memory_pool.ReqToTokenPool.free",
+    "managers.scheduler_components.output_streamer._GenerationStreamAccumulator.accept",
+)
+COPY = "managers.utils.GenerationBatchResult.copy_to_cpu"
+FORWARD = "model_executor.model_runner.ModelRunner._forward_raw"
+
+
+def at_start(config: GateConfig, *, ranks: int) -> Iterator[str]:
+    """Targets whose hooks the checks at start run; `ranks` of tensor parallelism."""
+    if config.invariant:
+        yield from LAYERS
+        if ranks > 1:
+            yield SUMS
+
+
+def by_a_request(config: GateConfig) -> Iterator[str]:
+    """Targets whose hooks every gated request runs that gets a token."""
+    yield from REQUEST
+    if config.overlap == "on":
+        yield COPY
+    if not config.invariant:
+        yield FORWARD
+
+
+def silent(targets: Iterator[str]) -> list[str]:
+    """Those whose hooks never ran in this process."""
+    counts = guard.tallies()
+    return [name for name in targets if name not in counts or not counts[name].fired]
+
+
+def confirm(targets: Iterator[str], when: str) -> None:
+    """Raises GateError with the first of the targets whose hook never ran; `when` says by when."""
+    for name in silent(targets):
+        raise GateError(
+            f"--deterministic-gate patched sglang.srt.{name}, and SGLang did not call it {when}: "
+            f"reinstall sglang=={SGLANG_VERSION}, or restrict the plugins with SGLANG_PLUGINS."
+        )
+
+
+class FirstRequest(Observer):
+    """Ends this process when the first gated request has ended without a hook that it must run."""
+
+    def __init__(self, config: GateConfig) -> None:
+        self._config = config
+        self._seen = False
+
+    def ended(self, req: Any) -> None:
+        """Raises SystemExit, which no hook contains: SGLang's launcher ends with its schedulers."""
+        if self._seen or not is_gated(req) or not req.output_ids:
+            return
+        if isinstance(req.finished_reason, FINISH_ABORT):
+            return
+        self._seen = True
+        try:
+            confirm(by_a_request(self._config), "for a request")
+        except GateError as error:
+            raise SystemExit(f"margingate: {error}") from None
