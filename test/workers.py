@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from margingate.harness.servers import PORTS
 
@@ -32,8 +33,11 @@ def pytest_xdist_auto_num_workers() -> int:
 def pytest_configure(config: pytest.Config) -> None:
     """Workers share the cores: servers and torch, which is not imported yet, read the variable.
 
-    Threads of two servers on the same cores wait for each other within each operator.
+    Threads of two servers on the same cores wait for each other within each operator. Examples of
+    hypothesis have no deadline, since a core that others use tells nothing.
     """
+    settings.register_profile("suite", deadline=None)
+    settings.load_profile("suite")
     if count := workers(config)[1]:
         threads = max(1, len(os.sched_getaffinity(0)) // count)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
