@@ -13,15 +13,14 @@ from hypothesis import settings
 
 from margingate.harness.servers import PORTS
 
-MOST_WORKERS = 2  # a server and what asks it take 3 GB
-# Servers, with the longest first, so that no worker is left alone with one at the end.
-FIRST = (
+MOST_WORKERS = 2  # a server and what asks it take 3 to 5 GB
+# Modules that start servers, the longest first: no worker is left alone with one at the end.
+SERVERS = (
     *("gated", "constraints", "pressure", "clients", "study", "stock", "invariant"),
     *("simulated", "ranks", "guard"),
 )
-ORDER = {f"test_server_{name}.py": place for place, name in enumerate(FIRST)} | {
-    "test_engine.py": len(FIRST)
-}
+PLACES = {f"test_server_{name}.py": place for place, name in enumerate(SERVERS)}
+PLACES["test_engine.py"] = len(SERVERS)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -44,8 +43,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sorts the modules by ORDER; the tests of each stay as they stand."""
-    items.sort(key=lambda item: ORDER.get(item.path.name, len(ORDER)))
+    """Sorts the modules by name, and those of PLACES among them by place; a module's tests stay."""
+
+    def key(item: pytest.Item) -> tuple[str, int]:
+        name = item.path.name
+        return ("test_server_", PLACES[name]) if name in PLACES else (name, 0)
+
+    items.sort(key=key)
 
 
 def workers(config: pytest.Config) -> tuple[int, int]:
