@@ -44,7 +44,14 @@ setup(
         "pyzmq>=25.1.2",
     ],
     extras_require={
-        "test": ["pytest", "hypothesis", "ruff==0.17.6", "mypy==2.4.1", "openai"],
+        "test": [
+            "pytest",
+            "pytest-xdist>=3.7",
+            "hypothesis",
+            "ruff==0.17.6",
+            "mypy==2.4.1",
+            "openai",
+        ],
     },
     entry_points={
         "console_scripts": ["margingate = margingate.cli.main:main"],

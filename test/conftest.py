@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,9 @@ import pytest
 from margingate.harness.client import Answer, Client, Prompt, chat_prompts, read_prompts
 from margingate.harness.defaults import PROMPTS
 from margingate.harness.embedded_model import ensure_model
-from margingate.harness.servers import Server, launch, slow_bfloat16
+from margingate.harness.servers import Server, free_port, launch, slow_bfloat16
 
+pytest_plugins = ("workers",)
 Start = Callable[..., Server]
 Canonical = Callable[[Client, Sequence[Prompt]], list[Answer]]
 # On this path a decode step is what SGLang makes of it, and the gate has flips to find and repair.
@@ -22,8 +26,16 @@ TOKENS = 24  # of an answer, where a test does not need another number
 STOCK_PATH = ("--gate-fast-path", "stock")
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds `path` against the other workers; the kernel drops it if this process dies."""
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(run_folder: Path) -> Path:
     """SmolLM2; a sixth of its layers where a CPU without AVX-512 makes bfloat16 slow.
 
     There torch multiplies it in loops of its own, up to five times slower: all tests would take
@@ -32,7 +44,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     whole = ensure_model("smollm2")
     if not slow_bfloat16():
         return whole
-    folder = tmp_path_factory.mktemp("model") / "smollm2-sixth"
+    folder = run_folder / "smollm2-sixth"
+    with locked(folder):
+        if not folder.exists():
+            make_sixth(whole, folder)
+    return folder
+
+
+def make_sixth(whole: Path, folder: Path) -> None:
+    """`folder`: links to the files of `whole`, and a config with a sixth of its layers."""
     folder.mkdir()
     for file in whole.iterdir():
         (folder / file.name).symlink_to(file)
@@ -40,7 +60,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "config.json").unlink()
     layers = {"num_hidden_layers": config["num_hidden_layers"] // 6}
     (folder / "config.json").write_text(json.dumps(config | layers))
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -56,26 +75,29 @@ def prompts(all_prompts: list[Prompt]) -> list[Prompt]:
 
 
 @pytest.fixture(scope="session")
-def canonical() -> Canonical:
-    """Each prompt's answer alone, from the first gated server that was asked for it.
+def canonical(run_folder: Path) -> Canonical:
+    """Each prompt's answer alone, from the first gated server of the run that was asked for it.
 
-    Every other gated server is held to it: fast path, guarantee, delay, retraction and entry
-    point may change what the gate has to do, but not the answer.
+    Every other gated server is held to it, in whatever worker: fast path, guarantee, delay,
+    retraction and entry point may change what the gate has to do, but not the answer.
     """
-    known: dict[tuple[int, str], Answer] = {}
+    file = run_folder / "canonical.pickle"
 
     def alone(client: Client, prompts: Sequence[Prompt]) -> list[Answer]:
         tokens = client.params["max_new_tokens"]
-        new = [prompt for prompt in prompts if (tokens, prompt.name) not in known]
-        known.update({(tokens, answer.name): answer for answer in client.alone(new)})
+        with locked(file):
+            known = pickle.loads(file.read_bytes()) if file.exists() else {}
+            new = [prompt for prompt in prompts if (tokens, prompt.name) not in known]
+            known.update({(tokens, answer.name): answer for answer in client.alone(new)})
+            file.write_bytes(pickle.dumps(known))
         return [known[tokens, prompt.name] for prompt in prompts]
 
     return alone
 
 
 @pytest.fixture(scope="module")
-def start(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Starts servers; all of them end with the module. Two cores: one lives at a time."""
+def start(model: Path, ports: range, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Starts servers; all of them end with the module. One of a worker's lives at a time."""
     servers: list[Server] = []
 
     def start_server(
@@ -89,7 +111,8 @@ def start(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sta
             server.stop()
         log = tmp_path_factory.mktemp("server") / "log"
         options.setdefault("stop_s", 0.5)  # SGLang sleeps for five seconds before it ends
-        server = launch(model, log, *args, gate=gate, **options)
+        port = free_port(ports)
+        server = launch(model, log, *args, gate=gate, port=port, **options)
         servers.append(server)
         server.start()
         return server

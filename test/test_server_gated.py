@@ -33,8 +33,8 @@ from margingate.harness.servers import Server, free_port, slow_bfloat16
 
 
 @pytest.fixture(scope="module")
-def endpoint() -> str:
-    return f"tcp://127.0.0.1:{free_port()}"
+def endpoint(ports) -> str:
+    return f"tcp://127.0.0.1:{free_port(ports)}"
 
 
 @pytest.fixture(scope="module")
