@@ -67,7 +67,8 @@ class GateRadixCache(RadixCache):
             super().cache_unfinished_req(req, chunked=chunked)
             return
         tokens = req.get_fill_ids()
-        shared = self._grid(len(tokens))
+        # After a failure of ours its columns are its own: nothing says how they were computed.
+        shared = 0 if req.gate.failed else self._grid(len(tokens))
         row = self.req_to_token_pool.req_to_token[req.req_pool_idx]
         if shared > req.cache_protected_len:
             self._share(req, RadixKey(tokens[:shared], req.extra_key), row, chunked)
@@ -110,7 +111,7 @@ class GateRadixCache(RadixCache):
             return
         owned = req.cache_protected_len
         row = self.req_to_token_pool.req_to_token[req.req_pool_idx]
-        if is_insert and self._requests is not None:
+        if is_insert and self._requests is not None and not req.gate.failed:
             end = min(self._requests.canonical_columns(req), kv_len_to_handle)
             if end > owned:
                 tokens = (req.origin_input_ids + req.output_ids)[:end]
