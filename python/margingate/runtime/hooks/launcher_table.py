@@ -33,7 +33,7 @@ TOKENIZER_HOOKS = (
         "self recv_obj",
         'meta_info["gate"] is a record per request, not a list per token',
         "customized info can be per request",
-        Policy.CLIENT,
+        Policy.OBSERVE,
     ),
     Hook(
         _MANAGER + "_validate_one_request",

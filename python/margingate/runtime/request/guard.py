@@ -89,6 +89,7 @@ class _Original:
 
 
 Instead = Callable[..., Any] | None
+_PASSING = (Policy.FATAL, Policy.CLIENT)  # their exceptions go on to SGLang
 
 
 def wrap(
@@ -111,9 +112,6 @@ def wrap(
     if around and policy not in _PASSING:
         return _contained(tally, target, function, policy, instead or _call)
     return _counted(tally, target, function, policy)
-
-
-_PASSING = (Policy.FATAL, Policy.CLIENT)  # their exceptions go on to SGLang
 
 
 def _counted(
