@@ -314,16 +314,14 @@ def test_a_withheld_request_that_a_hook_failed_on_ends_before_the_next_batch(mon
 
 
 @pytest.fixture
-def two(monkeypatch, entered) -> Server:
+def two(entered) -> Server:
     """A server with two requests, each with rows to verify; `run` gives each row its position."""
     server = Server(0)
     for key in ("bad", "good"):
-        req = server.add(key, 4, 3)
-        req.__dict__ |= {"req_pool_idx": 1, "cache_protected_len": 0, "to_finish": None}
-        req.finished = lambda: False
+        changes = {"req_pool_idx": 1, "cache_protected_len": 0, "to_finish": None}
+        server.add(key, 4, 3, finished=lambda: False, **changes)
     server.scheduler.model_config = SimpleNamespace(vocab_size=10)
-    verdicts = staticmethod(lambda rows: [RowResult(row.position, 1.0, None) for row in rows])
-    server.passes._verifier.run = verdicts.__func__
+    server.passes._verifier.run = lambda rows: [RowResult(r.position, 1.0, None) for r in rows]
     return server
 
 
