@@ -6,13 +6,14 @@ import pytest
 
 from margingate.runtime.request import guard
 from margingate.runtime.request.guard import Policy
+from margingate.runtime.request.record import GateRequest
 
 
 def raising(*_args, **_kwargs):
     raise RuntimeError("ours")
 
 
-CONTAINING = (Policy.REQUEST, Policy.BATCH, Policy.OBSERVE)
+CONTAINING = tuple(each for each in Policy if each not in (Policy.FATAL, Policy.CLIENT))
 
 
 @pytest.mark.parametrize("policy", CONTAINING)
@@ -68,3 +69,36 @@ def test_an_observer_that_raises_keeps_the_others_informed():
     observers = (SimpleNamespace(turned=raising), SimpleNamespace(turned=lambda: told.append(1)))
     guard.tell(observers, "turned")
     assert told == [1]
+
+
+def made(key: str, gated: bool = True) -> SimpleNamespace:
+    gate = GateRequest(key, gated)
+    return SimpleNamespace(gate=gate, rid=key, to_finish=None, finished=lambda: False)
+
+
+def test_a_failure_within_a_forward_ends_the_gated_requests_of_that_forward():
+    before, gated, other = made("before"), made("gated"), made("other", gated=False)
+    guard.launches(SimpleNamespace(reqs=[before]))
+    guard.launches(SimpleNamespace(reqs=[gated, other]))
+    hook = guard.wrap("toy.sample", raising, Policy.FORWARD, around=True)
+    assert hook(lambda *_: "tokens", "runner") == "tokens", "those of the others go on"
+    assert gated.to_finish.status_code == 500 and gated.gate.failed
+    assert before.to_finish is None and other.to_finish is None
+    guard.launches(None)
+
+
+def test_a_failure_of_a_pause_ends_the_open_gated_requests():
+    reqs = [made("a"), made("b")]
+    guard.serve(reqs)
+    guard.wrap("toy.pause", raising, Policy.OPEN, around=False)("scheduler", "received")
+    assert all("toy.pause (RuntimeError: ours)" in req.to_finish.message for req in reqs)
+    guard.serve(())
+
+
+def test_what_is_called_instead_takes_the_place_of_an_original_that_was_not_called():
+    calls = []
+    hook = guard.wrap(
+        "toy.abort", raising, Policy.OBSERVE, around=True, instead=lambda *given: given
+    )
+    assert hook(calls.append, "scheduler", "received") == (calls.append, "scheduler", "received")
+    assert not calls

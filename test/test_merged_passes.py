@@ -17,7 +17,7 @@ from margingate.runtime.request import guard, lifecycle
 from margingate.runtime.request.forward_record import MergedPass, record_on
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import GateRequest, Hold
-from margingate.runtime.verify import merged_passes
+from margingate.runtime.verify import merged_passes, passes
 from margingate.runtime.verify.merged_passes import PATIENCE, MergedPasses
 from margingate.runtime.verify.passes import Passes
 from margingate.runtime.verify.simulation import Simulator
@@ -328,3 +328,61 @@ def test_a_withheld_request_that_a_hook_failed_on_ends_before_the_next_batch(mon
     lifecycle.end_failed(server.requests, None)
     assert "a verdict (ValueError: ours)" in bad.finished_reason.message
     assert server.requests.held == (good,) and server.requests.take_ended() == [bad]
+
+
+@pytest.fixture
+def two(entered) -> Server:
+    """A server with two requests, each with rows to verify; `run` gives each row its position."""
+    server = Server(0)
+    for key in ("bad", "good"):
+        changes = {"req_pool_idx": 1, "cache_protected_len": 0, "to_finish": None}
+        server.add(key, 4, 3, finished=lambda: False, **changes)
+    server.scheduler.model_config = SimpleNamespace(vocab_size=10)
+    server.passes._verifier.run = lambda rows: [RowResult(r.position, 1.0, None) for r in rows]
+    return server
+
+
+def test_a_request_whose_rows_cannot_be_made_ends_alone(two, entered, monkeypatch):
+    made = passes.row_input
+
+    def raising(req, *rest):
+        if req.rid == "bad":
+            raise RuntimeError("ours")
+        return made(req, *rest)
+
+    monkeypatch.setattr(passes, "row_input", raising)
+    two.passes.run(two.requests.next_batch(), "full")
+    ((rows, results),) = entered
+    assert {row.rid for row in rows} == {"good"} and len(results) == len(rows)
+    bad, good = two.requests["bad"], two.requests["good"]
+    assert "a row to be verified" in bad.to_finish.message and good.to_finish is None
+    assert two.requests.due(idle=True) is None, "rows that were taken are not wanted again"
+
+
+def test_a_pass_that_raises_ends_the_request_that_is_the_cause(two, entered):
+    bad, good = two.requests["bad"], two.requests["good"]
+    bad.req_pool_idx = 7
+    run = two.passes._verifier.run
+
+    def raising(rows):
+        if any(row.pool_index == 7 for row in rows):
+            raise RuntimeError("ours")
+        return run(rows)
+
+    two.passes._verifier.run = raising
+    two.passes.run(two.requests.next_batch(), "full")
+    ((rows, results),) = entered
+    assert {row.rid for row in rows} == {"good"} and None not in results[1:]
+    assert "a verify pass" in bad.to_finish.message and good.to_finish is None
+
+
+def test_a_step_whose_pass_raises_runs_without_it(two):
+    def raising(*_args, **_kwargs):
+        raise RuntimeError("ours")
+
+    two.passes._verifier.forward = raising
+    two.queue.max_delay = 1
+    two.requests.step = 1
+    batch = SimpleNamespace(forward_mode=DECODE, batch_size=2)
+    assert two.merged.forward(lambda *_: "logits", None, batch) == "logits"
+    assert "a verify pass" in two.requests["bad"].to_finish.message

@@ -42,7 +42,8 @@ _BOTH: _Group = {
     "positional_embed_overrides lora_id session_id session_params token_indices_to_pool",
     _OFF: "return_routed_experts routed_experts_start_len return_indexer_topk kv_hints",
     _CARRIED: "rid stream priority http_worker_ipc no_logs routing_key",
-    "where columns are looked for, which the gate makes answers independent of": "extra_key cache_salt",
+    "where columns are looked for, which the gate makes answers independent of": ""
+    "extra_key cache_salt",
     _DISAGGREGATED: "bootstrap_host bootstrap_port bootstrap_room bootstrap_pair_key "
     "decode_tp_size routed_dp_rank disagg_prefill_dp_rank",
     _IMAGES: "need_wait_for_mm_inputs num_items_assigned encoder_urls",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from margingate.runtime.observe import fingerprint, study
-from margingate.runtime.request import admission, lifecycle
+from margingate.runtime.request import aborts, admission, guard, lifecycle
 from margingate.runtime.request.record import is_gated
 from margingate.runtime.schedule import next_batch, server_info
 from margingate.runtime.schedule.controller import GateController
@@ -21,6 +21,7 @@ def serve(controller: GateController | None) -> None:
     """From now on hooks hand over to this one."""
     global _controller  # noqa: PLW0603
     _controller = controller
+    guard.serve(() if controller is None else controller.requests)
 
 
 def _gate() -> GateController:
@@ -54,6 +55,11 @@ def update_finish_state(original: Any, req: Any, new_accepted_len: int = 1) -> N
 def abort_request(original: Any, _scheduler: Any, recv_req: Any) -> None:
     """AROUND Scheduler.abort_request."""
     _gate().abort(original, recv_req)
+
+
+def abort_failed(_original: Any, scheduler: Any, recv_req: Any) -> None:
+    """After a failure of `abort_request`: nobody ends but those it names."""
+    aborts.abort_later(scheduler, recv_req)
 
 
 def release_req(original: Any, *, req: Any, **kwargs: Any) -> bool:
@@ -104,6 +110,13 @@ def get_next_batch_to_run(
     return next_batch.next_batch(_gate(), original, running_batch, last_batch)
 
 
+def next_batch_failed(original: Any, scheduler: Any, running_batch: Any, last_batch: Any) -> Any:
+    """After a failure of `get_next_batch_to_run`."""
+    plan = original(scheduler, running_batch=running_batch, last_batch=last_batch)
+    next_batch.launch(_gate(), plan.batch_to_run)
+    return plan
+
+
 def process_batch_result(original: Any, _scheduler: Any, batch: Any, result: Any) -> None:
     """AROUND Scheduler.process_batch_result."""
     _gate().process(original, batch, result)
@@ -136,6 +149,11 @@ def compute_logprobs(original: Any, processor: Any, logprobs: Any, *asked: Any) 
     if _controller is None:
         return original(processor, logprobs, *asked)
     return _controller.sampling.compute_logprobs(original, processor, logprobs, *asked)
+
+
+def logprobs_failed(original: Any, processor: Any, logprobs: Any, *asked: Any) -> Any:
+    """After a failure of `compute_logprobs`."""
+    return _gate().sampling.logprobs_failed(original, processor, logprobs, *asked)
 
 
 # -- the server

@@ -1,4 +1,8 @@
-"""The patches of each `--gate-fast-path`: rows of the table in scheduler_table.py."""
+"""The patches of each `--gate-fast-path`: rows of the table in scheduler_table.py.
+
+Those of the invariant path are FATAL: they run at start, or see shapes of tensors and nothing of a
+request, and half of a layer on another kernel is no canonical row for anybody.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from margingate.runtime.attention import invariant_attention
 from margingate.runtime.hooks import handlers
 from margingate.runtime.hooks.registry import AROUND, BEFORE, Hook
 from margingate.runtime.probe import all_reduce, execute, startup
+from margingate.runtime.request.guard import Policy
 
 # Applied, besides, where --gate-fast-path is invariant.
 INVARIANT_HOOKS = (
@@ -60,5 +65,6 @@ STOCK_HOOKS = (
         "self forward_batch pp_proxy_tensors reinit_attn_backend split_forward_count",
         "a verify pass shares the forward of a decode step",
         "SGLang lets plugins add rows to a decode forward",
+        Policy.FORWARD,
     ),
 )

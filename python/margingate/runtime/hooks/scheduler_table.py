@@ -1,4 +1,12 @@
-"""Every patch of a gated scheduler, a row each."""
+"""Every patch of a gated scheduler, a row each.
+
+A row without a policy is FATAL: no request's content can make it raise, and what followed could not
+be trusted. `adjusted_merge_batch` and `adjusted_filter_batch` move rows that another hook made,
+and a seed at another's row would be a wrong answer. `is_fully_idle` counts two lists; without it
+SGLang would flush slots that held requests own. `get_init_info` runs at start. The weight updates
+are an operator's; a fingerprint that missed one would be wrong from then on. `_get_logits` keeps
+what `--gate-study` reads, in a forward whose requests it does not see.
+"""
 
 from __future__ import annotations
 
@@ -54,6 +62,7 @@ RUNTIME_HOOKS = (
         "self req",
         "a gated chunk is never shrunk",
         "prefill is batch-invariant",
+        Policy.REQUEST,
     ),
     Hook(
         "layers.sampler.Sampler._preprocess_logits",
@@ -62,6 +71,7 @@ RUNTIME_HOOKS = (
         "self logits sampling_info",
         "tokens and margins from the final logits; SGLang need not rank a greedy batch's again",
         "the sampler returns margins",
+        Policy.FORWARD,
     ),
     Hook(
         "model_executor.model_runner.ModelRunner.sample",
@@ -70,6 +80,7 @@ RUNTIME_HOOKS = (
         "self logits_output forward_batch",
         "the result carries margins; ties go to the lowest id; draws with a seed are the gate's",
         "the sampler returns margins",
+        Policy.FORWARD,
     ),
     Hook(
         "layers.logprob_processor.OutputLogprobProcessor.compute_logprobs",
@@ -78,6 +89,8 @@ RUNTIME_HOOKS = (
         "self logprobs top_logprobs_nums token_ids_logprobs batch_next_token_ids",
         "log-probs have the same bits whether or not the batch samples; given tokens' by request",
         "SGLang computes them in one way, and lets a request want none of given tokens",
+        Policy.FORWARD,
+        handlers.logprobs_failed,
     ),
     Hook(
         "layers.logprob_processor.get_top_logprobs_raw",
@@ -86,6 +99,7 @@ RUNTIME_HOOKS = (
         "logprobs top_logprobs_nums stage extend_logprob_pruned_lens_cpu no_copy_to_cpu",
         "a row's most likely tokens do not depend on how many others want; lowest id among equals",
         "SGLang ranks equals in one order, whatever k",
+        Policy.FORWARD,
     ),
     Hook(
         "layers.logprob_processor.get_top_logprobs_chunk",
@@ -95,6 +109,7 @@ RUNTIME_HOOKS = (
         "log_normalizer precomputed_topk copy_to_pinned_cpu",
         "the same for the tokens of a prompt",
         "SGLang ranks equals in one order, whatever k",
+        Policy.FORWARD,
     ),
     Hook(
         "mem_cache.memory_pool.ReqToTokenPool.free",
@@ -112,6 +127,7 @@ RUNTIME_HOOKS = (
         "self batch vocab_size",
         "the seeds of gated requests that sample",
         _CALLBACK,
+        Policy.BATCH,
     ),
     Hook(
         _SAMPLING + "adjusted_merge_batch",
@@ -136,6 +152,7 @@ RUNTIME_HOOKS = (
         "self return_logprob return_hidden_states",
         "with overlap, margins come to the CPU with the token ids, behind the same event",
         "the sampler returns margins",
+        Policy.FORWARD,
     ),
     Hook(
         _SCHEDULER + "process_batch_result",
@@ -154,6 +171,7 @@ RUNTIME_HOOKS = (
         "stopped requests leave the batch while their rows are pending",
         _CALLBACK,
         Policy.BATCH,
+        handlers.next_batch_failed,
     ),
     Hook(
         "managers.schedule_batch.Req.update_finish_state",
@@ -208,6 +226,8 @@ RUNTIME_HOOKS = (
         "self recv_req",
         "an abort ends one id, not all that begin with it; SGLang does not know held requests",
         "SGLang compares whole ids and offers plugins a callback here",
+        Policy.OBSERVE,
+        handlers.abort_failed,
     ),
     Hook(
         _SCHEDULER + "pause_generation",
@@ -216,6 +236,7 @@ RUNTIME_HOOKS = (
         "self recv_req",
         "no row waits across a pause or a weight update",
         _CALLBACK,
+        Policy.OPEN,
     ),
     Hook(
         _SCHEDULER + "get_internal_state",

@@ -22,6 +22,13 @@ def abort_request(requests: OpenRequests, original: Any, scheduler: Any, recv_re
     lifecycle.abort(requests, scheduler.tree_cache, lambda req: not rid or req.rid == rid)
 
 
+def abort_later(scheduler: Any, recv_req: Any) -> None:
+    """Where `abort_request` raised: those of the id end with their next finish check."""
+    for req in _known(scheduler):
+        if recv_req.abort_all or req.rid == recv_req.rid:
+            lifecycle.abort_next(req)
+
+
 @contextmanager
 def _hidden(scheduler: Any, rid: str) -> Iterator[None]:
     """Requests whose longer ids begin with `rid` have no id meanwhile; the scheduler waits."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -26,9 +26,11 @@ _FROM_SGLANG = "_margingate_from_sglang"  # on an exception that an original rai
 class Policy(Enum):
     """What an exception of ours inside a hook ends."""
 
-    FATAL = "process"  # start-up and arithmetic: what follows could not be trusted
+    FATAL = "process"  # start-up, and what no request's content can make raise
     REQUEST = "request"  # the one that the hook is given
     BATCH = "batch"  # the gated requests of the batches that it is given
+    FORWARD = "forward"  # the gated requests of the forward that runs; the others' tokens go on
+    OPEN = "open"  # all open gated requests
     OBSERVE = "nothing"  # what it would have told is lost, and counted
     CLIENT = "answer"  # the web server answers this client with HTTP 400 or 500
 
@@ -42,6 +44,20 @@ class Tally:
 
 
 _tallies: dict[str, Tally] = {}
+_forward: Sequence[Any] = ()  # the requests of the batch that was launched last
+_open: Iterable[Any] = ()  # the open requests of this process's gate
+
+
+def serve(open_requests: Iterable[Any]) -> None:
+    """From now on these are the open requests; read anew at each failure."""
+    global _open  # noqa: PLW0603
+    _open = open_requests
+
+
+def launches(batch: Any) -> None:
+    """SGLang's next forward is that of this batch, if it is not None."""
+    global _forward  # noqa: PLW0603
+    _forward = () if batch is None else batch.reqs
 
 
 def tallies() -> dict[str, Tally]:
@@ -73,6 +89,7 @@ class _Original:
 
 
 Instead = Callable[..., Any] | None
+_PASSING = (Policy.FATAL, Policy.CLIENT)  # their exceptions go on to SGLang
 
 
 def wrap(
@@ -92,7 +109,15 @@ def wrap(
         instead: of calling the original after a failure of an AROUND hook; called as the hook is.
     """
     tally = _tallies.setdefault(target, Tally())
-    contains = policy in (Policy.REQUEST, Policy.BATCH, Policy.OBSERVE)
+    if around and policy not in _PASSING:
+        return _contained(tally, target, function, policy, instead or _call)
+    return _counted(tally, target, function, policy)
+
+
+def _counted(
+    tally: Tally, target: str, function: Callable[..., Any], policy: Policy
+) -> Callable[..., Any]:
+    """A hook without an original to be called instead, or whose exceptions pass."""
 
     @functools.wraps(function)
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -101,10 +126,22 @@ def wrap(
             return function(*args, **kwargs)
         except Exception as error:
             tally.failed += not hasattr(error, _FROM_SGLANG)
-            if not contains or hasattr(error, _FROM_SGLANG):
+            if policy in _PASSING or hasattr(error, _FROM_SGLANG):
                 raise
             _contain(target, policy, error, (*args, *kwargs.values()))
             return None
+
+    return counted
+
+
+def _contained(
+    tally: Tally,
+    target: str,
+    function: Callable[..., Any],
+    policy: Policy,
+    instead: Callable[..., Any],
+) -> Callable[..., Any]:
+    """An AROUND hook whose exceptions end no more than its policy says."""
 
     @functools.wraps(function)
     def contained(original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -119,9 +156,9 @@ def wrap(
             _contain(target, policy, error, (*args, *kwargs.values()))
             if once.called:
                 return once.result
-            return (instead or _call)(original, *args, **kwargs)
+            return instead(original, *args, **kwargs)
 
-    return contained if around and contains else counted
+    return contained
 
 
 def _call(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -134,16 +171,25 @@ def _contain(target: str, policy: Policy, error: Exception, given: tuple[Any, ..
         for req in given:
             if isinstance(req, Req):
                 end(req, target, error)
-    elif policy is Policy.BATCH:
-        for req in _gated_of(given):
-            end(req, target, error)
+        return
+    for req in _gated(_concerned(policy, given)):
+        end(req, target, error)
 
 
-def _gated_of(given: tuple[Any, ...]) -> list[Any]:
-    """The gated requests of the batches among a hook's arguments, each once."""
-    batches = [each for each in given if isinstance(each, ScheduleBatch)]
-    reqs = {id(req): req for batch in batches for req in batch.reqs}
-    return [req for req in reqs.values() if getattr(getattr(req, "gate", None), "gated", False)]
+def _concerned(policy: Policy, given: tuple[Any, ...]) -> Iterable[Any]:
+    """The requests that the policy names, whether gated or not."""
+    if policy is Policy.FORWARD:
+        return _forward
+    if policy is Policy.OPEN:
+        return _open
+    batches = [each for each in given if policy is Policy.BATCH and isinstance(each, ScheduleBatch)]
+    return [req for batch in batches for req in batch.reqs]
+
+
+def _gated(reqs: Iterable[Any]) -> list[Any]:
+    """Those of them that are gated, each once."""
+    unique = {id(req): req for req in reqs}
+    return [req for req in unique.values() if getattr(getattr(req, "gate", None), "gated", False)]
 
 
 def end(req: Any, place: str, error: BaseException) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from margingate.runtime.compat.tree import release as release_columns
+from margingate.runtime.request import guard
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import Hold
 
@@ -38,10 +39,10 @@ def release(requests: OpenRequests, tree: Any, req: Any) -> None:
 
 
 def end(requests: OpenRequests, tree: Any, req: Any) -> None:
-    """Free the columns of a finished request; its end is to be sent."""
+    """Free the columns of a finished request; its end is to be sent, whatever raises here."""
+    requests.mark_ended(req)
     release_columns(req, tree, checkpoint=True)
     req.time_stats.set_completion_time()
-    requests.mark_ended(req)
 
 
 def give_up(requests: OpenRequests, tree: Any, req: Any) -> None:
@@ -58,7 +59,8 @@ def give_up(requests: OpenRequests, tree: Any, req: Any) -> None:
 def end_failed(requests: OpenRequests, tree: Any) -> None:
     """End those that an exception of ours ended, and no finish check would. Nothing in flight."""
     for req in requests.failed():
-        give_up(requests, tree, req)
+        with guard.request(req, "the end of a failed request"):
+            give_up(requests, tree, req)
 
 
 def abort_next(req: Any) -> None:
@@ -70,9 +72,10 @@ def abort_next(req: Any) -> None:
 def abort(requests: OpenRequests, tree: Any, matches: Callable[[Any], bool]) -> None:
     """A client gave up: end held and rejoining requests, which SGLang does not know of."""
     for req in filter(matches, (*requests.held, *requests.rejoining)):
-        requests.verify_no_more(req)
-        req.finished_reason = FINISH_ABORT()
-        end(requests, tree, req)
+        with guard.request(req, "an abort"):
+            requests.verify_no_more(req)
+            req.finished_reason = FINISH_ABORT()
+            end(requests, tree, req)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from margingate.runtime.compat import columns
+from margingate.runtime.request import guard
 from margingate.runtime.request.sampling_params import NONE, Penalties
 
 FEW = 8  # rows of the table, once it has any
@@ -127,7 +128,7 @@ class Table:
 
     def admit(self, batch: Any) -> None:
         """Before a prefill forward: its requests have rows of the page table, perhaps new ones."""
-        rows = [0 if _of(req) is None else self._row(req) for req in batch.reqs]
+        rows = [0 if _of(req) is None else self._admitted(req) for req in batch.reqs]
         if self._rows:
             self._moved.append(([columns.row(req) for req in batch.reqs], rows))
         else:
@@ -161,6 +162,12 @@ class Table:
         positions = batch.positions if decode else batch.seq_lens - 1
         early = (positions < self._until[rows]).unsqueeze(1)
         penalize(logits, self._counts[rows], self._values[rows], self._barred[rows] & early)
+
+    def _admitted(self, req: Any) -> int:
+        """The request's row; that of all others where it raises, which ends the request."""
+        with guard.request(req, "penalties"):
+            return self._row(req)
+        return 0
 
     def _row(self, req: Any) -> int:
         """The request's row; a new one, to be written, if it has none yet."""

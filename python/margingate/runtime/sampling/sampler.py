@@ -80,13 +80,14 @@ class Sampling:
         forward.best = softmax_top2(logits)
         if self._observes:
             return None
+        if not info.is_all_greedy:  # at once: None would make all rows ours if this raised below
+            forward.ours = info.top_ks.view(-1) <= 1
         if forward.logprobs_wanted:
             unscaled = info.is_all_greedy or SGLANG_RETURN_ORIGINAL_LOGPROB
             scale = None if unscaled else info.temperatures
             forward.logprobs = logprobs.of_logits(logits, scale)
         if info.is_all_greedy:
             return None if any(info.return_sampling_masks or ()) else logits[:, :1]
-        forward.ours = info.top_ks.view(-1) <= 1
         if forward.seeds is not None:
             _draw(forward, logits, info)
         return None
@@ -112,6 +113,17 @@ class Sampling:
                 each if isinstance(each, torch.Tensor) else theirs.new_empty(0) for each in values
             ]
         return result
+
+    def logprobs_failed(
+        self, original: Any, processor: Any, theirs: torch.Tensor, *asked: Any
+    ) -> Any:
+        """After a failure of `compute_logprobs`: of a greedy batch SGLang has one column only."""
+        forward = self._forward
+        if forward is not None and forward.logprobs is not None and forward.ours is None:
+            *wanted, chosen = asked
+            theirs, chosen = _with_ours(forward, theirs, chosen)
+            asked = (*wanted, chosen)
+        return original(processor, theirs, *asked)
 
 
 def _draw(forward: _Forward, logits: torch.Tensor, info: Any) -> None:

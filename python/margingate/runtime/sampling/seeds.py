@@ -18,12 +18,15 @@ _SEEDED = "gate_seeded"  # on SamplingBatchInfo: by row, is it ours
 
 def from_schedule_batch(_result: Any, info: Any, batch: Any, _vocab: int) -> None:
     """AFTER SamplingBatchInfo.adjusted_from_schedule_batch: set the seeds of a new batch."""
-    draws = [getattr(getattr(req, "gate", None), "draw", None) for req in batch.reqs]
-    _set_seeded(info, [draw is not None for draw in draws])
+    # Without seeds until they are on the device: what raises must not leave half of them.
     info.sampling_seed = None
-    if any(_seeded(info)):
+    _set_seeded(info, [False] * len(batch.reqs))
+    draws = [getattr(getattr(req, "gate", None), "draw", None) for req in batch.reqs]
+    seeded = [draw is not None for draw in draws]
+    if any(seeded):
         seeds = [NO_SEED if draw is None else draw.seed for draw in draws]
         info.sampling_seed = torch.tensor(seeds, dtype=torch.int64).to(info.temperatures.device)
+        _set_seeded(info, seeded)
 
 
 def merge_batch(_result: Any, info: Any, other: Any) -> None:
@@ -47,7 +50,10 @@ def filter_batch(_result: Any, info: Any, keep: list[int], _keep_on_device: Any)
 
 
 def _seeded(info: Any) -> list[bool]:
-    rows: list[bool] = getattr(info, _SEEDED)
+    rows: list[bool] | None = getattr(info, _SEEDED, None)
+    if rows is None:  # its hook failed before it had any
+        rows = [False] * len(info.temperatures)
+        info.sampling_seed = None
     return rows
 
 

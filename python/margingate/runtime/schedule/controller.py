@@ -198,7 +198,8 @@ class GateController:
         if batch.forward_mode.is_extend():
             constraints.abort_failed(gated)
         for req in behind:
-            rollback.drop_last_column(self.scheduler, req)
+            with guard.request(req, "a row behind the end"):
+                rollback.drop_last_column(self.scheduler, req)
 
     def verify_due(self, idle: bool) -> None:
         """With nothing in flight: enter what is known, run every pass that is due and is not
@@ -208,7 +209,8 @@ class GateController:
         while due := self._next_due(idle):
             self.passes.run(self.requests.next_batch(), due)
         for req in self.requests.to_release():
-            lifecycle.release(self.requests, self.scheduler.tree_cache, req)
+            with guard.request(req, "the end of a request"):
+                lifecycle.release(self.requests, self.scheduler.tree_cache, req)
 
     def _next_due(self, idle: bool) -> str | None:
         """Why a pass of its own is due, if one is: none that a decode step will carry."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from margingate.runtime.request import guard
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.schedule.controller import GateController
 from margingate.runtime.verify import rollback
@@ -24,14 +25,32 @@ def next_batch(controller: GateController, original: Any, running: Any, last: An
         if _memory_is_short(scheduler, running):
             controller.verify_everything()
     if requests.rejoining:
-        running = rollback.rejoin(scheduler, running, requests.take_rejoining())
+        running = _rejoin(scheduler, running, requests)
     plan = original(scheduler, running_batch=running, last_batch=last)
-    if plan.batch_to_run is not None and plan.batch_to_run.forward_mode.is_extend():
-        controller.penalties.admit(plan.batch_to_run)
+    launch(controller, plan.batch_to_run)
     if plan.batch_to_run is None and (requests.held or requests.any_pending()):
         controller.verify_everything()  # nobody will join them; they decode on in the next turn
     requests.observers.turned()
     return plan
+
+
+def launch(controller: GateController, batch: Any) -> None:
+    """SGLang's next forward is that of this batch, if it is not None."""
+    guard.launches(batch)
+    if batch is not None and batch.forward_mode.is_extend():
+        controller.penalties.admit(batch)
+
+
+def _rejoin(scheduler: Any, running: Any, requests: OpenRequests) -> Any:
+    """The batch to run; a failure ends those that were to rejoin, with the next turn."""
+    reqs = requests.take_rejoining()
+    try:
+        return rollback.rejoin(scheduler, running, reqs)
+    except Exception as error:
+        for req in reqs:
+            guard.failed(req, "a return to decoding", error)
+            requests.mark_rejoining(req)
+        return running
 
 
 def close_vanished(scheduler: Any, requests: OpenRequests, in_flight: list[Any]) -> None:

@@ -54,6 +54,8 @@ class GateRadixCache(LimitedRadixCache):
         """
         if not is_gated(req):
             return length
+        if req.gate.failed:  # its columns are its own: nothing says how they were computed
+            return 0
         if not req.finished():
             return self._grid(length)
         if self._requests is None:

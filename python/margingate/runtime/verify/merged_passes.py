@@ -96,9 +96,17 @@ class MergedPasses:
         taken = self.take_rows(batch)
         if taken is None:
             return original(runner, batch, *args, **kwargs)
-        start = now()
         rows, due = taken
-        inputs = self._passes.inputs_of(rows)
+        try:
+            return self._merged(batch, rows, due)
+        except Exception as error:
+            self._passes.failed(rows, error)
+            return original(runner, batch, *args, **kwargs)
+
+    def _merged(self, batch: Any, taken: tuple[Row, ...], due: str) -> ModelRunnerOutput:
+        """What SGLang's forward of `batch` would return; verdicts on `taken` come with it."""
+        start = now()
+        rows, inputs = self._passes.inputs_of(taken)
         verifier = self._verifier
         logits = verifier.forward(inputs, verifier.rows, beside=batch)
         first, last = batch.batch_size, batch.batch_size + len(inputs)

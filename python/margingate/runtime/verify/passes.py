@@ -48,21 +48,54 @@ class Passes:
     def run(self, rows: Sequence[Row], due: str) -> None:
         """Verify `rows` in a forward of their own. Only with nothing in flight."""
         start = now()
-        inputs = self.inputs_of(rows)
-        found = self._verifier.run(inputs) if inputs else []
-        self.enter(rows, by_row(rows, found), start, due)
+        results = self._computed(rows)
+        self.enter(list(results), list(results.values()), start, due)
 
-    def inputs_of(self, rows: Sequence[Row]) -> list[RowInput]:
-        """What a pass is given: all of `rows` but first ones, which the prefill computed."""
-        size = self._scheduler.model_config.vocab_size
-        inputs = []
-        for key, span in groupby((row for row in rows if row.index > 1), lambda row: row.rid):
+    def _computed(self, rows: Sequence[Row]) -> dict[Row, RowResult | None]:
+        """As `by_row`, without rows of a request that raises: it ends.
+
+        Where the pass itself raises, each request's rows are computed in a pass of their own, so
+        that the one that is the cause is found; a row's bits are the same in any.
+        """
+        kept, inputs = self.inputs_of(rows)
+        try:
+            found = self._verifier.run(inputs) if inputs else []
+            return dict(zip(kept, by_row(kept, found), strict=True))
+        except Exception as error:
+            keys = dict.fromkeys(row.rid for row in kept)
+            if len(keys) == 1:
+                self.failed(kept, error)
+                return {}
+            guard.note("a verify pass", error)
+            alone = [self._computed([row for row in kept if row.rid == key]) for key in keys]
+            return {row: result for results in alone for row, result in results.items()}
+
+    def failed(self, rows: Iterable[Row], error: Exception) -> None:
+        """A pass of these rows raised: their requests end. The rows stay in flight until then."""
+        for key in dict.fromkeys(row.rid for row in rows):
+            guard.failed(self._requests[key], "a verify pass", error)
+
+    def inputs_of(self, rows: Sequence[Row]) -> tuple[tuple[Row, ...], list[RowInput]]:
+        """What a pass is given: all of `rows` but first ones, which the prefill computed.
+
+        Returns:
+            `rows` without those of requests that raised here, which end; and the inputs of these.
+        """
+        kept: list[Row] = []
+        inputs: list[RowInput] = []
+        for key, span in groupby(rows, lambda row: row.rid):
             req, of_req = self._requests[key], list(span)
-            found: Iterable[Any] = repeat(None)
-            if constraints.constrained(req):
-                found = constraints.of_rows(req, [row.index for row in of_req], size)
-            inputs += [row_input(req, *each) for each in zip(of_req, found, strict=False)]
-        return inputs
+            with guard.request(req, "a row to be verified"):
+                inputs += self._inputs(req, [row for row in of_req if row.index > 1])
+                kept += of_req
+        return tuple(kept), inputs
+
+    def _inputs(self, req: Any, rows: Sequence[Row]) -> list[RowInput]:
+        size = self._scheduler.model_config.vocab_size
+        found: Iterable[Any] = repeat(None)
+        if constraints.constrained(req):
+            found = constraints.of_rows(req, [row.index for row in rows], size)
+        return [row_input(req, *each) for each in zip(rows, found, strict=False)]
 
     def enter(
         self, rows: Sequence[Row], results: Sequence[RowResult | None], start: float, due: str
@@ -75,7 +108,8 @@ class Passes:
         """
         requests = self._requests
         for req in {id(req): req for row in rows if (req := self._failed(row))}.values():
-            lifecycle.give_up(requests, self._scheduler.tree_cache, req)
+            with guard.request(req, "an end without a verdict"):
+                lifecycle.give_up(requests, self._scheduler.tree_cache, req)
         judged = [each for each in zip(rows, results, strict=True) if self._is_open(each[0])]
         reqs = [requests[key] for key in dict.fromkeys(row.rid for row, _ in judged)]
         requests.pass_began(reqs, due)
@@ -92,8 +126,10 @@ class Passes:
             return True
         if self._failed(row):
             return False
-        token: int = req.output_ids[row.index - 1]
-        return token == self._verdict(row, result).token
+        with guard.request(req, "a verdict"):
+            token: int = req.output_ids[row.index - 1]
+            return token == self._verdict(row, result).token
+        return True
 
     def _failed(self, row: Row) -> Any:
         """The row's request if its grammar failed and left the row without a mask; not row 1's."""

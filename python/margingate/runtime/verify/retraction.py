@@ -15,6 +15,7 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from margingate.core.queue import Due
+from margingate.runtime.request import guard
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import Kept, is_gated, logprob_lists
 from margingate.runtime.sampling import constraints
@@ -76,7 +77,7 @@ class Retractions:
         replayed = [
             req
             for req in self._requests.take_prefilled_again()
-            if not req.finished() and self._restore_one(batch, req)  # not aborted meanwhile
+            if not req.finished() and self._restored(batch, req)  # not aborted meanwhile
         ]
         if replayed:
             self._replay(replayed)
@@ -93,6 +94,12 @@ class Retractions:
         ledger, key = self._requests.ledger, req.gate.key
         # One whose grammar failed is finished, and its rows are never computed.
         return ledger.is_open(key) and bool(ledger.wanted(key)) and not req.finished()
+
+    def _restored(self, batch: Any, req: Any) -> bool:
+        """As `_restore_one`; what raises there ends the request."""
+        with guard.request(req, "a retraction's end"):
+            return self._restore_one(batch, req)
+        return False
 
     def _restore_one(self, batch: Any, req: Any) -> bool:
         """Returns whether there was room."""
