@@ -285,7 +285,7 @@ def test_reasoning_is_counted_again_as_sglang_counts_it(monkeypatch, require, ow
     for token in (1, 2, 5, 6, 7, 8, 3):
         again.output_ids.append(token)
         processor._maybe_update_reasoning_tokens(again, token)
-    del again.output_ids[kept:]
+    again.output_ids = array("q", [*again.output_ids[: kept - 1], 6])
     rollback.recount_reasoning(scheduler, again)
     for token in again.output_ids:
         processor._maybe_update_reasoning_tokens(fresh, token)
