@@ -69,14 +69,14 @@ def _finite_or_zero(m: tl.tensor) -> tl.tensor:
 @triton.jit
 def _load_groups(  # noqa: PLR0917
     row_ptr: tl.tensor,
-    starts: tl.tensor,  # int32 [LANES, warps]: first column of each lane's first group
+    starts: tl.tensor,  # int32 [warps, LANES]: first column of each lane's first group
     vocab: tl.constexpr,
     valid_vocab: tl.constexpr,
     group: tl.constexpr,
     steps: tl.constexpr,
     masked: tl.constexpr,  # some columns may not exist; they read as -inf
 ) -> tl.tuple:
-    """All columns of a program: `steps` tiles of float32 [LANES, warps, group]."""
+    """All columns of a program: `steps` tiles of float32 [warps, LANES, group]."""
     tiles: tl.tuple = ()
     for step in tl.static_range(steps):
         columns = (starts + step * _LANES * group)[:, :, None] + tl.arange(0, group)[None, None, :]
@@ -97,7 +97,7 @@ def _load_groups(  # noqa: PLR0917
 
 @triton.jit
 def _best_groups(tiles: tl.tuple, steps: tl.constexpr) -> tl.tuple:
-    """Each lane's two best groups: (m1, step1, m2, step2), all [LANES, warps], none NaN.
+    """Each lane's two best groups: (m1, step1, m2, step2), all [warps, LANES], none NaN.
 
     A lane meets its groups by ascending column, so a strict `>` leaves ties to the lowest one.
     """
@@ -133,16 +133,18 @@ def _unrank(rank: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _two_best(m1: tl.tensor, c1: tl.tensor, m2: tl.tensor, c2: tl.tensor) -> tl.tuple:
-    """Along axis 0, kept: the two best of pairs (m1, c1) that rank before their (m2, c2)."""
+def _two_best(
+    m1: tl.tensor, c1: tl.tensor, m2: tl.tensor, c2: tl.tensor, axis: tl.constexpr
+) -> tl.tuple:
+    """Along an axis, kept: the two best of pairs (m1, c1) that rank before their (m2, c2)."""
     rank1, rank2 = _rank(m1), _rank(m2)
-    top1 = tl.max(rank1, axis=0, keep_dims=True)
-    at1 = tl.min(tl.where(rank1 == top1, c1, _NO_COLUMN), axis=0, keep_dims=True)
+    top1 = tl.max(rank1, axis=axis, keep_dims=True)
+    at1 = tl.min(tl.where(rank1 == top1, c1, _NO_COLUMN), axis=axis, keep_dims=True)
     # The winner offers its second, every other its first.
     won = c1 == at1
     rank, c = tl.where(won, rank2, rank1), tl.where(won, c2, c1)
-    top2 = tl.max(rank, axis=0, keep_dims=True)
-    at2 = tl.min(tl.where(rank == top2, c, _NO_COLUMN), axis=0, keep_dims=True)
+    top2 = tl.max(rank, axis=axis, keep_dims=True)
+    at2 = tl.min(tl.where(rank == top2, c, _NO_COLUMN), axis=axis, keep_dims=True)
     return _unrank(top1), at1, _unrank(top2), at2
 
 
@@ -170,9 +172,9 @@ def scan_parts(  # noqa: PLR0917
     row_ptr = logits + row * row_stride
     if group > 1:
         row_ptr = tl.multiple_of(row_ptr, 16)
-    # Lanes come first and a group last, so that Triton gives each warp a part, each thread a lane.
-    lane = tl.arange(0, _LANES)[:, None]
-    part = first_part + tl.arange(0, warps)[None, :]
+    # Triton deals threads out from the last axis on: a group to each, a part to each warp.
+    lane = tl.arange(0, _LANES)[None, :]
+    part = first_part + tl.arange(0, warps)[:, None]
     width: tl.constexpr = steps * _LANES * group  # of a part
     starts = part * width + lane * group
     if (first_part + warps) * width <= valid_vocab:
@@ -186,8 +188,8 @@ def scan_parts(  # noqa: PLR0917
     for step in tl.static_range(steps):
         s += tl.sum(_exp(tiles[step] - base), axis=2)
     c1, c2 = starts + step1 * (_LANES * group), starts + step2 * (_LANES * group)
-    top1, at1, top2, at2 = _two_best(m1, c1, m2, c2)
-    total = tl.sum(s * _weight(m1, top1), axis=0, keep_dims=True)
+    top1, at1, top2, at2 = _two_best(m1, c1, m2, c2, 1)
+    total = tl.sum(s * _weight(m1, top1), axis=1, keep_dims=True)
 
     # Each field by a lane of its own, so that no value has to change threads.
     part += row * parts
@@ -224,7 +226,7 @@ def merge_parts(  # noqa: PLR0917
     sums = tl.load(values + part * 3 + 2, mask=here, other=0.0)
     first_columns = tl.load(ids + part * 2, mask=here, other=_NO_COLUMN)
     second_columns = tl.load(ids + part * 2 + 1, mask=here, other=_NO_COLUMN)
-    m1, c1, _, c2 = _two_best(firsts, first_columns, seconds, second_columns)
+    m1, c1, _, c2 = _two_best(firsts, first_columns, seconds, second_columns, 0)
     total = tl.sum(sums * _weight(firsts, m1), axis=0)
 
     lane = tl.arange(0, _LANES)  # a whole warp's, of which 2 * group have a column
@@ -235,7 +237,7 @@ def merge_parts(  # noqa: PLR0917
     columns = tl.where(exists, columns, _NO_COLUMN)
     nothing = tl.full((_LANES,), _NEG_INF, tl.float32)
     nowhere = tl.full((_LANES,), _NO_COLUMN, tl.int32)
-    m1, i1, m2, i2 = _two_best(x, columns, nothing, nowhere)
+    m1, i1, m2, i2 = _two_best(x, columns, nothing, nowhere, 0)
 
     margin = m1 - m2
     margin = tl.where(margin == 0.0, 0.0, margin)  # 0.0 - -0.0 may be -0.0
