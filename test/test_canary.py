@@ -72,9 +72,8 @@ def test_the_start_refuses_the_changed_release(other):
     code = (
         "import sys; from margingate.runtime.compat import release, surface\n"
         "from margingate.runtime.hooks import registry, scheduler_table\n"
-        "for step in (release.check_version, surface.check, *(\n"
-        "    lambda hook=hook: registry.check_target(hook) for hook in scheduler_table.RUNTIME_HOOKS\n"
-        ")):\n"
+        "hooks = [lambda h=h: registry.check_target(h) for h in scheduler_table.RUNTIME_HOOKS]\n"
+        "for step in (release.check_version, surface.check, *hooks):\n"
         "    try: step()\n"
         "    except Exception as error: print(error)\n"
     )
@@ -146,7 +145,7 @@ def test_failures_are_read_from_what_pytest_says():
 
 
 def test_a_release_that_cannot_be_fetched_is_one_sentence(monkeypatch, tmp_path, capsys):
-    with pytest.raises(CliError, match="cannot be unpacked .* give a version or a wheel"):
+    with pytest.raises(CliError, match=r"cannot be unpacked .* give a version or a wheel"):
         wheel.unpacked(str(tmp_path / "absent.whl"), tmp_path)
 
     def run(release: str, *, tests: bool) -> int:
