@@ -62,7 +62,19 @@ def main() -> int:
         release.SERVED = (version, *release.SERVED)
         release.SGLANG_VERSION = version
     os.environ["COLUMNS"] = "200"  # of the short summary, which is read
-    options = ("-q", "-rfE", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-W", "ignore")
+    # One process: the workers of pytest-xdist would not take the release for served.
+    options = (
+        "-n",
+        "0",
+        "-q",
+        "-rfE",
+        "--no-header",
+        "--tb=no",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore",
+    )
     return int(pytest.main([*options, *chosen]))
 
 

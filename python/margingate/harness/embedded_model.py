@@ -231,7 +231,7 @@ def _write_tokenizer(reader: "GGUFReader", folder: Path) -> None:
     transformers' GGUF conversion is not used: for this file it makes `<|im_start|>` the end token
     and leaves out the single-digit split of `tokenizer.ggml.pre = smollm`.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # type: ignore[import-untyped]
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     def field(key: str) -> Any:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Mapping
-
 from margingate.runtime.compat import release, request_table, settings_table
 
 _REQUESTS = {
@@ -20,8 +18,8 @@ def known() -> dict[str, set[str]]:
         path: {field for field, _ in request_table.rows(name)} for name, path in _REQUESTS.items()
     }
     found["server_args.ServerArgs"] = set(settings_table.KNOWN)
-    absent: Mapping[str, str] = release.of_release("ABSENT_FIELDS", {})
-    return {path: names - set(absent.get(path, "").split()) for path, names in found.items()}
+    absent: frozenset[str] = release.of_release("ABSENT", frozenset())
+    return {path: names - absent for path, names in found.items()}
 
 
 def differences() -> dict[str, tuple[list[str], list[str]]]:

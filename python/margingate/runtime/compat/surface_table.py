@@ -44,8 +44,8 @@ SURFACE: Mapping[str, str] = {
     "kv logprob lora_id origin_input_ids output_ids output_ids_through_stop "
     "positional_embed_overrides prefix_len reasoning_tokens return_hidden_states "
     "return_logprob return_sampling_mask rid sampling_params send_token_offset session "
-    "set_finish_with_abort stream time_stats to_finish tokenizer update_finish_state "
-    "vocab_size weight_version_events",
+    "set_finish_with_abort stream time_stats to_finish token_indices_to_pool tokenizer "
+    "update_finish_state vocab_size weight_version_events",
     "managers.schedule_batch.ReqKvInfo": ""
     "cache_protected_len holds_kv kv_allocated_len kv_committed_len req_pool_idx",
     "managers.schedule_batch.ReqLogprob": ""

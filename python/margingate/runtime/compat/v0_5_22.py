@@ -16,6 +16,10 @@ ABSENT = frozenset(
 # Fields that are gone in the newest, each with why it may have any value.
 GONE = {"speculative_skip_dp_mlp_sync": "of --speculative-algorithm, which is refused"}
 
+# Attributes that are written alone, which does nothing here: this release counts reasoning from the
+# first token on, whether or not the model opens it.
+ABSENT_ATTRIBUTES = frozenset({"managers.schedule_batch.Req._think_start_match_len"})
+
 # Hooks' targets whose parameters differ.
 PARAMETERS = {
     "layers.logits_processor.LogitsProcessor._compute_lm_head": ""
