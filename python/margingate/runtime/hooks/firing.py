@@ -89,9 +89,9 @@ class FirstRequest(Observer):
 
     def ended(self, req: Any) -> None:
         """Raises SystemExit, which no hook contains: SGLang's launcher ends with its schedulers."""
-        if self._seen or not is_gated(req) or not req.output_ids:
-            return
-        if isinstance(req.finished_reason, FINISH_ABORT):
+        reason = req.finished_reason
+        done = reason is not None and not isinstance(reason, FINISH_ABORT) and req.output_ids
+        if self._seen or not done or not is_gated(req):
             return
         self._seen = True
         try:
