@@ -1,5 +1,6 @@
 """The ledger of patches: it fits the installed SGLang, fails closed, and is documented."""
 
+import asyncio
 import importlib.metadata
 import inspect
 import json
@@ -379,7 +380,8 @@ def test_the_hooks_that_are_asked_for_are_in_the_tables(table, config):
     from margingate.runtime.hooks import firing
 
     targets = {hook.target for hook in table.ALL_HOOKS}
-    assert {*firing.at_start(config, ranks=2), *firing.by_a_request(config)} <= targets
+    needed = {*firing.at_start(config, ranks=2), *firing.by_a_request(config), *firing.CLIENT}
+    assert needed <= targets
 
 
 def test_a_hook_that_never_ran_ends_the_start_with_its_name(monkeypatch):
@@ -422,6 +424,47 @@ def test_the_first_request_that_ends_without_a_hook_ends_the_process(monkeypatch
         with pytest.raises(SystemExit, match=f"margingate: .* patched sglang.srt.{missing}, and"):
             first.ended(request())
         first.ended(request())  # it is told once
+
+
+def looked_at(outputs: list[Any]) -> list[Any]:
+    """What a client gets of these outputs of SGLang's, by the hook."""
+    from margingate.runtime.hooks import firing
+
+    async def original(_manager: Any, _obj: Any, _request: Any) -> Any:
+        for output in outputs:
+            yield output
+
+    async def collect() -> list[Any]:
+        obj = types.SimpleNamespace(sampling_params={})
+        return [each async for each in firing.generate_request(original, None, obj, None)]
+
+    return asyncio.run(collect())
+
+
+def output(**meta_info: Any) -> dict[str, Any]:
+    return {"meta_info": {"finish_reason": None, **meta_info}}
+
+
+def test_the_first_answer_has_passed_the_hooks_of_the_launcher(monkeypatch):
+    from margingate.runtime.hooks import firing
+
+    monkeypatch.setattr(firing, "_answered", False)
+    stop, abort = {"type": "stop"}, {"type": "abort"}
+    fired(monkeypatch, *firing.CLIENT)
+    given = [output(), output(finish_reason=abort), [output(), output(finish_reason=abort)]]
+    assert looked_at(given) == given
+    assert not firing._answered, "no answer ended yet"
+    with pytest.raises(GateError, match="an answer that did not pass the gate's hook on its"):
+        looked_at([output(), output(finish_reason=stop)])
+    for missing in firing.CLIENT:
+        fired(monkeypatch, *(name for name in firing.CLIENT if name != missing))
+        with pytest.raises(GateError, match=f"patched sglang.srt.{missing}, and SGLang did not"):
+            looked_at([output()])
+    fired(monkeypatch, *firing.CLIENT)
+    given = [output(), output(finish_reason=stop, gate={"gated": True})]
+    assert looked_at(given) == given
+    fired(monkeypatch)
+    assert looked_at([output(finish_reason=stop)]), "later ones are not looked at"
 
 
 # Applying

@@ -448,6 +448,7 @@ def test_settings_that_were_never_checked_end_the_start():
 def test_an_engine_whose_arguments_carry_no_settings_launches_nothing(monkeypatch):
     """Its first one began before there was any hook, and ignores what it is given beside them."""
     from sglang.srt.entrypoints.engine import Engine
+    from sglang.srt.server_args import ServerArgs
 
     from margingate.runtime.start.engine import gate_to_launch
 
@@ -457,15 +458,17 @@ def test_an_engine_whose_arguments_carry_no_settings_launches_nothing(monkeypatc
         "_launch_subprocesses",
         classmethod(lambda cls, server_args, **_rest: seen.append(gate_to_launch(server_args))),
     )
+    monkeypatch.setattr("atexit.register", lambda function: None)
+    given = ServerArgs(model_path="dummy")
     for keywords in ({"deterministic_gate": True}, {"deterministic_gate": True, "gate_rows": 8}):
         with pytest.raises(GateError, match="give all arguments as keywords, without server_args"):
-            Engine(server_args=SimpleNamespace(), **keywords)
+            Engine(server_args=given, **keywords)
     with pytest.raises(TypeError):  # of the launch that is none
-        Engine(server_args=SimpleNamespace())
-    carried = SimpleNamespace(_margingate=GateConfig(rows=16))
+        Engine(server_args=given)
+    given._margingate = config = GateConfig(rows=16)
     with pytest.raises(TypeError):
-        Engine(server_args=carried, deterministic_gate=True)
-    assert seen == [None, carried._margingate]
+        Engine(server_args=given, deterministic_gate=True)
+    assert seen == [None, config]
     assert gate_to_launch(SimpleNamespace()) is None, "the wish ends with the Engine"
 
 
