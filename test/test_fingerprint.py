@@ -187,7 +187,8 @@ def test_whatever_replaces_weights_is_noticed(
     fingerprint, server, received, success, generations, flushed
 ):
     server.cached = True
-    idle = SimpleNamespace(is_fully_idle=lambda: True)
+    updater = SimpleNamespace(_session=None)
+    idle = SimpleNamespace(is_fully_idle=lambda: True, weight_updater=updater)
     result = SimpleNamespace(success=success)
     ask = SimpleNamespace(**received)
     found = fingerprint.weights_change(
@@ -199,7 +200,8 @@ def test_whatever_replaces_weights_is_noticed(
 
 
 def test_an_update_that_raises_is_noticed_too(fingerprint, server):
-    idle = SimpleNamespace(is_fully_idle=lambda: True)
+    updater = SimpleNamespace(_session=None)
+    idle = SimpleNamespace(is_fully_idle=lambda: True, weight_updater=updater)
 
     def fail(_manager: Any, _received: Any) -> None:
         raise RuntimeError("half of them are in")
