@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -187,9 +187,8 @@ def test_whatever_replaces_weights_is_noticed(
     fingerprint, server, received, success, generations, flushed
 ):
     server.cached = True
-    idle = SimpleNamespace(
-        is_fully_idle=lambda: True, weight_updater=SimpleNamespace(_session=None)
-    )
+    updater = SimpleNamespace(_session=None)
+    idle = SimpleNamespace(is_fully_idle=lambda: True, weight_updater=updater)
     result = SimpleNamespace(success=success)
     ask = SimpleNamespace(**received)
     found = fingerprint.weights_change(
@@ -201,9 +200,8 @@ def test_whatever_replaces_weights_is_noticed(
 
 
 def test_an_update_that_raises_is_noticed_too(fingerprint, server):
-    idle = SimpleNamespace(
-        is_fully_idle=lambda: True, weight_updater=SimpleNamespace(_session=None)
-    )
+    updater = SimpleNamespace(_session=None)
+    idle = SimpleNamespace(is_fully_idle=lambda: True, weight_updater=updater)
 
     def fail(_manager: Any, _received: Any) -> None:
         raise RuntimeError("half of them are in")
@@ -220,7 +218,7 @@ def test_an_update_that_raises_is_noticed_too(fingerprint, server):
 def test_the_arguments_exist_in_this_sglang(fingerprint):
     from sglang.srt.server_args import ServerArgs
 
-    assert set(fingerprint.ARGUMENTS) <= set(ServerArgs.__struct_fields__)
+    assert set(fingerprint.ARGUMENTS) <= {field.name for field in fields(ServerArgs)}
 
 
 def test_a_chat_template_counts_by_its_text(fingerprint, tmp_path):

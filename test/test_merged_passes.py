@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, ReqKvInfo
 
 from margingate.config import GateConfig
 from margingate.core.ledger import Ledger
@@ -335,7 +335,7 @@ def two(entered) -> Server:
     """A server with two requests, each with rows to verify; `run` gives each row its position."""
     server = Server(0)
     for key in ("bad", "good"):
-        changes = {"req_pool_idx": 1, "cache_protected_len": 0, "to_finish": None}
+        changes = {"kv": ReqKvInfo(req_pool_idx=1), "to_finish": None}
         server.add(key, 4, 3, finished=lambda: False, **changes)
     server.scheduler.model_config = SimpleNamespace(vocab_size=10)
     server.passes._verifier.run = lambda rows: [RowResult(r.position, 1.0, None) for r in rows]
@@ -361,7 +361,7 @@ def test_a_request_whose_rows_cannot_be_made_ends_alone(two, entered, monkeypatc
 
 def test_a_pass_that_raises_ends_the_request_that_is_the_cause(two, entered):
     bad, good = two.requests["bad"], two.requests["good"]
-    bad.req_pool_idx = 7
+    bad.kv.req_pool_idx = 7
     run = two.passes._verifier.run
 
     def raising(rows):
