@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+
 from margingate.runtime.compat import release, request_table, settings_table
 
 _REQUESTS = {
