@@ -235,7 +235,7 @@ def test_help_and_version_import_nothing_heavy():
         "print({'torch', 'transformers', 'sglang', 'gguf'} & set(sys.modules))"
     )
     env = {**os.environ, "PYTHONPATH": PYTHON}
-    for flag, shown in (("--help", "model"), ("--version", "margingate 0.1.0 (sglang ")):
+    for flag, shown in (("--help", "model"), ("--version", "margingate 0.2.0 (sglang ")):
         command = [sys.executable, "-c", code, flag]
         out = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
         assert shown in out
