@@ -536,7 +536,9 @@ def model_config(text: dict[str, Any] | None = None, **changes: Any) -> SimpleNa
     """A stand-in for SGLang's ModelConfig of a dense decoder."""
     values = {
         "hf_text_config": SimpleNamespace(**(text or {})),
-        "hf_config": SimpleNamespace(get_text_config=lambda: None),
+        "hf_config": SimpleNamespace(
+            get_text_config=lambda: None, architectures=["OneForCausalLM"]
+        ),
         "is_generation": True,
         "attention_arch": SimpleNamespace(name="MHA"),
         "is_hybrid_swa": False,
@@ -567,6 +569,7 @@ def test_a_dense_decoder_is_served(text):
     [
         (model_config(is_generation=False), "does not generate text"),
         (model_config(attention_arch=SimpleNamespace(name="MLA")), "uses latent attention (MLA)"),
+        (model_config(attention_arch=SimpleNamespace(name="SSM")), "keeps recurrent state"),
         (model_config(is_hybrid_swa=True), "mixes full and sliding-window attention"),
         (model_config(WINDOWS), "mixes full and sliding-window attention"),
         (model_config(is_encoder_decoder=True), "is an encoder-decoder"),
@@ -595,7 +598,7 @@ def test_each_kind_of_model_is_refused_in_words(model, what):
 def test_the_names_of_sglangs_attention_kinds_are_the_expected_ones():
     from sglang.srt.configs.model_config import AttentionArch
 
-    assert {kind.name for kind in AttentionArch} == {"MHA", "MLA"}
+    assert {kind.name for kind in AttentionArch} == {"MHA", "MLA", "SSM"}
 
 
 def test_a_quantized_model_is_refused_when_it_is_loaded(prepare):

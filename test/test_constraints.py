@@ -120,6 +120,57 @@ def test_thinking_is_not_masked_and_is_walked_through(grammar, tokenizer):
     assert req.grammar._is_generation()
 
 
+def narrow(mask, tokens, row, is_allowed, reset_vocab_mask=True):
+    """As the filters of SGLang's backends: only these tokens, or all but these."""
+    if reset_vocab_mask:
+        mask[row] = 0 if is_allowed else -1
+    for token in tokens:
+        bit = torch.tensor(1 << token % 32, dtype=torch.int64).to(torch.int32)
+        word = mask[row, token // 32]
+        mask[row, token // 32] = word | bit if is_allowed else word & ~bit
+
+
+@pytest.mark.parametrize("in_grammar", [False, True])
+@pytest.mark.parametrize("budget", [-1, 0, 2])
+def test_rows_within_a_thinking_budget_get_the_mask_that_the_fast_path_had(
+    grammar, tokenizer, budget, in_grammar
+):
+    """Copies and walks carry all that a budget counts, and what opens the thinking."""
+    from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObject
+
+    end, opener = ids(tokenizer, "!")[0], ids(tokenizer, "yes")
+    start = ReasonerGrammarObject(
+        grammar.copy(),
+        [end],
+        think_excluded_token_ids=ids(tokenizer, "zebra"),
+        max_think_tokens=budget,
+        enable_token_filter=True,
+        token_filter_fn=narrow,
+        think_starts=("yes",),
+        decode=tokenizer.decode,
+    )
+    start.maybe_init_reasoning(True)
+    if in_grammar:
+        start.set_reasoning_in_grammar()
+        output = ids(tokenizer, "yes 123")
+    else:
+        output = [*opener, *ids(tokenizer, "hm")[: max(budget - 1, 0)], end, *ids(tokenizer, "yes")]
+    walk, expected = start.copy(), []
+    for token in output:
+        mask = walk.allocate_vocab_mask(VOCABULARY, 1, "cpu")
+        walk.fill_vocab_mask(mask, 0)
+        expected.append(mask)
+        walk.accept_token(token)
+    req = make_request(start, output)
+    found = list(constraints.of_rows(req, range(1, len(output) + 1), VOCABULARY))
+    assert all(map(torch.equal, (each.mask for each in found), expected))
+    constraints.follow(req, NO_PENALTIES)
+    for name, value in vars(walk).items():
+        if name not in ("grammar", "_think_end_matcher"):
+            assert getattr(req.grammar, name) == value, name
+    assert len({tuple(mask[0].tolist()) for mask in expected}) > 1, "else nothing is asked"
+
+
 def test_a_token_that_the_grammar_does_not_take_aborts_its_request(grammar, tokenizer):
     output = ids(tokenizer, "yes")
     req = make_request(grammar.copy(), output)

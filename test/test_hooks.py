@@ -1,5 +1,6 @@
 """The ledger of patches: it fits the installed SGLang, fails closed, and is documented."""
 
+import asyncio
 import importlib.metadata
 import inspect
 import json
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 
 from margingate.cli.main import main
-from margingate.config import GateError
+from margingate.config import GateConfig, GateError
 from margingate.harness.embedded_model import ensure_model
 from margingate.runtime.compat import release
 
@@ -35,8 +36,11 @@ load_plugins()
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.server_args import prepare_server_args
 
-arguments = vars(prepare_server_args(sys.argv[1:]))
+made = prepare_server_args(sys.argv[1:])
+made.resolve_once()
+arguments = made.resolved_dict()
 answer = {"arguments": {name: repr(value) for name, value in arguments.items()}}
+answer["beside"] = sorted(name for name in vars(made) if "margingate" in name)
 answer["registered"] = sorted(HookRegistry._hooks)
 if not HookRegistry._hooks:
     print(json.dumps(answer))
@@ -157,7 +161,12 @@ def toy(monkeypatch) -> types.ModuleType:
         "class Box:\n"
         "    def put(self, value):\n        return ['put', value]\n"
         "    @classmethod\n    def make(cls, value):\n        return [cls.__name__, value]\n"
-        "    @staticmethod\n    def plain(value):\n        return value\n",
+        "    @staticmethod\n    def plain(value):\n        return value\n"
+        "class Own(Box):\n    def __init__(self, size=1):\n        self.size = size\n"
+        "class Heir(Own):\n    pass\n"
+        "import msgspec\n"
+        "class Record(msgspec.Struct):\n    size: int = 1\n"
+        "    def __post_init__(self):\n        pass\n",
         module.__dict__,
     )
     monkeypatch.setitem(sys.modules, TOY, module)
@@ -235,7 +244,9 @@ def test_the_version_of_the_hooks_is_the_one_that_is_installed(hooks):
 
 
 @pytest.mark.parametrize("installed", ["0.5.17", "0.5.22.post1", "0.5.24"])
-def test_another_version_of_sglang_is_refused(hooks, monkeypatch, installed):
+def test_another_version_of_sglang_is_refused(monkeypatch, installed):
+    from margingate.runtime.compat import release
+
     monkeypatch.setattr(importlib.metadata, "version", lambda name: installed)
     with pytest.raises(GateError) as caught:
         release.check_version()
@@ -244,7 +255,9 @@ def test_another_version_of_sglang_is_refused(hooks, monkeypatch, installed):
     assert "pip install sglang==0.5.23." in text
 
 
-def test_an_sglang_that_is_no_package_is_refused(hooks, monkeypatch):
+def test_an_sglang_that_is_no_package_is_refused(monkeypatch):
+    from margingate.runtime.compat import release
+
     def absent(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
@@ -301,6 +314,157 @@ def test_a_plugin_that_replaced_a_target_with_another_one_is_refused(hooks, toy,
     monkeypatch.setattr(toy, "double", lambda *args, **kwargs: None)
     with pytest.raises(GateError, match=r"its parameters are \(args kwargs\) instead of"):
         hooks.check_target(make(hooks, "double", "value times"))
+
+
+@pytest.mark.parametrize("target", ["Heir.__init__", "Record.__init__", "Record.__post_init__"])
+def test_what_sglang_does_not_call_is_refused(hooks, toy, registry, target):
+    """An inherited `__init__` is another class's; a record's are generated, or called in C."""
+    with pytest.raises(GateError) as caught:
+        hooks.register([make(hooks, target, None)])
+    name = target.partition(".")[0]
+    assert f"cannot patch {TOY}.{target}: SGLang makes a {name} without calling it" in sentence(
+        caught
+    )
+    hooks.check_target(make(hooks, "Own.__init__", "self size"))
+
+
+@pytest.mark.parametrize(
+    ("target", "parameters", "fits"),
+    [
+        ("double", "value times", True),
+        ("double", "value times ...", True),
+        ("double", "value ...", True),
+        ("double", "value", False),
+        ("double", "...", False),
+        ("double", "times ...", False),
+        ("double", "value times more ...", False),
+        ("Box.make", "cls ...", False),
+        ("Box.make", "cls value ...", True),
+    ],
+)
+def test_a_target_may_have_more_optional_parameters_where_they_are_handed_on(
+    hooks, toy, target, parameters, fits
+):
+    with nullcontext() if fits else pytest.raises(GateError, match="its parameters are"):
+        hooks.check_target(make(hooks, target, parameters))
+
+
+def test_a_hook_whose_target_may_be_given_more_hands_on_all(hooks, table):
+    varying = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    open_ended = [hook for hook in table.ALL_HOOKS if (hook.parameters or "").endswith("...")]
+    assert len(open_ended) > 1
+    for hook in open_ended:
+        kinds = {p.kind for p in inspect.signature(hook.function).parameters.values()}
+        assert varying <= kinds, hook.target
+
+
+# Seen to run
+
+
+def fired(monkeypatch: pytest.MonkeyPatch, *targets: str) -> None:
+    """As if just these hooks had run in this process."""
+    from margingate.runtime.request import guard
+
+    monkeypatch.setattr(guard, "_tallies", {name: guard.Tally(fired=1) for name in targets})
+
+
+CONFIGS = {
+    "invariant": GateConfig(overlap="off"),
+    "overlap": GateConfig(overlap="on"),
+    "stock": GateConfig(overlap="off", fast_path="stock"),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_the_hooks_that_are_asked_for_are_in_the_tables(table, config):
+    from margingate.runtime.hooks import firing
+
+    targets = {hook.target for hook in table.ALL_HOOKS}
+    needed = {*firing.at_start(config, ranks=2), *firing.by_a_request(config), *firing.CLIENT}
+    assert needed <= targets
+
+
+def test_a_hook_that_never_ran_ends_the_start_with_its_name(monkeypatch):
+    from margingate.runtime.hooks import firing
+
+    config, when = CONFIGS["invariant"], "by the end of the checks"
+    fired(monkeypatch, *firing.LAYERS)
+    firing.confirm(firing.at_start(config, ranks=1), when)
+    with pytest.raises(GateError, match=r"GroupCoordinator\.all_reduce, and SGLang did not call"):
+        firing.confirm(firing.at_start(config, ranks=2), when)
+    assert not list(firing.at_start(CONFIGS["stock"], ranks=2))
+    for missing in firing.LAYERS:
+        fired(monkeypatch, *(name for name in firing.LAYERS if name != missing))
+        with pytest.raises(GateError) as caught:
+            firing.confirm(firing.at_start(config, ranks=1), when)
+        assert f"patched sglang.srt.{missing}, and SGLang did not call it {when}: " in sentence(
+            caught
+        )
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_the_first_request_that_ends_without_a_hook_ends_the_process(monkeypatch, config):
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
+
+    from margingate.runtime.hooks import firing
+
+    def request(gated: bool = True, reason: Any = None, ids: tuple[int, ...] = (1,)) -> Any:
+        gate = types.SimpleNamespace(gated=gated)
+        reason = reason or FINISH_LENGTH(1)
+        return types.SimpleNamespace(gate=gate, finished_reason=reason, output_ids=ids)
+
+    needed = list(firing.by_a_request(config))
+    fired(monkeypatch, *needed)
+    firing.FirstRequest(config).ended(request())
+    for missing in needed:
+        fired(monkeypatch, *(name for name in needed if name != missing))
+        first = firing.FirstRequest(config)
+        for other in (request(gated=False), request(reason=FINISH_ABORT()), request(ids=())):
+            first.ended(other)
+        with pytest.raises(SystemExit, match=f"margingate: .* patched sglang.srt.{missing}, and"):
+            first.ended(request())
+        first.ended(request())  # it is told once
+
+
+def looked_at(outputs: list[Any]) -> list[Any]:
+    """What a client gets of these outputs of SGLang's, by the hook."""
+    from margingate.runtime.hooks import firing
+
+    async def original(_manager: Any, _obj: Any, _request: Any) -> Any:
+        for output in outputs:
+            yield output
+
+    async def collect() -> list[Any]:
+        obj = types.SimpleNamespace(sampling_params={})
+        return [each async for each in firing.generate_request(original, None, obj, None)]
+
+    return asyncio.run(collect())
+
+
+def output(**meta_info: Any) -> dict[str, Any]:
+    return {"meta_info": {"finish_reason": None, **meta_info}}
+
+
+def test_the_first_answer_has_passed_the_hooks_of_the_launcher(monkeypatch):
+    from margingate.runtime.hooks import firing
+
+    monkeypatch.setattr(firing, "_answered", False)
+    stop, abort = {"type": "stop"}, {"type": "abort"}
+    fired(monkeypatch, *firing.CLIENT)
+    given = [output(), output(finish_reason=abort), [output(), output(finish_reason=abort)]]
+    assert looked_at(given) == given
+    assert not firing._answered, "no answer ended yet"
+    with pytest.raises(GateError, match="an answer that did not pass the gate's hook on its"):
+        looked_at([output(), output(finish_reason=stop)])
+    for missing in firing.CLIENT:
+        fired(monkeypatch, *(name for name in firing.CLIENT if name != missing))
+        with pytest.raises(GateError, match=f"patched sglang.srt.{missing}, and SGLang did not"):
+            looked_at([output()])
+    fired(monkeypatch, *firing.CLIENT)
+    given = [output(), output(finish_reason=stop, gate={"gated": True})]
+    assert looked_at(given) == given
+    fired(monkeypatch)
+    assert looked_at([output(finish_reason=stop)]), "later ones are not looked at"
 
 
 # Applying
@@ -408,7 +572,7 @@ def test_without_the_flag_the_arguments_are_those_of_sglang_alone(probes):
     )
     assert len(without) > 400
     assert with_plugin == without
-    assert "_margingate" not in with_plugin
+    assert probes["with"].answer["beside"] == []
 
 
 def test_a_refused_launch_exits_with_one_and_one_line(probes):
@@ -438,22 +602,30 @@ def test_the_document_has_a_row_with_six_cells_for_each_hook(table):
     processes = [row.split(" | ")[2] for row in rows]
     assert len(rows) == len(table.ALL_HOOKS) + len(INSTANCE_PATCHES)
     assert all(row.count(" | ") == 5 for row in rows)
-    assert processes.count("startup") == len(table.STARTUP_HOOKS)
+    early = [patch for patch in INSTANCE_PATCHES if patch.process == "startup"]
+    assert processes.count("startup") == len(table.STARTUP_HOOKS) + len(early)
     assert processes.count("launcher") == len(table.TOKENIZER_HOOKS)
     assert processes.count("detokenizer") == len(table.DETOKENIZER_HOOKS)
-    assert processes.count("scheduler") == len(table.SCHEDULER_HOOKS) + len(INSTANCE_PATCHES)
+    assert processes.count("scheduler") == len(table.SCHEDULER_HOOKS) + len(INSTANCE_PATCHES) - len(
+        early
+    )
 
 
 def test_what_is_replaced_on_an_instance_is_there(table):
     """Methods of the class, or what its constructor sets (it cannot be made without a GPU)."""
     import pkgutil
 
-    from margingate.runtime.compat.instance_patches import INSTANCE_PATCHES, check_instance
+    from margingate.runtime.compat.instance_patches import (
+        INSTANCE_PATCHES,
+        ON_ENGINE,
+        check_instance,
+    )
 
     for patch in INSTANCE_PATCHES:
         owner = pkgutil.resolve_name("sglang.srt." + patch.owner)
         source = inspect.getsource(owner.__init__)
         assert hasattr(owner, patch.name) or f"self.{patch.name}" in source, patch
+    assert set(ON_ENGINE) < set(INSTANCE_PATCHES)
     with pytest.raises(GateError, match=r"TritonAttnBackend\.decode_attention_fwd, which SGLang"):
         check_instance(object(), INSTANCE_PATCHES[0])
 

@@ -267,6 +267,45 @@ def test_what_is_written_is_seen():
     }
 
 
+def raw_settings(tree: ast.AST) -> set[str]:
+    """Fields read or written on what is called `server_args`, or on a name that it was given."""
+
+    def is_record(node: ast.AST) -> bool:
+        return "server_args" in (getattr(node, "attr", None), getattr(node, "id", None))
+
+    names = {"server_args"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and is_record(node.value):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            owner = node.value
+            if is_record(owner) or (isinstance(owner, ast.Name) and owner.id in names):
+                found.add(node.attr)
+    return found
+
+
+def test_raw_settings_are_seen():
+    source = """
+def f(server_args, runner):
+    args = runner.server_args
+    settings.view(server_args).a
+    server_args.b
+    runner.server_args.c.d
+    args.e = 1
+    other.f
+"""
+    assert raw_settings(ast.parse(source)) == {"b", "c", "e"}
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if below(m, "margingate.runtime")])
+def test_server_arguments_are_read_as_they_were_resolved(module):
+    """SGLang decides beside the record, which keeps what was given: compat/settings.py."""
+    if not below(module, "margingate.runtime.compat"):
+        assert not raw_settings(ast.parse(MODULES[module].read_text()))
+
+
 def test_who_writes_sglangs_request():
     runtime = [module for module in MODULES if below(module, "margingate.runtime")]
     found = {m.rpartition(".")[2] for m in runtime if written(ast.parse(MODULES[m].read_text()))}

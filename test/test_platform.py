@@ -31,6 +31,13 @@ def test_torch_native_attention_llguidance_and_no_compiling():
     assert os.environ["TORCH_COMPILE_DISABLE"] == "1"
 
 
+def test_slots_and_columns_are_sglangs_own():
+    platform = HostPlatform()
+    assert platform.get_kv_pool_cls(kind="mha") is None
+    assert platform.get_paged_allocator_cls() is None
+    assert not platform.capabilities.supports_triton
+
+
 def test_what_was_asked_for_stays(monkeypatch):
     found = defaults(attention_backend="triton", grammar_backend="none", enable_torch_compile=True)
     assert (found.attention_backend, found.grammar_backend) == ("triton", "none")

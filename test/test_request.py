@@ -48,6 +48,7 @@ def request(custom: Any = None, *, top_k: int = 1, **changes: Any) -> SimpleName
         "extra_key": None,
         "return_hidden_states": False,
         "return_sampling_mask": False,
+        "token_indices_to_pool": None,
         **dict.fromkeys(("custom_logit_processor", "input_embeds", "positional_embed_overrides")),
         **dict.fromkeys(("lora_id", "session")),
     }
@@ -213,6 +214,7 @@ UNSERVED = [
     ("return_hidden_states", True),
     ("return_hidden_states", "last"),
     ("return_sampling_mask", True),
+    ("token_indices_to_pool", [0]),
 ]
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from margingate.config import GateConfig, GateError
-from margingate.runtime.compat import environment, machine, request_table, settings_table
+from margingate.runtime.compat import environment, machine, request_table, settings, settings_table
 from margingate.runtime.compat.settings_table import ARITHMETIC, COUNTED, NO_EFFECT, REFUSED
+from margingate.runtime.start.refused_settings import ABSENT
 
 MakeArgs = Callable[..., Any]
 
@@ -27,23 +29,16 @@ def sglang_classes() -> dict[str, type]:
     return {kind.__name__: kind for kind in found}
 
 
-def default(option: Any) -> Any:
-    made = option.default_factory
-    value = option.default if made is MISSING else made()
-    return None if value is MISSING else value
-
-
 @pytest.fixture(scope="module")
 def make_args() -> MakeArgs:
-    """ServerArgs with SGLang's defaults and these changes, nothing resolved, no server."""
+    """SGLang's defaults and these changes, in place of ServerArgs; nothing resolved, no server."""
     from sglang.srt.server_args import ServerArgs
 
+    defaults = {"model_path": None} | settings_table.defaults(ServerArgs)
+
     def made(**changes: Any) -> Any:
-        args = object.__new__(ServerArgs)
-        for option in fields(ServerArgs):
-            object.__setattr__(args, option.name, changes.pop(option.name, default(option)))
-        assert not changes
-        return args
+        assert changes.keys() <= defaults.keys()
+        return SimpleNamespace(**(defaults | changes))
 
     return made
 
@@ -56,7 +51,7 @@ def test_every_field_of_the_server_is_in_one_place_with_a_reason():
 
     rows = list(settings_table.rows(settings_table.GROUPS))
     named = Counter(name for name, _, _ in rows)
-    assert set(named) == {option.name for option in fields(ServerArgs)}
+    assert set(named) == set(ServerArgs.__struct_fields__) - settings_table.GONE.keys() | ABSENT
     assert max(named.values()) == 1
     assert all(kind and len(reason) > 5 for _, kind, reason in rows)
 
@@ -64,7 +59,8 @@ def test_every_field_of_the_server_is_in_one_place_with_a_reason():
 @pytest.mark.parametrize("kind", request_table.TABLES)
 def test_every_field_of_a_request_is_in_one_place_with_a_reason(kind):
     named = Counter(name for name, _ in request_table.rows(kind))
-    assert set(named) == set(request_table.fields_of(sglang_classes()[kind]))
+    absent = set(named) & ABSENT
+    assert set(named) == set(request_table.fields_of(sglang_classes()[kind])) | absent
     assert max(named.values()) == 1
     assert all(len(reason) > 5 for _, reason in request_table.rows(kind))
 
@@ -72,30 +68,27 @@ def test_every_field_of_a_request_is_in_one_place_with_a_reason(kind):
 # What nobody has looked at
 
 
-def test_a_field_that_nobody_has_looked_at_is_refused_unless_it_is_at_its_default(make_args):
+def test_a_field_that_nobody_has_looked_at_is_refused_unless_it_is_at_its_default(monkeypatch):
+    from sglang.srt import server_args
     from sglang.srt.server_args import ServerArgs
 
     from margingate.runtime.start.refusals import refuse_server
 
-    @dataclass
-    class Newer(ServerArgs):
-        enable_wonder: bool = False
-        wonders: list[int] = field(default_factory=list)
+    def make_args(**changes: Any) -> Any:
+        return SimpleNamespace(**({"model_path": None} | settings_table.defaults(newer) | changes))
 
-    args = object.__new__(Newer)
-    for option in fields(Newer):
-        object.__setattr__(args, option.name, default(option))
-    refuse_server(args)
+    new = {"enable_wonder": False, "wonders": []}
+    fields = [*settings_table.defaults(ServerArgs).items(), *new.items()]
+    newer = msgspec.defstruct("Newer", [(name, Any, value) for name, value in fields])
+    monkeypatch.setattr(server_args, "ServerArgs", newer)
+    refuse_server(make_args(**new))
     for name, value in (("enable_wonder", True), ("wonders", [1])):
-        object.__setattr__(args, name, value)
         with pytest.raises(GateError) as caught:
-            refuse_server(args)
+            refuse_server(make_args(**(new | {name: value})))
         option = "--" + name.replace("_", "-")
         assert str(caught.value).startswith(
             f"--deterministic-gate does not work with {option}, which nobody has looked at in "
         )
-        object.__setattr__(args, name, type(value)())
-    refuse_server(make_args())
 
 
 def test_a_field_of_a_request_that_nobody_has_looked_at_is_refused_where_it_is_set():
@@ -134,6 +127,7 @@ OTHER = {
     "disaggregation_mode": "decode",
     "decoupled_spec_role": "drafter",
     "kv_canary": "log",
+    "attn_dp_size": 2,
     "forward_hooks": [{"name": "one"}],
 }
 
@@ -154,7 +148,7 @@ def test_each_field_that_is_called_refused_is_refused(make_args, name):
 
     args = make_args()
     refuse_server(args)
-    object.__setattr__(args, name, other(name, args))
+    setattr(args, name, other(name, args))
     with pytest.raises(GateError, match=r"^--deterministic-gate does not work with --"):
         refuse_server(args)
 
@@ -180,7 +174,7 @@ def test_columns_have_the_type_of_the_model(name, dtype, refused):
     from margingate.runtime.start.refused_models import refuse_column_type
 
     config = SimpleNamespace(dtype=dtype)
-    args = SimpleNamespace(kv_cache_dtype=name, get_model_config=lambda: config)
+    args = SimpleNamespace(kv_cache_dtype=name, _model_config=config)
     if not refused:
         refuse_column_type(args)
         return
@@ -204,32 +198,25 @@ def test_columns_that_a_checkpoint_scales_are_refused():
         refuse_columns(runner)
 
 
-def test_a_fused_all_reduce_that_sglang_would_choose_by_itself_is_off(monkeypatch, make_args):
+def test_a_fused_all_reduce_that_sglang_would_choose_by_itself_is_off(monkeypatch):
     """SGLang's own passes over the arguments that the gate has set, as if on a Hopper GPU."""
     from sglang.srt.arg_groups import overrides
+    from sglang.srt.runtime_context import override_platform
+    from sglang.srt.server_args import ServerArgs
 
     from margingate.runtime.start import arguments
 
     model = SimpleNamespace(hf_config=SimpleNamespace(architectures=["Qwen3MoeForCausalLM"]))
-    monkeypatch.setattr(overrides, "is_sm90_supported", lambda: True)
-    monkeypatch.setattr(arguments.refusals, "refuse_server", lambda args: None)
-
-    class DoneError(Exception):
-        pass
-
-    def resolve(args: Any) -> None:
-        args.get_model_config = lambda: model
-        chosen = overrides._flashinfer_allreduce_fusion_auto_enable(args)
-        assert chosen == {"flashinfer_allreduce_fusion_backend": "auto"}
-        vars(args).update(chosen)
-        vars(args).update(overrides._enforce_disable_allreduce_fusion(args))
-        raise DoneError
-
-    args = SimpleNamespace(**vars(make_args(tp_size=2, device="cuda")))
-    args._margingate = GateConfig()
-    with pytest.raises(DoneError):
-        arguments.post_init(resolve, args)
-    assert args.flashinfer_allreduce_fusion_backend is None
+    args = ServerArgs(model_path="model", tp_size=2, device="cuda")
+    args._model_config = model
+    with override_platform(is_sm90=True):
+        assert overrides._flashinfer_allreduce_fusion_auto_enable(settings.view(args)) == {
+            "flashinfer_allreduce_fusion_backend": "auto"
+        }
+        arguments._prepare(args, GateConfig())
+        overrides.run_post_process_pass(args, overrides._flashinfer_allreduce_fusion_auto_enable)
+        overrides.run_post_process_pass(args, overrides._enforce_disable_allreduce_fusion)
+    assert settings.view(args).flashinfer_allreduce_fusion_backend is None
 
 
 # In the fingerprint
@@ -249,7 +236,7 @@ def test_servers_that_differ_in_a_setting_that_counts_have_other_fingerprints(ma
 
 
 @pytest.mark.parametrize("name", settings_table.names(ARITHMETIC))
-def test_the_probe_is_redone_where_a_setting_reaches_the_arithmetic(make_args, name):
+def test_the_probe_is_redone_where_a_setting_reaches_the_arithmetic(monkeypatch, make_args, name):
     from margingate.runtime.probe import cache
 
     def key(args: Any) -> Any:
@@ -257,11 +244,11 @@ def test_the_probe_is_redone_where_a_setting_reaches_the_arithmetic(make_args, n
             model_config=SimpleNamespace(model_path="/m"),
             attn_backend=None,
             device="cpu",
-            ps=SimpleNamespace(tp_rank=0, tp_size=1),
             server_args=args,
         )
         return cache.identity(runner, ["a"], 64)
 
+    monkeypatch.setattr(cache.ranks, "tp_rank", lambda: 0)
     args = make_args()
     assert key(args) == key(make_args())
     assert key(args) != key(make_args(**{name: other(name, args)}))
@@ -432,36 +419,62 @@ def test_files_of_every_kind_of_tokenizer_count(tmp_path, name):
 # A hook is seen to fire
 
 
-def test_a_command_line_whose_arguments_carry_no_settings_ends_the_start():
+def test_a_command_line_whose_arguments_carry_no_settings_ends_the_start(monkeypatch):
     from margingate.runtime.start import arguments
 
     asked = argparse.Namespace(deterministic_gate=True)
-    for made in (SimpleNamespace(), SimpleNamespace(_margingate=GateConfig())):
-        with pytest.raises(SystemExit) as caught:
-            arguments.from_command_line(lambda cls, args, made=made: made, object, asked)
-        text = str(caught.value.code)
-        assert text.startswith("margingate: --deterministic-gate was given, but SGLang made its")
-        assert ("ServerArgs.__post_init__" in text) is hasattr(made, "_margingate")
-    good = SimpleNamespace(_margingate=GateConfig(rows=16))
+    monkeypatch.setattr(arguments, "attach", lambda made, options: None)
+    with pytest.raises(SystemExit) as caught:
+        arguments.from_command_line(lambda cls, args: SimpleNamespace(), object, asked)
+    text = str(caught.value.code)
+    assert text.startswith("margingate: --deterministic-gate was given, but SGLang made its")
+    assert "ServerArgs.from_cli_args" in text
+    good = SimpleNamespace(_margingate=GateConfig())
     assert arguments.from_command_line(lambda cls, args: good, object, asked) is good
     plain = argparse.Namespace(deterministic_gate=False)
     assert arguments.from_command_line(lambda cls, args: None, object, plain) is None
 
 
-def test_an_engine_whose_arguments_carry_no_settings_launches_nothing():
+def test_settings_that_were_never_checked_end_the_start():
     from margingate.runtime.start import arguments
 
-    launched = []
+    arguments.confirm_settings(SimpleNamespace(_margingate=GateConfig(rows=16)))
+    with pytest.raises(GateError, match=r"without the hook on ServerArgs\.resolve_once"):
+        arguments.confirm_settings(SimpleNamespace(_margingate=GateConfig()))
+    with pytest.raises(GateError, match=r"without the hook on ServerArgs\.from_cli_args"):
+        arguments.confirm_settings(SimpleNamespace())
 
-    def construct(engine: Any, **keywords: Any) -> None:
-        launched.append(arguments.gate_to_launch(engine.server_args))
 
-    engine = SimpleNamespace(server_args=SimpleNamespace())
-    with pytest.raises(GateError, match=r"without the hook on ServerArgs\.__init__"):
-        arguments.engine_init(construct, engine, deterministic_gate=True)
-    assert not launched
-    arguments.engine_init(construct, engine)
-    engine.server_args._margingate = config = GateConfig(rows=16)
-    arguments.engine_init(construct, engine, deterministic_gate=True)
-    assert launched == [None, config]
-    assert arguments.gate_to_launch(SimpleNamespace()) is None, "the wish ends with the Engine"
+def test_an_engine_whose_arguments_carry_no_settings_launches_nothing(monkeypatch):
+    """Its first one began before there was any hook, and ignores what it is given beside them."""
+    from sglang.srt.entrypoints.engine import Engine
+    from sglang.srt.server_args import ServerArgs
+
+    from margingate.runtime.start.engine import gate_to_launch
+
+    seen = []
+    monkeypatch.setattr(
+        Engine,
+        "_launch_subprocesses",
+        classmethod(lambda cls, server_args, **_rest: seen.append(gate_to_launch(server_args))),
+    )
+    monkeypatch.setattr("atexit.register", lambda function: None)
+    given = ServerArgs(model_path="dummy")
+    for keywords in ({"deterministic_gate": True}, {"deterministic_gate": True, "gate_rows": 8}):
+        with pytest.raises(GateError, match="give all arguments as keywords, without server_args"):
+            Engine(server_args=given, **keywords)
+    with pytest.raises(TypeError):  # of the launch that is none
+        Engine(server_args=given)
+    given._margingate = config = GateConfig(rows=16)
+    with pytest.raises(TypeError):
+        Engine(server_args=given, deterministic_gate=True)
+    assert seen == [None, config]
+    assert gate_to_launch(SimpleNamespace()) is None, "the wish ends with the Engine"
+
+
+def test_a_scheduler_that_no_hooked_launcher_started_does_not_come_up():
+    from margingate.runtime.start.install import confirm_launcher
+
+    with pytest.raises(GateError, match=r"went around Engine\._launch_subprocesses"):
+        confirm_launcher(SimpleNamespace())
+    confirm_launcher(SimpleNamespace(_margingate_launched=True))

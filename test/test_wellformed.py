@@ -34,6 +34,7 @@ SERVED: tuple[dict[str, Any], ...] = (
     {"logit_bias": {}},
     {"logit_bias": {"5": 1, 6: -2.5, " 7": np.float64(3)}},
     {"json_schema": "{}", "regex": "", "ebnf": "root ::= 'a'", "structural_tag": "{}"},
+    {"beam_width": 1, "watermark": None, "ebnf_full_assistant": True},
     {"custom_params": {"anything": [1, {"at": "all"}]}, "ignore_eos": 1, "deterministic": True},
     {"repetition_penalty": 1, "frequency_penalty": True, "skip_special_tokens": np.bool_(True)},
 )
@@ -74,6 +75,8 @@ REFUSED: tuple[tuple[str, Any, str], ...] = (
     ("temperature", float("nan"), "a number that is finite in float32"),
     ("temperature", 10**400, "a number that is finite in float32"),
     ("n", 129, "a whole number, at most 128"),
+    ("beam_width", 2, "1, since a server with the deterministic gate searches no beams"),
+    ("ebnf_full_assistant", "x", "true or false"),
     ("max_new_tokens", 1 << 63, "a whole number of at most 64 bits"),
     ("sampling_seed", 1 << 63, "a whole number of at most 64 bits"),
     (

@@ -9,7 +9,8 @@ request of a batch is streamed, the others are not: with all of them decoding, t
 tokens is a step, scheduling and output included. Points beyond the K/V pool are left out.
 
 `--prefills` times prompts of so many tokens too: from sending one, which nothing cached, to its
-first token. A mode NAME@FOLDER is measured with margingate from another checkout.
+first token. A mode NAME@FOLDER is measured with margingate from another checkout. On Blackwell,
+MARGINGATE_DUAL_GEMM=keep or off has gated engines use SGLang's DualGemm, or not, whatever its bits.
 """
 
 from __future__ import annotations

@@ -19,11 +19,11 @@ def functions() -> dict[str, str]:
     return found | dict.fromkeys(hooked(), "hooked")
 
 
-def hooked() -> list[str]:
-    """The targets of all hooks."""
+def hooked() -> dict[str, str | None]:
+    """The targets of all hooks -> the parameters that the newest release has; None: any."""
     from margingate.runtime.start import startup_hooks
 
-    return [hook.path for hook in startup_hooks.ALL_HOOKS]
+    return {hook.path: hook.parameters for hook in startup_hooks.ALL_HOOKS}
 
 
 def replaced() -> list[str]:

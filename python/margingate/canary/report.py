@@ -43,7 +43,10 @@ def is_served(version: str) -> bool:
 
 def changes(other: Tree, base: Tree) -> Iterator[Row]:
     """What the start would refuse beside `other`, and pins that differ from those of `base`."""
-    yield from _beside(other)
+    found = list(_beside(other))
+    yield from found
+    if any(what in ("canary", "import") for what, _, _ in found):
+        yield from _hooks_by_syntax(other)  # those of modules that were not looked at, too
     if not is_served(other.version):
         yield from (("pin", pin, "new") for pin in sorted(other.pins - base.pins))
         yield from (("pin", pin, "gone") for pin in sorted(base.pins - other.pins))
@@ -97,6 +100,15 @@ def _beside(other: Tree) -> Iterator[Row]:
         yield "canary", "margingate.canary.beside", f"status {done.returncode}: {last}"
         return
     yield from (tuple(row) for row in json.loads(done.stdout.splitlines()[-1]))
+
+
+def _hooks_by_syntax(other: Tree) -> Iterator[Row]:
+    for path, expected in asked.hooked().items():
+        found, short = other.find(path), path.removeprefix("sglang.srt.")
+        if found is None:
+            yield "hook", short, "gone"
+        elif expected not in (None, found.parameters):
+            yield "hook", short, f"its parameters are ({found.parameters}), not ({expected})"
 
 
 def written(found: list[Row], to_read: list[Row]) -> str:

@@ -26,6 +26,15 @@ class Definition:
             return ""
         return "\n".join(ast.unparse(each) for each in _without_docstrings(self.node).body)
 
+    @property
+    def parameters(self) -> str:
+        """Names of a function's parameters, separated by spaces; of others empty."""
+        if not isinstance(self.node, _FUNCTION):
+            return ""
+        taken = self.node.args
+        named = [*taken.posonlyargs, *taken.args, taken.vararg, *taken.kwonlyargs, taken.kwarg]
+        return " ".join(each.arg for each in named if each is not None)
+
 
 class Tree:
     """`root` is a folder that holds `sglang/`: an unpacked wheel, or a site-packages."""

@@ -63,18 +63,7 @@ def main() -> int:
         release.SGLANG_VERSION = version
     os.environ["COLUMNS"] = "200"  # of the short summary, which is read
     # One process: the workers of pytest-xdist would not take the release for served.
-    options = (
-        "-n",
-        "0",
-        "-q",
-        "-rfE",
-        "--no-header",
-        "--tb=no",
-        "-p",
-        "no:cacheprovider",
-        "-W",
-        "ignore",
-    )
+    options = ("-n0", "-q", "-rfE", "--no-header", "--tb=no", "-pno:cacheprovider", "-Wignore")
     return int(pytest.main([*options, *chosen]))
 
 

@@ -21,9 +21,9 @@ ABOUT = """\
 
 Made by `margingate hooks > docs/hooks.md`. Targets are below `sglang.srt`. Process: `startup` is
 every process of every server, gated or not; `launcher`, `detokenizer` and `scheduler` are those
-of a server started with `--deterministic-gate`, and of no other. Kind `instance`: replaced on
-that server's attention backend alone, not on the class. Failure ends: what an exception of
-margingate in it ends.
+of a server started with `--deterministic-gate`, and of no other. Kind `instance`: an attribute of
+one object of that process, such as its attention backend, is replaced. Failure ends: what an
+exception of margingate in it ends.
 """
 
 
@@ -51,7 +51,7 @@ def ledger() -> str:
         (
             f"`{patch.owner}.{patch.name}`",
             "instance",
-            "scheduler",
+            patch.process,
             "process",
             patch.why,
             patch.remove_when,

@@ -23,16 +23,6 @@ class HostPlatform(CpuDeviceMixin, SRTPlatform):
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 
-    def get_mha_kv_pool_cls(self) -> type:
-        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-
-        return MHATokenToKVPool
-
-    def get_paged_allocator_cls(self) -> type:
-        from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
-
-        return PagedTokenToKVPoolAllocator
-
     def is_pin_memory_available(self, device: Any = None) -> bool:
         return False
 

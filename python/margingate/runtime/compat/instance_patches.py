@@ -20,6 +20,7 @@ class InstancePatch:
     name: str
     why: str
     remove_when: str
+    process: str = "scheduler"  # which replaces it; "startup" is every process
 
 
 _TRITON = "layers.attention.triton_backend.TritonAttnBackend"
@@ -46,6 +47,7 @@ ON_ENGINE = (
         "server_args_class",
         "Engine(deterministic_gate=True) attaches the validated settings",
         "SGLang lets plugins declare arguments",
+        "startup",
     ),
 )
 ON_LOGPROBS = InstancePatch(
@@ -60,7 +62,7 @@ ON_DUAL_GEMM = InstancePatch(
     "off where a row's bits differ from those of the MLP's layers at other row counts",
     "SGLang's linear layers are batch-invariant at this cost",
 )
-INSTANCE_PATCHES = (*ON_TRITON, *ON_FLASHINFER, ON_LOGPROBS, ON_DUAL_GEMM)
+INSTANCE_PATCHES = (*ON_TRITON, *ON_FLASHINFER, ON_LOGPROBS, ON_DUAL_GEMM, *ON_ENGINE)
 
 
 def check_instance(found: Any, patch: InstancePatch) -> None:

@@ -303,5 +303,5 @@ def unseen(args: Any, known: frozenset[str] | None = None, kind: Any = None) -> 
     return [n for n in new if n not in defaulted or getattr(args, n) != defaulted[n]]
 
 
-_GONE: Mapping[str, str] = of_release("GONE", {})
-KNOWN = frozenset(names(*GROUPS.values())) | _GONE.keys()
+GONE: Mapping[str, str] = of_release("GONE", {})
+KNOWN = frozenset(names(*GROUPS.values())) | GONE.keys()

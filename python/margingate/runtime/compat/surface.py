@@ -35,7 +35,7 @@ def check() -> None:
 
 def missing() -> list[str]:
     """Dotted paths below sglang.srt of attributes and of whole classes; loads all of them."""
-    absent = release.of_release("ABSENT_ATTRIBUTES", frozenset())
+    absent: frozenset[str] = release.of_release("ABSENT_ATTRIBUTES", frozenset())
     return [found for path in SURFACE for found in _missing_in(path) if found not in absent]
 
 

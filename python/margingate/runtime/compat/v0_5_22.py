@@ -6,7 +6,14 @@ from typing import Any
 
 # Fields of server arguments and requests that the tables have and this release has not.
 ABSENT = frozenset(
-    ["prefill_decode_interval_min_bs", "enable_return_aux_hidden_states", "aux_hidden_state_capture", "return_aux_hidden_state_layer_ids", "enable_nvidia_megakernel", "enable_amd_monokernel", "enable_paged_experts", "paged_experts_num_resident", "enable_http_worker_reuseport", "unified_cache_external_linker_config", "enable_megamoe_for_layernorm_sp", "mm_processor_kwargs", "lora_name"]
+    {
+        *("prefill_decode_interval_min_bs", "enable_return_aux_hidden_states"),
+        *("aux_hidden_state_capture", "return_aux_hidden_state_layer_ids"),
+        *("enable_nvidia_megakernel", "enable_amd_monokernel", "enable_http_worker_reuseport"),
+        *("enable_paged_experts", "paged_experts_num_resident"),
+        *("unified_cache_external_linker_config", "enable_megamoe_for_layernorm_sp"),
+        *("mm_processor_kwargs", "lora_name"),
+    }
 )
 
 # Fields that are gone in the newest, each with why it may have any value.

@@ -12,6 +12,7 @@ from margingate.runtime.client import (
     responses_answers,
     switch,
 )
+from margingate.runtime.hooks import firing
 from margingate.runtime.hooks.registry import AFTER, AROUND, BEFORE, Hook
 from margingate.runtime.request.guard import Policy
 
@@ -101,7 +102,7 @@ TOKENIZER_HOOKS = (
     Hook(
         _MANAGER + "generate_request",
         AROUND,
-        openai_answers.generate_request,
+        firing.generate_request,
         "self obj request",
         "notes the record for the stream that is to carry it; the switch of the three routes below",
         _RECORD,

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
 from margingate.config import GateError
@@ -23,6 +24,7 @@ from margingate.runtime.request.guard import Policy
 
 AFTER, AROUND, BEFORE = HookType.AFTER, HookType.AROUND, HookType.BEFORE
 _SRT = "sglang.srt."
+OR_MORE = " ..."  # ends `parameters`: others may follow that a caller can leave out
 # SGLang sets it while a plugin loads; most hooks are registered later, and its log names it.
 _SOURCE = HookSource(plugin_name="margingate", dist_name="margingate")
 
@@ -34,7 +36,10 @@ class Hook:
     target: str  # dotted path below sglang.srt
     kind: HookType
     function: Callable[..., Any]
-    parameters: str | None  # the target's names in the newest release; None: not compared
+    # The target's names in the newest release; None: not compared. Those of a function that we
+    # call or whose arguments we take one by one are exact; one that is only handed on may be
+    # given more: OR_MORE.
+    parameters: str | None
     why: str
     remove_when: str
     policy: Policy = Policy.FATAL  # what an exception in it ends
@@ -57,19 +62,48 @@ def resolve(hook: Hook) -> Any:
 
 
 def check_target(hook: Hook) -> None:
-    """Raises GateError when the target is missing or its parameters differ from the ledger's."""
+    """Whether the target is there, is what SGLang calls, and has the ledger's parameters.
+
+    Raises:
+        GateError: it is missing, or a method that its class does not run itself, or its parameters
+            are others.
+    """
     target = resolve(hook)
+    _check_class(hook)
     expected = release.parameters(hook.target, hook.parameters)
     if expected is None:
         return
-    found = " ".join(inspect.signature(inspect.unwrap(target)).parameters)
-    # A bound classmethod hides its first parameter.
-    if found not in (expected, expected.removeprefix("cls ")):
+    taken = inspect.signature(inspect.unwrap(target)).parameters
+    if not _fits(taken, expected):
         raise GateError(
-            f"--deterministic-gate cannot patch {hook.path}: its parameters are ({found}) instead "
-            f"of ({expected}); reinstall sglang=={SGLANG_VERSION}, or remove the plugin "
-            "that replaces it."
+            f"--deterministic-gate cannot patch {hook.path}: its parameters are "
+            f"({' '.join(taken)}) instead of ({expected}); reinstall sglang=={SGLANG_VERSION}, or "
+            "remove the plugin that replaces it."
         )
+
+
+def _check_class(hook: Hook) -> None:
+    """A generated `__init__` is never called, and one that is inherited is another class's."""
+    above, _, name = hook.path.rpartition(".")
+    owner = pkgutil.resolve_name(above)
+    if not inspect.isclass(owner) or not (name.startswith("__") and name.endswith("__")):
+        return
+    if name not in vars(owner) or issubclass(owner, msgspec.Struct):
+        raise GateError(
+            f"--deterministic-gate cannot patch {hook.path}: SGLang makes a {owner.__name__} "
+            f"without calling it; reinstall sglang=={SGLANG_VERSION}."
+        )
+
+
+def _fits(taken: Mapping[str, inspect.Parameter], expected: str) -> bool:
+    names = expected.removesuffix(OR_MORE).split()
+    if names[:1] == ["cls"] and "cls" not in taken:  # a bound classmethod hides it
+        names = names[1:]
+    more = list(taken.values())[len(names) :]
+    if list(taken)[: len(names)] != names or (more and not expected.endswith(OR_MORE)):
+        return False
+    varying = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return all(p.default is not p.empty or p.kind in varying for p in more)
 
 
 def register(hooks: Iterable[Hook]) -> None:

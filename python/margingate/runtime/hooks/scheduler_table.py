@@ -206,7 +206,7 @@ RUNTIME_HOOKS = (
         _SCHEDULER + "is_fully_idle",
         AFTER,
         handlers.is_fully_idle,
-        "self for_health_check ignore_waiting",
+        "self for_health_check ...",
         "held requests own slots",
         _CALLBACK,
     ),

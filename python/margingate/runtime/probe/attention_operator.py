@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
-from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
+from margingate.runtime.compat.forward import context, plan_slots
 from margingate.runtime.probe.classes import SEED, Finding, Rows, classify, refusing, sample_rows
 from margingate.runtime.verify.verifier import RowInput, Verifier, scratch_rows
 
@@ -61,7 +61,8 @@ def _attention(runner: Any, layer: Any, mode: ForwardMode, total: int) -> Rows:
         batch = batches.batch([RowInput(1, position, 3) for position in positions], len(positions))
         if mode == ForwardMode.EXTEND:
             batch = _as_extend(batch, positions[0], len(positions))
-        with forward_context(ForwardContext(attn_backend=runner.attn_backend)):
+            plan_slots(runner, batch)
+        with context(runner, runner.attn_backend, batch):
             runner.attn_backend.init_forward_metadata(batch)
             return layer(q[indices], k[indices], v[indices], batch)
 

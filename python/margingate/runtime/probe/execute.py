@@ -59,17 +59,17 @@ def compute_lm_head(
     hidden: torch.Tensor,
     lm_head: Any,
     bias: Any = None,
-    *,
-    out: torch.Tensor | None = None,
+    **buffer: torch.Tensor | None,
 ) -> Any:
     """AROUND LogitsProcessor._compute_lm_head.
 
     Args:
-        out: where a whole forward's logits may be written; SGLang copies other results there.
+        buffer: `out`, where a whole forward's logits may be written. SGLang copies there what is
+            returned instead of it.
     """
     plan = _plans.get(id(lm_head))
     if plan is None or hidden.shape[0] > _limit or plan.runs_as_is(hidden.shape[0]):
-        return original(processor, hidden, lm_head, bias, out=out)
+        return original(processor, hidden, lm_head, bias, **buffer)
     weight = lm_head.weight
     return run_in_class(
         plan,

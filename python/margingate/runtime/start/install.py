@@ -12,9 +12,9 @@ from sglang.srt.mem_cache.registry import (
 )
 
 from margingate.config import GateError
-from margingate.runtime.compat import release, surface
+from margingate.runtime.compat import ranks, release, surface
 from margingate.runtime.compat.server_args import LAUNCHED, RADIX_BACKEND, gate_config
-from margingate.runtime.hooks import handlers, registry, scheduler_table
+from margingate.runtime.hooks import firing, handlers, registry, scheduler_table
 from margingate.runtime.hooks.launcher_table import DETOKENIZER_HOOKS, TOKENIZER_HOOKS
 from margingate.runtime.observe import audit, event_records, metrics
 from margingate.runtime.probe.startup_checks import run_checks
@@ -48,7 +48,9 @@ def init(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) 
         register_radix_cache_backend(RADIX_BACKEND, radix.build)
     original(self, server_args, *args, **kwargs)
     refused_models.refuse_columns(self.tp_worker.model_runner)
-    controller = GateController(self, config, run_checks(self, config))
+    checks = run_checks(self, config)
+    firing.confirm(firing.at_start(config, ranks=ranks.tp_size(self)), "by the end of the checks")
+    controller = GateController(self, config, checks)
     if isinstance(self.tree_cache, radix.GateRadixCache):
         self.tree_cache.share(controller.checks.prefill, controller.requests)
     controller.requests.observe(*_observers(controller))
@@ -66,6 +68,7 @@ def _observers(controller: GateController) -> Iterator[Observer]:
     verifier, merges = controller.checks.verifier, controller.merged.serves
     yield from delay.observers(scheduler, config, verifier, requests, merges=merges)
     yield controller.tally
+    yield firing.FirstRequest(config)
 
 
 def init_detokenizer(_manager: Any, server_args: Any, *_args: Any, **_kwargs: Any) -> None:

@@ -24,14 +24,17 @@ def refuse_model(model: Any, *, observes: bool = False) -> None:
     experts = max(max(n) if isinstance(n, list | tuple) else n for n in found)
     kinds = (
         (not model.is_generation, "does not generate text"),
-        (model.attention_arch.name != "MHA", "uses latent attention (MLA)"),
+        (model.attention_arch.name == "MLA", "uses latent attention (MLA)"),
         (
             model.is_hybrid_swa or (not observes and _has_windows(text)),
             "mixes full and sliding-window attention",
         ),
         (model.is_encoder_decoder, "is an encoder-decoder"),
         (model.is_multimodal, "is multimodal"),
-        (mambaish_config(model) is not None, "keeps recurrent state (Mamba or linear attention)"),
+        (
+            model.attention_arch.name not in ("MHA", "MLA") or mambaish_config(model) is not None,
+            "keeps recurrent state (Mamba or linear attention)",
+        ),
         (experts > 1, f"is a mixture of {experts} experts, whose kernels are not validated yet"),
         (model.quantization is not None, f"is quantized ({model.quantization})"),
     )

@@ -60,7 +60,7 @@ STARTUP_HOOKS = (
         AROUND,
         install.launch,
         "cls server_args init_tokenizer_manager_func run_scheduler_process_func "
-        "run_detokenizer_process_func port_args placement_group",
+        "run_detokenizer_process_func port_args placement_group ...",
         "a scheduler that came up without its gate ends the server",
         "a failing plugin ends the server by itself",
     ),
