@@ -188,7 +188,9 @@ def test_whatever_replaces_weights_is_noticed(
 ):
     server.cached = True
     updater = SimpleNamespace(_session=None)
-    idle = SimpleNamespace(is_fully_idle=lambda: True, weight_updater=updater)
+    idle = SimpleNamespace(
+        is_fully_idle=lambda ignore_waiting: True, weight_updater=updater, _engine_paused=False
+    )
     result = SimpleNamespace(success=success)
     ask = SimpleNamespace(**received)
     found = fingerprint.weights_change(
@@ -201,7 +203,9 @@ def test_whatever_replaces_weights_is_noticed(
 
 def test_an_update_that_raises_is_noticed_too(fingerprint, server):
     updater = SimpleNamespace(_session=None)
-    idle = SimpleNamespace(is_fully_idle=lambda: True, weight_updater=updater)
+    idle = SimpleNamespace(
+        is_fully_idle=lambda ignore_waiting: True, weight_updater=updater, _engine_paused=False
+    )
 
     def fail(_manager: Any, _received: Any) -> None:
         raise RuntimeError("half of them are in")

@@ -4,8 +4,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.managers import io_struct
 from sglang.srt.managers.io_struct import BeginWeightUpdateReqInput, UpdateWeightFromDiskReqInput
+from sglang.srt.managers.schedule_batch import ReqKvInfo
+from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components import weight_updater
 
 from margingate.runtime.hooks import handlers
@@ -13,9 +16,26 @@ from margingate.runtime.observe import fingerprint
 from margingate.runtime.observe.fingerprint import STALE, UPDATING, Fingerprint
 
 
-def scheduler(*, idle: bool = True, session: Any = None) -> Any:
-    updater = SimpleNamespace(_session=session)
-    return SimpleNamespace(is_fully_idle=lambda: idle, weight_updater=updater)
+def scheduler(*, waiting: int = 0, running: int = 0, paused: bool = False) -> Any:
+    """As much of one as SGLang's own flush looks at; with requests that wait or run."""
+    made: Any = SimpleNamespace(
+        weight_updater=SimpleNamespace(_session=None),
+        running_batch=SimpleNamespace(is_empty=lambda: not running),
+        last_batch=None,
+        chunked_req=None,
+        enable_overlap=False,
+        enable_hisparse=False,
+        enable_hierarchical_cache=False,
+        enable_lmcache=False,
+        waiting_queue=[SimpleNamespace(kv=ReqKvInfo())] * waiting,
+        grammar_manager=SimpleNamespace(grammar_queue=[]),
+        dllm_manager=SimpleNamespace(any_staging_reqs=lambda: False),
+        disaggregation_mode=DisaggregationMode.NULL,
+        _pp_microbatches_drained=lambda: True,
+        _engine_paused=paused,
+    )
+    made.is_fully_idle = lambda **named: Scheduler.is_fully_idle(made, **named)
+    return made
 
 
 KINDS = [
@@ -28,9 +48,18 @@ KINDS = [
 
 @pytest.mark.parametrize(("kind", "more"), KINDS)
 @pytest.mark.parametrize(
-    ("idle", "flush", "done"), [(False, True, False), (False, False, True), (True, True, True)]
+    ("state", "flush", "done"),
+    [
+        ({}, True, True),
+        ({"running": 1}, True, False),
+        ({"running": 1}, False, True),
+        ({"running": 1, "paused": True}, True, False),
+        ({"waiting": 1}, True, False),
+        ({"waiting": 1, "paused": True}, True, True),
+    ],
 )
-def test_an_update_that_flushes_is_refused_while_requests_wait(kind, more, idle, flush, done):
+def test_an_update_whose_flush_sglang_would_refuse_changes_nothing(kind, more, state, flush, done):
+    """It would replace the weights first. Requests that a pause retracted hold no columns."""
     hashed: Any = SimpleNamespace(weights_changed=lambda **_: None)
     called = []
 
@@ -39,7 +68,7 @@ def test_an_update_that_flushes_is_refused_while_requests_wait(kind, more, idle,
         return SimpleNamespace(success=True, message="")
 
     received = getattr(io_struct, f"{kind}Input")(flush_cache=flush, **more)
-    answer = fingerprint.weights_change(hashed, scheduler(idle=idle), update, None, received)
+    answer = fingerprint.weights_change(hashed, scheduler(**state), update, None, received)
     assert answer.success == done and bool(called) == done
     if not done:
         assert (

@@ -12,6 +12,11 @@ def session_is_open(scheduler: Any) -> bool:
     return scheduler.weight_updater._session is not None
 
 
+def may_flush(scheduler: Any) -> bool:
+    """Whether SGLang would flush its cache now: while it is paused, requests may wait."""
+    return bool(scheduler.is_fully_idle(ignore_waiting=scheduler._engine_paused))
+
+
 def forget_versions(req: Any, kept: int) -> None:
     """Tokens behind the first `kept` are dropped: what they were computed with is not theirs."""
     if req.weight_version_events:

@@ -1,4 +1,4 @@
-"""An update of the weights that flushes the cache is refused while requests are not finished."""
+"""An update of the weights that flushes the cache is refused where SGLang would not flush it."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ from typing import Any
 
 from sglang.srt.managers import io_struct
 
+from margingate.runtime.compat import weights
+
 
 def refusal(scheduler: Any, received: Any) -> Any:
     """SGLang's answer "not done" with one sentence, or None where the update may go on.
 
-    SGLang flushes after it has replaced the weights, and ends where requests wait, as after a
-    pause that retracts them. Here nothing has been changed yet.
+    SGLang flushes after it has replaced the weights, and answers "not done" where requests hold
+    columns, or wait without a pause. Here nothing has been changed yet.
     """
     kind = _ANSWERS.get(type(received))
-    if kind is None or not received.flush_cache or scheduler.is_fully_idle():
+    if kind is None or not received.flush_cache or weights.may_flush(scheduler):
         return None
     return kind(
         success=False,
         message="The weights were not updated, because the update flushes the cache and requests "
-        "are not finished: let them finish, abort them, or send flush_cache false.",
+        "are not finished: let them finish, abort them, retract them by a pause, or send "
+        "flush_cache false.",
     )
 
 
