@@ -16,9 +16,13 @@ from margingate.canary import report, unit_tests, wheel
 from margingate.canary.tree import Tree
 from margingate.errors import CliError
 
-CHANGED = "sglang/srt/managers/utils.py"
-BEFORE, AFTER = "def copy_to_cpu(self, return", "def copy_to_cpu(self, when, return"
-RENAMED = "sglang/srt/managers/overlap_utils.py"
+RENAMED = {
+    "sglang/srt/managers/utils.py": (
+        "def copy_to_cpu(self, ret",
+        "def copy_to_cpu(self, when, ret",
+    ),
+    "sglang/srt/managers/overlap_utils.py": ("output_tokens_buf", "tokens_buf"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +33,15 @@ def made_up(tmp_path_factory) -> Path:
     root = Path(spec.submodule_search_locations[0]).parent
     made = tmp_path_factory.mktemp("wheel") / "sglang-0.5.99-py3-none-any.whl"
     with zipfile.ZipFile(made, "w") as archive:
-        for path in (root / "sglang").rglob("*.py"):
-            name, source = str(path.relative_to(root)), path.read_text(errors="replace")
-            if name == CHANGED:
-                assert BEFORE in source
-                source = source.replace(BEFORE, AFTER)
-            elif name == RENAMED:
-                assert "output_tokens_buf" in source
-                source = source.replace("output_tokens_buf", "tokens_buf")
-            archive.writestr(name, source)
-        for path in (root / "sglang").rglob("*.so"):
-            archive.write(path, path.relative_to(root))
+        for path in (root / "sglang").rglob("*"):
+            name = str(path.relative_to(root))
+            if name in RENAMED:
+                before, after = RENAMED[name]
+                source = path.read_text()
+                assert before in source
+                archive.writestr(name, source.replace(before, after))
+            elif path.is_file() and path.suffix != ".pyc":
+                archive.write(path, name)
         pins = "Requires-Dist: torch==9.9\nRequires-Dist: other==1; extra == 'test'\n"
         text = f"Metadata-Version: 2.1\nName: sglang\nVersion: 0.5.99\n{pins}\nAbout.\n"
         archive.writestr("sglang-0.5.99.dist-info/METADATA", text)
