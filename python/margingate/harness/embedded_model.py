@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
 
 MANIFEST = "margingate.json"
-RECIPE = 1  # raise when the conversion changes: the folder's name follows
+RECIPE = 2  # raise when the conversion, or what transformers writes, changes: so does the folder
 
 
 @dataclass(frozen=True)
