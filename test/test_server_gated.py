@@ -416,13 +416,13 @@ BAD_REQUESTS = [
     ({"sampling_params": {"temperature": 0.7, "sampling_seed": 5, "n": 2}}, "n is 2"),
     ({"sampling_params": {"custom_params": [1]}}, "custom_params is [1]"),
     ({"sampling_params": {"custom_params": "x", "deterministic": True}}, "custom_params is"),
-    ({"sampling_params": {"temperature": 0.7, "sampling_seed": "a"}}, "sampling_seed is"),
+    ({"sampling_params": {"temperature": 0.7, "sampling_seed": "a"}}, "expected i64"),
     ({"sampling_params": {"min_new_tokens": -2}}, "min_new_tokens"),
     ({"return_hidden_states": True}, "hidden states"),
     ({"sampling_params": {"regex": "(a"}}, "regex"),
     ({"sampling_params": {"logit_bias": {"49152": 1.0}}}, "logit_bias"),
-    ({"sampling_params": {"logit_bias": [1]}}, "logit_bias is [1]"),
-    ({"sampling_params": {"max_new_tokens": 1.5}}, "max_new_tokens is 1.5"),
+    ({"sampling_params": {"logit_bias": [1]}}, "expected a map"),
+    ({"sampling_params": {"max_new_tokens": 1.5}}, "expected i64"),
     ({"sampling_params": {"temperature": 0.7, "top_k": 1 << 40}}, "top_k is"),
 ]
 

@@ -31,10 +31,30 @@ def tokenized_object(_manager: Any, obj: Any, *_args: Any, **_kwargs: Any) -> No
     params = obj.sampling_params
     if SWITCH not in params:
         return
-    rest = {name: value for name, value in params.items() if name != SWITCH}
+    rest = _without_switch(params)
     if params[SWITCH] is not None:  # as with SGLang's own parameters
         rest["custom_params"] = _with_switch(rest.get("custom_params"), params[SWITCH])
     obj.sampling_params = rest
+
+
+def contract_error(original: Any, body: Any) -> str | None:
+    """AROUND http_server.generate_contract_error: SGLang's schema of /generate has no switch.
+
+    Returns its sentence about the rest of the body, or None. The body stays as it is.
+    """
+    params = body.get("sampling_params") if isinstance(body, dict) else None
+    if isinstance(params, list):
+        body = {**body, "sampling_params": [_without_switch(each) for each in params]}
+    elif isinstance(params, dict):
+        body = {**body, "sampling_params": _without_switch(params)}
+    sentence: str | None = original(body)
+    return sentence
+
+
+def _without_switch(params: Any) -> Any:
+    if not isinstance(params, dict):
+        return params
+    return {name: value for name, value in params.items() if name != SWITCH}
 
 
 async def openai_request(original: Any, serving: Any, request: Any, raw_request: Any) -> Any:

@@ -55,6 +55,15 @@ TOKENIZER_HOOKS = (
         Policy.CLIENT,
     ),
     Hook(
+        "entrypoints.http_server.generate_contract_error",
+        AROUND,
+        switch.contract_error,
+        "body",
+        "`deterministic` among the sampling parameters of /generate is no unknown field",
+        _SWITCH,
+        Policy.CLIENT,
+    ),
+    Hook(
         "entrypoints.openai.serving_base.OpenAIServingBase.handle_request",
         AROUND,
         switch.openai_request,
