@@ -20,11 +20,11 @@ from matplotlib.ticker import PercentFormatter
 ARRANGEMENTS = {"batched": "in a batch", "shuffled1": "in another order", "cached": "prompt cached"}
 # The newest record of each server: its name in the picture, the run's folder, its name there.
 SOURCES = (
-    ("stock SGLang", "h100-2026-11-25-2", "stock"),
-    ("SGLang's deterministic mode", "h100-2026-11-24", "sglang-deterministic"),
-    ("margingate", "h100-2026-11-26-2", "gate"),
+    ("stock SGLang", "h200-2026-11-28-2", "stock-default"),
+    ("SGLang's deterministic mode", "h200-2026-11-28-2", "sglang-deterministic-default"),
+    ("margingate", "h200-2026-11-28-2", "gate"),
 )
-TITLE = "Answers that change with the batch: SmolLM2, 256 tokens, 64 requests at once, H100"
+TITLE = "Answers that change with the batch: SmolLM2, 256 tokens, 64 requests at once, SGLang 0.5.23"
 COLOURS = ("#c8321e", "#e0a458", "#2a6f97")
 _STYLE: dict[Any, Any] = {"font.size": 11.0, "axes.spines.top": False, "axes.spines.right": False}
 
