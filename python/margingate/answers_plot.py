@@ -24,7 +24,7 @@ SOURCES = (
     ("SGLang's deterministic mode", "h200-2026-11-28-2", "sglang-deterministic-default"),
     ("margingate", "h200-2026-11-28-2", "gate"),
 )
-TITLE = "Answers that change with the batch: SmolLM2, 256 tokens, 64 requests at once, SGLang 0.5.23"
+TITLE = "Answers that change with the batch: SmolLM2, 64 requests at once, SGLang 0.5.23, H200"
 COLOURS = ("#c8321e", "#e0a458", "#2a6f97")
 _STYLE: dict[Any, Any] = {"font.size": 11.0, "axes.spines.top": False, "axes.spines.right": False}
 
