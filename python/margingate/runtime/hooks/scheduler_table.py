@@ -16,7 +16,7 @@ from margingate.runtime.hooks.registry import AFTER, AROUND, BEFORE, Hook
 from margingate.runtime.observe import study
 from margingate.runtime.request import forward_record
 from margingate.runtime.request.guard import Policy
-from margingate.runtime.sampling import logprobs, seeds
+from margingate.runtime.sampling import logprobs, sampler, seeds
 from margingate.runtime.schedule import prefill_admission
 
 _SCHEDULER = "managers.scheduler.Scheduler."
@@ -81,6 +81,7 @@ RUNTIME_HOOKS = (
         "the result carries margins; ties go to the lowest id; draws with a seed are the gate's",
         "the sampler returns margins",
         Policy.FORWARD,
+        sampler.sample_unseeded,
     ),
     Hook(
         "layers.logprob_processor.OutputLogprobProcessor.compute_logprobs",

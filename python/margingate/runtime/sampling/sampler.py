@@ -27,6 +27,20 @@ class _Forward:
     logprobs: torch.Tensor | None = None  # float32 [rows, vocab]; None: not wanted
 
 
+def sample_unseeded(original: Any, runner: Any, output: Any, batch: Any) -> torch.Tensor:
+    """After a failure of `Sampling.sample`: SGLang's tokens, in which its draws have no seeds.
+
+    Seeds belong to gated requests, which end; SGLang's own seeded draws do not run on a CPU.
+    """
+    info = batch.sampling_info
+    seeds, info.sampling_seed = info.sampling_seed, None
+    try:
+        tokens: torch.Tensor = original(runner, output, batch)
+    finally:
+        info.sampling_seed = seeds
+    return tokens
+
+
 class Sampling:
     """What the gate does within SGLang's sampler, forward by forward."""
 
