@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ class Route:
     def post(self, url: str, prompt: str, tokens: int, stream: bool, **more: Any) -> Any:
         """The reply. `more`: parameters of sampling, or of the gate."""
         body = self.body(prompt, tokens) | {"stream": stream}
+        if "model" in body:
+            body["model"] = served_model(url)
         if self.sampling:
             body[self.sampling] |= more
         else:
@@ -43,6 +46,13 @@ class Route:
         reply = self.post(url, prompt, tokens, stream, **more)
         assert reply.status_code == 200, reply.text
         return self.streamed(events(reply)) if stream else self.whole(reply.json())
+
+
+@functools.cache
+def served_model(url: str) -> str:
+    """The name that the server goes by; `/v1/responses` knows no other."""
+    found: str = requests.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"]
+    return found
 
 
 def events(reply: requests.Response) -> list[dict[str, Any]]:
