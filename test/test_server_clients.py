@@ -16,7 +16,7 @@ import pytest
 import requests
 from checks import assert_clean, assert_gate_worked, assert_same
 from conftest import TOKENS
-from routes import CHATS, ROUTES, Said
+from routes import CHATS, ROUTES, Said, served_model
 
 from margingate.harness.client import Answer, Client
 
@@ -263,7 +263,8 @@ def test_the_switch_on_every_route(client, path):
 
 def test_openai_and_ollama_clients_reach_record_and_switch(client, fingerprint):
     api = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0)
-    asked = {"model": "m", "input": "Name two rivers.", "temperature": 0, "max_output_tokens": 10}
+    asked: dict[str, Any] = {"temperature": 0, "max_output_tokens": 10}
+    asked |= {"model": served_model(client.base_url), "input": "Name two rivers."}
     whole = api.responses.create(**asked, metadata={"mine": "1"})
     assert json.loads(whole.metadata["gate"])["fingerprint"] == fingerprint
     assert whole.metadata["mine"] == "1"
