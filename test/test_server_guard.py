@@ -58,6 +58,8 @@ def armed(target, given, several):
     found = [rid for rid in rids(given, several) if isinstance(rid, str)]
     if found and not any(rid.startswith("victim") for rid in found):
         return False
+    if not found and any(getattr(each, "reqs", None) == [] for each in given):
+        return False
     os.unlink(ARMED)
     return True
 

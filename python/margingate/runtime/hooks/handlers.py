@@ -10,6 +10,7 @@ from typing import Any
 
 from margingate.runtime.observe import fingerprint, study
 from margingate.runtime.request import aborts, admission, guard, lifecycle
+from margingate.runtime.request.in_flight import InFlight
 from margingate.runtime.request.record import is_gated
 from margingate.runtime.schedule import next_batch, server_info
 from margingate.runtime.schedule.controller import GateController
@@ -120,6 +121,12 @@ def next_batch_failed(original: Any, scheduler: Any, running_batch: Any, last_ba
 def process_batch_result(original: Any, _scheduler: Any, batch: Any, result: Any) -> None:
     """AROUND Scheduler.process_batch_result."""
     _gate().process(original, batch, result)
+
+
+def process_failed(original: Any, scheduler: Any, batch: Any, result: Any) -> None:
+    """After a failure of `process_batch_result`. A result that came early has been processed."""
+    if not InFlight.is_processed(result):
+        original(scheduler, batch, result)
 
 
 # -- forwards

@@ -163,6 +163,7 @@ RUNTIME_HOOKS = (
         "margins in, verification after the commit, settled tokens out",
         _CALLBACK,
         Policy.BATCH,
+        handlers.process_failed,
     ),
     Hook(
         _SCHEDULER + "get_next_batch_to_run",
