@@ -16,10 +16,10 @@ from margingate.config import GateError
 T = TypeVar("T")
 
 NEWEST = "0.5.23"
-# Release -> what differs from the newest. 36 of the tests that start no server fail with 0.5.22 yet:
+# Release -> what differs from the newest. 36 tests that start no server fail with 0.5.22 yet:
 # its module is not complete, and it is not served.
 OLDER = {"0.5.22": "margingate.runtime.compat.v0_5_22"}
-SERVED = (NEWEST,)
+SERVED: tuple[str, ...] = (NEWEST,)
 
 
 def installed() -> str:
