@@ -78,8 +78,21 @@ def inject(guard):
 
 sys.meta_path.insert(0, Finder())
 """
-SCHEDULER = [hook for hook in (*RUNTIME_HOOKS, *STOCK_HOOKS) if hook.policy is not Policy.FATAL]
-OTHERS = [h for h in (*TOKENIZER_HOOKS, *DETOKENIZER_HOOKS) if h.policy is not Policy.FATAL]
+# Not thrown from yet: whose request the first two serve is not seen from their arguments, and on a
+# slow machine no retraction comes while the test waits for the third.
+LEFT_OUT = (
+    "entrypoints.http_server.generate_contract_error",
+    "managers.tokenizer_manager.TokenizerManager.generate_request",
+    "managers.schedule_batch.release_req",
+)
+
+
+def thrown_from(*hooks: Hook) -> list[Hook]:
+    return [h for h in hooks if h.policy is not Policy.FATAL and h.target not in LEFT_OUT]
+
+
+SCHEDULER = thrown_from(*RUNTIME_HOOKS, *STOCK_HOOKS)
+OTHERS = thrown_from(*TOKENIZER_HOOKS, *DETOKENIZER_HOOKS)
 SEVERAL = (Policy.BATCH, Policy.FORWARD, Policy.OPEN)  # they may end gated neighbours too
 ENDED = "margingate failed on this request"
 TOKENS = 12
