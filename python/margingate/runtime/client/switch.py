@@ -42,16 +42,16 @@ def contract_error(original: Any, body: Any) -> str | None:
 
     Returns its sentence about the rest of the body, or None. The body stays as it is.
     """
-    params = body.get("sampling_params") if isinstance(body, dict) else None
-    if isinstance(params, list):
-        body = {**body, "sampling_params": [_without_switch(each) for each in params]}
-    elif isinstance(params, dict):
-        body = {**body, "sampling_params": _without_switch(params)}
+    if isinstance(body, dict) and "sampling_params" in body:
+        body = {**body, "sampling_params": _without_switch(body["sampling_params"])}
     sentence: str | None = original(body)
     return sentence
 
 
 def _without_switch(params: Any) -> Any:
+    """Sampling parameters, or a list of them for a batch; what is neither stays as it is."""
+    if isinstance(params, list):
+        return [_without_switch(each) for each in params]
     if not isinstance(params, dict):
         return params
     return {name: value for name, value in params.items() if name != SWITCH}

@@ -153,8 +153,8 @@ def classify(
     """Classes of `counts` for results of the rows 0 to sample_rows(counts) - 1.
 
     A row count at which a row depends on its place ends it; such counts cannot be left out instead.
-    oneDNN with AVX-512 and no bfloat16 products has them at each odd count from 5 on, but so few
-    rows show it there that this sample misses some of these counts.
+    oneDNN with AVX-512 and no bfloat16 products has them at 5, 7, 9, 11, 13, 17 and 33 rows (others
+    were not tried), but so few rows show it there that this sample misses some of these counts.
 
     Args:
         in_any_order: also compute the rows in another order; False where order has a meaning.

@@ -19,7 +19,12 @@ import torch
 from margingate.config import GateError
 from margingate.core.rowclass import RowPlan, spans
 from margingate.runtime.compat.environment import choice
-from margingate.runtime.probe import classes as probe
+from margingate.runtime.probe.classes import (
+    Finding,
+    RowDependenceError,
+    probe_operator,
+    row_counts,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +100,7 @@ def switched_off(model: Any) -> Iterator[None]:
             kernel.mode = mode
 
 
-def settle(model: Any, *, prefill: bool) -> list[probe.Finding]:
+def settle(model: Any, *, prefill: bool) -> list[Finding]:
     """Measure each distinct kernel once, and switch those off whose bits are others.
 
     After the layers' plans are in place, which is what their rows are compared with.
@@ -110,7 +115,7 @@ def settle(model: Any, *, prefill: bool) -> list[probe.Finding]:
     return [_settled(same, prefill) for same in groups.values()]
 
 
-def _settled(same: Sequence[FusedMlp], prefill: bool) -> probe.Finding:
+def _settled(same: Sequence[FusedMlp], prefill: bool) -> Finding:
     start, first = time.monotonic(), same[0]
     classes = _classes(first)
     wanted = choice(FORCED, ("measure", "keep", "off"))
@@ -122,7 +127,7 @@ def _settled(same: Sequence[FusedMlp], prefill: bool) -> probe.Finding:
     plan = RowPlan(spans(range(1, first.most + 1))) if keeps else None
     seconds = time.monotonic() - start
     name, shape = f"{first.name}.dual_gemm", tuple(first.weight.shape)
-    return probe.Finding(KIND, name, shape, len(same), classes, plan, seconds, prefill)
+    return Finding(KIND, name, shape, len(same), classes, plan, seconds, prefill)
 
 
 def _classes(first: FusedMlp) -> dict[int, int]:
@@ -131,11 +136,11 @@ def _classes(first: FusedMlp) -> dict[int, int]:
     A row count at which the kernel does not give the layers' own results is in none of theirs.
     """
     most, width, weight = first.most, first.weight.shape[-1], first.weight
-    counts = probe.row_counts(most + 1)
+    counts = row_counts(most + 1)
     with torch.inference_mode():
         try:
-            found = probe.probe_operator(first, width, counts, weight)
-        except probe.RowDependenceError as error:
+            found = probe_operator(first, width, counts, weight)
+        except RowDependenceError as error:
             logger.info("margingate: a row of DualGemm depends on the other %d.", error.rows - 1)
             return {count: min(count - 1, 1) for count in counts}
         except RuntimeError as error:

@@ -28,9 +28,10 @@ class _Forward:
 
 
 def sample_unseeded(original: Any, runner: Any, output: Any, batch: Any) -> torch.Tensor:
-    """After a failure of `Sampling.sample`: SGLang's tokens, in which its draws have no seeds.
+    """SGLang's tokens, in which its draws have no seeds: those are of rows that the gate draws.
 
-    Seeds belong to gated requests, which end; SGLang's own seeded draws do not run on a CPU.
+    Stands alone after a failure of `Sampling.sample`, which ends the requests of these rows.
+    SGLang's own seeded draws do not run on a CPU.
     """
     info = batch.sampling_info
     seeds, info.sampling_seed = info.sampling_seed, None
@@ -66,11 +67,9 @@ class Sampling:
         positions = batch.positions if decode else batch.seq_lens - 1
         forward = _Forward(info, info.sampling_seed, positions, batch.return_logprob)
         self._forward = forward
-        info.sampling_seed = None  # SGLang's own sampler does nothing with ours
         try:
-            tokens: torch.Tensor = original(runner, output, batch)
+            tokens = sample_unseeded(original, runner, output, batch)
         finally:
-            info.sampling_seed = forward.seeds
             self._forward = None
         if forward.best is None:
             return tokens
@@ -118,9 +117,7 @@ class Sampling:
         """
         forward = self._forward
         if forward is not None and forward.logprobs is not None:
-            *wanted, chosen = asked
-            theirs, chosen = _with_ours(forward, theirs, chosen)
-            asked = (*wanted, chosen)
+            theirs, asked = _with_ours(forward, theirs, asked)
         result = original(processor, theirs, *asked)
         if (values := result.token_ids_logprobs_val) is not None:
             result.token_ids_logprobs_val = [
@@ -134,9 +131,7 @@ class Sampling:
         """After a failure of `compute_logprobs`: of a greedy batch SGLang has one column only."""
         forward = self._forward
         if forward is not None and forward.logprobs is not None and forward.ours is None:
-            *wanted, chosen = asked
-            theirs, chosen = _with_ours(forward, theirs, chosen)
-            asked = (*wanted, chosen)
+            theirs, asked = _with_ours(forward, theirs, asked)
         return original(processor, theirs, *asked)
 
 
@@ -154,12 +149,13 @@ def _draw(forward: _Forward, logits: torch.Tensor, info: Any) -> None:
 
 
 def _with_ours(
-    forward: _Forward, theirs: torch.Tensor, chosen: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """SGLang's log-probs and tokens, with the gate's where the gate chose."""
+    forward: _Forward, theirs: torch.Tensor, asked: tuple[Any, ...]
+) -> tuple[torch.Tensor, tuple[Any, ...]]:
+    """SGLang's log-probs, and tokens as the last of what is asked, with ours where we chose."""
     assert forward.logprobs is not None and forward.best is not None
+    *wanted, chosen = asked
     ids = forward.best.ids.to(chosen.dtype)
     if forward.ours is None:
-        return forward.logprobs, ids
+        return forward.logprobs, (*wanted, ids)
     mixed = torch.where(forward.ours.view(-1, 1), forward.logprobs, theirs)
-    return mixed, torch.where(forward.ours, ids, chosen)
+    return mixed, (*wanted, torch.where(forward.ours, ids, chosen))
