@@ -130,7 +130,7 @@ def test_definitions_are_found_through_imports_bases_and_blocks(tmp_path):
 
 
 def test_the_tests_beside_a_release_start_no_server():
-    names = {path.name for path in unit_tests.files(command.CHECKOUT)}
+    names = {path.name for path in unit_tests.files(Path(__file__).parents[1])}
     assert {"test_hooks.py", "test_radix.py", "test_surface.py"} <= names
     assert not [name for name in names if "server_" in name or name == "test_engine.py"]
     assert "test_core_ledger.py" not in names, "which has nothing to do with SGLang"
@@ -144,6 +144,14 @@ def test_failures_are_read_from_what_pytest_says():
         ("test/test_a.py::test_b[x]", "ValueError: no"),
         ("test/test_c.py", ""),
     ]
+
+
+def test_the_tests_are_looked_for_where_it_runs(monkeypatch, tmp_path):
+    """And not beside the package: `pip install .` leaves them behind."""
+    monkeypatch.setattr(report, "installed", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CliError, match=r"has no tests: run it in a checkout, or give --no-tests"):
+        command.run("0.5.99", tests=True)
 
 
 def test_a_release_that_cannot_be_fetched_is_one_sentence(monkeypatch, tmp_path, capsys):

@@ -8,10 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from margingate.canary import report, wheel
+from margingate.canary import report, unit_tests, wheel
 from margingate.errors import CliError
-
-CHECKOUT = Path(__file__).parents[3]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,14 +33,15 @@ def run(release: str, *, tests: bool) -> int:
     """Print the tables of one release on stdout; the exit status."""
     begun = time.monotonic()
     base = report.installed()
-    if tests and not (CHECKOUT / "test").is_dir():
-        raise CliError(f"{CHECKOUT} has no tests: run it in a checkout, or give --no-tests.")
+    checkout = Path.cwd()
+    if tests and not unit_tests.files(checkout):
+        raise CliError(f"{checkout} has no tests: run it in a checkout, or give --no-tests.")
     with tempfile.TemporaryDirectory(prefix="margingate-canary.") as work:
         other = wheel.unpacked(release, Path(work))
         print(f"SGLang {other.version}, compared with {base.version}", file=sys.stderr)
         found, to_read = [*report.changes(other, base)], [*report.bodies(other, base)]
         if tests:
-            found += report.failed_tests(other, CHECKOUT)
+            found += report.failed_tests(other, checkout)
     print(report.written(found, to_read))
     print(f"{(time.monotonic() - begun) / 60:.1f} minutes", file=sys.stderr)
     return 1 if found or to_read else 0
