@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from margingate.config import GateError
-from margingate.runtime.probe import classes, drawing
+from margingate.runtime.probe import drawing
 from margingate.runtime.probe.observed_calls import ROWS, ObservedCall, observing, refuse_unmeasured
+from margingate.runtime.probe.operators import dense_operators
 
 HIDDEN, HEADS, SIZE = 24, 3, 8
 
@@ -75,24 +76,24 @@ def test_a_step_says_how_it_calls_each_module(model, seen):
 
 def test_the_probe_measures_what_was_seen(model, seen):
     """On 0b0f5a1 without the bias, the residual and the heads."""
-    found = {member.name: member for member in classes.members(model, seen)}
+    found = {member.name: member for member in dense_operators(model, seen)}
     x = torch.randn(5, HIDDEN)
     with torch.inference_mode():
         layer = model.qkv_proj
-        assert torch.equal(found["qkv_proj"].operator(x), x @ layer.weight.T + layer.bias)
-        assert torch.equal(found["o_proj"].operator(x), x @ model.o_proj.weight.T)
+        assert torch.equal(found["qkv_proj"].run(x), x @ layer.weight.T + layer.bias)
+        assert torch.equal(found["o_proj"].run(x), x @ model.o_proj.weight.T)
         summed, residual = model.norm(x.clone(), x.flip(-1))
-        assert torch.equal(found["norm"].operator(x), torch.cat([summed, residual], -1))
+        assert torch.equal(found["norm"].run(x), torch.cat([summed, residual], -1))
         heads = model.q_norm(x.reshape(-1, SIZE)).reshape(5, -1)
-        assert torch.equal(found["q_norm"].operator(x), heads)
-    assert found["q_norm"].width == HIDDEN and len({m.group for m in found.values()}) == 4
+        assert torch.equal(found["q_norm"].run(x), heads)
+    assert found["q_norm"].call.width == HIDDEN and len({m.signature for m in found.values()}) == 4
 
 
 def test_another_call_is_another_operator(model):
     """Two layers of one shape, one of them with its bias."""
     model.qkv_proj = linear(HIDDEN, HIDDEN, bias=True)
     calls = {id(model.qkv_proj): ObservedCall(HIDDEN, bias=True)}
-    names = {m.name: m.group.split(" ", 2)[2] for m in classes.members(model, calls)}
+    names = {m.name: m.signature.split(" ", 2)[2] for m in dense_operators(model, calls)}
     assert names["qkv_proj"] == names["o_proj"] + ", with its bias"
 
 
@@ -106,10 +107,10 @@ def test_strides_are_those_of_the_step():
 
 
 def test_a_module_that_nobody_measures_ends_the_start(model, seen):
-    known = {id(member.module) for member in classes.members(model, seen)}
+    known = {id(member.module) for member in dense_operators(model, seen)}
     refuse_unmeasured(model, known)
-    model.experts = torch.nn.Linear(HIDDEN, HIDDEN)
-    with pytest.raises(GateError, match=r"cannot measure experts, a Linear with weight, bias: "):
+    model.experts = torch.nn.Bilinear(HIDDEN, HIDDEN, HIDDEN)
+    with pytest.raises(GateError, match=r"cannot measure experts, a Bilinear with weight, bias: "):
         refuse_unmeasured(model, known)
 
 

@@ -18,6 +18,7 @@ from margingate.cli import probe as command
 from margingate.core.rowclass import Route, RowPlan
 from margingate.runtime.compat import ranks
 from margingate.runtime.probe import cache, classes, plans
+from margingate.runtime.probe.operators import Linear, Norm
 from margingate.study.plots import plot_classes
 
 FINDINGS = [
@@ -107,7 +108,7 @@ def test_norms_are_probed_beside_linear_layers():
 
 def test_plans_reach_every_module_of_their_group():
     model = torch.nn.ModuleList(torch.nn.Module() for _ in range(3))
-    same = [classes.Member("linear", f"{i}.down_proj", m, None) for i, m in enumerate(model)]
+    same = [Linear(f"{i}.down_proj", m) for i, m in enumerate(model)]
     finding = classes.Finding(
         "linear", "0.down_proj", (4, 4), 3, {1: 0, 2: 1}, RowPlan(((2, 2),)), 0.0
     )
@@ -281,6 +282,12 @@ def test_findings_say_whether_plans_hold_for_prefill(steady):
 def test_a_norm_that_changes_above_some_count_keeps_prompts_alone():
     """Norms have no plans: nothing can be put in their place."""
     module = torch.nn.RMSNorm(6)
-    member = classes.Member("norm", "norm", module, lambda x: x + (len(x) > 300))
-    (finding,) = plans.probe_groups({"n": [member]}, 64, classes.prefill_counts(64, 700))
+
+    class Breaks(Norm):
+        def run(self, inputs):
+            return inputs + (len(inputs) > 300)
+
+    (finding,) = plans.probe_groups(
+        {"n": [Breaks("norm", module)]}, 64, classes.prefill_counts(64, 700)
+    )
     assert not finding.prefill and finding.plan is None and len(set(finding.classes.values())) > 1

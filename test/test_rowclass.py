@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,9 +29,6 @@ from margingate.core.rowclass import (
 from margingate.runtime.compat import ranks
 from margingate.runtime.probe import execute, plans, startup
 from margingate.runtime.probe.classes import (
-    HEAD,
-    Member,
-    Operator,
     RowDependenceError,
     extended,
     groups,
@@ -38,6 +36,7 @@ from margingate.runtime.probe.classes import (
     probe_operator,
     row_counts,
 )
+from margingate.runtime.probe.operators import HEAD, Head, Linear, MadeUp, Run
 
 
 def kept(low: int, high: int, **more: Any) -> RowPlan:
@@ -240,20 +239,24 @@ def split_by_count(x: torch.Tensor) -> torch.Tensor:
     return x[:, :20] @ WEIGHT[:, :20].T + x[:, 20:] @ WEIGHT[:, 20:].T
 
 
+def made_up(function: Run) -> MadeUp:
+    return MadeUp("made up", None, function=function, width=WEIGHT.shape[1], like=WEIGHT)
+
+
 def leaky(x: torch.Tensor) -> torch.Tensor:
     """A row's result depends on its neighbours, through the largest value of the whole call."""
     return x @ WEIGHT.T + x.abs().max() / 8
 
 
 def test_the_probe_separates_the_classes():
-    classes = probe_operator(split_by_count, 40, row_counts(32), WEIGHT)
+    classes = probe_operator(made_up(split_by_count), row_counts(32))
     assert {count for count, key in classes.items() if key == 0} == set(range(1, 9))
     assert choose(classes).high in (8, 32)
 
 
 def test_the_probe_says_no_to_a_row_that_depends_on_its_neighbours():
     with pytest.raises(RowDependenceError) as caught:
-        probe_operator(leaky, 40, row_counts(16), WEIGHT)
+        probe_operator(made_up(leaky), row_counts(16))
     assert caught.value.rows > 1
 
 
@@ -316,17 +319,17 @@ def in_order(x: torch.Tensor) -> torch.Tensor:
 def test_larger_counts_are_in_a_class_with_their_bits_or_in_a_new_one():
     classes = {1: 0, 4: 0, 8: 0}
     counts = [100, 257, 300]
-    assert extended(in_order, 40, classes, counts, WEIGHT) == dict.fromkeys(
+    assert extended(made_up(in_order), classes, counts) == dict.fromkeys(
         (1, 4, 8, 100, 257, 300), 0
     )
-    found = extended(split_by_count, 40, classes, counts, WEIGHT)
+    found = extended(made_up(split_by_count), classes, counts)
     assert found == {**classes, 100: 1, 257: 1, 300: 1}
     assert classes == {1: 0, 4: 0, 8: 0}
 
     def breaks(x: torch.Tensor) -> torch.Tensor:
         return in_order(x) if x.shape[0] <= 256 else in_order(x) + 1
 
-    found = extended(breaks, 40, {1: 0, 2: 0, 8: 0}, counts, WEIGHT)
+    found = extended(made_up(breaks), {1: 0, 2: 0, 8: 0}, counts)
     assert found == {1: 0, 2: 0, 8: 0, 100: 0, 257: 1, 300: 1}
     # A hole at the largest small count is no reason to leave the others' class.
     holed = {count: int(count == 16) for count in range(1, 17)}
@@ -334,7 +337,7 @@ def test_larger_counts_are_in_a_class_with_their_bits_or_in_a_new_one():
     def at_16(x: torch.Tensor) -> torch.Tensor:
         return in_order(x) + (len(x) == 16)
 
-    assert extended(at_16, 40, holed, [100, 257], WEIGHT) == {**holed, 100: 0, 257: 0}
+    assert extended(made_up(at_16), holed, [100, 257]) == {**holed, 100: 0, 257: 0}
 
 
 def test_a_block_or_a_rest_that_differs_is_seen():
@@ -347,7 +350,7 @@ def test_a_block_or_a_rest_that_differs_is_seen():
                 out[row] += 1
             return out
 
-        assert extended(spoils, 40, {1: 0, 8: 0}, [19], WEIGHT)[19] == 1, row
+        assert extended(made_up(spoils), {1: 0, 8: 0}, [19])[19] == 1, row
 
 
 def test_rows_that_depend_on_their_neighbours_are_in_no_class_of_smaller_calls():
@@ -356,12 +359,22 @@ def test_rows_that_depend_on_their_neighbours_are_in_no_class_of_smaller_calls()
     def summed(x: torch.Tensor) -> torch.Tensor:
         return in_order(x) + x.sum() / 8
 
-    assert extended(summed, 40, {1: 0, 8: 0}, [24], WEIGHT)[24] == 1
+    assert extended(made_up(summed), {1: 0, 8: 0}, [24])[24] == 1
 
 
-def layers_of(operator, weight=WEIGHT) -> list[Member]:
-    layers = [SimpleNamespace(weight=weight) for _ in range(2)]
-    return [Member("linear", "down_proj", layer, operator) for layer in layers]
+@dataclass(frozen=True)
+class Computed(Linear):
+    """A linear layer whose results are a function's."""
+
+    function: Run = split_by_count
+
+    def run(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.function(inputs)
+
+
+def layers_of(function: Run) -> list[Linear]:
+    layers = [SimpleNamespace(weight=WEIGHT) for _ in range(2)]
+    return [Computed("down_proj", layer, function=function) for layer in layers]
 
 
 def plan_of(operator, classes, wide):
@@ -385,41 +398,25 @@ def test_plans_on_a_cpu_hold_for_prefill_where_the_last_class_does():
     assert plan_of(split_by_count, late, {**late, 512: 2}) == (kept(9, 128), False)
 
 
-class OnCuda:
-    """A weight that says that it is on a GPU."""
-
-    is_cuda, shape, T = True, WEIGHT.shape, WEIGHT.T
-    dtype, device = WEIGHT.dtype, WEIGHT.device
-
-
 @pytest.fixture
 def timed(monkeypatch):
     """Times that no GPU took: the kernel's calls are the faster ones."""
     taken = []
 
-    def microseconds(operators, weight, counts):
+    def microseconds(operators, counts):
         assert len(operators) == 2, "each layer takes its turn"
-        own = getattr(operators[0], "func", None) is plans.invariant_matmul
+        own = isinstance(operators[0], MadeUp)
         taken.append((own, tuple(counts)))
         return dict.fromkeys(counts, 10.0 if own else 30.0)
 
     monkeypatch.setattr(plans, "_microseconds", microseconds)
+    monkeypatch.setattr(plans, "_is_timed", lambda _: True)
     return taken
 
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """Has the batch-invariant kernel be another one, and probes what says that it is on a GPU."""
-    monkeypatch.setattr(
-        plans,
-        "probe_operator",
-        lambda op, width, counts, _: probe_operator(op, width, counts, WEIGHT),
-    )
-    monkeypatch.setattr(
-        plans,
-        "extended",
-        lambda op, width, known, more, _: extended(op, 40, known, more, WEIGHT),
-    )
+    """Has the batch-invariant kernel be another one."""
 
     def use(operator):
         def invariant_matmul(x, *, weight, bias):
@@ -437,7 +434,7 @@ LATE = {count: int(count > 8) for count in row_counts(128)}
 def test_plans_on_a_gpu_are_timed_and_the_kernel_is_probed(kernel_is_in_order, timed, kernel):
     kernel(in_order if kernel_is_in_order else split_by_count)
     wide = {**LATE, 512: 2, 640: 2}
-    found = plans.plan_of(layers_of(split_by_count, OnCuda()), LATE, wide)
+    found = plans.plan_of(layers_of(split_by_count), LATE, wide)
     if kernel_is_in_order:
         assert found == (kept(1, 640, batch_invariant=True), True)
         assert [own for own, _ in timed] == [True, False]
@@ -456,7 +453,7 @@ def test_a_kernel_with_the_bits_of_the_last_class_joins_it(steady, timed, kernel
 
     classes = dict.fromkeys(LATE, 0) if steady else LATE
     wide = {**classes, 512: classes[128], 640: classes[128]}
-    same = layers_of(operator, OnCuda())
+    same = layers_of(operator)
     low = 1 if steady else 9
     joined = of(wide, classes[128], routes=(Route(128, kernel=True),))
     assert joined.low == low
@@ -467,7 +464,7 @@ def test_a_kernel_with_the_bits_of_the_last_class_joins_it(steady, timed, kernel
     # A bias is added to results that are rounded, so such a layer's bits are others; and the
     # kernel of lm_head is not worth a start's time.
     same[0].module.bias = torch.zeros(24)
-    head = Member("linear", HEAD, SimpleNamespace(weight=OnCuda()), operator)
+    head = Head(HEAD, SimpleNamespace(weight=WEIGHT))
     for member in (same[0], head):
         assert plans._tried(member, wide) == (0 if steady else 640)
     found = plans.plan_of(same, classes, wide)[0]
@@ -481,7 +478,7 @@ def test_a_kernel_that_does_not_join_is_compiled_for_all_it_may_be_asked_for(
     kernel(lambda x: in_order(x) + 1)
     monkeypatch.setattr(plans, "is_deep_gemm", lambda _: True)
     monkeypatch.setattr(plans, "compile_ahead", compiled.extend)
-    same, wide = layers_of(split_by_count, OnCuda()), {**LATE, 512: 2, 640: 2}
+    same, wide = layers_of(split_by_count), {**LATE, 512: 2, 640: 2}
     assert plans.plan_of(same, LATE, wide) == (kept(1, 640, batch_invariant=True), True)
     (weight, kernels), (again, others) = compiled
     assert weight is again is same[0].module.weight and kernels[-1] == 640
@@ -497,11 +494,11 @@ def test_a_kernel_that_cannot_be_used_is_not_taken(error: Exception, timed, monk
         raise error
 
     monkeypatch.setattr(plans, "_in_one_class", unusable)
-    same = layers_of(split_by_count, OnCuda())
+    same = layers_of(split_by_count)
     assert plans.plan_of(same, SMALL, None)[0].batch_invariant is False
 
 
-def settled(monkeypatch, kernel: Operator, plan: RowPlan, decoded: int = 256):
+def settled(monkeypatch, kernel: Run, plan: RowPlan, decoded: int = 256):
     """Whether it holds, and the row counts that the kernel was called with."""
     made: list[int] = []
 
@@ -511,8 +508,8 @@ def settled(monkeypatch, kernel: Operator, plan: RowPlan, decoded: int = 256):
 
     monkeypatch.setattr(plans, "invariant_matmul", invariant_matmul)
     layers = [Layer() for _ in range(3)]
-    same = [Member("linear", "o_proj", layer, split_by_count) for layer in layers[:2]]
-    other = [Member("linear", "qkv_proj", layers[2], split_by_count)]
+    same = [Computed("o_proj", layer) for layer in layers[:2]]
+    other = [Computed("qkv_proj", layers[2])]
     planned = {id(layers[0]): plan, id(layers[1]): plan, id(layers[2]): kept(1, 256)}
     return plans.settle_kernels({"a": same, "b": other}, planned, decoded), made
 

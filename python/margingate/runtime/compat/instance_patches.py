@@ -62,7 +62,31 @@ ON_DUAL_GEMM = InstancePatch(
     "off where a row's bits differ from those of the MLP's layers at other row counts",
     "SGLang's linear layers are batch-invariant at this cost",
 )
-INSTANCE_PATCHES = (*ON_TRITON, *ON_FLASHINFER, ON_LOGPROBS, ON_DUAL_GEMM, *ON_ENGINE)
+_PLANNED = "SGLang's mixtures of experts are batch-invariant at this cost"
+ON_EXPERTS = InstancePatch(
+    "layers.moe.fused_moe_triton.layer.FusedMoE",
+    "forward_impl",
+    "keeps experts within row counts at which neighbours do not matter",
+    _PLANNED,
+)
+ON_GATES = (
+    InstancePatch(
+        "models.glm4_moe.Glm4MoeGate",
+        "forward",
+        "keeps a router's linear layer within one class of row counts",
+        _PLANNED,
+    ),
+    InstancePatch(
+        "models.qwen2_moe.Qwen2MoeSparseMoeBlock",
+        "shared_expert_gate",
+        "its forward is kept within one class of row counts",
+        _PLANNED,
+    ),
+)
+INSTANCE_PATCHES = (
+    *(*ON_TRITON, *ON_FLASHINFER, ON_LOGPROBS, ON_DUAL_GEMM),
+    *(ON_EXPERTS, *ON_GATES, *ON_ENGINE),
+)
 
 
 def check_instance(found: Any, patch: InstancePatch) -> None:

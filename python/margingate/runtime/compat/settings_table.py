@@ -46,8 +46,8 @@ COUNTED: _Group = {
     "disable_tokenizer_batch_decode",
     "how a token is drawn": "sampling_backend",
     "of parts that the gate does not serve; counted, since nobody measured that it has no effect "
-    "on the others": "moe_a2a_backend moe_runner_backend flashinfer_mxfp4_moe_precision ep_size "
-    "enable_single_batch_overlap disable_shared_experts_fusion enforce_shared_experts_fusion "
+    "on the others": "moe_runner_backend flashinfer_mxfp4_moe_precision "
+    "disable_shared_experts_fusion enforce_shared_experts_fusion "
     "disable_chunked_prefix_cache flashinfer_mla_disable_ragged enable_scattered_sconv "
     "fp8_gemm_runner_backend fp4_gemm_runner_backend enable_multimodal language_only "
     "language_model_only "
@@ -74,6 +74,9 @@ REFUSED: _Group = {
     "enable_cp_decode_attn_tp attn_dp_size enable_tp_lm_head_all_to_all enable_dense_mlp_attn_tp "
     "enable_attn_tp_input_scattered disaggregation_mode elastic_ep_backend use_ray "
     "tokenizer_worker_num smg_grpc_mode grpc_mode encoder_only",
+    "experts spread over ranks, or run in other ways": "moe_a2a_backend ep_size enable_eplb "
+    "ep_num_redundant_experts init_expert_location enable_single_batch_overlap "
+    "enable_paged_experts",
     "sums that go around the hook on all-reduce, or run in another way than measured": ""
     "enable_flashinfer_allreduce_fusion flashinfer_allreduce_fusion_backend "
     "enable_aiter_allreduce_fusion enable_fused_moe_sum_all_reduce enable_symm_mem enable_mscclpp "
@@ -210,13 +213,13 @@ NO_EFFECT: _Group = {
     "kt_max_deferred_experts_per_token enable_elastic_expert_backup mooncake_ib_device "
     "ep_join_mode ep_join_rank_offset "
     "elastic_ep_initial_size max_ep_size elastic_ep_scale_timeout",
-    "of mixtures of experts, which are refused": "deepep_mode fuseep_mode enable_eplb "
-    "deepep_dispatcher_output_dtype ep_num_redundant_experts ep_dispatch_algorithm "
-    "init_expert_location eplb_algorithm eplb_rebalance_num_iterations "
+    "of experts spread over ranks, which are refused": "deepep_mode fuseep_mode "
+    "deepep_dispatcher_output_dtype ep_dispatch_algorithm "
+    "eplb_algorithm eplb_rebalance_num_iterations "
     "eplb_rebalance_layers_per_chunk eplb_min_rebalancing_utilization_threshold deepep_config "
     "enable_waterfill disable_flashinfer_cutlass_moe_fp4_allgather enable_shared_experts_attn_tp "
     "shared_experts_tp_size enable_w4a4_mxfp4_megamoe deepep_v2_mode flashinfer_a2a_dispatch_type "
-    "enable_paged_experts paged_experts_num_resident",
+    "paged_experts_num_resident",
     "of attention with a state, a window or an index, models with which are refused": ""
     "swa_full_tokens_ratio disable_hybrid_swa_memory dsa_prefill_backend dsa_decode_backend "
     "dsa_paged_mqa_logits_backend dsa_topk_backend mamba_backend enable_deepseek_v4_fp4_indexer "

@@ -24,6 +24,7 @@ from margingate.runtime.probe.classes import (
     probe_operator,
 )
 from margingate.runtime.probe.execute import run_in_class
+from margingate.runtime.probe.operators import MadeUp
 
 NAME = "all-reduce"
 
@@ -51,9 +52,10 @@ def settle(runner: Any, counts: Sequence[int], prefill: Sequence[int]) -> list[F
         result: torch.Tensor = group.all_reduce(x.roll(group.rank_in_group, dims=1))
         return result
 
+    operator = MadeUp(NAME, group, function=summed, width=width, like=like)
     with torch.inference_mode():
         try:
-            classes = probe_operator(summed, width, counts, like)
+            classes = probe_operator(operator, counts)
         except RowDependenceError as error:
             raise GateError(
                 f"--deterministic-gate cannot use the all-reduce of --tp-size {group.world_size}: "
@@ -61,7 +63,7 @@ def settle(runner: Any, counts: Sequence[int], prefill: Sequence[int]) -> list[F
                 "--tp-size 2 or 1, or serve without the flag."
             ) from None
         if prefill:
-            classes = extended(summed, width, classes, prefill, like)
+            classes = extended(operator, classes, prefill)
     classes = merged(ranks.of_all(classes))
     _plan, _width = choose(classes), width
     shape = (group.world_size, width)

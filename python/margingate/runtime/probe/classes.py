@@ -4,10 +4,9 @@ Every row of one random input is computed at each row count, in windows of that 
 once more in another order: equal bits put two row counts into one class; a row whose bits change
 with its place or its neighbours at a fixed row count is an operator the gate cannot use.
 
-Operators are the model's linear layers, its lm_head and its norms, one of each kind and shape, and
-attention where `probe_attention` knows the backend. Each is measured as a forward was seen to call
-it: with a bias or a residual, with as many rows as it gets for each row of the forward, in the
-dtype and the layout of that input.
+Operators are in `operators` and `routed`, and attention where `attention_operator` knows the
+backend. Each is measured as a forward was seen to call it: with a bias or a residual, with as many
+rows as it gets for each row of the forward, in the dtype and the layout of that input.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Self
 
 import torch
@@ -23,13 +21,13 @@ import torch
 from margingate.config import GateError
 from margingate.core.rowclass import RowPlan, runs
 from margingate.core.rowclass import members as counts_by_class
-from margingate.runtime.probe.observed_calls import AS_WEIGHT, ObservedCall
+from margingate.runtime.probe.observed_calls import Observed
+from margingate.runtime.probe.operators import SEED, Inputs, Operator, dense_operators
+from margingate.runtime.probe.routed import routed_operators
 
 SAMPLE_ROWS = 64  # rows computed at every count; twice that from counts above it
-SEED = 20260530  # of the inputs of all measurements at start; arbitrary, and always the same
-HEAD = "lm_head"
+DISTURBED = 4  # rows of a sample that are tried in the company that an operator chooses
 SHOWN = 5  # classes of an operator in the log
-Operator = Callable[[torch.Tensor], torch.Tensor]
 Rows = Callable[[torch.Tensor], torch.Tensor]  # row indices [n] -> their results, of one call
 
 
@@ -37,12 +35,12 @@ Rows = Callable[[torch.Tensor], torch.Tensor]  # row indices [n] -> their result
 class Finding:
     """What the probe found of one operator."""
 
-    kind: str  # linear, norm or attention
+    kind: str  # of the operator: linear, norm, experts, router, attention, ...
     name: str  # of one module that runs it
     shape: tuple[int, ...]  # of its weight, [outputs, inputs]; attention: [heads, K/V heads, size]
     modules: int  # how many modules of the model share it
     classes: dict[int, int]  # row count -> class, numbered from 0 in order of appearance
-    plan: RowPlan | None  # of linear layers and all-reduce; None: nothing keeps it to a class
+    plan: RowPlan | None  # None: nothing keeps it to a class
     seconds: float
     prefill: bool = False  # the plan holds for the row counts of prefill too
 
@@ -68,37 +66,6 @@ class Finding:
         return cls(**{**record, "shape": shape, "classes": classes, "plan": plan})
 
 
-@dataclass(frozen=True)
-class Member:
-    """One module that runs an operator."""
-
-    kind: str
-    name: str
-    module: Any
-    operator: Operator  # of inputs [rows, width], as `call` says
-    widened: bool = False  # computed in float32 from a weight of another dtype
-    call: ObservedCall = AS_WEIGHT
-
-    @property
-    def width(self) -> int:
-        """Of the operator's inputs: elements for each row of a forward."""
-        return int(self.call.width or self.module.weight.shape[-1])
-
-    @property
-    def like(self) -> torch.Tensor:
-        """Of the dtype and on the device of its inputs."""
-        weight: torch.Tensor = self.module.weight
-        dtype = self.call.dtype or weight.dtype
-        return torch.empty(0, dtype=dtype, device=weight.device)
-
-    @property
-    def group(self) -> str:
-        """The same for modules whose operators are one: layers of a model repeat."""
-        weight, name = self.module.weight, self.name.rsplit(".", 1)[-1]
-        wide = " in float32" if self.widened else ""
-        return f"{self.kind} {name} {list(weight.shape)} {weight.dtype}{wide}{self.call}"
-
-
 def row_counts(largest: int) -> list[int]:
     """The row counts of decode that are measured: every one up to `largest`."""
     return list(range(1, largest + 1))
@@ -122,24 +89,41 @@ def prefill_counts(above: int, largest: int, more: Iterable[int] = ()) -> list[i
     return sorted(count for count in found if count > above)
 
 
-def probe_operator(
-    operator: Operator, width: int, counts: Sequence[int], like: torch.Tensor
-) -> dict[int, int]:
-    """Classes of `counts` for one operator over inputs [rows, width].
+def probe_operator(operator: Operator, counts: Sequence[int]) -> dict[int, int]:
+    """Classes of `counts` for one operator.
 
-    Args:
-        like: dtype and device of the input.
+    One that is capped is left out at the first row count at which its rows depend on each other,
+    and at all above it: it runs in pieces of fewer rows.
 
     Raises:
         RowDependenceError: at a fixed row count a row's bits depend on its place or neighbours.
     """
-    sample = _sample(sample_rows(counts), width, like)
-    return classify(lambda rows: operator(sample[rows]), counts, like.device)
+    sample = operator.sample(sample_rows(counts))
+    found: dict[int, int] = {}
+    try:
+        _classify(lambda rows: operator.run(sample[rows]), counts, operator.device, found)
+        return _undisturbed(operator, sample, found)
+    except RowDependenceError as error:
+        if not operator.is_capped or error.rows == 1:
+            raise
+        return {count: key for count, key in found.items() if count < error.rows}
 
 
-def _sample(rows: int, width: int, like: torch.Tensor) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(SEED)
-    return torch.randn(rows, width, generator=generator).to(like)
+def _undisturbed(operator: Operator, sample: Inputs, classes: dict[int, int]) -> dict[int, int]:
+    """`classes`, where the company that an operator chooses for a row does not change its bits.
+
+    Raises:
+        RowDependenceError: with the first row count where it does.
+    """
+    if not operator.company(sample, 0, 2):
+        return classes
+    for count in (count for count in classes if count > 1):
+        for row in range(DISTURBED):
+            first = row - row % count  # of the window that the row is in
+            expected = operator.run(sample[first : first + count])[[row - first]]
+            if not _is_undisturbed(operator, sample, count, expected, row):
+                raise RowDependenceError(count)
+    return classes
 
 
 def sample_rows(counts: Sequence[int]) -> int:
@@ -162,27 +146,35 @@ def classify(
     Raises:
         RowDependenceError: at a fixed row count a row's bits depend on its place or neighbours.
     """
+    found: dict[int, int] = {}
+    _classify(rows, counts, device, found, in_any_order=in_any_order)
+    return found
+
+
+def _classify(
+    rows: Rows,
+    counts: Sequence[int],
+    device: torch.device,
+    found: dict[int, int],
+    *,
+    in_any_order: bool = True,
+) -> None:
+    """As `classify`, into `found`, which has the row counts before the one that raised."""
     generator = torch.Generator().manual_seed(SEED)
     order = torch.randperm(sample_rows(counts), generator=generator).to(device)
     ascending = torch.arange(len(order), device=device)
     seen: list[torch.Tensor] = []
-    classes: dict[int, int] = {}
     for count in counts:
         used = max(count, SAMPLE_ROWS // count * count)
         outputs = _in_windows(rows, ascending[:used], count)
         shuffled = order[order < used]
         if in_any_order and not torch.equal(_in_windows(rows, shuffled, count), outputs[shuffled]):
             raise RowDependenceError(count)
-        classes[count] = _class_of(outputs, seen)
-    return classes
+        found[count] = _class_of(outputs, seen)
 
 
 def extended(
-    operator: Operator,
-    width: int,
-    classes: Mapping[int, int],
-    counts: Sequence[int],
-    like: torch.Tensor,
+    operator: Operator, classes: Mapping[int, int], counts: Sequence[int]
 ) -> dict[int, int]:
     """`classes` with the larger `counts`: each in a class that has its bits, or in a new one.
 
@@ -193,22 +185,33 @@ def extended(
     if not counts:
         return found
     base = max(classes)
-    sample = _sample(base, width, like)
+    sample = operator.sample(base)
     seen = {
-        key: _in_windows(lambda rows: operator(sample[rows % base]), _cover(base, of[-1]), of[-1])
+        key: _in_windows(
+            lambda rows: operator.run(sample[rows % base]), _cover(base, of[-1]), of[-1]
+        )
         for key, of in counts_by_class(classes).items()
     }
-    repeated = sample.repeat(-(-max(counts) // base), 1)
+    repeated = sample[torch.arange(max(counts), device=operator.device) % base]
     unused = max(classes.values()) + 1
     for count in counts:
-        blocks = operator(repeated[:count]).split(base)
-        keys = (key for key, expected in seen.items() if _repeats(expected, blocks))
+        blocks = operator.run(repeated[:count]).split(base)
+        steady = _is_undisturbed(operator, sample, count, blocks[0][:1])
+        keys = (key for key, expected in seen.items() if steady and _repeats(expected, blocks))
         found[count] = key = next(keys, unused)
         if key == unused:
             unused += 1
-            if _repeats(blocks[0], blocks):  # its rows have the same bits at every place
+            if steady and _repeats(blocks[0], blocks):  # the same bits at every place
                 seen[key] = blocks[0].clone()
     return found
+
+
+def _is_undisturbed(
+    operator: Operator, sample: Inputs, count: int, expected: torch.Tensor, row: int = 0
+) -> bool:
+    """Whether a row has these results [1, outputs] in the company that the operator chooses."""
+    beside = operator.company(sample, row, count)
+    return all(torch.equal(operator.run(each)[[place]], expected) for each, place in beside)
 
 
 def _cover(rows: int, count: int) -> torch.Tensor:
@@ -221,18 +224,16 @@ def _repeats(expected: torch.Tensor, blocks: Sequence[torch.Tensor]) -> bool:
     return bool(torch.stack(agree).all())
 
 
-def apart_in_graphs(
-    operator: Operator, width: int, counts: Sequence[int], like: torch.Tensor
-) -> list[int]:
+def apart_in_graphs(operator: Operator, counts: Sequence[int]) -> list[int]:
     """The counts at which an operator gives other bits in a CUDA graph than outside of one."""
-    sample = _sample(max(counts, default=1), width, like)
+    sample = operator.sample(max(counts, default=1))
     apart = []
     for count in counts:
-        expected = operator(sample[:count])
+        expected = operator.run(sample[:count])
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            result = operator(sample[:count])
+            result = operator.run(sample[:count])
         graph.replay()
         if not torch.equal(result, expected):
             apart.append(count)
@@ -263,56 +264,16 @@ def _class_of(outputs: torch.Tensor, seen: list[torch.Tensor]) -> int:
     return len(seen) - 1
 
 
-def members(model: Any, seen: Mapping[int, ObservedCall] | None = None) -> Iterator[Member]:
-    """Every linear layer and norm of an SGLang model, lm_head included.
+def groups(model: Any, seen: Mapping[int, Observed] | None = None) -> dict[str, list[Operator]]:
+    """The operators of a model by what they run.
 
     Args:
-        seen: how a forward called each of them, by id of the module.
+        seen: how a forward called each module, by its id.
     """
-    from sglang.srt.layers import layernorm
-    from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
-
-    norms = (layernorm.RMSNorm, layernorm.GemmaRMSNorm, torch.nn.RMSNorm, torch.nn.LayerNorm)
-    seen = seen or {}
-    for name, module in model.named_modules():
-        method, call = getattr(module, "quant_method", None), seen.get(id(module), AS_WEIGHT)
-        if isinstance(method, UnquantizedLinearMethod):
-            yield Member("linear", name, module, partial(_apply, method, module, call), call=call)
-        elif isinstance(module, norms) and isinstance(module.weight, torch.Tensor):
-            yield Member("norm", name, module, partial(_normalize, module, call), call=call)
-    head = getattr(model, "lm_head", None)
-    if head is not None and hasattr(head, "weight"):
-        processor = getattr(model, "logits_processor", None)
-        names = ("use_fp32_lm_head", "use_fp32_lm_head_output")
-        wide = any(getattr(processor, name, False) for name in names)
-        yield Member("linear", HEAD, head, partial(_project, processor, head), wide)
-
-
-def _apply(method: Any, module: Any, call: ObservedCall, x: torch.Tensor) -> torch.Tensor:
-    result: torch.Tensor = method.apply(module, call.laid_out(x), call.bias_of(module))
-    return result.reshape(len(x), -1)
-
-
-def _project(processor: Any, head: Any, x: torch.Tensor) -> torch.Tensor:
-    if processor is None:
-        return x @ head.weight.T
-    logits: torch.Tensor = processor._compute_lm_head(x, head)
-    return logits
-
-
-def _normalize(module: Any, call: ObservedCall, x: torch.Tensor) -> torch.Tensor:
-    given = call.laid_out(x.clone())
-    if not call.residual:
-        return module(given).reshape(len(x), -1)
-    results = module(given, call.laid_out(x.flip(-1)))
-    return torch.cat([part.reshape(len(x), -1) for part in results], dim=-1)
-
-
-def groups(model: Any, seen: Mapping[int, ObservedCall] | None = None) -> dict[str, list[Member]]:
-    """The members of a model by what they run."""
-    found: dict[str, list[Member]] = {}
-    for member in members(model, seen):
-        found.setdefault(member.group, []).append(member)
+    found: dict[str, list[Operator]] = {}
+    for list_of in (dense_operators, routed_operators):
+        for operator in list_of(model, seen or {}):
+            found.setdefault(operator.signature, []).append(operator)
     return found
 
 

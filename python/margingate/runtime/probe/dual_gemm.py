@@ -25,6 +25,7 @@ from margingate.runtime.probe.classes import (
     probe_operator,
     row_counts,
 )
+from margingate.runtime.probe.operators import MadeUp
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +140,8 @@ def _classes(first: FusedMlp) -> dict[int, int]:
     counts = row_counts(most + 1)
     with torch.inference_mode():
         try:
-            found = probe_operator(first, width, counts, weight)
+            operator = MadeUp(first.name, first.mlp, function=first, width=width, like=weight)
+            found = probe_operator(operator, counts)
         except RowDependenceError as error:
             logger.info("margingate: a row of DualGemm depends on the other %d.", error.rows - 1)
             return {count: min(count - 1, 1) for count in counts}

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from margingate.core.rowclass import RowPlan
+from margingate.runtime.compat import instance_patches
 from margingate.runtime.compat.batch_invariant_matmul import invariant_matmul
+from margingate.runtime.probe.observed_calls import routing_tensors
+from margingate.runtime.probe.operators import Inputs, Operator, Plain, Run
+from margingate.runtime.probe.routed import Experts, Rows, call_experts
 
-Operator = Callable[[torch.Tensor], torch.Tensor]
 ALIGNED = 16  # bytes
 
 _plans: dict[int, RowPlan] = {}  # by id of the module
@@ -79,25 +83,69 @@ def compute_lm_head(
     )
 
 
-def run_in_class(
-    plan: RowPlan, x: torch.Tensor, operator: Operator, kernel: Operator | None = None
+def redirect(operators: Mapping[str, Sequence[Operator]], planned: Mapping[int, RowPlan]) -> None:
+    """Have calls of modules that SGLang calls themselves, and by no method, come by here first.
+
+    Replaces `forward` or `forward_impl` of these objects, where there is a plan for them.
+    """
+    for operator in (each for same in operators.values() for each in same):
+        module = operator.module
+        if id(module) in planned and isinstance(operator, Plain):
+            module.forward = partial(apply_plain, module.forward, module)
+        elif id(module) in planned and isinstance(operator, Experts):
+            instance_patches.check_instance(module, instance_patches.ON_EXPERTS)
+            module.forward_impl = partial(apply_experts, module.forward_impl, module)
+
+
+def apply_plain(original: Any, module: Any, x: torch.Tensor) -> torch.Tensor:
+    """Around the `forward` of a plain linear layer."""
+    plan = _plans.get(id(module))
+    if plan is None or x.dim() != 2 or x.shape[0] > _limit or plan.runs_as_is(x.shape[0]):
+        unplanned: torch.Tensor = original(x)
+        return unplanned
+    return run_in_class(plan, x, original)
+
+
+def apply_experts(
+    original: Any, module: Any, hidden: torch.Tensor, chosen: Any, pre_quant_input: Any = None
 ) -> torch.Tensor:
-    """The operator's results of the rows of `x` [rows, inputs], by calls within the class.
+    """Around the `forward_impl` of experts."""
+    plan, rows = _plans.get(id(module)), hidden.shape[0]
+    if plan is None or rows == 0 or rows > _limit or plan.runs_as_is(rows):
+        unplanned: torch.Tensor = original(hidden, chosen, pre_quant_input=pre_quant_input)
+        return unplanned
+    inputs = Rows(tuple(routing_tensors("experts", hidden, chosen)))
+    return run_in_class(plan, inputs, partial(call_experts, original))
+
+
+def run_in_class(
+    plan: RowPlan, x: Inputs, operator: Run, kernel: Run | None = None
+) -> torch.Tensor:
+    """The operator's results of the rows of `x`, by calls within the class.
 
     Args:
         kernel: the batch-invariant one; None for a plan without it.
     """
     outputs = []
-    for start, stop, made, by_kernel in plan.calls(x.shape[0]):
+    for start, stop, made, by_kernel in plan.calls(len(x)):
         piece, rows = x[start:stop], stop - start
-        if made > rows:
-            # Rows leave each other alone, whatever is in the unused ones.
-            room = x.new_empty(made, x.shape[1])
-            room[:rows].copy_(piece)
-            piece = room
-        elif piece.data_ptr() % ALIGNED:
-            piece = piece.clone()  # a library may look at the address; inputs are measured aligned
+        piece = _with_room(piece, made) if made > rows else _aligned(piece)
         call = kernel if by_kernel else operator
         assert call is not None, f"{plan} needs the batch-invariant kernel"
         outputs.append(call(piece)[:rows])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _with_room(piece: Inputs, made: int) -> Inputs:
+    """`made` rows. Rows leave each other alone, whatever is in the unused ones."""
+    if isinstance(piece, Rows):
+        return piece.padded(made)
+    room = piece.new_empty(made, *piece.shape[1:])
+    room[: len(piece)].copy_(piece)
+    return room
+
+
+def _aligned(piece: Inputs) -> Inputs:
+    """A library may look at the address; inputs are measured aligned."""
+    parts = piece.parts if isinstance(piece, Rows) else (piece,)
+    return piece.clone() if any(part.data_ptr() % ALIGNED for part in parts) else piece

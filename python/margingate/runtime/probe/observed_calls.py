@@ -8,9 +8,10 @@ module was given is noted. Modules with parameters that nobody measures end the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,6 +66,35 @@ class ObservedCall:
 AS_WEIGHT = ObservedCall()
 
 
+@dataclass(frozen=True)
+class ObservedRows:
+    """What a router or experts were given: tensors with a row axis."""
+
+    parts: tuple[tuple[int, torch.dtype], ...]  # width and dtype of each
+    device: torch.device
+
+    def __str__(self) -> str:
+        return ", ".join(f"{width} of {dtype}" for width, dtype in self.parts)
+
+
+Observed = ObservedCall | ObservedRows
+
+
+def observed_rows(name: str, tensors: Sequence[torch.Tensor], rows: int) -> ObservedRows:
+    """The call of a module with these tensors, in a forward of `rows` rows.
+
+    Raises:
+        GateError: one of them has not a row for each.
+    """
+    for x in tensors:
+        if x.dim() != 2 or x.shape[0] != rows:
+            raise GateError(
+                f"--deterministic-gate saw {name} called with an input of shape {list(x.shape)} in "
+                f"a step of {rows} rows: it cannot be measured; serve this model without the flag."
+            )
+    return ObservedRows(tuple((x.shape[1], x.dtype) for x in tensors), tensors[0].device)
+
+
 def observed(x: torch.Tensor, weight: torch.Tensor, rows: int, **more: bool) -> ObservedCall:
     """The call of a module with input `x`, in a forward of `rows` rows.
 
@@ -90,7 +120,7 @@ def observed(x: torch.Tensor, weight: torch.Tensor, rows: int, **more: bool) -> 
 
 
 @contextmanager
-def observing(model: Any, rows: int) -> Iterator[dict[int, ObservedCall]]:
+def observing(model: Any, rows: int) -> Iterator[dict[int, Observed]]:
     """Fills the result, by id of a module, while forwards of `rows` rows run. Slow: only at start.
 
     Linear layers are seen where SGLang's method is applied, so that the bias is known; others where
@@ -98,7 +128,7 @@ def observing(model: Any, rows: int) -> Iterator[dict[int, ObservedCall]]:
     """
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
-    seen: dict[int, ObservedCall] = {}
+    seen: dict[int, Observed] = {}
 
     def before(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
@@ -117,18 +147,62 @@ def observing(model: Any, rows: int) -> Iterator[dict[int, ObservedCall]]:
             linear = isinstance(getattr(module, "quant_method", None), UnquantizedLinearMethod)
             if hasattr(module, "weight") and not linear and not any(module.children()):
                 stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        for name, module in routed_modules(model):
+            routed = partial(_routed, seen, (name, rows))
+            stack.callback(module.register_forward_pre_hook(routed, with_kwargs=True).remove)
         UnquantizedLinearMethod.apply = applied
         stack.callback(setattr, UnquantizedLinearMethod, "apply", apply)
         yield seen
 
 
-def refuse_bypassed(members: Iterable[tuple[str, Any]], seen: Mapping[int, ObservedCall]) -> None:
-    """Raises GateError for a linear layer that the observed step did not call.
+def routed_modules(model: Any) -> Iterator[tuple[str, Any]]:
+    """SGLang's routers and experts, by name."""
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+    from sglang.srt.layers.moe.topk import TopK
+
+    for name, module in model.named_modules():
+        if isinstance(module, FusedMoE | TopK):
+            yield name, module
+
+
+def _routed(
+    seen: dict[int, Observed], named: tuple[str, int], module: Any, args: Any, kwargs: Any
+) -> None:
+    """Before a call of a router (hidden states, logits) or of experts (hidden states, choice)."""
+    name, rows = named
+    given = [*args, *kwargs.values()][:2]
+    tensors = given if isinstance(given[1], torch.Tensor) else routing_tensors(name, *given)
+    seen[id(module)] = observed_rows(name, tensors, rows)
+
+
+def routing_tensors(name: str, hidden: torch.Tensor, chosen: Any) -> list[torch.Tensor]:
+    """What experts are given, each with a row axis: rows, weights and ids of their choice, logits.
+
+    Raises:
+        GateError: SGLang's record of the choice has another format.
+    """
+    logits = getattr(chosen, "router_logits", None)
+    found = [hidden, chosen_of(name, chosen).topk_weights, chosen.topk_ids]
+    return found if logits is None else [*found, logits]
+
+
+def chosen_of(name: str, chosen: Any) -> Any:
+    """A router's result. Raises GateError where it does not say weights and ids."""
+    if not (hasattr(chosen, "topk_weights") and hasattr(chosen, "topk_ids")):
+        raise GateError(
+            f"--deterministic-gate cannot measure {name}, where a choice of experts is a "
+            f"{type(chosen).__name__}: use --moe-runner-backend triton."
+        )
+    return chosen
+
+
+def refuse_bypassed(members: Iterable[tuple[str, Any]], seen: Mapping[int, Observed]) -> None:
+    """Raises GateError for a module that the observed step did not call.
 
     Another kernel may read its weight, as fused ones do: no plan for the layer would hold for it.
 
     Args:
-        members: the linear layers, by name.
+        members: those that plans are made for, by name.
         seen: of `observing`.
     """
     for name, module in members:

@@ -1,11 +1,12 @@
-"""Probes each operator of a model, and plans how each linear layer is kept within one class."""
+"""Probes each operator of a model, and plans how those that can be are kept within one class."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -19,9 +20,7 @@ from margingate.runtime.compat.batch_invariant_matmul import (
     kernel_counts,
 )
 from margingate.runtime.probe.classes import (
-    HEAD,
     Finding,
-    Member,
     RowDependenceError,
     apart_in_graphs,
     extended,
@@ -31,16 +30,16 @@ from margingate.runtime.probe.classes import (
 )
 from margingate.runtime.probe.compile_kernels import Compilers, Need, compile_ahead
 from margingate.runtime.probe.graph_timing import replay_us
+from margingate.runtime.probe.operators import MadeUp, Operator
 
 logger = logging.getLogger(__name__)
 
-Operator = Callable[[torch.Tensor], torch.Tensor]
 TIMED_CALLS = 20
 LARGEST_SMALL = 256  # row counts up to this are compared in windows, larger ones in blocks
 
 
 def probe_groups(
-    found: dict[str, list[Member]],
+    found: dict[str, list[Operator]],
     largest: int,
     prefill: Sequence[int] = (),
     graphs: Sequence[int] = (),
@@ -55,8 +54,8 @@ def probe_groups(
         GateError: an operator whose rows depend on each other at a fixed row count.
     """
     counts = row_counts(largest)
-    linear = (same[0].module.weight for same in found.values() if same[0].kind == "linear")
-    with Compilers(linear) as compilers:
+    firsts = (same[0] for same in found.values() if same[0].is_planned)
+    with Compilers(weight for each in firsts if (weight := each.weight) is not None) as compilers:
         measured = [_classes(same[0], counts, prefill, graphs) for same in found.values()]
         compilers.compile(_needs(found.values(), measured))
     return [
@@ -65,7 +64,7 @@ def probe_groups(
     ]
 
 
-def plans(found: dict[str, list[Member]], findings: Sequence[Finding]) -> dict[int, RowPlan]:
+def plans(found: dict[str, list[Operator]], findings: Sequence[Finding]) -> dict[int, RowPlan]:
     """The plans of `probe_groups`, by id of the module that each is for."""
     named = {finding.name: finding.plan for finding in findings if finding.plan is not None}
     return {
@@ -85,27 +84,27 @@ class Classes(NamedTuple):
 
 
 def _classes(
-    first: Member, counts: Sequence[int], prefill: Sequence[int], graphs: Sequence[int]
+    first: Operator, counts: Sequence[int], prefill: Sequence[int], graphs: Sequence[int]
 ) -> Classes:
-    start, width = time.monotonic(), first.width
+    start = time.monotonic()
     with torch.inference_mode(), refusing(first.name):
-        classes = probe_operator(first.operator, width, counts, first.like)
+        classes = probe_operator(first, counts)
         if graphs:
             known = [count for count in graphs if count in classes]
-            for count in apart_in_graphs(first.operator, width, known, first.like):
+            for count in apart_in_graphs(first, known):
                 classes[count] = max(classes.values()) + 1
         wide = classes
-        if prefill and first.name != HEAD:  # which has a row a request
-            wide = extended(first.operator, width, classes, prefill, first.like)
+        if prefill and first.sees_prefill and len(classes) == len(counts):  # it is not capped
+            wide = extended(first, classes, prefill)
     return Classes(classes, wide, time.monotonic() - start)
 
 
-def _needs(found: Iterable[list[Member]], measured: Iterable[Classes]) -> list[Need]:
+def _needs(found: Iterable[list[Operator]], measured: Iterable[Classes]) -> list[Need]:
     """What the batch-invariant kernel will be tried with."""
     tried = [
-        (same[0].module.weight, classes.wide, most)
+        (weight, classes.wide, most)
         for same, classes in zip(found, measured, strict=True)
-        if (most := _tried(same[0], classes.wide))
+        if (most := _tried(same[0], classes.wide)) and (weight := same[0].weight) is not None
     ]
     return [_need(*each, kernels) for kernels in (True, False) for each in tried]
 
@@ -116,51 +115,50 @@ def _need(weight: torch.Tensor, classes: Iterable[int], most: int, kernels: bool
     return weight, met if kernels else sorted({n for n in classes if n <= most}.difference(met))
 
 
-def _tried(member: Member, classes: Mapping[int, int]) -> int:
+def _tried(operator: Operator, classes: Mapping[int, int]) -> int:
     """Up to how many rows the batch-invariant kernel is tried; 0: not at all."""
-    if _may_join(member):
+    if _may_join(operator):
         return reach(classes)
     unsteady = len(set(classes.values())) > 1
-    return max(classes) if _may_replace(member) and unsteady else 0
+    return max(classes) if operator.weight is not None and unsteady else 0
 
 
-def _may_replace(member: Member) -> bool:
-    """Whether the batch-invariant kernel may take its place: measured without a bias, not wide."""
-    return member.kind == "linear" and not member.widened and member.call.bias is not True
-
-
-def _may_join(member: Member) -> bool:
+def _may_join(operator: Operator) -> bool:
     """Whether the batch-invariant kernel may have this layer's own bits, and be faster.
 
     It adds a bias to results that are rounded already. lm_head's weight is read once a step.
     """
+    weight = operator.weight
     return (
-        member.kind == "linear"
-        and member.name != HEAD
-        and getattr(member.module, "bias", None) is None
-        and is_deep_gemm(member.module.weight)
+        weight is not None
+        and operator.sees_prefill
+        and getattr(operator.module, "bias", None) is None
+        and is_deep_gemm(weight)
     )
 
 
-def _finding(same: list[Member], measured: Classes, prefilled: bool) -> Finding:
+def _finding(same: list[Operator], measured: Classes, prefilled: bool) -> Finding:
     first, start = same[0], time.monotonic()
-    weight, wide = first.module.weight, measured.wide
+    wide = measured.wide
     plan, holds = None, prefilled and len(set(wide.values())) == 1
-    if first.kind == "linear":
-        head = first.name == HEAD
-        many = wide if prefilled and not head else None
+    if first.is_planned:
+        many = wide if prefilled and first.sees_prefill else None
         with torch.inference_mode(), refusing(first.name):
             plan, holds = plan_of(same, measured.decode, many)
-        holds |= prefilled and head  # more rows run in pieces
+        holds |= prefilled and not first.sees_prefill  # more rows run in pieces
+    if first.must_agree and len(set(wide.values())) > 1:
+        raise GateError(
+            f"--deterministic-gate cannot use {first.name}: it gives a row other results at other "
+            "row counts, and nothing keeps it to some; serve this model without the flag."
+        )
     seconds = measured.seconds + time.monotonic() - start
-    shape = tuple(weight.shape)
-    return Finding(first.kind, first.name, shape, len(same), wide, plan, seconds, holds)
+    return Finding(first.kind, first.name, first.shape, len(same), wide, plan, seconds, holds)
 
 
 def plan_of(
-    same: Sequence[Member], classes: dict[int, int], wide: dict[int, int] | None
+    same: Sequence[Operator], classes: dict[int, int], wide: dict[int, int] | None
 ) -> tuple[RowPlan, bool]:
-    """A plan for the linear layers that are `same`, and whether it holds for prefill too.
+    """A plan for the operators that are `same`, and whether it holds for prefill too.
 
     Calls of more rows than were measured run in pieces.
 
@@ -168,41 +166,58 @@ def plan_of(
         wide: `classes` with the row counts of prefill; None: they do not matter.
     """
     if wide is not None:
+        if same[0].is_capped:
+            return _plan(same, wide, to_the_top=False), True
         with suppress(NoPlanError):
             return _plan(same, wide, to_the_top=True), True
     return _plan(same, classes, to_the_top=False), False
 
 
-def _plan(same: Sequence[Member], classes: dict[int, int], *, to_the_top: bool) -> RowPlan:
+def _plan(same: Sequence[Operator], classes: dict[int, int], *, to_the_top: bool) -> RowPlan:
     """By measured times on a GPU; elsewhere the plan must not depend on the clock."""
     first, steady = same[0], len(set(classes.values())) == 1
-    weight = first.module.weight
-    if not weight.is_cuda:
+    if not _is_timed(first):
         return choose(classes, to_the_top=to_the_top)
-    own = [partial(invariant_matmul, weight=each.module.weight, bias=None) for each in same]
-    joins = _joins(first.operator, own[0], classes, weight) if _may_join(first) else []
+    own = _by_kernel(same)
+    joins = _joins(first, own[0], classes) if _may_join(first) else []
     if steady and not joins:
         return choose(classes, to_the_top=to_the_top)
     counts = timed_counts(classes)
     kernel = None
     if joins:
         most = reach(classes)
-        kernel = _microseconds(own, weight, sorted({most, *(n for n in counts if n < most)}))
-    elif _may_replace(first):
+        kernel = _microseconds(own, sorted({most, *(n for n in counts if n < most)}))
+    elif own:
         if _may_join(first):  # what `probe_groups` had compiled ends at `reach`
+            weight = own[0].like
             compile_ahead([_need(weight, classes, max(classes), each) for each in (True, False)])
         # RuntimeError: it does not run here, as where DeepGEMM has nothing to compile with
         with suppress(RowDependenceError, RuntimeError):
-            if _in_one_class(own[0], classes, weight):
-                kernel = _microseconds(own, weight, counts)
-    operators = [each.operator for each in same]
-    times = Times(_microseconds(operators, weight, counts), kernel, joins)
-    return choose(classes, times, to_the_top=to_the_top)
+            if _in_one_class(own[0], classes):
+                kernel = _microseconds(own, counts)
+    return choose(classes, Times(_microseconds(same, counts), kernel, joins), to_the_top=to_the_top)
 
 
-def _joins(
-    operator: Operator, own: Operator, classes: dict[int, int], like: torch.Tensor
-) -> list[int]:
+def _is_timed(operator: Operator) -> bool:
+    return operator.device.type == "cuda"
+
+
+def _by_kernel(same: Iterable[Operator]) -> list[MadeUp]:
+    """The batch-invariant kernel in the place of each; [] where it cannot stand in."""
+    return [
+        MadeUp(
+            each.name,
+            each.module,
+            function=partial(invariant_matmul, weight=weight, bias=None),
+            width=weight.shape[-1],
+            like=weight,
+        )
+        for each in same
+        if (weight := each.weight) is not None
+    ]
+
+
+def _joins(operator: Operator, own: MadeUp, classes: dict[int, int]) -> list[int]:
     """The row counts up to `reach` at which the kernel has the bits of the top class.
 
     All of them or none; at row counts of that class it is held to the operator's own results.
@@ -212,20 +227,21 @@ def _joins(
     within = [count for count in classes if count <= most]
 
     def either(x: torch.Tensor) -> torch.Tensor:
-        return own(x) if len(x) <= most else operator(x)
+        return own.run(x) if len(x) <= most else operator.run(x)
 
     def agrees(count: int) -> bool:
-        sample = torch.randn(count, like.shape[-1], device=like.device).to(like.dtype)
-        return torch.equal(own(sample), operator(sample))
+        sample = torch.randn(count, own.width, device=own.device).to(own.like.dtype)
+        return torch.equal(own.run(sample), operator.run(sample))
 
     with suppress(RowDependenceError, RuntimeError):
         shared = [count for count in within if count in of_top]
-        if _in_one_class(either, [*within, beyond], like) and all(map(agrees, shared)):
+        tried = replace(own, function=either)
+        if _in_one_class(tried, [*within, beyond]) and all(map(agrees, shared)):
             return within
     return []
 
 
-def _in_one_class(operator: Operator, counts: Iterable[int], weight: torch.Tensor) -> bool:
+def _in_one_class(operator: Operator, counts: Iterable[int]) -> bool:
     """Whether it gives a row the same bits at all of these row counts.
 
     Raises:
@@ -234,13 +250,12 @@ def _in_one_class(operator: Operator, counts: Iterable[int], weight: torch.Tenso
     counts = list(counts)
     small = [count for count in counts if count <= LARGEST_SMALL]
     large = [count for count in counts if count > LARGEST_SMALL]
-    width = weight.shape[-1]
-    classes = probe_operator(operator, width, small, weight)
-    return len(set(extended(operator, width, classes, large, weight).values())) == 1
+    classes = probe_operator(operator, small)
+    return len(set(extended(operator, classes, large).values())) == 1
 
 
 def settle_kernels(
-    found: dict[str, list[Member]], planned: dict[int, RowPlan], decoded: int
+    found: dict[str, list[Operator]], planned: dict[int, RowPlan], decoded: int
 ) -> bool:
     """Run the batch-invariant kernel of each plan that has it, with all it may be asked for.
 
@@ -257,17 +272,17 @@ def settle_kernels(
     """
     holds = True
     for first, *_ in found.values():
-        plan, weight = planned.get(id(first.module)), first.module.weight
+        plan = planned.get(id(first.module))
         if plan is None or not plan.by_kernel:
             continue
         start = time.monotonic()
-        own = partial(invariant_matmul, weight=weight, bias=None)
+        (own,) = _by_kernel([first])
         with torch.inference_mode(), _running(first.name):
             for count in kernel_counts(min(plan.by_kernel, decoded)):
-                own(weight.new_zeros(count, weight.shape[-1]))
+                own.run(own.like.new_zeros(count, own.width))
             if plan.by_kernel > decoded:
                 try:
-                    holds &= _in_one_class(own, kernel_counts(plan.by_kernel), weight)
+                    holds &= _in_one_class(own, kernel_counts(plan.by_kernel))
                 except RowDependenceError:
                     holds = False
         seconds = time.monotonic() - start
@@ -288,24 +303,22 @@ def _running(name: str) -> Iterator[None]:
         ) from error
 
 
-def _microseconds(
-    operators: Sequence[Operator], weight: torch.Tensor, counts: Sequence[int]
-) -> dict[int, float]:
+def _microseconds(operators: Sequence[Operator], counts: Sequence[int]) -> dict[int, float]:
     """Time of one call by row count, in a CUDA graph as when it serves.
 
     Each call is another layer's, where there are several: a weight that was just used lies in the
     L2 cache, and the kernel that then is the fastest may not be when it comes from memory.
     """
     turns = [operators[i % len(operators)] for i in range(TIMED_CALLS)]
-    sample = torch.randn(max(counts), weight.shape[-1], device=weight.device).to(weight)
+    sample = operators[0].sample(max(counts))
     found = {}
     for count in counts:
         rows = sample[:count]
-        turns[0](rows)
+        turns[0].run(rows)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for operator in turns:
-                operator(rows)
+                operator.run(rows)
         found[count] = min(replay_us(graph) for _ in range(3)) / TIMED_CALLS
     return found

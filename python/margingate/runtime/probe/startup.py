@@ -23,11 +23,12 @@ from margingate.runtime.probe import all_reduce, cache, classes, dual_gemm, exec
 from margingate.runtime.probe.attention_operator import probe_attention
 from margingate.runtime.probe.observed_calls import (
     ROWS,
-    ObservedCall,
+    Observed,
     observing,
     refuse_bypassed,
     refuse_unmeasured,
 )
+from margingate.runtime.probe.operators import HEAD, Operator
 from margingate.runtime.verify.verifier import RowInput, Verifier, scratch_rows
 
 logger = logging.getLogger(__name__)
@@ -69,9 +70,10 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     _findings.extend(summed)
     planned, limit = plans.plans(operators, _findings), float(decoded)
     execute.keep_to(planned, limit)
+    execute.redirect(operators, planned)
     _settle_dual_gemm(runner, bool(prefill))
     probed = {finding.name for finding in _findings}
-    if prefill and classes.HEAD in probed and all(finding.prefill for finding in _findings):
+    if prefill and HEAD in probed and all(finding.prefill for finding in _findings):
         limit = math.inf
     if not plans.settle_kernels(operators, planned, decoded):
         logger.warning(
@@ -83,13 +85,13 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
 
 
 def refuse_unknown(
-    model: Any, operators: dict[str, list[classes.Member]], seen: dict[int, ObservedCall]
+    model: Any, operators: dict[str, list[Operator]], seen: dict[int, Observed]
 ) -> None:
     """Raises GateError for parameters that no measured operator, or another besides, works with."""
     members = [member for same in operators.values() for member in same]
     refuse_unmeasured(model, {id(member.module) for member in members})
-    linear = (m for m in members if m.kind == "linear" and m.name != classes.HEAD)
-    refuse_bypassed(((member.name, member.module) for member in linear), seen)
+    planned = (each for each in members if each.is_planned and each.name != HEAD)
+    refuse_bypassed(((each.name, each.module) for each in planned), seen)
 
 
 def _settle_dual_gemm(runner: Any, prefill: bool) -> None:
@@ -102,7 +104,7 @@ def _settle_dual_gemm(runner: Any, prefill: bool) -> None:
 def _prefill_counts(
     runner: Any,
     config: GateConfig | None,
-    operators: dict[str, list[classes.Member]],
+    operators: dict[str, list[Operator]],
     decoded: int,
 ) -> list[int]:
     """The row counts of prefill to probe; none where prompts are prefilled one by one."""
@@ -120,7 +122,7 @@ def _prefill_counts(
     return classes.prefill_counts(decoded, max(decoded + 1, min(largest, MOST_PREFILLED)), graphs)
 
 
-def observe(runner: Any) -> dict[int, ObservedCall]:
+def observe(runner: Any) -> dict[int, Observed]:
     """How a decode step calls each module. Writes to slots that are free, before the first request.
 
     Norms that it does not call are measured as their weights suggest; the check of the whole model
@@ -142,18 +144,18 @@ def _decode_graphs(runner: Any) -> list[int]:
     return sorted(config.decode.bs or ()) if runner.device == "cuda" else []
 
 
-def _rows_in_memory(operators: dict[str, list[classes.Member]]) -> int:
-    """A power of two of rows that any linear layer can be run with in the memory that is free."""
+def _rows_in_memory(operators: dict[str, list[Operator]]) -> int:
+    """A power of two of rows that any operator can be run with in the memory that is free."""
     first = [same[0] for same in operators.values()]
-    shapes = [m.module.weight.shape for m in first if m.kind == "linear" and m.name != classes.HEAD]
-    widest = max(map(sum, shapes), default=1)
+    planned = [each for each in first if each.is_planned and each.sees_prefill]
+    widest = max((each.row_elements for each in planned), default=1)
     free, _ = torch.cuda.mem_get_info()
     return 1 << max(free // (2 * 2 * widest), 1).bit_length() - 1
 
 
 def _find(
     runner: Any,
-    operators: dict[str, list[classes.Member]],
+    operators: dict[str, list[Operator]],
     decoded: int,
     prefill: Sequence[int],
     *,

@@ -19,9 +19,6 @@ def refuse_model(model: Any, *, observes: bool = False) -> None:
     from sglang.srt.configs.hybrid_arch import mambaish_config
 
     text = model.hf_text_config
-    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    found = [getattr(text, name, None) or 0 for name in names]
-    experts = max(max(n) if isinstance(n, list | tuple) else n for n in found)
     kinds = (
         (not model.is_generation, "does not generate text"),
         (model.attention_arch.name == "MLA", "uses latent attention (MLA)"),
@@ -35,7 +32,6 @@ def refuse_model(model: Any, *, observes: bool = False) -> None:
             model.attention_arch.name not in ("MHA", "MLA") or mambaish_config(model) is not None,
             "keeps recurrent state (Mamba or linear attention)",
         ),
-        (experts > 1, f"is a mixture of {experts} experts, whose kernels are not validated yet"),
         (model.quantization is not None, f"is quantized ({model.quantization})"),
     )
     for applies, what in kinds:

@@ -73,6 +73,8 @@ _APART = "ranks batch apart"
 _QUANTIZED = "quantized models are not served"
 _MOVED = "layers whose weights are elsewhere are run in another way than was measured"
 _WHOLE = "its kernels run several layers, each of which is measured on its own"
+_SPREAD = "tokens go to the ranks of their experts, which was never measured"
+_REPLACED = "experts move among ranks while the server runs"
 _INSIDE = "what runs inside the model then is more than was measured"
 
 
@@ -216,6 +218,20 @@ SERVER_REFUSALS = (
     _dropped("enable_mscclpp", _OUTSIDE),
     _dropped("enable_nccl_nvls", "sums by NVLink multicast were never measured"),
     _single("moe_dp_size", _APART),
+    _single("ep_size", _SPREAD),
+    Refusal(
+        lambda a: a.moe_a2a_backend not in (None, "none"), "--moe-a2a-backend", _SPREAD, "use none"
+    ),
+    _dropped("enable_eplb", _REPLACED),
+    _dropped("ep_num_redundant_experts", _REPLACED),
+    Refusal(
+        lambda a: a.init_expert_location != "trivial",
+        "--init-expert-location",
+        _REPLACED,
+        "use trivial",
+    ),
+    _dropped("enable_single_batch_overlap", "it runs experts in another way than was measured"),
+    _dropped("enable_paged_experts", _MOVED),
     _single("dwdp_size", _APART),
     _dropped("moe_dense_tp_size", "layers are then summed over other ranks than was measured"),
     _dropped("enable_dp_lm_head", _APART),

@@ -1,0 +1,195 @@
+"""Operators of a mixture of experts: the router's choice, the experts, and a shared expert's gate.
+
+A row of experts carries its routing: which experts it goes to, with which weights. The rows of an
+expert's product are those that chose it, so neighbours decide their number, and the number of rows
+of the forward alone says nothing of it. Hence the samples: some rows choose at random, some all
+the same experts, and one has an expert for itself; and each row count is also tried with a row
+whose neighbours all choose its experts, and with one whose neighbours choose none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from margingate.runtime.probe.observed_calls import Observed, ObservedRows, chosen_of
+from margingate.runtime.probe.operators import SEED, Inputs, Operator, normal_rows
+
+CROWD = 4  # every so many rows of a sample, one chooses the same experts as all such rows
+ALONE = 3  # the row of a sample that has an expert for itself
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tensors with one row axis, [rows, ...] each."""
+
+    parts: tuple[torch.Tensor, ...]
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def __getitem__(self, index: Any) -> Rows:
+        return Rows(tuple(part[index] for part in self.parts))
+
+    def clone(self) -> Rows:
+        """Tensors of their own."""
+        return Rows(tuple(part.clone() for part in self.parts))
+
+    def padded(self, rows: int) -> Rows:
+        """`rows` rows: the first one repeats behind these, so that no other expert is asked."""
+        more = (part[:1].expand(rows - len(part), *part.shape[1:]) for part in self.parts)
+        return Rows(tuple(torch.cat(each) for each in zip(self.parts, more, strict=True)))
+
+
+def together(*some: Rows) -> Rows:
+    """The rows of all, in this order."""
+    return Rows(tuple(torch.cat(parts) for parts in zip(*(one.parts for one in some), strict=True)))
+
+
+@dataclass(frozen=True)
+class Routed(Operator):
+    """An operator of several tensors with a row axis."""
+
+    call: ObservedRows
+
+    def _normal(self, rows: int, part: int) -> torch.Tensor:
+        width, dtype = self.call.parts[part]
+        like = torch.empty(0, dtype=dtype, device=self.device)
+        return normal_rows(rows, width, like, SEED + part)
+
+    @property
+    def device(self) -> torch.device:
+        return self.call.device
+
+    @property
+    def row_elements(self) -> int:
+        return sum(width for width, _ in self.call.parts)
+
+    @property
+    def signature(self) -> str:
+        return f"{super().signature}, {self.call}"
+
+
+@dataclass(frozen=True)
+class Router(Routed):
+    """SGLang's TopK: which experts a row goes to, and with which weights. Nothing keeps it."""
+
+    kind: ClassVar[str] = "router"
+    must_agree: ClassVar[bool] = True
+
+    def sample(self, rows: int) -> Rows:
+        return Rows(tuple(self._normal(rows, part) for part, _ in enumerate(self.call.parts)))
+
+    def run(self, inputs: Inputs) -> torch.Tensor:
+        chosen = chosen_of(self.name, self.module(*inputs.clone().parts))
+        return torch.cat([chosen.topk_weights.float(), chosen.topk_ids.float()], dim=-1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.call.parts[-1][0], int(self.module.topk_config.top_k))
+
+    @property
+    def signature(self) -> str:
+        config = self.module.topk_config
+        names = (
+            *("renormalize", "use_grouped_topk", "topk_group", "num_expert_group"),
+            *("scoring_func", "routed_scaling_factor", "output_format"),
+        )
+        said = [str(getattr(config, name, None)) for name in names]
+        biased = getattr(config, "correction_bias", None) is not None
+        return f"{super().signature} {' '.join(said)}{' biased' * biased}"
+
+
+@dataclass(frozen=True)
+class Experts(Routed):
+    """SGLang's FusedMoE, of rows [hidden], their k weights and ids, and the router's logits."""
+
+    kind: ClassVar[str] = "experts"
+    is_planned: ClassVar[bool] = True
+    is_capped: ClassVar[bool] = True
+
+    def sample(self, rows: int) -> Rows:
+        return self._routed(self._choices(rows))
+
+    def run(self, inputs: Inputs) -> torch.Tensor:
+        return call_experts(self.module.forward_impl, inputs.clone())
+
+    def company(self, sample: Inputs, row: int, count: int) -> list[tuple[Inputs, int]]:
+        """Among rows that all choose its experts; among rows that choose none of them."""
+        place, one = row % count, sample[row : row + 1]
+        hidden, weights, ids, *more = sample[self._indices(count) % len(sample)].parts
+        found: list[tuple[Inputs, int]] = []
+        for choices in (one.parts[2].expand(count, -1), self._others(one.parts[2][0], count)):
+            beside = Rows((hidden, weights, choices.to(ids), *more))
+            found.append((together(beside[:place], one, beside[place + 1 :]), place))
+        return found
+
+    @property
+    def experts(self) -> int:
+        """How many there are on this rank."""
+        return int(self.module.w13_weight.shape[0])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.module.w13_weight.shape, self.call.parts[2][0])
+
+    @property
+    def row_elements(self) -> int:
+        inner = self.module.w13_weight[0].numel() // self.call.parts[0][0]
+        return super().row_elements + self.call.parts[2][0] * (2 * inner + self.call.parts[0][0])
+
+    @property
+    def signature(self) -> str:
+        method, config = type(self.module.quant_method).__name__, self.module.moe_runner_config
+        said = f"{method} {self.module.w13_weight.dtype} {getattr(config, 'activation', None)}"
+        return f"{super().signature} {said}"
+
+    def _routed(self, ids: torch.Tensor) -> Rows:
+        """Rows with these choices [rows, k]; their other parts depend on the row's index alone."""
+        rows, dtypes = len(ids), [dtype for _, dtype in self.call.parts]
+        weights = torch.softmax(self._normal(rows, 1).float(), dim=-1).to(dtypes[1])
+        more = tuple(self._normal(rows, part) for part in range(3, len(dtypes)))
+        return Rows((self._normal(rows, 0), weights, ids.to(self.device, dtypes[2]), *more))
+
+    def _choices(self, rows: int) -> torch.Tensor:
+        """[rows, k] distinct experts: at random, all the same ones, or one of its own."""
+        wanted, last = self.call.parts[2][0], self.experts - 1
+        generator = torch.Generator().manual_seed(SEED)
+        free = max(last, wanted)  # the last one is kept for one row, where there are enough
+        ids = torch.rand(rows, free, generator=generator).argsort(dim=-1)[:, :wanted]
+        ids[::CROWD] = torch.arange(wanted)
+        ids[ALONE : ALONE + 1, 0] = last
+        return ids
+
+    def _others(self, taken: torch.Tensor, rows: int) -> torch.Tensor:
+        """[rows, k] experts that are not among `taken`, as far as there are enough."""
+        free = torch.ones(self.experts, dtype=torch.bool, device=self.device)
+        free[taken.long()] = False
+        rest = torch.cat([free.nonzero().flatten(), taken.long()])
+        rest = rest[: max(len(taken), self.experts - len(taken))]
+        first = self._indices(rows)[:, None] * len(taken)
+        return rest[(first + self._indices(len(taken))) % len(rest)]
+
+    def _indices(self, count: int) -> torch.Tensor:
+        return torch.arange(count, device=self.device)
+
+
+def call_experts(forward: Any, rows: Rows) -> torch.Tensor:
+    """Results [rows, hidden] of a FusedMoE's `forward_impl`."""
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    hidden, weights, ids, *logits = rows.parts
+    chosen = StandardTopKOutput(weights, ids, logits[0] if logits else None)
+    result: torch.Tensor = forward(hidden, chosen)
+    return result
+
+
+def routed_operators(model: Any, seen: Mapping[int, Observed]) -> Iterator[Operator]:
+    """Routers and experts that a forward was seen to call."""
+    for name, module in model.named_modules():
+        call = seen.get(id(module))
+        if isinstance(call, ObservedRows):
+            yield (Experts if hasattr(module, "w13_weight") else Router)(name, module, call)
