@@ -79,7 +79,7 @@ ON_GATES = (
     InstancePatch(
         "models.qwen2_moe.Qwen2MoeSparseMoeBlock",
         "shared_expert_gate",
-        "its forward is kept within one class of row counts",
+        "what multiplies by it is kept within one class of row counts",
         _PLANNED,
     ),
 )

@@ -102,28 +102,26 @@ def probe_operator(operator: Operator, counts: Sequence[int]) -> dict[int, int]:
     found: dict[int, int] = {}
     try:
         _classify(lambda rows: operator.run(sample[rows]), counts, operator.device, found)
-        return _undisturbed(operator, sample, found)
-    except RowDependenceError as error:
-        if not operator.is_capped or error.rows == 1:
+    except RowDependenceError:
+        if not operator.is_capped or not found:
             raise
-        return {count: key for count, key in found.items() if count < error.rows}
+    disturbed = _disturbed(operator, sample, found)
+    if disturbed and not operator.is_capped:
+        raise RowDependenceError(disturbed)
+    return {count: key for count, key in found.items() if not 0 < disturbed <= count}
 
 
-def _undisturbed(operator: Operator, sample: Inputs, classes: dict[int, int]) -> dict[int, int]:
-    """`classes`, where the company that an operator chooses for a row does not change its bits.
-
-    Raises:
-        RowDependenceError: with the first row count where it does.
-    """
+def _disturbed(operator: Operator, sample: Inputs, counts: Iterable[int]) -> int:
+    """The first row count at which company that the operator chooses changes a row; or 0."""
     if not operator.company(sample, 0, 2):
-        return classes
-    for count in (count for count in classes if count > 1):
+        return 0
+    for count in (count for count in counts if count > 1):
         for row in range(DISTURBED):
             first = row - row % count  # of the window that the row is in
             expected = operator.run(sample[first : first + count])[[row - first]]
             if not _is_undisturbed(operator, sample, count, expected, row):
-                raise RowDependenceError(count)
-    return classes
+                return count
+    return 0
 
 
 def sample_rows(counts: Sequence[int]) -> int:

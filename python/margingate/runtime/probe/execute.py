@@ -12,9 +12,16 @@ import torch
 from margingate.core.rowclass import RowPlan
 from margingate.runtime.compat import instance_patches
 from margingate.runtime.compat.batch_invariant_matmul import invariant_matmul
+from margingate.runtime.probe import fused_gate
 from margingate.runtime.probe.observed_calls import routing_tensors
 from margingate.runtime.probe.operators import Inputs, Operator, Plain, Run
-from margingate.runtime.probe.routed import Experts, Rows, call_experts
+from margingate.runtime.probe.routed import (
+    Experts,
+    Rows,
+    SharedGate,
+    call_experts,
+    call_shared_gate,
+)
 
 ALIGNED = 16  # bytes
 
@@ -86,9 +93,16 @@ def compute_lm_head(
 def redirect(operators: Mapping[str, Sequence[Operator]], planned: Mapping[int, RowPlan]) -> None:
     """Have calls of modules that SGLang calls themselves, and by no method, come by here first.
 
-    Replaces `forward` or `forward_impl` of these objects, where there is a plan for them.
+    Replaces `forward` or `forward_impl` of these objects, where there is a plan for them, and the
+    kernel of shared experts' gates.
     """
-    for operator in (each for same in operators.values() for each in same):
+    every = [each for same in operators.values() for each in same]
+    gates = {
+        each.module.weight.data_ptr(): each.module for each in every if isinstance(each, SharedGate)
+    }
+    if gates:
+        fused_gate.replace_kernel(partial(apply_shared_gate, fused_gate.kernel(), gates))
+    for operator in every:
         module = operator.module
         if id(module) in planned and isinstance(operator, Plain):
             module.forward = partial(apply_plain, module.forward, module)
@@ -116,6 +130,22 @@ def apply_experts(
         return unplanned
     inputs = Rows(tuple(routing_tensors("experts", hidden, chosen)))
     return run_in_class(plan, inputs, partial(call_experts, original))
+
+
+def apply_shared_gate(
+    kernel: fused_gate.Kernel,
+    gates: Mapping[int, Any],
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    *more: torch.Tensor,
+) -> None:
+    """Around the kernel of `fused_gate`, whose last argument [rows, hidden] it adds to."""
+    plan, rows = _plans.get(id(gates.get(weight.data_ptr()))), hidden.shape[0]
+    if plan is None or rows > _limit or plan.runs_as_is(rows):
+        kernel(hidden, weight, *more)
+        return
+    operator = partial(call_shared_gate, kernel, weight)
+    more[-1].copy_(run_in_class(plan, Rows((hidden, *more)).clone(), operator))
 
 
 def run_in_class(

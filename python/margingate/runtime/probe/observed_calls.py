@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from margingate.config import GateError
+from margingate.runtime.probe import fused_gate
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +151,8 @@ def observing(model: Any, rows: int) -> Iterator[dict[int, Observed]]:
         for name, module in routed_modules(model):
             routed = partial(_routed, seen, (name, rows))
             stack.callback(module.register_forward_pre_hook(routed, with_kwargs=True).remove)
+        if gates := fused_gate.gates(model):
+            stack.enter_context(fused_gate.replaced(_gated(seen, gates, rows)))
         UnquantizedLinearMethod.apply = applied
         stack.callback(setattr, UnquantizedLinearMethod, "apply", apply)
         yield seen
@@ -173,6 +176,20 @@ def _routed(
     given = [*args, *kwargs.values()][:2]
     tensors = given if isinstance(given[1], torch.Tensor) else routing_tensors(name, *given)
     seen[id(module)] = observed_rows(name, tensors, rows)
+
+
+def _gated(seen: dict[int, Observed], gates: Mapping[int, Any], rows: int) -> fused_gate.Kernel:
+    """SGLang's kernel, which notes what it is given for each gate."""
+    kernel = fused_gate.kernel()
+
+    def noted(
+        hidden: torch.Tensor, weight: torch.Tensor, shared: torch.Tensor, result: torch.Tensor
+    ) -> None:
+        tensors = (hidden, shared, result)
+        seen[id(gates[weight.data_ptr()])] = observed_rows("a shared expert's gate", tensors, rows)
+        kernel(hidden, weight, shared, result)
+
+    return noted
 
 
 def routing_tensors(name: str, hidden: torch.Tensor, chosen: Any) -> list[torch.Tensor]:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from margingate.runtime.probe import fused_gate
 from margingate.runtime.probe.observed_calls import Observed, ObservedRows, chosen_of
 from margingate.runtime.probe.operators import SEED, Inputs, Operator, normal_rows
 
@@ -60,6 +61,9 @@ class Routed(Operator):
         like = torch.empty(0, dtype=dtype, device=self.device)
         return normal_rows(rows, width, like, SEED + part)
 
+    def _normal_rows(self, rows: int) -> Rows:
+        return Rows(tuple(self._normal(rows, part) for part, _ in enumerate(self.call.parts)))
+
     @property
     def device(self) -> torch.device:
         return self.call.device
@@ -81,7 +85,7 @@ class Router(Routed):
     must_agree: ClassVar[bool] = True
 
     def sample(self, rows: int) -> Rows:
-        return Rows(tuple(self._normal(rows, part) for part, _ in enumerate(self.call.parts)))
+        return self._normal_rows(rows)
 
     def run(self, inputs: Inputs) -> torch.Tensor:
         chosen = chosen_of(self.name, self.module(*inputs.clone().parts))
@@ -177,6 +181,31 @@ class Experts(Routed):
         return torch.arange(count, device=self.device)
 
 
+@dataclass(frozen=True)
+class SharedGate(Routed):
+    """A shared expert's gate where one kernel multiplies by it and adds to the experts' rows."""
+
+    kind: ClassVar[str] = "shared gate"
+    is_planned: ClassVar[bool] = True
+
+    def sample(self, rows: int) -> Rows:
+        return self._normal_rows(rows)
+
+    def run(self, inputs: Inputs) -> torch.Tensor:
+        return call_shared_gate(fused_gate.kernel(), self.module.weight, inputs.clone())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.module.weight.shape)
+
+
+def call_shared_gate(kernel: Any, weight: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """The last part, to which the kernel of `fused_gate` has added in place."""
+    hidden, shared, result = rows.parts
+    kernel(hidden, weight.squeeze(), shared, result)
+    return result
+
+
 def call_experts(forward: Any, rows: Rows) -> torch.Tensor:
     """Results [rows, hidden] of a FusedMoE's `forward_impl`."""
     from sglang.srt.layers.moe.topk import StandardTopKOutput
@@ -188,8 +217,9 @@ def call_experts(forward: Any, rows: Rows) -> torch.Tensor:
 
 
 def routed_operators(model: Any, seen: Mapping[int, Observed]) -> Iterator[Operator]:
-    """Routers and experts that a forward was seen to call."""
+    """Routers, experts and gates of shared experts that a forward was seen to call."""
+    kinds = {"TopK": Router, "Linear": SharedGate}
     for name, module in model.named_modules():
         call = seen.get(id(module))
         if isinstance(call, ObservedRows):
-            yield (Experts if hasattr(module, "w13_weight") else Router)(name, module, call)
+            yield kinds.get(type(module).__name__, Experts)(name, module, call)

@@ -1,0 +1,285 @@
+"""Mixtures of experts in the probe: made-up experts that depend on their company are all caught."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from margingate.config import GateError
+from margingate.core.rowclass import RowPlan
+from margingate.runtime.probe import execute, fused_gate, plans
+from margingate.runtime.probe.classes import extended, groups, probe_operator, row_counts
+from margingate.runtime.probe.observed_calls import (
+    ObservedRows,
+    observed_rows,
+    observing,
+    routed_modules,
+)
+from margingate.runtime.probe.operators import Plain
+from margingate.runtime.probe.routed import Experts, Router, SharedGate
+
+HIDDEN, INNER, EXPERTS, CHOSEN = 16, 12, 8, 2
+CPU = torch.device("cpu")
+SEEN = ObservedRows(
+    (
+        *((HIDDEN, torch.float32), (CHOSEN, torch.float32)),
+        *((CHOSEN, torch.int32), (EXPERTS, torch.float32)),
+    ),
+    CPU,
+)
+Extra = Callable[[torch.Tensor], torch.Tensor]  # ids [rows, k] -> what is added to each row
+
+
+class MadeUpExperts:
+    """Each expert multiplies by a number; `extra` is added to the rows."""
+
+    def __init__(self, extra: Extra | None = None) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.w13_weight = torch.randn(EXPERTS, 2 * INNER, HIDDEN, generator=generator)
+        self.w2_weight = torch.randn(EXPERTS, HIDDEN, INNER, generator=generator)
+        self.moe_runner_config = SimpleNamespace(activation="silu")
+        self.quant_method = object()
+        self.extra = extra
+        self.called: list[int] = []
+
+    def forward_impl(
+        self, hidden: torch.Tensor, chosen: Any, pre_quant_input: Any = None
+    ) -> torch.Tensor:
+        self.called.append(len(hidden))
+        scale = (self.w2_weight[chosen.topk_ids.long(), 0, 0] * chosen.topk_weights).sum(1)
+        result = hidden * scale[:, None]
+        if self.extra is not None:
+            result = result + self.extra(chosen.topk_ids)[:, None]
+        hidden.zero_()  # as experts that work in place
+        return result
+
+
+def experts(extra: Extra | None = None) -> Experts:
+    return Experts("experts", MadeUpExperts(extra), SEEN)
+
+
+def fill(ids: torch.Tensor) -> torch.Tensor:
+    """How many rows chose the first expert of each row, [rows]."""
+    return (ids[:, None, :] == ids[:, 0][None, :, None]).any(-1).sum(0)
+
+
+def shares(ids: torch.Tensor) -> torch.Tensor:
+    """How many rows share both experts with each row."""
+    same = (ids.sort(-1).values[:, None] == ids.sort(-1).values[None]).all(-1)
+    return same.sum(-1)
+
+
+def test_a_sample_has_rows_that_choose_at_random_together_and_alone():
+    ids = experts().sample(64).parts[2]
+    assert ids.dtype == torch.int32 and all(len(set(row)) == CHOSEN for row in ids.tolist())
+    assert (ids == EXPERTS - 1).any(-1).nonzero().tolist() == [[3]], "one row alone"
+    assert (ids[::4] == ids[0]).all() and len({tuple(row) for row in ids.tolist()}) > 10
+
+
+def test_company_is_a_crowd_or_strangers_and_the_row_itself_stays():
+    operator = experts()
+    sample = operator.sample(64)
+    for row, count in ((0, 2), (3, 5), (3, 64), (2, 700)):
+        (crowd, place), (strangers, other) = operator.company(sample, row, count)
+        assert len(crowd) == len(strangers) == count and place == other == row % count
+        own = sample.parts[2][row]
+        for part, of_crowd, of_strangers in zip(sample.parts, crowd.parts, strangers.parts):
+            assert torch.equal(of_crowd[place], part[row])
+            assert torch.equal(of_strangers[place], part[row])
+        assert (crowd.parts[2] == own).all()
+        beside = torch.cat([strangers.parts[2][:place], strangers.parts[2][place + 1 :]])
+        assert not set(beside.flatten().tolist()) & set(own.tolist())
+        assert all(len(set(ids)) == CHOSEN for ids in beside.tolist())
+
+
+def test_experts_that_leave_rows_alone_are_one_class_and_run_as_they_are():
+    operator = experts()
+    found = probe_operator(operator, row_counts(64))
+    assert found == dict.fromkeys(range(1, 65), 0)
+    assert extended(operator, found, [96, 500]) == {**found, 96: 0, 500: 0}
+
+
+LEAKS: dict[str, Extra] = {
+    "the number of rows of an expert": lambda ids: (fill(ids) > 1).float(),
+    "neighbours that share both experts": lambda ids: (shares(ids) > 1).float(),
+    "an expert that overflows at 3 rows": lambda ids: (fill(ids) == 3).float(),
+    "an expert that overflows at 40 rows": lambda ids: (fill(ids) > 39).float(),
+    "a row that is alone with its experts": lambda ids: (
+        (fill(ids) == 1) & (len(ids) > 20)
+    ).float(),
+}
+
+
+@pytest.mark.parametrize("what", LEAKS)
+def test_a_dependence_on_neighbours_caps_the_operator_below_it(what):
+    operator = experts(LEAKS[what])
+    found = probe_operator(operator, row_counts(64))
+    first = {"an expert that overflows at 3 rows": 3, "an expert that overflows at 40 rows": 40}
+    first |= {"a row that is alone with its experts": 21}
+    assert max(found) == first.get(what, 2) - 1 and set(found) == set(range(1, max(found) + 1))
+    plan, holds = plans.plan_of([operator], found, found)
+    assert holds and plan.high == max(found), "more rows run in pieces, those of prefill too"
+
+
+@settings(max_examples=30)
+@given(st.integers(17, 900))
+def test_a_leak_that_only_prefill_shows_is_in_a_class_of_its_own(count):
+    """Between two counts that are measured nothing runs: rows are padded up to the next one."""
+    operator = experts(lambda ids: (fill(ids) == count).float())
+    found = probe_operator(operator, row_counts(16))
+    wide = extended(operator, found, sorted({count, 64 + count}))
+    assert wide[count] != 0 and len(found) == 16
+    plan, holds = plans.plan_of([operator], found, wide)
+    assert holds and all(call.made != count for call in plan.calls(count))
+
+
+@settings(max_examples=50)
+@given(st.integers(1, 20), st.integers(1, 200))
+def test_planned_experts_are_called_with_measured_counts_and_give_the_same_rows(high, rows):
+    operator = experts(lambda ids: (fill(ids) > high).float())
+    module = operator.module
+    found = probe_operator(operator, row_counts(20))
+    plan, _ = plans.plan_of([operator], found, found)
+    sample = operator.sample(rows)
+    alone = torch.cat([operator.run(sample[i : i + 1]) for i in range(rows)])
+    module.called.clear()
+    given = sample.clone()
+    chosen = SimpleNamespace(
+        topk_weights=given.parts[1], topk_ids=given.parts[2], router_logits=given.parts[3]
+    )
+    execute.keep_to({id(module): plan}, float("inf"))
+    execute.redirect({"experts": [operator]}, {id(module): plan})
+    result = module.forward_impl(given.parts[0], chosen)
+    assert torch.equal(result, alone) and set(module.called) <= set(found)
+
+
+def test_rows_that_fill_a_call_up_ask_no_other_expert():
+    rows = experts().sample(5)
+    padded = rows.padded(9)
+    assert len(padded) == 9 and all((part[5:] == part[0]).all() for part in padded.parts)
+    assert torch.equal(padded.parts[2][:5], rows.parts[2])
+
+
+class MadeUpRouter(torch.nn.Module):
+    """The largest two of the logits, by a rule that may change with the number of rows."""
+
+    def __init__(self, changes: int = 10**6) -> None:
+        super().__init__()
+        self.topk_config = SimpleNamespace(top_k=CHOSEN)
+        self.changes = changes
+
+    def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> Any:
+        weights, ids = logits.softmax(-1).topk(CHOSEN)
+        if len(logits) >= self.changes:
+            weights = weights * (1 + 2**-20)
+        return SimpleNamespace(topk_weights=weights, topk_ids=ids, router_logits=logits)
+
+
+ROUTED = ObservedRows(((HIDDEN, torch.float32), (EXPERTS, torch.float32)), CPU)
+
+
+def test_a_router_is_the_same_at_all_counts_or_ends_the_start():
+    steady = Router("topk", MadeUpRouter(), ROUTED)
+    (finding,) = plans.probe_groups({"r": [steady]}, 16, [32])
+    assert finding.kind == "router" and finding.plan is None and finding.prefill
+    assert finding.shape == (EXPERTS, CHOSEN)
+    changing = Router("layers.3.topk", MadeUpRouter(9), ROUTED)
+    with pytest.raises(
+        GateError, match=r"cannot use layers\.3\.topk: it gives a row other results"
+    ):
+        plans.probe_groups({"r": [changing]}, 16)
+
+
+def test_a_router_that_hides_its_choice_ends_the_start():
+    class Hides(MadeUpRouter):
+        def forward(self, hidden, logits):
+            return (logits,)
+
+    with pytest.raises(GateError, match=r"cannot measure topk, where a choice .* is a tuple: use"):
+        Router("topk", Hides(), ROUTED).run(Router("topk", Hides(), ROUTED).sample(2))
+
+
+def test_a_plain_layer_keeps_to_its_plan():
+    module = torch.nn.Linear(HIDDEN, 1, bias=False)
+    plain = Plain("gate", module)
+    made: list[int] = []
+    forward = module.forward
+    module.forward = lambda x: (made.append(len(x)), forward(x))[1]
+    plan = RowPlan(((4, 8),))
+    execute.keep_to({id(module): plan}, 64.0)
+    execute.redirect({"gate": [plain]}, {id(module): plan})
+    x = torch.randn(19, HIDDEN)
+    for rows, calls in ((1, [4]), (5, [5]), (19, [7, 7, 5]), (70, [70])):
+        made.clear()
+        found = module(x[:rows] if rows < 20 else torch.randn(rows, HIDDEN))
+        assert made == calls and found.shape == (rows, 1)
+
+
+def test_a_step_says_what_routers_and_experts_are_given(monkeypatch):
+    from sglang.srt.layers.moe.topk import TopK
+
+    hidden = torch.randn(3, HIDDEN)
+    found = observed_rows("topk", (hidden, torch.randn(3, EXPERTS)), 3)
+    assert found == ROUTED
+    with pytest.raises(GateError, match=r"saw topk called with an input of shape \[2, 16\]"):
+        observed_rows("topk", (hidden[:2],), 3)
+    topk = TopK.__new__(TopK)
+    torch.nn.Module.__init__(topk)
+    topk.forward = lambda hidden, logits: None
+    model = torch.nn.Module()
+    model.topk = topk
+    assert [name for name, _ in routed_modules(model)] == ["topk"]
+    with observing(model, 3) as seen:
+        topk(hidden, torch.randn(3, EXPERTS))
+    assert seen == {id(topk): ROUTED}
+
+
+class Block(torch.nn.Module):
+    """As Qwen's: its shared expert's gate is read by a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared_expert_gate = torch.nn.Linear(HIDDEN, 1, bias=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        result = hidden.clone()
+        weight = self.shared_expert_gate.weight.squeeze()
+        fused_gate.kernel()(hidden, weight, hidden * 2, result)
+        return result
+
+
+@pytest.mark.parametrize("leaves", [8, 10**6])
+def test_a_gate_that_a_kernel_reads_is_measured_and_kept_by_the_kernel(leaves, monkeypatch):
+    """With fewer than eight rows, this kernel has other bits."""
+    made: list[int] = []
+
+    def kernel(hidden, weight, shared, result):
+        made.append(len(hidden))
+        gate = (hidden.double() @ weight.double()).sigmoid()[:, None]
+        result += (gate * shared).float() + 1e-3 * (len(hidden) < leaves)
+
+    before = fused_gate.kernel()
+    monkeypatch.setattr(fused_gate._holder(), "fused_gate_sigmoid_mul_add", kernel)
+    model, x = Block(), torch.randn(3, HIDDEN)
+    with torch.inference_mode(), observing(model, 3) as seen:
+        model(x)
+    (operators,) = groups(model, seen).values()
+    (gate,) = operators
+    assert isinstance(gate, SharedGate) and gate.module is model.shared_expert_gate
+    assert fused_gate.kernel() is kernel, "put back"
+    found = probe_operator(gate, row_counts(20))
+    planned, _ = plans.plan_of(operators, found, None)
+    assert planned.low == (8 if leaves == 8 else 1)
+    execute.keep_to({id(gate.module): planned}, 64.0)
+    execute.redirect({"gate": operators}, {id(gate.module): planned})
+    made.clear()
+    few = model(x)
+    assert made == [8 if leaves == 8 else 3]
+    assert torch.equal(few, model(torch.cat([x] * 5))[:3])
+    assert before is not kernel
