@@ -15,6 +15,7 @@ RUNTIME = Path(__file__).parents[1] / "python" / "margingate" / "runtime"
 
 _ARGS = "server_args.ServerArgs"
 _BATCH = "managers.schedule_batch.ScheduleBatch"
+_CHOSEN = "layers.moe.topk.StandardTopKOutput"
 _CONTEXT = "entrypoints.context.SimpleContext"
 _FORWARD = "model_executor.forward_batch_info.ForwardBatch"
 _GENERATE = "managers.io_struct.GenerateReqInput"
@@ -102,6 +103,7 @@ NAMES = {
     "status": "managers.detokenizer_manager.DecodeStatus",
     "recv_obj": "managers.io_struct.BatchTokenIDOutput",
     "recv_req": "managers.io_struct.AbortReq",
+    "topk_config": "layers.moe.topk.TopKConfig",
     "cuda_graph_config": "model_executor.cuda_graph_config.CudaGraphConfig",
     "init_result": "entrypoints.engine.SchedulerInitResult",
     "get_context()": "runtime_context.RuntimeContext",
@@ -125,7 +127,9 @@ IN_FILES = {
     "observe/study.py": {"processor": _LOGITS},
     "probe/all_reduce.py": {"group": _GROUP},
     "probe/attention_operator.py": {"batch": _FORWARD, "layer": _LAYER, "backend": _TRITON},
-    "probe/classes.py": {"processor": _LOGITS},
+    "probe/observed_calls.py": {"chosen": _CHOSEN},
+    "probe/operators.py": {"processor": _LOGITS},
+    "probe/routed.py": {"chosen": _CHOSEN},
     "sampling/penalties.py": {"batch": _FORWARD},
     "sampling/sampler.py": {"batch": _FORWARD, "info": _INFO},
     "sampling/seeds.py": {"info": _INFO, "other": _INFO},

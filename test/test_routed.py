@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sglang.srt.layers.moe.topk import TopK, TopKConfig
 
 from margingate.config import GateError
 from margingate.core.rowclass import RowPlan
@@ -171,7 +172,7 @@ class MadeUpRouter(torch.nn.Module):
 
     def __init__(self, changes: int = 10**6) -> None:
         super().__init__()
-        self.topk_config = SimpleNamespace(top_k=CHOSEN)
+        self.topk_config = TopKConfig(top_k=CHOSEN)
         self.changes = changes
 
     def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> Any:
@@ -222,8 +223,6 @@ def test_a_plain_layer_keeps_to_its_plan():
 
 
 def test_a_step_says_what_routers_and_experts_are_given(monkeypatch):
-    from sglang.srt.layers.moe.topk import TopK
-
     hidden = torch.randn(3, HIDDEN)
     found = observed_rows("topk", (hidden, torch.randn(3, EXPERTS)), 3)
     assert found == ROUTED

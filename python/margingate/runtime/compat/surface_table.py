@@ -25,6 +25,10 @@ SURFACE: Mapping[str, str] = {
     "layers.logits_processor.LogitsProcessor": ""
     "_compute_lm_head final_logit_softcapping logit_scale",
     "layers.logits_processor.LogitsProcessorOutput": "next_token_logits",
+    "layers.moe.topk.StandardTopKOutput": "router_logits topk_ids topk_weights",
+    "layers.moe.topk.TopKConfig": ""
+    "correction_bias num_expert_group output_format renormalize routed_scaling_factor "
+    "scoring_func top_k topk_group use_grouped_topk",
     "layers.radix_attention.RadixAttention": ""
     "attn_type is_cross_attention k_scale layer_id logit_cap qk_head_dim "
     "sliding_window_size tp_k_head_num tp_q_head_num tp_v_head_num v_head_dim "
@@ -112,13 +116,13 @@ SURFACE: Mapping[str, str] = {
     "presence_penalty repetition_penalty sampling_seed stop_token_ids stream_interval "
     "temperature top_k top_p",
     "server_args.ServerArgs": ""
-    "_resolution_finished attention_backend boundary_reduction chat_template "
-    "chunked_prefill_size cpu_offload_gb cuda_graph_backend_prefill cuda_graph_config "
-    "debug_tensor_dump_output_folder decoupled_spec_role device disaggregation_mode "
-    "dp_size enable_flashinfer_allreduce_fusion enable_fp32_lm_head "
-    "enable_return_hidden_states enable_torch_compile flashinfer_allreduce_fusion_backend "
-    "grammar_backend grpc_mode kv_cache_dtype kv_canary load_format max_prefill_tokens "
-    "max_running_requests model_path node_rank offload_group_size page_size "
-    "preferred_sampling_params radix_cache_backend random_seed return_hidden_states_mode "
-    "revision smg_grpc_mode startup_weight_load_mode tokenizer_path tp_size",
+    "_resolution_finished attention_backend boundary_reduction chat_template chunked_prefill_size "
+    "cpu_offload_gb cuda_graph_backend_prefill cuda_graph_config debug_tensor_dump_output_folder "
+    "decoupled_spec_role device disaggregation_mode dp_size enable_flashinfer_allreduce_fusion "
+    "enable_fp32_lm_head enable_return_hidden_states enable_torch_compile "
+    "flashinfer_allreduce_fusion_backend grammar_backend grpc_mode init_expert_location "
+    "kv_cache_dtype kv_canary load_format max_prefill_tokens max_running_requests model_path "
+    "moe_a2a_backend node_rank offload_group_size page_size preferred_sampling_params "
+    "radix_cache_backend random_seed return_hidden_states_mode revision smg_grpc_mode "
+    "startup_weight_load_mode tokenizer_path tp_size",
 }

@@ -97,14 +97,14 @@ class Router(Routed):
 
     @property
     def signature(self) -> str:
-        config = self.module.topk_config
-        names = (
-            *("renormalize", "use_grouped_topk", "topk_group", "num_expert_group"),
-            *("scoring_func", "routed_scaling_factor", "output_format"),
+        topk_config = self.module.topk_config
+        values = (
+            *(topk_config.renormalize, topk_config.use_grouped_topk, topk_config.topk_group),
+            *(topk_config.num_expert_group, topk_config.scoring_func),
+            *(topk_config.routed_scaling_factor, topk_config.output_format),
         )
-        said = [str(getattr(config, name, None)) for name in names]
-        biased = getattr(config, "correction_bias", None) is not None
-        return f"{super().signature} {' '.join(said)}{' biased' * biased}"
+        biased = " biased" if topk_config.correction_bias is not None else ""
+        return f"{super().signature} {' '.join(map(str, values))}{biased}"
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,8 @@ class Experts(Routed):
 
     @property
     def signature(self) -> str:
-        method, config = type(self.module.quant_method).__name__, self.module.moe_runner_config
-        said = f"{method} {self.module.w13_weight.dtype} {getattr(config, 'activation', None)}"
+        method = type(self.module.quant_method).__name__
+        said = f"{method} {self.module.w13_weight.dtype} {self.module.moe_runner_config.activation}"
         return f"{super().signature} {said}"
 
     def _routed(self, ids: torch.Tensor) -> Rows:
