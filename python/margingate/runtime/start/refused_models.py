@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,41 +12,57 @@ from margingate.config import GateError
 from margingate.runtime.compat import settings
 
 
+@dataclass(frozen=True)
+class ModelFamily:
+    """Models that have something which the gate cannot undo, replay or measure yet."""
+
+    has: str  # ends "because it ..."
+    matches: Callable[[Any], bool]  # of SGLang's ModelConfig
+    may_be_observed: bool = False  # whether margins alone may be looked at
+
+    def said(self, model: Any) -> str:
+        """What the model has, with its value."""
+        return self.has.format(model=model)
+
+
+def _has_windows(model: Any) -> bool:
+    """Whether some layers see a window only; SGLang does not call all such models hybrid."""
+    return "sliding_attention" in (getattr(model.hf_text_config, "layer_types", None) or ())
+
+
+def _has_a_state(model: Any) -> bool:
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+
+    return model.attention_arch.name not in ("MHA", "MLA") or mambaish_config(model) is not None
+
+
+# All others are served, dense ones and mixtures of experts, if the probe knows each operator.
+REFUSED_FAMILIES = (
+    ModelFamily("does not generate text", lambda model: not model.is_generation),
+    ModelFamily("uses latent attention (MLA)", lambda model: model.attention_arch.name == "MLA"),
+    ModelFamily("mixes full and sliding-window attention", lambda model: model.is_hybrid_swa),
+    ModelFamily("mixes full and sliding-window attention", _has_windows, may_be_observed=True),
+    ModelFamily("is an encoder-decoder", lambda model: model.is_encoder_decoder),
+    ModelFamily("is multimodal", lambda model: model.is_multimodal),
+    ModelFamily("keeps recurrent state (Mamba or linear attention)", _has_a_state),
+    ModelFamily(
+        "is quantized ({model.quantization})", lambda model: model.quantization is not None
+    ),
+)
+
+
 def refuse_model(model: Any, *, observes: bool = False) -> None:
     """Check SGLang's ModelConfig. Raises GateError naming what the model has.
 
     Args:
         observes: margins are only looked at, as a study of a model with windows does.
     """
-    from sglang.srt.configs.hybrid_arch import mambaish_config
-
-    text = model.hf_text_config
-    kinds = (
-        (not model.is_generation, "does not generate text"),
-        (model.attention_arch.name == "MLA", "uses latent attention (MLA)"),
-        (
-            model.is_hybrid_swa or (not observes and _has_windows(text)),
-            "mixes full and sliding-window attention",
-        ),
-        (model.is_encoder_decoder, "is an encoder-decoder"),
-        (model.is_multimodal, "is multimodal"),
-        (
-            model.attention_arch.name not in ("MHA", "MLA") or mambaish_config(model) is not None,
-            "keeps recurrent state (Mamba or linear attention)",
-        ),
-        (model.quantization is not None, f"is quantized ({model.quantization})"),
-    )
-    for applies, what in kinds:
-        if applies:
+    for family in REFUSED_FAMILIES:
+        if family.matches(model) and not (observes and family.may_be_observed):
             raise GateError(
-                f"--deterministic-gate does not serve this model yet, because it {what}: serve it "
-                "without the flag."
+                f"--deterministic-gate does not serve this model yet, because it "
+                f"{family.said(model)}: serve it without the flag."
             )
-
-
-def _has_windows(text: Any) -> bool:
-    """Whether some layers see a window only; SGLang does not call all such models hybrid."""
-    return "sliding_attention" in (getattr(text, "layer_types", None) or ())
 
 
 def refuse_column_type(server_args: Any) -> None:
