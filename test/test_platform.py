@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
 from types import SimpleNamespace
 
 import pytest
 import sglang.srt.platforms  # noqa: F401  loads the plugin, which is not to be loaded first
+import torch
+from jit_bodies import checks_in, run_checks, run_in_interpreter
+from sglang.kernels.ops.elementwise import elementwise
 
-from margingate.runtime.compat.host_platform import HostPlatform
+from margingate.runtime.compat.host_platform import HostPlatform, gate_shared_expert
 
 
 def defaults(**asked: object) -> SimpleNamespace:
@@ -45,3 +50,53 @@ def test_what_was_asked_for_stays(monkeypatch):
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "0")
     defaults()
     assert os.environ["TORCH_COMPILE_DISABLE"] == "0"
+
+
+def check_the_torch_operator_does_what_the_kernel_does(device: str) -> None:
+    """Inputs of 1 / 64 keep every product and sum exact, so float32's order of sums plays no part.
+
+    Only the sigmoid is then rounded, by numpy in the interpreter, and the result.
+    """
+    launch, generator = elementwise._launch_fused_gate_sigmoid_mul, torch.Generator().manual_seed(0)
+    assert launch is not gate_shared_expert
+    names = [inspect.signature(each).parameters for each in (launch, gate_shared_expert)]
+    assert [*names[0]] == [*names[1]]
+    for dtype, off in ((torch.float32, 3e-7), (torch.float16, 2e-3)):
+        for rows, hidden, do_add in ((5, 100, True), (1, 64, True), (3, 65, False)):
+            draw = torch.randint(-64, 65, (3, rows, hidden), generator=generator)
+            states, shared, output = (draw / 64).to(device, dtype).unbind()
+            weight = (torch.randint(-64, 65, (hidden,), generator=generator) / 64).to(device, dtype)
+            kernel, own = output.clone(), output.clone()
+            launch(states, weight, shared, kernel, do_add=do_add)
+            gate_shared_expert(states, weight, shared, own, do_add=do_add)
+            assert not torch.equal(own, output)
+            torch.testing.assert_close(own, kernel, rtol=off, atol=off)
+
+
+def test_the_torch_operator_against_the_interpreted_kernel():
+    name = "the_torch_operator_does_what_the_kernel_does"
+    assert run_in_interpreter(__file__) == {name: "ok"}
+
+
+def test_the_platform_puts_it_where_sglang_launches_the_kernel(monkeypatch):
+    """Called by the public name, as models import it; and a row's gate depends on no other row."""
+    name = "_launch_fused_gate_sigmoid_mul"
+    monkeypatch.setattr(elementwise, name, None)  # whatever ran before; put back at the end
+    HostPlatform().init_backend()
+    states, shared, output = torch.randn(3, 40, 576).unbind()
+    weight, found = torch.randn(576) / 24, output.clone()
+    elementwise.fused_gate_sigmoid_mul_add(states, weight, shared, found)
+    gates = torch.sigmoid(states.double() @ weight.double())[:, None]
+    wanted = gates * shared.double() + output.double()
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5)
+    for row in range(40):
+        alone = output[row : row + 1].clone()
+        own = (states[row : row + 1], weight, shared[row : row + 1])
+        elementwise.fused_gate_sigmoid_mul_add(*own, alone)
+        assert torch.equal(alone[0], found[row])
+
+
+if __name__ == "__main__":
+    print(
+        json.dumps(run_checks(checks_in(globals()), elementwise._fused_gate_sigmoid_mul_add_kernel))
+    )

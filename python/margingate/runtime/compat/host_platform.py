@@ -5,9 +5,33 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
+
+
+def gate_shared_expert(
+    hidden_states: torch.Tensor,
+    gate_weight: torch.Tensor,
+    shared_output: torch.Tensor,
+    output: torch.Tensor,
+    *,
+    do_add: bool,
+) -> None:
+    """SGLang's fused Triton kernel for a shared expert behind a gate, in torch operators.
+
+    Overwrites `output` with sigmoid(hidden_states @ gate_weight) * shared_output, a gate a row, and
+    with do_add adds that to it. In float32, rounded once.
+
+    Args:
+        hidden_states, shared_output, output: [rows, hidden], of one dtype.
+        gate_weight: [hidden].
+        do_add: whether to add.
+    """
+    products = hidden_states.float() * gate_weight.float()
+    gated = products.sum(-1, keepdim=True).sigmoid() * shared_output.float()
+    output.copy_(gated + output.float() if do_add else gated)
 
 
 class HostPlatform(CpuDeviceMixin, SRTPlatform):
@@ -33,6 +57,16 @@ class HostPlatform(CpuDeviceMixin, SRTPlatform):
         from torch.profiler import ProfilerActivity
 
         return ProfilerActivity.CPU
+
+    def init_backend(self) -> None:
+        """Put a torch operator in place of the Triton kernel that Qwen's shared experts launch.
+
+        In the function that launches it, which both public ones look up in their module: whoever
+        imported those by name, or has put a hook around them, gets the torch operator too.
+        """
+        from sglang.kernels.ops.elementwise import elementwise
+
+        elementwise._launch_fused_gate_sigmoid_mul = gate_shared_expert
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Replace defaults that need kernels which are not in the PyPI build, or a GPU."""

@@ -1,0 +1,126 @@
+"""Small models with random weights, one of each family, as Hugging Face folders in float32.
+
+Two layers that say nonsense with usual margins. A CPU serves one within seconds, and in float32 its
+GEMMs give a row other bits at other row counts: for an expert, other bits in other company.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from margingate.errors import CliError
+from margingate.harness.embedded_model import MANIFEST, ensure_model
+
+if TYPE_CHECKING:
+    import torch
+
+SEED = 20
+LOGITS = 3.0  # their standard deviation, near that of a trained model
+BIAS = 0.1  # the standard deviation of biases
+_COMMON = MappingProxyType(
+    {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "num_experts_per_tok": 2,
+    }
+)
+_QWEN = MappingProxyType(
+    {"num_experts": 8, "moe_intermediate_size": 32, "decoder_sparse_step": 1, "mlp_only_layers": []}
+)
+# By the configuration's model_type: what it has beside _COMMON.
+FAMILIES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "qwen3_moe": {**_QWEN, "norm_topk_prob": True},
+        "mixtral": {"num_local_experts": 8},
+        "glm4_moe": {
+            "n_routed_experts": 8,
+            "moe_intermediate_size": 32,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.0,
+            "n_group": 1,
+            "topk_group": 1,
+            "partial_rotary_factor": 0.5,
+            "use_qk_norm": True,
+        },
+        "qwen2_moe": {**_QWEN, "norm_topk_prob": False, "shared_expert_intermediate_size": 32},
+    }
+)
+
+
+def tiny_model(family: str, folder: Path) -> Path:
+    """The folder of a small model of `family`, made in `folder` where it is absent.
+
+    Its tokenizer is SmolLM2's. Safe to call from several processes at once. Raises CliError for
+    a family that is not in FAMILIES, and what ensure_model raises.
+    """
+    if family not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise CliError(f"there is no tiny model of the family {family!r}; choose one of: {known}.")
+    target = folder / f"tiny-{family}"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        temp = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=folder))
+        try:
+            _write(family, temp)
+            temp.rename(target)
+        except OSError:  # where another process was faster: then `target` is not empty
+            if not target.exists():
+                raise
+        finally:
+            shutil.rmtree(temp, ignore_errors=True)
+    return target
+
+
+def _write(family: str, folder: Path) -> None:
+    """The configs, model.safetensors and the tokenizer into `folder`, which is empty."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    donor = ensure_model("smollm2")
+    own = json.loads((donor / "config.json").read_text())
+    same = {name: own[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
+    config = AutoConfig.for_model(family, **_COMMON, **FAMILIES[family], **same)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    fill(model, SEED)
+    model.save_pretrained(folder)  # by the names of checkpoints, an expert a tensor
+    GenerationConfig.from_model_config(config).save_pretrained(folder)
+    left = {MANIFEST, "config.json", "generation_config.json", "model.safetensors"}
+    for file in donor.iterdir():
+        if file.name not in left:
+            shutil.copy(file, folder)
+
+
+def fill(model: torch.nn.Module, seed: int) -> None:
+    """Overwrites all weights: norms with one, the others at random, at a scale that layers keep.
+
+    A matrix, or each matrix of a stack, has a standard deviation of its inputs' number ** -0.5,
+    embeddings have one, and the head has LOGITS times that of a matrix.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    buffers = [(n, b) for n, b in model.named_buffers() if n.endswith("correction_bias")]
+    for name, weight in sorted([*model.named_parameters(), *buffers]):
+        if "norm" in name:
+            weight.data.fill_(1.0)
+            continue
+        scale = BIAS if weight.dim() == 1 else weight.shape[-1] ** -0.5
+        if "embed_tokens" in name:
+            scale = 1.0
+        if "lm_head" in name:
+            scale *= LOGITS
+        weight.data.normal_(0, scale, generator=generator)
