@@ -45,7 +45,9 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "qwen3_moe": {**_QWEN, "norm_topk_prob": True},
         "mixtral": {"num_local_experts": 8},
         "glm4_moe": {
-            "n_routed_experts": 8,
+            # torch takes sigmoids by vectors of up to 32, and those left over one by one, in other
+            # bits: with 8 scores a row (checkpoints have 128) a row would depend on its place.
+            "n_routed_experts": 32,
             "moe_intermediate_size": 32,
             "n_shared_experts": 1,
             "first_k_dense_replace": 1,

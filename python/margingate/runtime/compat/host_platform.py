@@ -29,8 +29,11 @@ def gate_shared_expert(
         gate_weight: [hidden].
         do_add: whether to add.
     """
-    products = hidden_states.float() * gate_weight.float()
-    gated = products.sum(-1, keepdim=True).sigmoid() * shared_output.float()
+    sums = (hidden_states.float() * gate_weight.float()).sum(-1, keepdim=True)
+    # Of values that are not side by side torch takes one after the other. Of those that are, the
+    # last few of a call fill no vector and have other bits: a row's would depend on its place.
+    gates = sums.repeat(1, 2)[:, :1].sigmoid()
+    gated = gates * shared_output.float()
     output.copy_(gated + output.float() if do_add else gated)
 
 

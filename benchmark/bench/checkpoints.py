@@ -1,0 +1,50 @@
+"""Model folders: read whole, and written from tensors and another folder's tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from margingate.harness.embedded_model import MANIFEST
+
+Tensors = dict[str, torch.Tensor]
+_OWN = {"config.json", "model.safetensors.index.json", MANIFEST}  # never copied
+_KEPT = ("embed_tokens", "lm_head", "shared_expert_gate", "mlp.gate.", "block_sparse_moe.gate.")
+
+
+def read(folder: Path) -> tuple[dict[str, Any], Tensors]:
+    """A folder's configuration and tensors, by the checkpoint's names. Raises SystemExit."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except OSError as err:
+        said = f"{folder}/config.json cannot be read ({err.strerror}): name a model's folder."
+        raise SystemExit(said) from None
+    tensors: Tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    if not tensors:
+        raise SystemExit(f"{folder} has no .safetensors file: name a folder with weights.")
+    return config, tensors
+
+
+def write(folder: Path, source: Path, config: dict[str, Any], tensors: Tensors) -> None:
+    """Make `folder` of these, and of the tokenizer and the other small files in `source`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if file.is_file() and file.suffix != ".safetensors" and file.name not in _OWN:
+            shutil.copy(file, folder)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # save_file leaves 0600
+
+
+def linear_layers(tensors: Tensors) -> list[str]:
+    """The layers that checkpoints quantize: not embeddings, head and routers. Less `.weight`."""
+    names = [n for n, t in tensors.items() if n.endswith(".weight") and t.dim() == 2]
+    return [n.removesuffix(".weight") for n in names if not any(kept in n for kept in _KEPT)]

@@ -1,0 +1,98 @@
+"""Mixtures of experts in float32, where a row of an expert depends on its company: same answers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from checks import assert_clean, forced
+
+from margingate.harness.client import Answer, Client, Prompt, chat_prompts, read_prompts
+from margingate.harness.defaults import PROMPTS
+from margingate.harness.servers import retracting
+from margingate.harness.tiny_models import FAMILIES, tiny_model
+
+TOKENS = 16  # of an answer
+FLOAT32 = ("--dtype", "float32")
+ASK = {"return_logprob": True, "top_logprobs_num": 2}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest, run_folder: Path) -> Path:
+    """In place of SmolLM2: a family's tiny model, so a server of each, one after the other."""
+    return tiny_model(request.param, run_folder)
+
+
+@pytest.fixture(scope="module")
+def prompts(model: Path) -> list[Prompt]:
+    """8 prompts, two of each data set."""
+    pairs = read_prompts(PROMPTS)
+    return chat_prompts([pair for i, pair in enumerate(pairs) if i % 6 < 2], model)
+
+
+@pytest.fixture(scope="module")
+def client(start) -> Client:
+    """Of a server that retracts a request in every few forwards; alone there is none to retract."""
+    args = ("--gate-debug", "--gate-inject-faults")
+    server = start(*FLOAT32, *args, stock_path=False, env=retracting(5))
+    return Client(server.base_url, TOKENS)
+
+
+@pytest.fixture(scope="module")
+def alone(client, prompts) -> list[Answer]:
+    """Each prompt's answer alone, nothing cached."""
+    client.flush()
+    return client.alone(prompts, **ASK)
+
+
+def changed(reference: Sequence[Answer], answers: Sequence[Answer]) -> list[str]:
+    """The names of answers whose tokens, text or log-probs are not those of the reference."""
+    wanted = {answer.name: readings(answer) for answer in reference}
+    assert sorted(wanted) == sorted(answer.name for answer in answers)
+    return [answer.name for answer in answers if readings(answer) != wanted[answer.name]]
+
+
+def readings(answer: Answer) -> tuple[object, ...]:
+    logprobs = answer.meta["output_token_logprobs"], answer.meta["output_top_logprobs"]
+    assert len(logprobs[0]) == len(answer.tokens) > 0
+    return (answer.tokens, answer.text, *logprobs)
+
+
+def test_batched_shuffled_cached_and_retracted(client, prompts, alone):
+    """One request at a time is retracted, so that each batch has answers of both kinds."""
+    assert changed(alone, client.alone(prompts, **ASK)) == [], "alone, with the prompts cached"
+    assert all(answer.meta["num_retractions"] == 0 for answer in alone)
+    retracted = []
+    for seed in range(2):
+        order = random.Random(seed).sample(prompts, len(prompts))
+        cached = client.together(order, **ASK)
+        assert changed(alone, cached) == [], "batched, with the prompts cached"
+        assert all(answer.meta["cached_tokens"] > 0 for answer in cached)
+        client.flush()
+        cold = client.together(order, **ASK)
+        assert changed(alone, cold) == [], "batched, nothing cached at first"
+        retracted += [answer.meta["num_retractions"] for answer in (*cached, *cold)]
+    assert client.gate_state()["largest_batch"] >= 6
+    assert retracted.count(0) >= 4 and sum(retracted) >= 4, retracted
+    assert_clean(client)
+
+
+def test_forced_flips_are_repaired(client, prompts, alone):
+    client.flush()
+    answers = client.together(prompts, sampling_params=forced([1, 5, 6, 13]), **ASK)
+    assert changed(alone, answers) == []
+    assert all(answer.meta["gate"]["flips"] >= 2 for answer in answers)
+    assert_clean(client)
+
+
+@pytest.mark.parametrize("model", ["mixtral"], indirect=True, scope="module")
+def test_the_stock_server_does_not_pass(start, prompts):
+    """The control, by the same comparison: what it answers alone it repeats, but not in a batch."""
+    client = Client(start(*FLOAT32, gate=False).base_url, TOKENS)
+    alone = client.alone(prompts, **ASK)
+    client.flush()
+    assert changed(alone, client.alone(prompts, **ASK)) == []
+    client.flush()
+    assert changed(alone, client.together(prompts, **ASK))
