@@ -160,12 +160,22 @@ def test_a_stream_has_what_is_settled_once_and_in_order(steps, interval, own):
     assert stream.req.sampling_params.stream_interval == own
 
 
-def test_a_retracted_request_sends_no_token_and_no_log_prob():
+def test_sglangs_streamer_sees_nothing_of_a_retracted_request():
+    """Prefilled again, it has one token, which only stands in for those that it had."""
     stream = Stream(1)
-    stream.req.gate.kept = SimpleNamespace(tokens=[10, 11])
-    stream.req.is_retracted = True
+    for _ in range(2):
+        stream.emit(settled=True)
     stream.step()
-    assert stream.sent == [] and stream.req.send_token_offset == 0
+    stream.emit(settled=True)
+    had = stream.req.output_ids
+    stream.req.gate.kept = SimpleNamespace(tokens=list(had))
+    for output in ([], [99]):
+        stream.req.output_ids, stream.req.is_retracted = array("q", output), not output
+        stream.step()
+        assert stream.sent == [[10, 11]] and stream.req.send_token_offset == 2
+    stream.req.output_ids, stream.req.gate.kept = had, None
+    stream.step()
+    assert stream.sent == [[10, 11], [12]]
 
 
 # -- sampling: draws that are not the gate's are SGLang's own, and no others
