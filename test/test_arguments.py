@@ -486,19 +486,29 @@ def test_hidden_states_are_refused_by_their_other_name_too(prepare):
 
 
 @pytest.mark.parametrize("name", refusals._ENVIRONMENT)
-def test_each_variable_that_replaces_patched_parts_is_refused(server_args_class, monkeypatch, name):
-    from sglang.srt.environ import envs
+def test_each_variable_that_does_not_go_with_the_gate_is_refused(
+    server_args_class, monkeypatch, name
+):
+    from sglang.srt.environ import EnvInt, envs
 
-    for value in ("1", "true", "True", "YES", "y"):
+    is_level = isinstance(getattr(type(envs), name), EnvInt)
+    for value in ("1", "2") if is_level else ("1", "true", "True", "YES", "y"):
         monkeypatch.setenv(name, value)
-        assert getattr(envs, name).get() is True  # as SGLang reads it
+        assert getattr(envs, name).get() >= 1  # as SGLang reads it
         with pytest.raises(GateError) as caught:
             refusals.refuse_server(stand_in(server_args_class))
-        assert f"does not work with {name}={value}, which " in sentence(caught.value)
-        assert "unset it" in str(caught.value)
-    for value in ("0", "false", "no"):
+        does = refusals._ENVIRONMENT[name]
+        said = f"does not work with {name}={value}, which {does}: unset it."
+        assert said in sentence(caught.value)
+    for value in ("0", "") if is_level else ("0", "false", "no", ""):
         monkeypatch.setenv(name, value)
         refusals.refuse_server(stand_in(server_args_class))
+
+
+def test_streaming_sessions_are_refused_before_sglang_meets_the_gates_tree(prepare):
+    """There it raises NotImplementedError, with a traceback."""
+    text = exits(prepare, GATE, "--enable-streaming-session")
+    assert "does not work with --enable-streaming-session, because it needs a prefix cache" in text
 
 
 @pytest.mark.parametrize(

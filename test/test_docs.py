@@ -163,3 +163,18 @@ def test_the_picture_is_drawn_in_a_checkout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     answers_plot.main()
     assert (tmp_path / "docs" / "demo.png").stat().st_size > 10_000
+
+
+def test_every_test_that_is_named_is_in_its_module():
+    """A table that names what is gone would say that a fault is held when it is not."""
+    rows = re.findall(
+        r"^\|[^|]*\| (`[^|]*`) \| (.*) \|$", (ROOT / "test/README.md").read_text(), re.M
+    )
+    assert len(rows) > 50
+    for modules, tests in rows:
+        files = [ROOT / f"test/test_{name}.py" for name in re.findall(r"`(\w+)`", modules)]
+        defined = {
+            name for file in files for name in re.findall(r"def (test_\w+)", file.read_text())
+        }
+        missing = set(re.findall(r"`(test_\w+)`", tests)) - defined
+        assert not missing, f"not in {modules}: {missing}"

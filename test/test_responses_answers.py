@@ -15,16 +15,16 @@ from margingate.runtime.client import responses_answers, switch
 RECORD = {"gated": True, "fingerprint": "0123456789abcdef"}
 
 
-async def contexts() -> AsyncIterator[Any]:
+async def contexts(**finish_reason: str) -> AsyncIterator[Any]:
     """Of an answer in two outputs, the second of which has the record."""
     for i, text in enumerate(("今日", "今日は😀")):
-        meta: dict[str, Any] = {"finish_reason": {"type": "stop"}, "gate": RECORD} if i else {}
+        ended = {"finish_reason": finish_reason or {"type": "stop"}, "gate": RECORD}
+        meta: dict[str, Any] = ended if i else {}
         yield SimpleNamespace(last_output={"text": text, "meta_info": meta})
 
 
-@pytest.mark.parametrize("metadata", [None, {"mine": "1"}])
-def test_the_last_event_has_the_record_as_text_beside_what_was_sent(monkeypatch, metadata):
-    from openai.types.responses import Response
+def events_of(monkeypatch: pytest.MonkeyPatch, metadata: Any, **finish_reason: str) -> list[Any]:
+    """SGLang's own stream of events, with the gate's around it."""
     from sglang.srt.entrypoints.openai import serving_responses
     from sglang.srt.entrypoints.openai.protocol import RequestResponseMetadata, ResponsesRequest
 
@@ -42,7 +42,7 @@ def test_the_last_event_has_the_record_as_text_beside_what_was_sent(monkeypatch,
             serving,
             asked,
             {},
-            contexts(),
+            contexts(**finish_reason),
             "m",
             None,
             RequestResponseMetadata(request_id="resp_1"),
@@ -50,12 +50,40 @@ def test_the_last_event_has_the_record_as_text_beside_what_was_sent(monkeypatch,
         )
         return [json.loads(event.split("data: ")[1]) async for event in stream]
 
-    first, *_, last = asyncio.run(events())
+    return asyncio.run(events())
+
+
+@pytest.mark.parametrize("metadata", [None, {"mine": "1"}])
+def test_the_last_event_has_the_record_as_text_beside_what_was_sent(monkeypatch, metadata):
+    from openai.types.responses import Response
+
+    first, *_, last = events_of(monkeypatch, metadata)
     assert first["response"]["metadata"] == (metadata or {})
     found = Response.model_validate(last["response"])
     assert found.output_text == "今日は😀"
     assert json.loads(found.metadata.pop("gate")) == RECORD
     assert found.metadata == (metadata or {})
+
+
+def test_a_cut_answer_says_so_and_has_the_record(monkeypatch):
+    *_, last = events_of(monkeypatch, None, type="length")
+    assert last["type"] == "response.incomplete"
+    assert last["response"]["incomplete_details"] == {"reason": "max_output_tokens"}
+    assert json.loads(last["response"]["metadata"]["gate"]) == RECORD
+
+
+def test_what_is_refused_once_a_stream_has_begun_has_its_sentence(monkeypatch):
+    *_, last = events_of(monkeypatch, None, type="abort", message="the gate cannot: drop it.")
+    assert last["type"] == "response.failed"
+    assert last["response"]["error"]["message"] == "the gate cannot: drop it."
+
+
+def test_an_answer_has_two_tokens_fewer_than_were_asked_for():
+    """SGLang's; docs/limits.md says so, and would be wrong where this fails."""
+    from sglang.srt.entrypoints.openai.protocol import ResponsesRequest
+
+    asked = ResponsesRequest(input="x", max_output_tokens=40)
+    assert asked.to_sampling_params(500)["max_new_tokens"] == 38
 
 
 def test_an_answer_has_the_record_too():

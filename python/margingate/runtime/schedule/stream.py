@@ -87,17 +87,14 @@ class SettledStream:
             return
         ledger, key = self._requests.ledger, req.gate.key
         settled, sent = ledger.settled_length(key), req.send_token_offset
-        params = req.sampling_params
-        interval = params.stream_interval or accumulator.default_stream_interval
+        interval = req.sampling_params.stream_interval or accumulator.default_stream_interval
         if settled <= sent or (sent > 0 and settled - sent < interval):
-            return
-        tokens, own_interval = req.output_ids, params.stream_interval
-        # SGLang sends where the length is a multiple of the interval; ours may jump past one.
-        params.stream_interval = 1
+            return  # SGLang would say the same of a copy
+        tokens = req.output_ids
         if settled < len(tokens):  # a copy of the whole output: not where all of it is settled
             req.output_ids = tokens[:settled]
         try:
             original(accumulator, req=req)
         finally:
-            req.output_ids, params.stream_interval = tokens, own_interval
+            req.output_ids = tokens
         ledger.mark_sent(key, req.send_token_offset)

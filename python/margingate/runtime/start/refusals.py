@@ -9,7 +9,14 @@ from margingate.config import GateConfig, GateError
 from margingate.runtime.compat import release, settings, settings_table
 from margingate.runtime.start.refused_settings import SERVER_REFUSALS
 
-_ENVIRONMENT = ("SGLANG_RUST_SERVER", "SGLANG_ENABLE_DELAY_SAMPLE")
+_REPLACES = "replaces parts that it patches"
+_ENVIRONMENT = {
+    "SGLANG_RUST_SERVER": _REPLACES,
+    "SGLANG_ENABLE_DELAY_SAMPLE": _REPLACES,
+    # SGLang looks for them in its batches, and ends the scheduler.
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "takes slots of withheld requests to be lost",
+}
+_OFF = ("", "0", "false", "no", "n")  # as SGLang reads them
 
 
 def refuse_server(args: Any) -> None:
@@ -25,11 +32,11 @@ def refuse_server(args: Any) -> None:
             f"--deterministic-gate does not work with --{name.replace('_', '-')}, which nobody has "
             f"looked at in SGLang {release.SGLANG_VERSION}: leave it at its default."
         )
-    for name in _ENVIRONMENT:
-        if os.environ.get(name, "").lower() in ("1", "true", "yes", "y"):
+    for name, does in _ENVIRONMENT.items():
+        value = os.environ.get(name, "")
+        if value.lower() not in _OFF:
             raise GateError(
-                f"--deterministic-gate does not work with {name}={os.environ[name]}, which "
-                "replaces parts that it patches: unset it."
+                f"--deterministic-gate does not work with {name}={value}, which {does}: unset it."
             )
 
 

@@ -176,7 +176,7 @@ SERVER_REFUSALS = (
         "a rollback frees single columns",
         "use 1",
     ),
-    _dropped("enable_streaming_session", _TREE),
+    _dropped("enable_streaming_session", "it needs a prefix cache that the gate's own replaces"),
     _dropped("enable_session_radix_cache", _TREE),
     _single(
         "tokenizer_worker_num",
