@@ -49,16 +49,15 @@ class MadeUpExperts:
         self.extra = extra
         self.called: list[int] = []
 
-    def forward_impl(
-        self, hidden: torch.Tensor, chosen: Any, pre_quant_input: Any = None
-    ) -> torch.Tensor:
+    def run_moe_core(self, dispatch_output: Any) -> Any:
+        hidden, chosen = dispatch_output.hidden_states, dispatch_output.topk_output
         self.called.append(len(hidden))
         scale = (self.w2_weight[chosen.topk_ids.long(), 0, 0] * chosen.topk_weights).sum(1)
         result = hidden * scale[:, None]
         if self.extra is not None:
             result = result + self.extra(chosen.topk_ids)[:, None]
         hidden.zero_()  # as experts that work in place
-        return result
+        return SimpleNamespace(hidden_states=result)
 
 
 def experts(extra: Extra | None = None) -> Experts:
@@ -156,7 +155,8 @@ def test_planned_experts_are_called_with_measured_counts_and_give_the_same_rows(
     )
     execute.keep_to({id(module): plan}, float("inf"))
     execute.redirect({"experts": [operator]}, {id(module): plan})
-    result = module.forward_impl(given.parts[0], chosen)
+    dispatched = SimpleNamespace(hidden_states=given.parts[0], topk_output=chosen)
+    result = module.run_moe_core(dispatch_output=dispatched).hidden_states
     assert torch.equal(result, alone) and set(module.called) <= set(found)
 
 

@@ -65,7 +65,7 @@ ON_DUAL_GEMM = InstancePatch(
 _PLANNED = "SGLang's mixtures of experts are batch-invariant at this cost"
 ON_EXPERTS = InstancePatch(
     "layers.moe.fused_moe_triton.layer.FusedMoE",
-    "forward_impl",
+    "run_moe_core",
     "keeps experts within row counts at which neighbours do not matter",
     _PLANNED,
 )

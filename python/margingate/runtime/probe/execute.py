@@ -93,7 +93,7 @@ def compute_lm_head(
 def redirect(operators: Mapping[str, Sequence[Operator]], planned: Mapping[int, RowPlan]) -> None:
     """Have calls of modules that SGLang calls themselves, and by no method, come by here first.
 
-    Replaces `forward` or `forward_impl` of these objects, where there is a plan for them, and the
+    Replaces `forward` or `run_moe_core` of these objects, where there is a plan for them, and the
     kernel of shared experts' gates.
     """
     every = [each for same in operators.values() for each in same]
@@ -108,7 +108,7 @@ def redirect(operators: Mapping[str, Sequence[Operator]], planned: Mapping[int, 
             module.forward = partial(apply_plain, module.forward, module)
         elif id(module) in planned and isinstance(operator, Experts):
             instance_patches.check_instance(module, instance_patches.ON_EXPERTS)
-            module.forward_impl = partial(apply_experts, module.forward_impl, module)
+            module.run_moe_core = partial(apply_experts, module.run_moe_core, module)
 
 
 def apply_plain(original: Any, module: Any, x: torch.Tensor) -> torch.Tensor:
@@ -120,16 +120,16 @@ def apply_plain(original: Any, module: Any, x: torch.Tensor) -> torch.Tensor:
     return run_in_class(plan, x, original)
 
 
-def apply_experts(
-    original: Any, module: Any, hidden: torch.Tensor, chosen: Any, pre_quant_input: Any = None
-) -> torch.Tensor:
-    """Around the `forward_impl` of experts."""
-    plan, rows = _plans.get(id(module)), hidden.shape[0]
+def apply_experts(original: Any, module: Any, dispatch_output: Any) -> Any:
+    """Around the `run_moe_core` of experts, whose tokens stay on their rank."""
+    from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput
+
+    plan, rows = _plans.get(id(module)), dispatch_output.hidden_states.shape[0]
     if plan is None or rows == 0 or rows > _limit or plan.runs_as_is(rows):
-        unplanned: torch.Tensor = original(hidden, chosen, pre_quant_input=pre_quant_input)
-        return unplanned
-    inputs = Rows(tuple(routing_tensors("experts", hidden, chosen)))
-    return run_in_class(plan, inputs, partial(call_experts, original))
+        return original(dispatch_output=dispatch_output)
+    chosen = dispatch_output.topk_output
+    inputs = Rows(tuple(routing_tensors("experts", dispatch_output.hidden_states, chosen)))
+    return StandardCombineInput(run_in_class(plan, inputs, partial(call_experts, original)))
 
 
 def apply_shared_gate(

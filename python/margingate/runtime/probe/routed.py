@@ -109,7 +109,10 @@ class Router(Routed):
 
 @dataclass(frozen=True)
 class Experts(Routed):
-    """SGLang's FusedMoE, of rows [hidden], their k weights and ids, and the router's logits."""
+    """SGLang's FusedMoE, of rows [hidden], their k weights and ids, and the router's logits.
+
+    The sum over tensor-parallel ranks comes after it, once, whatever pieces each rank runs.
+    """
 
     kind: ClassVar[str] = "experts"
     is_planned: ClassVar[bool] = True
@@ -119,7 +122,7 @@ class Experts(Routed):
         return self._routed(self._choices(rows))
 
     def run(self, inputs: Inputs) -> torch.Tensor:
-        return call_experts(self.module.forward_impl, inputs.clone())
+        return call_experts(self.module.run_moe_core, inputs.clone())
 
     def company(self, sample: Inputs, row: int, count: int) -> list[tuple[Inputs, int]]:
         """Among rows that all choose its experts; among rows that choose none of them."""
@@ -206,13 +209,15 @@ def call_shared_gate(kernel: Any, weight: torch.Tensor, rows: Rows) -> torch.Ten
     return result
 
 
-def call_experts(forward: Any, rows: Rows) -> torch.Tensor:
-    """Results [rows, hidden] of a FusedMoE's `forward_impl`."""
+def call_experts(run_moe_core: Any, rows: Rows) -> torch.Tensor:
+    """Results [rows, hidden] of a FusedMoE's `run_moe_core`, before ranks add theirs."""
+    from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
     from sglang.srt.layers.moe.topk import StandardTopKOutput
 
     hidden, weights, ids, *logits = rows.parts
     chosen = StandardTopKOutput(weights, ids, logits[0] if logits else None)
-    result: torch.Tensor = forward(hidden, chosen)
+    dispatched = StandardDispatchOutput(hidden, None, chosen)
+    result: torch.Tensor = run_moe_core(dispatch_output=dispatched).hidden_states
     return result
 
 
