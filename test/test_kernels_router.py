@@ -371,7 +371,8 @@ def test_cpu_dispatch_folds() -> None:
     assert router_margin(logits, Routing(2), out) is out
     assert str(out.tolist()) == "[0.0, nan, 5.0]"
     assert_same_bits(router_margin(logits, Routing(2), out, reset=True)[:2], want)
-    assert len(router_margin_reference(logits[:0], Routing(2))) == 0
+    for routing in (Routing(2), Routing(2, groups=4, chosen_groups=2)):
+        assert len(router_margin_reference(logits[:0], routing)) == 0
 
 
 # ---- errors ------------------------------------------------------------------------------------

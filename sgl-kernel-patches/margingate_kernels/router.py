@@ -14,8 +14,8 @@ What a margin means, for the kernel and the oracle alike:
   with a bias for the sum of its two best.
 * Equal scores at the edge give 0. Where all experts, or all groups, are chosen nothing was decided:
   +inf.
-* As in `softmax_top2`, NaN ranks as -inf and makes the row's margin NaN, and infinities are values
-  like any other: +inf to a finite score, or a finite one to -inf, is +inf; two alike give NaN.
+* As in `softmax_top2`, a NaN anywhere in a row makes its margin NaN, and infinities are values like
+  any other: +inf to a finite score, or a finite one to -inf, is +inf; two alike give NaN.
 * NaN stays: the minimum of NaN and anything is NaN, until the next reset.
 """
 
@@ -112,17 +112,16 @@ def router_margin_reference(
     _check(logits, routing, None, bias)
     scores = _scores(logits.float(), routing, bias)
     broken = scores.isnan().any(1)
-    ranked = scores.masked_fill(scores.isnan(), -torch.inf)
-    margin = torch.full_like(ranked[:, 0], torch.inf)
-    allowed = torch.ones_like(ranked, dtype=torch.bool)
+    margin = torch.full_like(scores[:, 0], torch.inf)
+    allowed = torch.ones_like(scores, dtype=torch.bool)
     if routing.chosen_groups < routing.groups:
-        groups = _group_scores(ranked.view(len(ranked), routing.groups, -1), bias is not None)
+        width = scores.shape[1] // routing.groups
+        groups = _group_scores(scores.reshape(len(scores), routing.groups, width), bias is not None)
         broken |= groups.isnan().any(1)
-        groups = groups.masked_fill(groups.isnan(), -torch.inf)
         margin = _gap(groups, torch.ones_like(groups, dtype=torch.bool), routing.chosen_groups)
         last = groups.sort(1, descending=True).values[:, routing.chosen_groups - 1 :][:, :1]
-        allowed = (groups >= last).repeat_interleave(ranked.shape[1] // routing.groups, dim=1)
-    margin = torch.minimum(margin, _gap(ranked, allowed, routing.k))
+        allowed = (groups >= last).repeat_interleave(width, dim=1)
+    margin = torch.minimum(margin, _gap(scores, allowed, routing.k))
     return margin.masked_fill(broken, torch.nan)
 
 
@@ -138,9 +137,9 @@ def _scores(logits: torch.Tensor, routing: Routing, bias: torch.Tensor | None) -
     return score.float() + bias.float()
 
 
-def _group_scores(ranked: torch.Tensor, biased: bool) -> torch.Tensor:
+def _group_scores(scores: torch.Tensor, biased: bool) -> torch.Tensor:
     """Of [R, groups, width]: [R, groups]."""
-    best = ranked.sort(2, descending=True).values
+    best = scores.sort(2, descending=True).values
     return best[..., 0] + best[..., 1] if biased else best[..., 0]
 
 

@@ -4,7 +4,8 @@ Scores become whole numbers of the same order, since a warp finds the largest wh
 instruction. The largest is taken out, with all that equal it, until k + 1 of them are out; counting
 tells which was the k-th and which the (k + 1)-th. Groups of experts are chosen so before.
 
-In this order NaN counts as -inf, and an expert that may not be chosen is below everything.
+In this order an expert that may not be chosen is below everything. A NaN has no place in it; its
+row's margin is NaN whatever comes out.
 """
 
 import torch
@@ -24,7 +25,6 @@ _SOFTMAX = tl.constexpr(SCORINGS["softmax"])
 _ABSENT = tl.constexpr(-(2**31))  # below the rank of -inf
 _NEG_INF = tl.constexpr(float("-inf"))
 _INF = tl.constexpr(float("inf"))
-_NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def _is_nan(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _most(x: tl.tensor) -> tl.tensor:
-    """The largest of a tile, [1, 1]; NaN is passed over."""
+    """The largest of a tile, [1, 1]."""
     return tl.max(tl.max(x, axis=1, keep_dims=True), axis=0, keep_dims=True)
 
 
@@ -45,8 +45,7 @@ def _total(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _rank(m: tl.tensor) -> tl.tensor:
-    """A whole number that orders as `m`; equal zeros are equal, and NaN is -inf."""
-    m = tl.where(_is_nan(m), _NEG_INF, m)
+    """A whole number that orders as `m`; equal zeros are equal. Meaningless for NaN."""
     bits = (m + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -95,14 +94,13 @@ def _edge(rank: tl.tensor, k: tl.constexpr) -> tl.tuple:
 def _gap(last: tl.tensor, first_out: tl.tensor) -> tl.tensor:
     """From chosen to not chosen; +inf where nothing was left to choose."""
     gap = _unrank(last) - _unrank(first_out)
-    gap = tl.where(gap == 0.0, 0.0, gap)
     return tl.where(first_out == _ABSENT, _INF, gap)
 
 
 @triton.jit
 def _least(a: tl.tensor, b: tl.tensor) -> tl.tensor:
     """NaN where either is."""
-    return tl.where(_is_nan(a) | _is_nan(b), _NAN, tl.where(a < b, a, b))
+    return tl.where(_is_nan(a) | _is_nan(b), float("nan"), tl.where(a < b, a, b))
 
 
 @triton.jit
@@ -160,7 +158,7 @@ def fold_margins(  # noqa: PLR0917
         rank = tl.where(group_rank >= last, rank, _ABSENT)
     last, first_out = _edge(rank, k)
     margin = _least(margin, _gap(last, first_out))
-    margin = tl.where(broken, _NAN, margin)
+    margin = tl.where(broken, float("nan"), margin)
 
     one = tl.arange(0, 1)
     place = out + row + one[:, None] + one[None, :]
