@@ -97,7 +97,9 @@ def test_the_routers_margin_comes_last(router: float) -> None:
             Evidence(9.0, router, simulated=False)
         ),
     }
-    assert {reason: found.reason for reason, found in decisions.items()} == {r: r for r in decisions}
+    assert {reason: found.reason for reason, found in decisions.items()} == {
+        r: r for r in decisions
+    }
 
 
 def test_a_model_without_routers_has_none_near() -> None:
