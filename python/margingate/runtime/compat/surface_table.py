@@ -25,6 +25,10 @@ SURFACE: Mapping[str, str] = {
     "layers.logits_processor.LogitsProcessor": ""
     "_compute_lm_head final_logit_softcapping logit_scale",
     "layers.logits_processor.LogitsProcessorOutput": "next_token_logits",
+    "layers.moe.topk.TopK": "is_draft layer_id topk_config",
+    "layers.moe.topk.TopKConfig": ""
+    "correction_bias custom_routing_function num_expert_group num_shared_topk_slots "
+    "scoring_func top_k topk_group use_grouped_topk",
     "layers.radix_attention.RadixAttention": ""
     "attn_type is_cross_attention k_scale layer_id logit_cap qk_head_dim "
     "sliding_window_size tp_k_head_num tp_q_head_num tp_v_head_num v_head_dim "
@@ -92,8 +96,8 @@ SURFACE: Mapping[str, str] = {
     "mem_cache.radix_cache.TreeNode": "children value",
     "model_executor.cuda_graph_config.CudaGraphConfig": "decode prefill",
     "model_executor.forward_batch_info.ForwardBatch": ""
-    "batch_size extend_prefix_lens forward_mode input_ids out_cache_loc positions "
-    "req_pool_indices return_logprob sampling_info seq_lens seq_lens_cpu seq_lens_sum",
+    "batch_size extend_prefix_lens extend_seq_lens forward_mode input_ids out_cache_loc "
+    "positions req_pool_indices return_logprob sampling_info seq_lens seq_lens_cpu seq_lens_sum",
     "model_executor.forward_batch_info.ForwardMode": "is_decode is_extend",
     "model_executor.model_runner.ModelRunner": ""
     "attn_backend decode_cuda_graph_runner device dtype graph_shared_output "

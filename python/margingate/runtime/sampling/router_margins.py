@@ -161,14 +161,14 @@ def _modules(model: Any) -> Iterator[tuple[str, Any]]:
 
 def routing_of(topk: Any) -> Routing | None:
     """How one of SGLang's TopK modules chooses; None where its margin cannot be measured."""
-    config = topk.topk_config
+    topk_config = topk.topk_config
     # A module that was given a forward of its own goes around our hook.
-    if config.custom_routing_function is not None or "forward" in vars(topk):
+    if topk_config.custom_routing_function is not None or "forward" in vars(topk):
         return None
-    k = config.top_k - config.num_shared_topk_slots
-    if config.use_grouped_topk:  # with a bias SGLang takes the sigmoid here, whatever is asked for
-        return Routing(k, "sigmoid", config.num_expert_group or 1, config.topk_group or 1)
-    if config.correction_bias is None:  # all scores that it knows have the order of the logits
+    k = topk_config.top_k - topk_config.num_shared_topk_slots
+    if topk_config.use_grouped_topk:  # with a bias SGLang takes the sigmoid here in any case
+        return Routing(k, "sigmoid", topk_config.num_expert_group or 1, topk_config.topk_group or 1)
+    if topk_config.correction_bias is None:  # all scores that it knows have the order of the logits
         return Routing(k)
-    scoring = config.scoring_func
+    scoring = topk_config.scoring_func
     return Routing(k, scoring) if scoring in ("softmax", "sigmoid") else None
