@@ -167,7 +167,7 @@ class GateController:
                 flagged = self.policy.judge(margin, router).flagged
                 self.requests.count_observed(req, flagged=flagged)
                 if self.config.study:
-                    force(self.scheduler.future_map, req, result, i, margin)
+                    force(self.scheduler.future_map, req, result, i, (margin, router))
         return canonical
 
     def _margins(
