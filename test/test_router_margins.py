@@ -15,13 +15,13 @@ from sglang.srt.plugins.hook_registry import HookType, _wrap_fn
 from sglang.srt.runtime_context import get_context, get_parallel
 
 from margingate.config import GateConfig, GateError
-from margingate.core.policy import GatePolicy, Reason
+from margingate.core.policy import Reason
 from margingate.runtime.compat.server_args import ATTRIBUTE
 from margingate.runtime.hooks import firing, path_hooks, registry
 from margingate.runtime.request import guard
 from margingate.runtime.request.forward_record import ForwardRecord, record_on
 from margingate.runtime.sampling import router_margins, sampler
-from margingate.runtime.schedule.controller import GateController
+from margingate.runtime.schedule.controller import GateController, policy_of
 from margingate.runtime.verify.simulation import Simulator
 from margingate_kernels import Routing, Top2, router_margin_reference
 
@@ -366,7 +366,7 @@ def entered(
     controller = cast(Any, GateController.__new__(GateController))
     controller.config, controller.requests = config, requests
     controller.observes_only, controller.simulator = observe, Simulator(config)
-    controller.policy = GatePolicy(config.policy, config.threshold, config.router_threshold)
+    controller.policy = policy_of(config)
     controller.checks = SimpleNamespace(decode=decode)
     controller.in_flight = SimpleNamespace(overlaps=True)
     controller._router_unseen = unseen

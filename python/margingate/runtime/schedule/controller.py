@@ -40,7 +40,7 @@ class GateController:
         assert config.prefill_chunk is not None
         self.scheduler, self.config, self.checks = scheduler, config, checks
         self.observes_only = config.policy == "observe"
-        self.policy = GatePolicy(config.policy, config.threshold, config.router_threshold)
+        self.policy = policy_of(config)
         self.simulator = Simulator(config)
         self.requests = requests = OpenRequests(config)
         self.in_flight = InFlight(scheduler)
@@ -280,6 +280,11 @@ class GateController:
     def check_integrity(self) -> None:
         """Raises AssertionError with a sentence on the first thing that does not agree."""
         integrity.check(self.scheduler, self.requests, self.in_flight)
+
+
+def policy_of(config: GateConfig) -> GatePolicy:
+    """The policy that these options ask for."""
+    return GatePolicy(config.policy, config.threshold, config.router_threshold)
 
 
 def _with_whole_prompts(batch: Any, reqs: list[Any]) -> list[Any]:
