@@ -115,6 +115,9 @@ def test_ties_stay_within_the_rate_and_missing_numbers_take_of_it():
     steps = steps_of(record_of(x=unknown))
     assert choose(steps, everywhere(steps), 0.6, 0.0) == Bars(-INF, 1.0)
     assert choose(steps, everywhere(steps), 0.2, 0.0).router == -INF
+    unseen = [(5.0, NAN, False)] * 4 + [(5.0, float(i), False) for i in range(6)]
+    steps = steps_of(record_of(x=unseen))
+    assert choose(steps, everywhere(steps), 0.6, 0.0) == Bars(-INF, 1.0)
 
 
 def test_the_best_split_is_never_behind_the_margin_alone():
