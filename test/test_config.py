@@ -134,6 +134,19 @@ def test_a_threshold_must_be_a_number_of_logits(value):
     assert "give a number of logits >= 0, or 'auto' with --gate-calibration" in text
 
 
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, "0", "inf", True, [0.5]])
+def test_a_routers_threshold_must_flag_something_and_not_everything(value):
+    text = refused({"router_threshold": value})
+    shown = float(value) if isinstance(value, str) else value
+    assert text.startswith(f"--gate-router-threshold is {shown!r}, ")
+    assert "give a number > 0" in text
+
+
+def test_a_router_has_no_threshold_unless_one_is_given():
+    assert GateConfig().router_threshold is None
+    assert make_config({"router_threshold": "0.125"}, {}).router_threshold == 0.125
+
+
 def test_a_threshold_is_not_a_truth_value():
     assert refused({"threshold": True}).startswith("--gate-threshold is True, ")
 

@@ -20,7 +20,7 @@ import zmq
 
 from margingate.cli import watch_view
 from margingate.cli.main import main
-from margingate.config import GateConfig, GateError, check_endpoint
+from margingate.config import GateConfig, GateError
 from margingate.core.ledger import Outcome
 from margingate.events import (
     SCHEMA,
@@ -40,6 +40,7 @@ from margingate.events import (
     encode,
     subscribe,
 )
+from margingate.option_checks import check_endpoint
 from margingate.runtime.observe import event_socket
 from margingate.runtime.observe.event_socket import MOST_RECORDS, MOST_TOPICS, QUEUE, Publisher
 

@@ -274,8 +274,10 @@ def test_a_setting_counts_where_it_can_change_an_answer(fingerprint):
     assert changed(threshold=0.25) and changed(policy="always") and changed(repair="column")
     assert changed(guarantee="exact")
     assert not (changed(max_delay=3) or changed(overlap="on") or changed(debug=True))
+    assert changed(router_threshold=0.25)
     exact = replace(CONFIG, guarantee="exact")
-    assert fingerprint.guarantee(exact) == fingerprint.guarantee(replace(exact, threshold=0.25))
+    for settings in ({"threshold": 0.25}, {"router_threshold": 0.25}):
+        assert fingerprint.guarantee(exact) == fingerprint.guarantee(replace(exact, **settings))
     assert fingerprint.guarantee(replace(CONFIG, policy="observe")) == fingerprint.OBSERVED
 
 

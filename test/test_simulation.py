@@ -11,7 +11,7 @@ import pytest
 
 from margingate.config import GateConfig, GateError, make_config
 from margingate.core.ledger import Row
-from margingate.core.policy import Decision, GatePolicy, Reason
+from margingate.core.policy import Decision, Evidence, GatePolicy, Reason
 from margingate.core.simulation import Simulation
 from margingate.runtime.observe.tally import Tally
 from margingate.runtime.request.record import GateRequest
@@ -48,10 +48,12 @@ def test_a_row_has_one_fate_and_prompts_differ():
 def test_a_simulated_flag_stands_for_the_margin_only(margin):
     policy = GatePolicy("margin", 0.5)
     for flagged in (False, True):
-        found = policy.decide(margin, simulated=flagged)
+        found = policy.decide(Evidence(margin, simulated=flagged))
         assert found == Decision(flagged, Reason.SIMULATED)
-    assert policy.decide(margin, canonical=True, simulated=True).reason is Reason.CANONICAL
-    assert GatePolicy("always", 0.5).decide(margin, simulated=False).reason is Reason.ALWAYS
+    canonical = Evidence(margin, canonical=True, simulated=True)
+    assert policy.decide(canonical).reason is Reason.CANONICAL
+    always = GatePolicy("always", 0.5).decide(Evidence(margin, simulated=False))
+    assert always.reason is Reason.ALWAYS
 
 
 def request(prompt: list[int], flags: list[bool]) -> Any:

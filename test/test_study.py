@@ -80,7 +80,7 @@ def _answer(prompt: Prompt, params: dict[str, Any], gated: bool, rows: int) -> A
     for i, margin in enumerate(margins):
         if i and rows > 1 and not gated and margin <= 0.125 and draw.random() < 0.5:
             tokens[i] += 100
-    choices = [(t, m, rows, 9.0, t, m + 0.01) for t, m in zip(tokens, margins, strict=True)]
+    choices = [(t, m, rows, None, 9.0, t, m + 0.01) for t, m in zip(tokens, margins, strict=True)]
     columns = {"prompt": [[0.0, 0.0]] * 3, "rows": [[[0.1, 0.01]] * (TOKENS - 1)] * 3}
     forced = params.get("custom_params", {}).get("gate_forced_ids")
     assert forced is None or forced == alone

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from margingate.core.ledger import GUARANTEES, REPAIRS
 from margingate.core.policy import POLICIES
+from margingate.errors import GateError
+from margingate.option_checks import (
+    check_choice,
+    check_endpoint,
+    check_range,
+    check_router_threshold,
+    check_share,
+    check_switch,
+)
 
 FAST_PATHS = ("invariant", "stock")
 DEFAULTS = ("on", "off")
@@ -18,11 +26,6 @@ OVERLAPS = ("auto", "off", "on")
 PROBES = ("cached", "fresh")
 PREFILLS = ("auto", "alone")
 MAX_ROWS = 1024
-_ENDPOINT = re.compile(r"tcp://(?:\[[0-9a-fA-F:.]+\]|[^\s/:\[\]]+):(\d{1,5})|ipc://(\S+)")
-
-
-class GateError(ValueError):
-    """A setting the gate cannot serve; the text is one sentence with the way out."""
 
 
 def _option(default: Any, help_text: str, **extra: Any) -> Any:
@@ -59,6 +62,14 @@ class GateConfig:
         metavar="LOGITS|auto",
         parse=float,
         auto="auto",  # until `make_config` has read the calibration file
+    )
+    router_threshold: float | None = _option(
+        None,
+        "For a mixture of experts with --gate-fast-path stock: flag a row as well when, in any "
+        "layer, the last expert chosen and the next one are closer than this: in logits of the "
+        "router, and with a correction bias in its scores.",
+        metavar="MARGIN",
+        parse=float,
     )
     calibration: str | None = _option(
         None, "Calibration file for --gate-threshold auto.", metavar="FILE"
@@ -174,7 +185,7 @@ class GateConfig:
     def __post_init__(self) -> None:
         for option in fields(self):
             if choices := option.metadata.get("choices"):
-                _check_choice(option_name(option.name), getattr(self, option.name), choices)
+                check_choice(option_name(option.name), getattr(self, option.name), choices)
         number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
         if not number or not self.threshold >= 0:
             raise GateError(
@@ -185,21 +196,22 @@ class GateConfig:
             raise GateError(
                 "--gate-threshold is infinite: use --gate-policy always to verify every row."
             )
-        _check_range("--gate-rows", self.rows, 1, MAX_ROWS)
-        _check_range("--gate-max-delay", self.max_delay, 0, 1 << 20)
-        _check_range("--gate-prefill-chunk", self.prefill_chunk, 1, 1 << 20)
+        check_router_threshold(self.router_threshold)
+        check_range("--gate-rows", self.rows, 1, MAX_ROWS)
+        check_range("--gate-max-delay", self.max_delay, 0, 1 << 20)
+        check_range("--gate-prefill-chunk", self.prefill_chunk, 1, 1 << 20)
         if self.events_endpoint is not None:
             check_endpoint("--gate-events-endpoint", self.events_endpoint)
-        _check_share("--gate-audit-rate", self.audit_rate)
+        check_share("--gate-audit-rate", self.audit_rate)
         if self.audit_rate > 0 and self.policy == "observe":
             raise GateError(
                 "--gate-audit-rate replays gated requests, and --gate-policy observe gates none: "
                 "drop one of the two."
             )
         self._check_simulation()
-        _check_switch("--gate-debug", self.debug)
-        _check_switch("--gate-inject-faults", self.inject_faults)
-        _check_switch("--gate-study", self.study)
+        check_switch("--gate-debug", self.debug)
+        check_switch("--gate-inject-faults", self.inject_faults)
+        check_switch("--gate-study", self.study)
         if self.study and self.overlap == "on":
             raise GateError(
                 "--gate-study forces tokens on requests between two steps: use it with "
@@ -212,9 +224,9 @@ class GateConfig:
             )
 
     def _check_simulation(self) -> None:
-        _check_share("--gate-simulate-flip-rate", self.simulate_flip_rate)
+        check_share("--gate-simulate-flip-rate", self.simulate_flip_rate)
         if self.simulate_trigger_rate is not None:
-            _check_share("--gate-simulate-trigger-rate", self.simulate_trigger_rate)
+            check_share("--gate-simulate-trigger-rate", self.simulate_trigger_rate)
             if self.policy != "margin" or self.fast_path != "stock":
                 raise GateError(
                     "--gate-simulate-trigger-rate stands for margins of rows that are not "
@@ -240,38 +252,6 @@ class GateConfig:
 def option_name(name: str) -> str:
     """The command-line option of a field."""
     return "--gate-" + name.replace("_", "-")
-
-
-def _check_choice(option: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise GateError(f"{option} is {value!r}: choose one of {', '.join(choices)}.")
-
-
-def _check_range(option: str, value: Any, low: int, high: int) -> None:
-    if value is None:  # chosen when the device is known
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise GateError(f"{option} is {value!r}: give a whole number from {low} to {high}.")
-
-
-def _check_share(option: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise GateError(f"{option} is {value!r}: give a number from 0 to 1.")
-
-
-def check_endpoint(option: str, value: Any) -> None:
-    """Whether ZeroMQ events can have this address. Raises GateError, which names `option`."""
-    found = _ENDPOINT.fullmatch(value) if isinstance(value, str) else None
-    if found is None or (found[2] is None and not 0 < int(found[1]) < 1 << 16):
-        raise GateError(
-            f"{option} is {value!r}: give tcp://HOST:PORT, with a port from 1 to 65535, or "
-            "ipc://PATH."
-        )
-
-
-def _check_switch(option: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise GateError(f"{option} is {value!r}: give True or False.")
 
 
 def make_config(options: dict[str, Any], model: dict[str, str]) -> GateConfig:

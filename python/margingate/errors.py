@@ -1,5 +1,9 @@
-"""The exception that a command turns into one line on stderr."""
+"""The exceptions that a command, and a server that starts, turn into one line on stderr."""
 
 
 class CliError(Exception):
     """One sentence: what is wrong, which value, and the way out. Exit status 2, no traceback."""
+
+
+class GateError(ValueError):
+    """A setting the gate cannot serve; the text is one sentence with the way out."""

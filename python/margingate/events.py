@@ -15,7 +15,7 @@ from typing import Self
 import msgspec
 import zmq
 
-from margingate.config import check_endpoint
+from margingate.option_checks import check_endpoint
 
 SCHEMA = 1  # rises when a field changes its meaning or goes; new fields and types do not count
 

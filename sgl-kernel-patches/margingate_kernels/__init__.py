@@ -10,6 +10,7 @@ from margingate_kernels.attention import (
 )
 from margingate_kernels.attention_checks import attention_reference
 from margingate_kernels.attention_prefill import Chunks, Columns, extend_attention
+from margingate_kernels.router import Routing, router_margin, router_margin_reference
 from margingate_kernels.seeded import Draws, SeededTop2, gumbel, seeded_top2
 from margingate_kernels.top2 import (
     Top2,
@@ -26,6 +27,7 @@ __all__ = [
     "DecodeWorkspace",
     "Draws",
     "Paged",
+    "Routing",
     "SeededTop2",
     "Top2",
     "Top2Workspace",
@@ -36,6 +38,8 @@ __all__ = [
     "extend_attention",
     "gumbel",
     "plan_decode",
+    "router_margin",
+    "router_margin_reference",
     "seeded_top2",
     "segments_of",
     "softmax_top2",

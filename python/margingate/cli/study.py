@@ -95,12 +95,13 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     from margingate.study import record as records
     from margingate.study.column_tables import more_tables
+    from margingate.study.router_tables import router_tables
     from margingate.study.tables import calibrated_table, make_tables, to_markdown
 
     calibration = records.read_calibration(args.calibration) if args.calibration else None
     record = _measured(args) if args.record is None else records.read(args.record)
     try:
-        tables = make_tables(record) + more_tables(record)
+        tables = make_tables(record) + router_tables(record) + more_tables(record)
     except (KeyError, IndexError, TypeError, ValueError) as err:
         if args.record is None:
             raise

@@ -49,8 +49,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Show or print what arrives; raises CliError if nothing did until the given time."""
-    from margingate.config import GateError, check_endpoint
+    from margingate.errors import GateError
     from margingate.events import EventError, Subscriber
+    from margingate.option_checks import check_endpoint
 
     if not args.seconds > 0:
         raise CliError(f"--for is {args.seconds:g}: give a number of seconds above 0.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from margingate.harness.answers import common_prefix, identical
@@ -18,11 +18,18 @@ COMPARED = 32  # answers of a case whose columns are compared; a server keeps 64
 COUNTERS = ("steps", "flagged", "verified", "flips", "missed", "rolled_back")
 
 
-def cases(thresholds: Sequence[float]) -> dict[str, tuple[str, ...]]:
-    """Server options by case: two repairs at each threshold, and every row verified."""
+def cases(
+    thresholds: Sequence[float], of_routers: Callable[[float], float | None]
+) -> dict[str, tuple[str, ...]]:
+    """Server options by case: two repairs at each threshold, and every row verified.
+
+    `of_routers`: the router's threshold beside one of logits; None where there are no routers.
+    """
     found: dict[str, tuple[str, ...]] = {}
     for threshold in thresholds:
-        at = (*STUDIED, "--gate-threshold", f"{threshold:g}")
+        at: tuple[str, ...] = (*STUDIED, "--gate-threshold", f"{threshold:g}")
+        if (router := of_routers(threshold)) is not None:
+            at = (*at, "--gate-router-threshold", f"{router:g}")
         found[f"column {threshold:g}"] = (*at, "--gate-repair", "column")
         found[f"span {threshold:g}"] = at
     found["exact"] = (*STUDIED, "--gate-guarantee", "exact")

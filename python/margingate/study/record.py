@@ -7,6 +7,7 @@ import lzma
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,10 +93,13 @@ def _sequences(
     journal: Journal,
 ) -> list[dict[str, Any]]:
     """The same prompts on a gated server per case; results of the stock one first."""
+    from margingate.study.router_tables import router_threshold
     from margingate.study.tables import first_threshold
 
     size = max(options.walk.batch_sizes)
-    cases = parts.cases(options.thresholds or [first_threshold(record)])
+    cases = parts.cases(
+        options.thresholds or [first_threshold(record)], partial(router_threshold, record)
+    )
     for case, server_options in cases.items():
         if parts.sequence_key(case, prompts, size) not in journal.notes:
             with session.gated_server(options.walk, model, *server_options) as client:

@@ -16,7 +16,8 @@ from margingate.study.threshold import MANTISSA
 class Steps:
     """One entry per batched decode step (row 2 and later), in the record's order.
 
-    `ulps`, `gaps` and the exact arrays are empty where the server computed no exact products.
+    `ulps`, `gaps` and the exact arrays are empty where the server computed no exact products, and
+    `routers` where the model has none.
     """
 
     sets: np.ndarray  # str: data set
@@ -31,6 +32,7 @@ class Steps:
     signed: np.ndarray  # logits: exact margin; 0 where the exact best is not the chosen token
     exact_margins: np.ndarray  # logits: best minus second, by exact products
     exact_flips: np.ndarray  # bool: another exact best than alone
+    routers: np.ndarray  # the least router margin, in the units of the scores
     prefill: Mapping[str, tuple[int, int]]  # by set: flips and number of first tokens
 
     def __len__(self) -> int:
@@ -61,18 +63,20 @@ def steps_of(record: Mapping[str, Any]) -> Steps:
         signed=joined.signed,
         exact_margins=joined.exact_margins,
         exact_flips=joined.exact_flips,
+        routers=joined.routers,
         prefill=_prefill(batched, alone, sets),
     )
 
 
 class _WalkSteps(NamedTuple):
-    """One entry per decode step of a walk; the last four are empty without exact products."""
+    """One entry per decode step of a walk; as in Steps, some are empty."""
 
     rows: np.ndarray  # int: 2 and up
     requests: np.ndarray  # int: in the step
     margins: np.ndarray  # logits
     flips: np.ndarray  # bool: another token than alone
     moved: np.ndarray  # bool: other numbers than alone
+    routers: np.ndarray  # their margin
     tops: np.ndarray  # the best logit
     signed: np.ndarray  # as in Steps, like the two below
     exact_margins: np.ndarray
@@ -89,6 +93,7 @@ def _walk(one: Mapping[str, Any], alone: Mapping[str, Any], exact: bool) -> _Wal
         margins=np.array(one["margins"][1:], float),
         flips=tokens != np.array(alone["tokens"][1:]),
         moved=np.array([a != b for a, b in pairs][1:], dtype=bool),
+        routers=np.array(one.get("routers", ())[1:], float),  # older studies do not have it
         **(_exact(one, alone, tokens) if exact else dict.fromkeys(_EXACT, np.array([]))),
     )
 
@@ -168,6 +173,8 @@ class Signal:
 def signals(steps: Steps) -> list[Signal]:
     """The candidates. The last is another server: one whose lm_head is exact and chooses."""
     found = [Signal("margin", steps.margins, steps.flips)]
+    if len(steps.routers):
+        found.append(Signal("margin of the routers", steps.routers, steps.flips))
     if len(steps.signed):
         found += [
             Signal("margin in steps of the dtype", steps.ulps, steps.flips),

@@ -16,8 +16,8 @@ FIRST = 2  # row of the first decode step; row 1 is the prefill's, and the gate 
 class Walk:
     """One request's steps in a batch of one size, along its answer alone.
 
-    The last three are empty where the server cannot compute exact products. All have a number per
-    row, and row 1 is the prefill's.
+    The three from `tops` on are empty where the server cannot compute exact products, and `routers`
+    where the model has none. All have a number per row, and row 1 is the prefill's.
     """
 
     batch_size: int
@@ -28,6 +28,7 @@ class Walk:
     tops: tuple[float, ...] = ()  # the best logit
     exact_tokens: tuple[int, ...] = ()  # best by exact products of the same hidden states
     exact_margins: tuple[float, ...] = ()  # logits, of those
+    routers: tuple[float, ...] = ()  # the least router margin, in the units of the scores
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Walk:

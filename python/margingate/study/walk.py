@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -86,8 +87,13 @@ def along(walk: Walk, **custom: Any) -> dict[str, Any]:
 
 
 def _walk(size: int, answer: Answer) -> Walk:
-    tokens, margins, rows, *finer = zip(*answer.meta["gate"]["choices"], strict=True)
-    return Walk(size, answer.name, tokens, margins, rows, *finer)
+    choices = answer.meta["gate"]["choices"]
+    tokens, margins, rows, routers, *finer = zip(*choices, strict=True)
+    # JSON has null where there are no routers, and for a margin that is no number.
+    known = any(margin is not None for margin in routers)
+    routers = tuple(math.nan if one is None else one for one in routers) if known else ()
+    exact = dict(zip(("tops", "exact_tokens", "exact_margins"), finer, strict=False))
+    return Walk(size, answer.name, tokens, margins, rows, **exact, routers=routers)
 
 
 def check_lengths(client: Client, prompts: Sequence[Prompt], tokens: int) -> None:

@@ -26,8 +26,10 @@ SURFACE: Mapping[str, str] = {
     "_compute_lm_head final_logit_softcapping logit_scale",
     "layers.logits_processor.LogitsProcessorOutput": "next_token_logits",
     "layers.moe.topk.StandardTopKOutput": "router_logits topk_ids topk_weights",
+    "layers.moe.topk.TopK": "is_draft layer_id topk_config",
     "layers.moe.topk.TopKConfig": ""
-    "correction_bias num_expert_group output_format renormalize routed_scaling_factor "
+    "correction_bias custom_routing_function num_expert_group num_shared_topk_slots "
+    "output_format renormalize routed_scaling_factor "
     "scoring_func top_k topk_group use_grouped_topk",
     "layers.radix_attention.RadixAttention": ""
     "attn_type is_cross_attention k_scale layer_id logit_cap qk_head_dim "
@@ -96,8 +98,8 @@ SURFACE: Mapping[str, str] = {
     "mem_cache.radix_cache.TreeNode": "children value",
     "model_executor.cuda_graph_config.CudaGraphConfig": "decode prefill",
     "model_executor.forward_batch_info.ForwardBatch": ""
-    "batch_size extend_prefix_lens forward_mode input_ids out_cache_loc positions "
-    "req_pool_indices return_logprob sampling_info seq_lens seq_lens_cpu seq_lens_sum",
+    "batch_size extend_prefix_lens extend_seq_lens forward_mode input_ids out_cache_loc "
+    "positions req_pool_indices return_logprob sampling_info seq_lens seq_lens_cpu seq_lens_sum",
     "model_executor.forward_batch_info.ForwardMode": "is_decode is_extend",
     "model_executor.model_runner.ModelRunner": ""
     "attn_backend decode_cuda_graph_runner device dtype graph_shared_output "

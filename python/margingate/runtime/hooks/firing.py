@@ -24,6 +24,7 @@ from margingate.runtime.compat.release import SGLANG_VERSION
 from margingate.runtime.request import guard
 from margingate.runtime.request.observer import Observer
 from margingate.runtime.request.record import INFO_KEY, is_gated
+from margingate.runtime.sampling import router_margins
 
 _SCHEDULER = "managers.scheduler.Scheduler."
 # Targets of hooks, in the scheduler.
@@ -76,6 +77,8 @@ def by_a_request(config: GateConfig) -> Iterator[str]:
         yield COPY
     if not config.invariant:
         yield FORWARD
+    if router_margins.TARGET in guard.tallies():  # hooked where the model has routers
+        yield router_margins.TARGET
 
 
 def silent(targets: Iterable[str]) -> list[str]:

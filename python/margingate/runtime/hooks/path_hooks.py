@@ -6,11 +6,15 @@ request, and half of a layer on another kernel is no canonical row for anybody.
 
 from __future__ import annotations
 
+from typing import Any
+
 from margingate.runtime.attention import invariant_attention
-from margingate.runtime.hooks import handlers
-from margingate.runtime.hooks.registry import AROUND, BEFORE, Hook
+from margingate.runtime.compat.server_args import gate_config
+from margingate.runtime.hooks import handlers, registry
+from margingate.runtime.hooks.registry import AFTER, AROUND, BEFORE, Hook
 from margingate.runtime.probe import all_reduce, execute, startup
 from margingate.runtime.request.guard import Policy
+from margingate.runtime.sampling import router_margins
 
 # Applied, besides, where --gate-fast-path is invariant.
 INVARIANT_HOOKS = (
@@ -56,8 +60,40 @@ INVARIANT_HOOKS = (
     ),
 )
 
-# Applied, besides, where it is not.
+# Applied, besides, where it is not and the model routes tokens to experts.
+ROUTER_HOOKS = (
+    Hook(
+        router_margins.TARGET,
+        BEFORE,
+        router_margins.before_topk,
+        "self args backend kwargs",
+        "how near each layer's router came to other experts, next to a row's margin",
+        "SGLang hands router margins to plugins",
+    ),
+)
+
+
+def after_load(_result: Any, runner: Any, *_args: Any, **_kwargs: Any) -> None:
+    """AFTER ModelRunner.load_model: look at the margins of the model's routers, if it has any.
+
+    Raises:
+        GateError: they say too little of this model for the settings of its server.
+    """
+    config = None if runner.is_draft_worker else gate_config(runner.server_args)
+    if config is not None and router_margins.watch(runner.model, config, runner.device):
+        registry.install(ROUTER_HOOKS)
+
+
+# Applied, besides, where --gate-fast-path is not invariant.
 STOCK_HOOKS = (
+    Hook(
+        "model_executor.model_runner.ModelRunner.load_model",
+        AFTER,
+        after_load,
+        "self",
+        "finds the routers of a mixture of experts, whose near-ties must not go unseen",
+        "SGLang offers plugins a callback here",
+    ),
     Hook(
         "model_executor.model_runner.ModelRunner._forward_raw",
         AROUND,

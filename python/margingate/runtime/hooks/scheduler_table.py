@@ -11,7 +11,7 @@ what `--gate-study` reads, in a forward whose requests it does not see.
 from __future__ import annotations
 
 from margingate.runtime.hooks import handlers
-from margingate.runtime.hooks.path_hooks import INVARIANT_HOOKS, STOCK_HOOKS
+from margingate.runtime.hooks.path_hooks import INVARIANT_HOOKS, ROUTER_HOOKS, STOCK_HOOKS
 from margingate.runtime.hooks.registry import AFTER, AROUND, BEFORE, Hook
 from margingate.runtime.observe import study
 from margingate.runtime.request import forward_record
@@ -293,4 +293,10 @@ STUDY_HOOKS = (
         "SGLang returns hidden states with each step at no other change",
     ),
 )
-SCHEDULER_HOOKS = (*RUNTIME_HOOKS, *INVARIANT_HOOKS, *STOCK_HOOKS, *STUDY_HOOKS)
+SCHEDULER_HOOKS = (
+    *RUNTIME_HOOKS,
+    *INVARIANT_HOOKS,
+    *STOCK_HOOKS,
+    *ROUTER_HOOKS,
+    *STUDY_HOOKS,
+)

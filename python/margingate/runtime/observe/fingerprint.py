@@ -242,8 +242,11 @@ def guarantee(config: GateConfig) -> dict[str, Any] | str:
         return SIMULATED
     if config.guarantee == "exact":
         return {"guarantee": "exact"}
+    names = ["guarantee", "policy", "threshold", "repair"]
+    if config.router_threshold is not None:
+        names.append("router_threshold")
     chosen = asdict(config)
-    return {name: chosen[name] for name in ("guarantee", "policy", "threshold", "repair")}
+    return {name: chosen[name] for name in names}
 
 
 def plan(config: GateConfig, verifier: Verifier, prefill: Prefill) -> dict[str, Any]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PREFIX = "sglang:gate_"
 FLUSH_S = 0.5  # prometheus_client is told at most this often
 FLAGS = (
-    *(Reason.BELOW, Reason.ALWAYS, Reason.NOT_FINITE),
+    *(Reason.BELOW, Reason.ROUTER, Reason.ALWAYS, Reason.NOT_FINITE),
     *(Reason.INJECTED, Reason.SIMULATED, Reason.OBSERVED),
 )
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -52,17 +53,22 @@ def keep_states(
         _last.hidden = hidden_states
 
 
-def force(relay: Any, req: Any, result: Any, i: int, margin: float) -> None:
+def force(relay: Any, req: Any, result: Any, i: int, margins: tuple[float, float]) -> None:
     """Note what row `i` of a result chose, and emit what it was told to.
 
     Mutates the request's choices, the result and the token relay.
+
+    Args:
+        margins: of the row, and of the routers in it; +inf: the model has none.
     """
     gate: GateRequest = req.gate
     record = record_on(result.logits_output)
     if record.study is None:  # the batch's first row: once for all of them
         record.study = _chosen(result)
     token, *finer = record.study[i]
-    gate.choices.append((token, margin, len(record.study), *finer))
+    margin, router = margins
+    known = None if router == math.inf else router
+    gate.choices.append((token, margin, len(record.study), known, *finer))
     if len(req.output_ids) < len(gate.forced):
         wanted = gate.forced[len(req.output_ids)]
         if wanted != token:  # each write is a kernel

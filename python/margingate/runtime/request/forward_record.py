@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from margingate.core.ledger import Row
 from margingate_kernels import Top2
 
@@ -26,14 +28,18 @@ class ForwardRecord:
     """With SGLang's logits of the forward; on the CPU by the time that its result is processed."""
 
     best: Top2 | None = None  # of each request's row: what the gate chose, and its margin
+    router: torch.Tensor | None = None  # float32, of the same rows: their smallest router margin
     merged: MergedPass | None = None
     study: list[tuple[Any, ...]] | None = None  # see study.force
-    copied: list[Top2] = field(default_factory=list)  # on the device, kept while they are copied
+    copied: list[Any] = field(default_factory=list)  # on the device, kept while it is copied
 
     def to_cpu(self) -> None:
         """Start the copies of what is on a GPU; nothing waits here."""
         if self.best is not None and self.best.margin.is_cuda:
             self.best = self._copy(self.best, "margin", "runner_up")
+        if self.router is not None and self.router.is_cuda:
+            self.copied.append(self.router)
+            self.router = self.router.to("cpu", non_blocking=True)
         if self.merged is not None and self.merged.best.margin.is_cuda:
             self.merged.best = self._copy(self.merged.best, "margin", "ids")
 

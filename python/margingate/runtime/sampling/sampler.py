@@ -11,6 +11,7 @@ from sglang.srt.layers.sampler import SGLANG_RETURN_ORIGINAL_LOGPROB
 from margingate.runtime.request.forward_record import record_on
 from margingate.runtime.sampling import logprobs, seeds
 from margingate.runtime.sampling.penalties import Table
+from margingate.runtime.sampling.router_margins import RouterMargins
 from margingate_kernels import Top2, seeded_top2, softmax_top2
 
 
@@ -45,9 +46,15 @@ def sample_unseeded(original: Any, runner: Any, output: Any, batch: Any) -> torc
 class Sampling:
     """What the gate does within SGLang's sampler, forward by forward."""
 
-    def __init__(self, penalties: Table, *, observes: bool) -> None:
-        """`observes`: the policy; margins are noted, and SGLang's tokens stand."""
-        self._penalties, self._observes = penalties, observes
+    def __init__(
+        self, penalties: Table, *, observes: bool, routers: RouterMargins | None = None
+    ) -> None:
+        """
+        Args:
+            observes: the policy; margins are noted, and SGLang's tokens stand.
+            routers: of a mixture of experts, where their margins are looked at.
+        """
+        self._penalties, self._observes, self._routers = penalties, observes, routers
         self._forward: _Forward | None = None  # the one being sampled
 
     def sample(self, original: Any, runner: Any, output: Any, batch: Any) -> torch.Tensor:
@@ -73,7 +80,10 @@ class Sampling:
             self._forward = None
         if forward.best is None:
             return tokens
-        record_on(output).best = forward.best
+        record = record_on(output)
+        record.best = forward.best
+        if self._routers is not None:
+            record.router = self._routers.sampled(batch, len(forward.best.margin))
         if self._observes:
             return tokens
         ids = forward.best.ids.to(tokens.dtype)

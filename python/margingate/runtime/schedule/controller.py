@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from margingate.config import GateConfig
-from margingate.core.policy import INJECTED, GatePolicy
+from margingate.core.policy import INJECTED, Evidence, GatePolicy
 from margingate.runtime.observe import fingerprint, integrity
 from margingate.runtime.observe.audit import Auditor
 from margingate.runtime.observe.study import force
 from margingate.runtime.observe.tally import Tally
 from margingate.runtime.probe.startup_checks import StartupChecks
 from margingate.runtime.request import aborts, guard, lifecycle
-from margingate.runtime.request.forward_record import record_of
+from margingate.runtime.request.forward_record import ForwardRecord, record_of
 from margingate.runtime.request.in_flight import InFlight
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import GateRequest, is_gated
-from margingate.runtime.sampling import constraints, penalties
+from margingate.runtime.sampling import constraints, penalties, router_margins
 from margingate.runtime.sampling.sampler import Sampling
 from margingate.runtime.schedule.prefill_admission import Admission
 from margingate.runtime.schedule.stream import SettledStream
@@ -40,14 +40,18 @@ class GateController:
         assert config.prefill_chunk is not None
         self.scheduler, self.config, self.checks = scheduler, config, checks
         self.observes_only = config.policy == "observe"
-        self.policy = GatePolicy(config.policy, config.threshold)
+        self.policy = policy_of(config)
         self.simulator = Simulator(config)
         self.requests = requests = OpenRequests(config)
         self.in_flight = InFlight(scheduler)
         pages = checks.verifier.runner.req_to_token_pool.req_to_token
         vocabulary = scheduler.model_config.vocab_size
         self.penalties = penalties.Table(len(pages), vocabulary, pages.device)
-        self.sampling = Sampling(self.penalties, observes=self.observes_only)
+        model = checks.verifier.runner.model
+        self.sampling = Sampling(
+            self.penalties, observes=self.observes_only, routers=router_margins.of(model)
+        )
+        self._router_unseen = router_margins.unseen(model)
         self.passes = Passes(
             scheduler,
             requests,
@@ -138,12 +142,11 @@ class GateController:
 
         Returns whether the forward was canonical.
         """
-        record = record_of(result)
-        best = None if record is None else record.best
         prefill = batch.forward_mode.is_extend()
         canonical = prefill or self._is_canonical(batch, result)
-        margins = best.margin.tolist() if best is not None else None
-        if margins is not None and not prefill:
+        record = record_of(result)
+        margins, routers = self._margins(record, len(batch.reqs))
+        if record is not None and record.best is not None and not prefill:
             self.requests.histogram.add_steps(margins)
         for i, req in enumerate(batch.reqs):
             gate: GateRequest | None = getattr(req, "gate", None)
@@ -154,17 +157,28 @@ class GateController:
             if gate.kept is not None:
                 self.requests.mark_prefilled_again(req)
                 continue
-            margin = margins[i] if margins is not None else float("inf")
+            margin, router = margins[i], routers[i]
             if gate.gated:
                 try:
-                    self._record_gated(req, result, i, margin, canonical)
+                    self._record_gated(req, result, i, Evidence(margin, router, canonical))
                 except Exception as error:  # no context manager: this runs for each token
                     guard.failed(req, "a row of the ledger", error)
             elif self.observes_only:
-                self.requests.count_observed(req, flagged=not margin >= self.config.threshold)
+                flagged = self.policy.judge(margin, router).flagged
+                self.requests.count_observed(req, flagged=flagged)
                 if self.config.study:
-                    force(self.scheduler.future_map, req, result, i, margin)
+                    force(self.scheduler.future_map, req, result, i, (margin, router))
         return canonical
+
+    def _margins(
+        self, record: ForwardRecord | None, rows: int
+    ) -> tuple[Sequence[float], Sequence[float]]:
+        """Of each row, its own and that of the routers; on the CPU by now."""
+        best = None if record is None else record.best
+        margins = [math.inf] * rows if best is None else best.margin.tolist()
+        if record is None or record.router is None:
+            return margins, [self._router_unseen] * rows
+        return margins, record.router.tolist()
 
     def _is_canonical(self, batch: Any, result: Any) -> bool:
         """Whether this decode step gave its rows the bits that a verify pass would."""
@@ -173,7 +187,8 @@ class GateController:
             return False
         return decode.is_canonical(len(batch.reqs), bool(result.can_run_cuda_graph))
 
-    def _record_gated(self, req: Any, result: Any, i: int, margin: float, canonical: bool) -> None:
+    def _record_gated(self, req: Any, result: Any, i: int, evidence: Evidence) -> None:
+        """`evidence`: of row `i`; canonical as far as the forward is."""
         requests, key = self.requests, req.gate.key
         relay = None if self.in_flight.overlaps else self.scheduler.future_map
         fault = bool(req.gate.faults) and inject_fault(relay, req, result, i)
@@ -182,9 +197,10 @@ class GateController:
             constraints.begin(req)
         # Batch-invariant arithmetic on K/V that is not canonical gives no canonical bits, and a
         # margin that is no number means that the row itself is broken.
+        margin, router, canonical, _ = evidence
         canonical = canonical and requests.columns_are_canonical(req) and not math.isnan(margin)
         simulated = self.simulator.flag(req, len(req.gate.flags) + 1)
-        verdict = self.policy.decide(margin, canonical=canonical, simulated=simulated)
+        verdict = self.policy.decide(Evidence(margin, router, canonical, simulated))
         requests.enter_row(req, margin, INJECTED if fault else verdict, canonical=canonical)
 
     def _append(self, original: Any, batch: Any, result: Any, gated: list[Any]) -> None:
@@ -264,6 +280,11 @@ class GateController:
     def check_integrity(self) -> None:
         """Raises AssertionError with a sentence on the first thing that does not agree."""
         integrity.check(self.scheduler, self.requests, self.in_flight)
+
+
+def policy_of(config: GateConfig) -> GatePolicy:
+    """The policy that these options ask for."""
+    return GatePolicy(config.policy, config.threshold, config.router_threshold)
 
 
 def _with_whole_prompts(batch: Any, reqs: list[Any]) -> list[Any]:
