@@ -94,6 +94,14 @@ def test_steps_of_any_size_are_canonical_where_prefill_gives_their_bits():
     assert not some.is_canonical(8, True) and some.is_canonical(1, True)
 
 
+def test_nothing_is_concluded_from_one_row_count_to_another_without_graphs():
+    steps = CanonicalSteps({1: True, 2: False, 3: True, 5: True}, graphs=False)
+    assert [n for n in range(1, 8) if steps.is_canonical(n, False)] == [1, 3, 5]
+    assert str(steps) == "3 of 4 measured row counts (1, 3, 5)"
+    steps = CanonicalSteps(dict.fromkeys(range(1, 65), True), graphs=False)
+    assert str(steps) == "64 of 64 measured row counts (1 to 64)"
+
+
 @pytest.mark.parametrize(
     ("mode", "computed", "ranks", "brought"),
     [

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from margingate.config import GateError
+from margingate.core.rowclass import spans
 from margingate.runtime.attention import invariant_attention
 from margingate.runtime.compat import ranks
 from margingate.runtime.compat.ranks import agreed
@@ -25,8 +26,9 @@ from margingate.runtime.verify.verifier import RowInput, Verifier, scratch_rows
 
 logger = logging.getLogger(__name__)
 
+# Without graphs every row count is measured, these and the drawn ones with LEAST_ROWS rows or more.
 EAGER_COUNTS = (1, 2, 3, 5, 8, 9, 12, 16, 17, 24, 32, 33, 48, 64)
-LEAST_ROWS = 16  # compared at every row count
+LEAST_ROWS = 16
 
 
 class CanonicalSteps:
@@ -57,20 +59,14 @@ class CanonicalSteps:
         """Whether a decode step of `rows` requests is canonical.
 
         A graph runs it with the rows of the next size that has one, all of which were measured.
-        Without graphs each operator was measured at every row count up to the largest; a count that
-        the whole model was not measured at is canonical when the ones around it both are.
+        Nothing is concluded from one row count to another.
         """
         if self._everywhere:
             return True
-        if self._graphs and not by_graph:
-            return False
+        if not self._graphs:
+            return self._measured.get(rows, False)
         at = bisect_left(self._counts, rows)
-        if at == len(self._counts):
-            return False
-        if self._graphs:
-            return self._measured[self._counts[at]]
-        low = self._counts[at] if self._counts[at] == rows else self._counts[max(at - 1, 0)]
-        return self._measured[low] and self._measured[self._counts[at]]
+        return by_graph and at < len(self._counts) and self._measured[self._counts[at]]
 
     def record(self) -> dict[str, Any]:
         """For `/server_info`: the counts that were measured, and what was found."""
@@ -83,8 +79,9 @@ class CanonicalSteps:
         }
 
     def __str__(self) -> str:
-        good = [str(count) for count in self._counts if self._measured[count]]
-        return f"{len(good)} of {len(self._counts)} measured row counts ({', '.join(good)})"
+        good = [count for count in self._counts if self._measured[count]]
+        said = [f"{low} to {high}" if high > low else str(low) for low, high in spans(good)]
+        return f"{len(good)} of {len(self._counts)} measured row counts ({', '.join(said)})"
 
 
 def measure(verifier: Verifier, scheduler: Any, largest: int) -> CanonicalSteps:
@@ -96,12 +93,16 @@ def measure(verifier: Verifier, scheduler: Any, largest: int) -> CanonicalSteps:
     draw = drawing.shared(scheduler)
     graphs = verifier.graph_sizes(largest)
     drawn = drawing.row_counts(draw, largest, execute.borders())
-    counts = graphs or sorted({*drawn, *(n for n in EAGER_COUNTS if n <= largest)})
+    counts = graphs or list(range(1, largest + 1))
     eager = drawn if graphs and invariant_attention.of(verifier.backend) else []
     rows = _made_up_rows(scheduler, max([verifier.rows, LEAST_ROWS, *counts, *eager]))
     with scratch_rows(verifier.runner, len(rows)):
         reference = _reference(verifier, rows)
-        found = [_agree(reference, _logits(verifier, rows, n)) for n in counts]
+        thorough = {*graphs, *drawn, *EAGER_COUNTS}
+        found = [
+            _agree(reference, _logits(verifier, rows, n, least=LEAST_ROWS if n in thorough else n))
+            for n in counts
+        ]
         found += [_agree(reference, _logits(verifier, rows, n, graph=False)) for n in eager]
     flags = agreed(scheduler, found)
     measured = dict(zip(counts, flags[: len(counts)], strict=True))
@@ -159,9 +160,14 @@ def _logits(
     padded: int | None = None,
     *,
     graph: bool = True,
+    least: int = LEAST_ROWS,
 ) -> torch.Tensor:
-    """Logits of the first rows, decoded `count` at a time in order; on the CPU."""
-    used = max(count, LEAST_ROWS // count * count)
+    """Logits of the first rows, decoded `count` at a time in order; on the CPU.
+
+    Args:
+        least: about so many rows, where `count` is less.
+    """
+    used = max(count, least // count * count)
     steps: Iterable[list[RowInput]] = (rows[i : i + count] for i in range(0, used, count))
     found = [
         verifier.forward(step, padded or len(step), graph=graph)[: len(step)].cpu()
