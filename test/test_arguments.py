@@ -532,19 +532,19 @@ def confidential(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_steps_do_not_overlap_under_confidential_computing(make):
     keywords = {"model_path": "dummy", "deterministic_gate": True}
     with pytest.raises(GateError) as caught:
-        make(device="cuda", **keywords)
+        make(device="cuda", gate_overlap="on", **keywords)
     assert sentence(caught.value) == (
         "--deterministic-gate does not overlap steps on a GPU in confidential computing mode, "
         "where SGLang copies a step's results in another thread: add --gate-overlap off."
     )
     make(device="cuda", gate_overlap="off", **keywords)
-    make(device="cpu", **keywords)
+    make(device="cpu", gate_overlap="on", **keywords)
 
 
 @pytest.mark.usefixtures("confidential")
 def test_where_sglang_knows_no_such_mode_nothing_is_refused(make, monkeypatch):
     monkeypatch.setattr(release, "_DIFFERENT", pkgutil.resolve_name(release.OLDER["0.5.22"]))
-    make(model_path="dummy", deterministic_gate=True, device="cuda")
+    make(model_path="dummy", device="cuda", deterministic_gate=True, gate_overlap="on")
 
 
 def test_a_grammar_backend_that_needs_a_driver_is_refused_on_a_cpu(prepare):
