@@ -35,7 +35,7 @@ setup(
     # aiohttp, numpy, psutil, requests, torch, transformers and triton come with this SGLang, in the
     # versions that it pins; a second pin here could only disagree.
     install_requires=[
-        "sglang==0.5.23",
+        "sglang>=0.5.22,<=0.5.23",
         "gguf>=0.10",
         "rich",
         "matplotlib",

@@ -50,6 +50,10 @@ def test_an_abort_ends_the_request_of_that_id(monkeypatch, place, rid, abort_all
     grammar = GrammarManager.__new__(GrammarManager)
     grammar.grammar_queue = there.get("grammar", [])
     published = SimpleNamespace(weight_version="1", pp_size=1)
+
+    def send(message: Any, _req: Any) -> None:
+        gone.add(message.rid)
+
     for name in ("get_serving", "get_parallel"):
         monkeypatch.setattr(scheduler_module, name, lambda: published)
     scheduler: Any = SimpleNamespace(
@@ -65,7 +69,8 @@ def test_an_abort_ends_the_request_of_that_id(monkeypatch, place, rid, abort_all
         tree_cache=None,
         enable_continuous_input_polling=False,
         beam_coordinator=SimpleNamespace(retire_group=lambda _req: None),
-        send_abort_output=lambda message, _req: gone.add(message.rid),
+        send_abort_output=send,
+        ipc_channels=SimpleNamespace(send_to_tokenizer=SimpleNamespace(send_output=send)),
         _release_aborted_request=lambda _req: None,
     )
     for name in ("collect_inflight_reqs", "_collect_inflight_batches"):

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+import pkgutil
 import socket
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -19,7 +20,7 @@ import pytest
 
 from margingate.config import GateConfig, GateError
 from margingate.harness.embedded_model import ensure_model
-from margingate.runtime.compat import machine, settings, settings_table
+from margingate.runtime.compat import machine, release, settings, settings_table
 from margingate.runtime.start import refusals, refused_models
 from margingate.runtime.start.refused_settings import SERVER_REFUSALS, Refusal
 
@@ -526,6 +527,38 @@ def test_the_grid_must_fit_into_a_forward(size, chunk, refused):
     with pytest.raises(GateError, match=f"--gate-prefill-chunk is {chunk}, but") as caught:
         refusals.refuse_chunks(server_args, config)
     assert f"--chunked-prefill-size lets a forward hold only {size} tokens" in str(caught.value)
+
+
+@pytest.fixture
+def confidential(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """SGLang's own question is answered with yes."""
+    from sglang.srt.utils import common
+
+    if not hasattr(common, "is_confidential_compute"):
+        pytest.skip("this SGLang has nothing for confidential computing")
+    monkeypatch.setenv("SGLANG_FORCE_CONFIDENTIAL_COMPUTE", "1")
+    common.is_confidential_compute.cache_clear()
+    yield
+    common.is_confidential_compute.cache_clear()
+
+
+@pytest.mark.usefixtures("confidential")
+def test_steps_do_not_overlap_under_confidential_computing(make):
+    keywords = {"model_path": "dummy", "deterministic_gate": True}
+    with pytest.raises(GateError) as caught:
+        make(device="cuda", gate_overlap="on", **keywords)
+    assert sentence(caught.value) == (
+        "--deterministic-gate does not overlap steps on a GPU in confidential computing mode, "
+        "where SGLang copies a step's results in another thread: add --gate-overlap off."
+    )
+    make(device="cuda", gate_overlap="off", **keywords)
+    make(device="cpu", gate_overlap="on", **keywords)
+
+
+@pytest.mark.usefixtures("confidential")
+def test_where_sglang_knows_no_such_mode_nothing_is_refused(make, monkeypatch):
+    monkeypatch.setattr(release, "_DIFFERENT", pkgutil.resolve_name(release.OLDER["0.5.22"]))
+    make(model_path="dummy", device="cuda", deterministic_gate=True, gate_overlap="on")
 
 
 def test_a_grammar_backend_that_needs_a_driver_is_refused_on_a_cpu(prepare):

@@ -84,7 +84,7 @@ def test_the_start_refuses_the_changed_release(other):
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     version, attribute, parameters = done.stdout.strip().splitlines()
-    assert "patches SGLang 0.5.23, but SGLang is 0.5.99" in version
+    assert "patches SGLang 0.5.23 or 0.5.22, but SGLang is 0.5.99" in version
     assert "needs managers.overlap_utils.FutureMap.output_tokens_buf of SGLang" in attribute
     assert "cannot patch sglang.srt.managers.utils.GenerationBatchResult.copy_to_cpu" in parameters
 

@@ -251,7 +251,7 @@ def test_another_version_of_sglang_is_refused(monkeypatch, installed):
     with pytest.raises(GateError) as caught:
         release.check_version()
     text = sentence(caught)
-    assert f"patches SGLang 0.5.23, but SGLang is {installed}: " in text
+    assert f"patches SGLang 0.5.23 or 0.5.22, but SGLang is {installed}: " in text
     assert "pip install sglang==0.5.23." in text
 
 

@@ -22,6 +22,10 @@ def test_setup_accepts_the_releases_that_are_served_and_no_neighbours():
     assert not accepted.contains("0.5.21") and not accepted.contains("0.5.24")
 
 
+def test_ci_tests_the_older_release():
+    assert re.findall(r"\brelease=([\d.]+)", (ROOT / ".ci/older").read_text()) == [*release.OLDER]
+
+
 def test_the_newest_is_what_the_code_is_written_for():
     assert release.SERVED[0] == release.NEWEST not in release.OLDER
     assert sorted(release.SERVED, reverse=True) == list(release.SERVED)

@@ -200,10 +200,11 @@ for name in pytest ruff mypy; do
 done"""
 
 
-def test_ci_runs_the_readmes_commands_then_the_linters_then_some_modules_again(tmp_path):
+def test_ci_runs_the_readmes_commands_the_linters_some_modules_again_and_the_older(tmp_path):
     """In a repository whose commands only say that they ran; a stage that fails is its status."""
     repo, folder = tmp_path / "repo", tmp_path / "tmp"
     shutil.copytree(ROOT / ".ci", repo / ".ci")
+    (repo / ".ci/older").write_text("#!/bin/sh\necho ran older\n")
     folder.mkdir()
     blocks = {"demo": "echo ran demo", "test": MADE}
     text = [f"<!-- ci:{name} -->\n```\n{block}\n```\n" for name, block in blocks.items()]
@@ -223,7 +224,8 @@ def test_ci_runs_the_readmes_commands_then_the_linters_then_some_modules_again(t
     done = ci()
     kinds = subprocess.check_output([str(ROOT / ".ci/other_cpus")], text=True, timeout=20)
     names = [kind.split()[0].partition("=")[2] for kind in kinds.splitlines()]
-    ran = [line[4:] for line in done.stdout.splitlines() if line.startswith("ran ")]
+    *ran, last = (line[4:] for line in done.stdout.splitlines() if line.startswith("ran "))
+    assert last == "older", done.stderr
     assert done.returncode == 0 and done.stdout.count("== passed") == 1, done.stderr
     assert ran[:4] == ["demo", "ruff check []", "ruff format --check []", "mypy  []"]
     assert [line.partition("[")[2] for line in ran[4:]] == [f"{name}]" for name in names]

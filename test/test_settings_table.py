@@ -16,7 +16,6 @@ import torch
 from margingate.config import GateConfig, GateError
 from margingate.runtime.compat import environment, machine, request_table, settings, settings_table
 from margingate.runtime.compat.settings_table import ARITHMETIC, COUNTED, NO_EFFECT, REFUSED
-from margingate.runtime.start.refused_settings import ABSENT
 
 MakeArgs = Callable[..., Any]
 
@@ -51,7 +50,7 @@ def test_every_field_of_the_server_is_in_one_place_with_a_reason():
 
     rows = list(settings_table.rows(settings_table.GROUPS))
     named = Counter(name for name, _, _ in rows)
-    assert set(named) == set(ServerArgs.__struct_fields__) - settings_table.GONE.keys() | ABSENT
+    assert set(named) == set(ServerArgs.__struct_fields__) - settings_table.GONE.keys()
     assert max(named.values()) == 1
     assert all(kind and len(reason) > 5 for _, kind, reason in rows)
 
@@ -59,8 +58,7 @@ def test_every_field_of_the_server_is_in_one_place_with_a_reason():
 @pytest.mark.parametrize("kind", request_table.TABLES)
 def test_every_field_of_a_request_is_in_one_place_with_a_reason(kind):
     named = Counter(name for name, _ in request_table.rows(kind))
-    absent = set(named) & ABSENT
-    assert set(named) == set(request_table.fields_of(sglang_classes()[kind])) | absent
+    assert set(named) == set(request_table.fields_of(sglang_classes()[kind]))
     assert max(named.values()) == 1
     assert all(len(reason) > 5 for _, reason in request_table.rows(kind))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 
-from margingate.runtime.compat import release, request_table, settings_table
+from margingate.runtime.compat import request_table, settings_table
 
 _REQUESTS = {
     "SamplingParams": "sampling.sampling_params.SamplingParams",
@@ -19,8 +19,7 @@ def known() -> dict[str, set[str]]:
         path: {field for field, _ in request_table.rows(name)} for name, path in _REQUESTS.items()
     }
     found["server_args.ServerArgs"] = set(settings_table.KNOWN)
-    absent: frozenset[str] = release.of_release("ABSENT", frozenset())
-    return {path: names - absent for path, names in found.items()}
+    return found
 
 
 def differences() -> dict[str, tuple[list[str], list[str]]]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from margingate.processor import CPUINFO, cpu_name
-from margingate.runtime.compat import settings
+from margingate.runtime.compat import release, settings
 
 
 @cache
@@ -79,6 +79,17 @@ def version(name: str) -> str | None:
 def interpreter() -> dict[str, str]:
     """Python, which searches stop expressions, and the C library, which `math` computes by."""
     return {"python": platform.python_version(), "libc": " ".join(platform.libc_ver())}
+
+
+def is_confidential() -> bool:
+    """Whether SGLang serves in confidential computing mode, which it asks the driver for once."""
+    return release.of_release("is_confidential", _is_confidential)()
+
+
+def _is_confidential() -> bool:
+    from sglang.srt.utils.common import is_confidential_compute
+
+    return bool(is_confidential_compute())
 
 
 def describe(server_args: Any) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The SGLang releases that are served, and which one this process has.
 
 All code is written for the newest. What differs in an older one is in a module of that release,
-under the names that `of_release` and `parameters` are asked for, and goes with it.
+under the names that `of_release` is asked for, and goes with it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from margingate.config import GateError
 T = TypeVar("T")
 
 NEWEST = "0.5.23"
-# Release -> what differs from the newest. 36 tests that start no server fail with 0.5.22 yet:
-# its module is not complete, and it is not served.
-OLDER = {"0.5.22": "margingate.runtime.compat.v0_5_22"}
-SERVED: tuple[str, ...] = (NEWEST,)
+OLDER = {"0.5.22": "margingate.runtime.compat.v0_5_22"}  # release -> what differs from the newest
+SERVED: tuple[str, ...] = (NEWEST, *OLDER)
 
 
 def installed() -> str:
@@ -57,6 +55,12 @@ def of_release(name: str, newest: T) -> T:
     """What this release has in place of a function or a value that is written for the newest."""
     found: T = getattr(_DIFFERENT, name, newest)
     return found
+
+
+def absent(name: str) -> frozenset[str]:
+    """Fields of a class of this name that the tables have and this release has not."""
+    others: dict[str, frozenset[str]] = of_release("ABSENT", {})
+    return others.get(name, frozenset())
 
 
 def parameters(target: str, newest: str | None) -> str | None:

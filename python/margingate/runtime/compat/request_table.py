@@ -11,6 +11,8 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any
 
+from margingate.runtime.compat.release import absent
+
 _Group = Mapping[str, str]  # reason -> names, separated by spaces
 
 _ASKED = "part of what is asked: requests that differ in it are not equal"
@@ -85,10 +87,11 @@ NOTES = frozenset(SAMPLING[_NOTES].split())
 
 
 def rows(name: str) -> Iterator[tuple[str, str]]:
-    """(field, reason) of every field of the class of this name."""
+    """(field, reason) of every field of the class of this name in this release."""
+    missing = absent(name)
     for group in TABLES[name]:
         for reason, listed in group.items():
-            yield from ((field, reason) for field in listed.split())
+            yield from ((field, reason) for field in listed.split() if field not in missing)
 
 
 @cache

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from margingate.runtime.compat.release import of_release
+from margingate.runtime.compat.release import absent, of_release
 
 _Group = Mapping[str, str]  # reason -> names, separated by spaces
 
@@ -254,16 +254,22 @@ GROUPS = {
 }
 
 
+# Fields that this release has not, and that the newest has not: for each why it may have any value.
+ABSENT = absent("ServerArgs")
+GONE: Mapping[str, str] = of_release("GONE", {})
+
+
 def names(*groups: _Group) -> tuple[str, ...]:
-    """The fields in these groups, in the order of the table."""
-    return tuple(name for group in groups for listed in group.values() for name in listed.split())
+    """The fields in these groups that this release has, in the order of the table."""
+    listed = " ".join(each for group in groups for each in group.values()).split()
+    return tuple(name for name in listed if name not in ABSENT)
 
 
 def rows(groups: Mapping[str, _Group]) -> Iterator[tuple[str, str, str]]:
-    """(field, group, reason) of every field."""
+    """(field, group, reason) of every field that this release has."""
     for kind, group in groups.items():
         for reason, listed in group.items():
-            yield from ((name, kind, reason) for name in listed.split())
+            yield from ((name, kind, reason) for name in listed.split() if name not in ABSENT)
 
 
 def values(args: Any, chosen: Iterable[str]) -> dict[str, Any]:
@@ -306,5 +312,4 @@ def unseen(args: Any, known: frozenset[str] | None = None, kind: Any = None) -> 
     return [n for n in new if n not in defaulted or getattr(args, n) != defaulted[n]]
 
 
-GONE: Mapping[str, str] = of_release("GONE", {})
 KNOWN = frozenset(names(*GROUPS.values())) | GONE.keys()

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-# Fields of server arguments and requests that the tables have and this release has not.
-ABSENT = frozenset(
-    {
-        *("prefill_decode_interval_min_bs", "enable_return_aux_hidden_states"),
-        *("aux_hidden_state_capture", "return_aux_hidden_state_layer_ids"),
-        *("enable_nvidia_megakernel", "enable_amd_monokernel", "enable_http_worker_reuseport"),
-        *("enable_paged_experts", "paged_experts_num_resident"),
-        *("unified_cache_external_linker_config", "enable_megamoe_for_layernorm_sp"),
-        *("mm_processor_kwargs", "lora_name"),
-    }
-)
+# By class: fields that the tables have and this release has not.
+ABSENT = {
+    "ServerArgs": frozenset(
+        {
+            *("prefill_decode_interval_min_bs", "enable_return_aux_hidden_states"),
+            *("aux_hidden_state_capture", "return_aux_hidden_state_layer_ids"),
+            *("enable_nvidia_megakernel", "enable_amd_monokernel", "enable_http_worker_reuseport"),
+            *("enable_paged_experts", "paged_experts_num_resident"),
+            *("unified_cache_external_linker_config", "enable_megamoe_for_layernorm_sp"),
+        }
+    ),
+    "GenerateReqInput": frozenset({"mm_processor_kwargs"}),
+    "TokenizedGenerateReqInput": frozenset({"lora_name"}),
+}
 
 # Fields that are gone in the newest, each with why it may have any value.
 GONE = {"speculative_skip_dp_mlp_sync": "of --speculative-algorithm, which is refused"}
@@ -43,3 +46,8 @@ def forward_context(context: Any, *, forward_batch: Any) -> Any:
 
     del forward_batch
     return forward_context.forward_context(context)
+
+
+def is_confidential() -> bool:
+    """Never: this release has nothing for that mode, and copies results as on any GPU."""
+    return False

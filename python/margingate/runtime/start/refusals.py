@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from margingate.config import GateConfig, GateError
-from margingate.runtime.compat import release, settings, settings_table
+from margingate.runtime.compat import machine, release, settings, settings_table
 from margingate.runtime.start.refused_settings import SERVER_REFUSALS
 
 _REPLACES = "replaces parts that it patches"
@@ -64,9 +64,7 @@ def refuse_confidential(args: Any, config: GateConfig) -> None:
 
     Only for arguments that SGLang has resolved. Raises GateError.
     """
-    from sglang.srt.utils.common import is_confidential_compute
-
-    if config.overlap == "on" and args.device == "cuda" and is_confidential_compute():
+    if config.overlap == "on" and args.device == "cuda" and machine.is_confidential():
         raise GateError(
             "--deterministic-gate does not overlap steps on a GPU in confidential computing mode, "
             "where SGLang copies a step's results in another thread: add --gate-overlap off."

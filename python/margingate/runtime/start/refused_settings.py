@@ -7,10 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from margingate.runtime.compat.release import of_release
-
-# Of these fields, which newer releases have, this one has none.
-ABSENT: frozenset[str] = of_release("ABSENT", frozenset())
+from margingate.runtime.compat.release import absent
 
 
 @dataclass(frozen=True)
@@ -22,9 +19,14 @@ class Refusal:
     because: str
     instead: str
 
+    @property
+    def field(self) -> str:
+        """The option's name in ServerArgs."""
+        return self.option.removeprefix("--").replace("-", "_")
+
 
 def _on(name: str) -> Callable[[Any], bool]:
-    return lambda args: name not in ABSENT and bool(getattr(args, name))
+    return lambda args: bool(getattr(args, name))
 
 
 def _above_one(name: str) -> Callable[[Any], bool]:
@@ -86,7 +88,7 @@ def _single(name: str, because: str) -> Refusal:
     return Refusal(_above_one(name), "--" + name.replace("_", "-"), because, "use 1")
 
 
-SERVER_REFUSALS = (
+_REFUSALS = (
     _dropped(
         "speculative_algorithm", "draft tokens are accepted before the gate sees their margins"
     ),
@@ -273,3 +275,5 @@ SERVER_REFUSALS = (
     _dropped("debug_tensor_dump_input_file", _INSIDE),
     _dropped("msprobe_dump_config", _INSIDE),
 )
+# Those of this release's options.
+SERVER_REFUSALS = tuple(each for each in _REFUSALS if each.field not in absent("ServerArgs"))
