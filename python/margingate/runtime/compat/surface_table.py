@@ -26,7 +26,7 @@ SURFACE: Mapping[str, str] = {
     "_compute_lm_head final_logit_softcapping logit_scale",
     "layers.logits_processor.LogitsProcessorOutput": "next_token_logits",
     "layers.moe.topk.StandardTopKOutput": "router_logits topk_ids topk_weights",
-    "layers.moe.topk.TopK": "is_draft layer_id topk_config",
+    "layers.moe.topk.TopK": "layer_id topk_config",
     "layers.moe.topk.TopKConfig": ""
     "correction_bias custom_routing_function num_expert_group num_shared_topk_slots "
     "output_format renormalize routed_scaling_factor "

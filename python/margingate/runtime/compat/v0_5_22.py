@@ -22,9 +22,14 @@ ABSENT = {
 # Fields that are gone in the newest, each with why it may have any value.
 GONE = {"speculative_skip_dp_mlp_sync": "of --speculative-algorithm, which is refused"}
 
-# Attributes that are written alone, which does nothing here: this release counts reasoning from the
-# first token on, whether or not the model opens it.
-ABSENT_ATTRIBUTES = frozenset({"managers.schedule_batch.Req._think_start_match_len"})
+# The first is written alone, which does nothing here: this release counts reasoning from the first
+# token on, whether or not the model opens it. For the second `shared_slots` has another name.
+ABSENT_ATTRIBUTES = frozenset(
+    {
+        "managers.schedule_batch.Req._think_start_match_len",
+        "layers.moe.topk.TopKConfig.num_shared_topk_slots",
+    }
+)
 
 # Hooks' targets whose parameters differ.
 PARAMETERS = {
@@ -51,3 +56,8 @@ def forward_context(context: Any, *, forward_batch: Any) -> Any:
 def is_confidential() -> bool:
     """Never: this release has nothing for that mode, and copies results as on any GPU."""
     return False
+
+
+def shared_slots(asked: Any) -> int:
+    """Of a router's choices, those that are shared experts."""
+    return int(asked.num_fused_shared_experts)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from margingate.config import GateConfig, GateError
+from margingate.runtime.compat.routers import routed_experts
 from margingate_kernels import Routing, router_margin
 
 TARGET = "layers.moe.topk.TopK.forward"  # of the hook, below sglang.srt
@@ -73,7 +74,7 @@ def before_topk(
     A graph replays the kernel and not this function.
     """
     router: _Router | None = getattr(topk, _ATTRIBUTE, None)
-    if router is None:  # a draft model's
+    if router is None:  # of another model
         return
     if router.routing is None:
         router.least[: len(hidden_states)].fill_(math.nan)
@@ -103,7 +104,7 @@ def watch(model: Any, config: GateConfig, device: torch.device | str) -> bool:
     Raises:
         GateError: `config` would let rows go by margins that say too little of such a model.
     """
-    routers = [topk for name, topk in _modules(model) if name == "TopK" and not topk.is_draft]
+    routers = [topk for name, topk in _modules(model) if name == "TopK"]
     experts = [layer for name, layer in _modules(model) if name == "FusedMoE"]
     if not routers and not experts:
         return False
@@ -165,7 +166,7 @@ def routing_of(topk: Any) -> Routing | None:
     # A module that was given a forward of its own goes around our hook.
     if topk_config.custom_routing_function is not None or "forward" in vars(topk):
         return None
-    k = topk_config.top_k - topk_config.num_shared_topk_slots
+    k = routed_experts(topk_config)
     if topk_config.use_grouped_topk:  # with a bias SGLang takes the sigmoid here in any case
         return Routing(k, "sigmoid", topk_config.num_expert_group or 1, topk_config.topk_group or 1)
     if topk_config.correction_bias is None:  # all scores that it knows have the order of the logits
