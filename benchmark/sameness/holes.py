@@ -23,7 +23,8 @@ prefill graphs and once without (`--graphs`). Prompts are random token ids, of e
 Compared are output tokens, log-probs bit for bit, and K/V columns of the first, middle and last
 layer bit for bit (`--gate-study`). The table has, of each, how many lengths differ and which. It
 runs on older commits too: it uses HTTP and public server options alone. `-- --gate-policy observe`
-is the control: nothing is gated, and answers must differ. A CPU takes `--model tiny`.
+is the control: nothing is gated, and answers must differ. A CPU takes `--model tiny` and
+`--model tiny-experts`.
 Ends with status 1 where an answer differs, 2 where a server failed.
 """
 
@@ -54,6 +55,14 @@ ROPE = {
     "original_max_position_embeddings": 8192,
 }
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rms_norm_eps": 1e-5}
+QWEN_EXPERTS = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "rms_norm_eps": 1e-6,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2.5-1.5b": {
         "architectures": ["Qwen2ForCausalLM"],
@@ -76,6 +85,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_scaling": ROPE,
     },
     "llama-3.1-8b": json.loads((CONFIGS / "llama-3.1-8b/config.json").read_text()),
+    "qwen3-30b-a3b": json.loads((CONFIGS / "qwen3-30b-a3b/config.json").read_text()),
+    "tiny-experts": {
+        **QWEN_EXPERTS,
+        "hidden_size": 128,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "rope_theta": 1e4,
+    },
     "tiny": {
         **LLAMA,
         "hidden_size": 128,
@@ -192,8 +213,8 @@ def write_model(folder: Path, args: argparse.Namespace) -> None:
 
 
 def parameters(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes; q, k and v have a bias in Qwen2."""
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    """Names and shapes; q, k and v have a bias in Qwen2, and q and k norms in Qwen3."""
+    hidden = config["hidden_size"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     width = config.get("head_dim") or hidden // heads
     yield "model.embed_tokens.weight", (VOCAB, hidden)
@@ -204,13 +225,26 @@ def parameters(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
             if config["model_type"] == "qwen2":
                 yield f"{at}self_attn.{name}_proj.bias", (count * width,)
         yield f"{at}self_attn.o_proj.weight", (hidden, heads * width)
-        yield f"{at}mlp.gate_proj.weight", (inner, hidden)
-        yield f"{at}mlp.up_proj.weight", (inner, hidden)
-        yield f"{at}mlp.down_proj.weight", (hidden, inner)
+        if config["model_type"] == "qwen3_moe":
+            yield f"{at}self_attn.q_norm.weight", (width,)
+            yield f"{at}self_attn.k_norm.weight", (width,)
+            yield f"{at}mlp.gate.weight", (config["num_experts"], hidden)
+            for expert in range(config["num_experts"]):
+                yield from mlp(
+                    f"{at}mlp.experts.{expert}.", hidden, config["moe_intermediate_size"]
+                )
+        else:
+            yield from mlp(f"{at}mlp.", hidden, config["intermediate_size"])
         yield f"{at}input_layernorm.weight", (hidden,)
         yield f"{at}post_attention_layernorm.weight", (hidden,)
     yield "model.norm.weight", (hidden,)
     yield "lm_head.weight", (VOCAB, hidden)
+
+
+def mlp(at: str, hidden: int, inner: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{at}gate_proj.weight", (inner, hidden)
+    yield f"{at}up_proj.weight", (inner, hidden)
+    yield f"{at}down_proj.weight", (hidden, inner)
 
 
 # -- one server
