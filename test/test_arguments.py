@@ -416,6 +416,7 @@ VALUES: dict[str, Any] = {
     "--moe-dp-size": 2,
     "--ep-size": 2,
     "--moe-a2a-backend": "deepep",
+    "--moe-runner-backend": "flashinfer_cutlass",
     "--ep-num-redundant-experts": 8,
     "--init-expert-location": "places.json",
     "--dwdp-size": 2,
@@ -510,6 +511,15 @@ def test_streaming_sessions_are_refused_before_sglang_meets_the_gates_tree(prepa
     """There it raises NotImplementedError, with a traceback."""
     text = exits(prepare, GATE, "--enable-streaming-session")
     assert "does not work with --enable-streaming-session, because it needs a prefix cache" in text
+
+
+def test_files_that_choose_kernels_are_refused_whatever_their_name(server_args_class, monkeypatch):
+    for folder in ("/tables", "no"):
+        monkeypatch.setenv("SGLANG_MOE_CONFIG_DIR", folder)
+        with pytest.raises(GateError, match=f"SGLANG_MOE_CONFIG_DIR={folder}, which names files"):
+            refusals.refuse_server(stand_in(server_args_class))
+    monkeypatch.setenv("SGLANG_MOE_CONFIG_DIR", "")
+    refusals.refuse_server(stand_in(server_args_class))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +15,9 @@ from hypothesis import strategies as st
 from sglang.srt.layers.moe.topk import TopK, TopKConfig
 
 from margingate.config import GateError
-from margingate.core.rowclass import RowPlan
-from margingate.runtime.probe import execute, fused_gate, plans
-from margingate.runtime.probe.classes import extended, groups, probe_operator, row_counts
+from margingate.core.rowclass import Route, RowPlan
+from margingate.runtime.probe import execute, fused_gate, plans, shared_plans, startup
+from margingate.runtime.probe.classes import Finding, extended, groups, probe_operator, row_counts
 from margingate.runtime.probe.observed_calls import (
     ObservedRows,
     observed_rows,
@@ -204,6 +206,49 @@ def test_a_router_that_hides_its_choice_ends_the_start():
 
     with pytest.raises(GateError, match=r"cannot measure topk, where a choice .* is a tuple: use"):
         Router("topk", Hides(), ROUTED).run(Router("topk", Hides(), ROUTED).sample(2))
+
+
+def test_ranks_share_plans_and_a_layer_that_each_runs_whole_has_one_class_on_all():
+    module = torch.nn.Linear(HIDDEN, EXPERTS, bias=False)
+    operators = {"g": [Plain("gate", module)], "e": [experts()]}
+    plan, faster = RowPlan(((1, 8),)), RowPlan(((1, 8),), routes=(Route(4, False, 8),))
+    one = dict.fromkeys(range(1, 9), 0)
+    own = [Finding(*each, one, faster, 0.1) for each in (("plain", "gate", (8, 16), 1), MOST)]
+    first = [replace(finding, plan=plan) for finding in own]
+    gathered = pickle.loads(pickle.dumps([first, own]))
+    assert shared_plans.of_all_ranks(own, gathered, operators) == first
+    split = {**one, 8: 1}
+    apart = [first[0], replace(first[1], classes=split)]
+    found = shared_plans.of_all_ranks(own, [apart, own], operators)
+    assert found == [first[0], own[1]], "each rank has experts of its own"
+    apart = [replace(first[0], classes=split), first[1]]
+    with pytest.raises(GateError, match="cannot use gate with 2 ranks: it has other classes"):
+        shared_plans.of_all_ranks(own, [apart, own], operators)
+
+
+MOST = ("experts", "experts", (8, 24, 16, 2), 1)
+
+
+def test_experts_without_a_router_that_a_step_calls_end_the_start():
+    model = torch.nn.Module()
+    known = {"e": [experts()], "r": [Router("topk", MadeUpRouter(), ROUTED)]}
+    seen = {id(each.module): ROUTED for same in known.values() for each in same}
+    startup.refuse_unknown(model, known, seen)
+    with pytest.raises(GateError, match="how experts and others get their rows"):
+        startup.refuse_unknown(model, {"e": known["e"]}, seen)
+
+
+def test_half_of_a_routers_sample_saturates():
+    scores = Router("topk", MadeUpRouter(), ROUTED).sample(64).parts[1]
+    assert scores[1::2].std() > 8 * scores[::2].std()
+
+
+def test_a_gate_whose_weight_moved_is_found_and_another_is_not_run():
+    gate = torch.nn.Linear(HIDDEN, 1, bias=False)
+    gates = {1: gate}
+    assert execute._gate_of(gate.weight.squeeze(), gates) is gate
+    with pytest.raises(RuntimeError, match="that was not measured at start"):
+        execute._gate_of(torch.zeros(HIDDEN), gates)
 
 
 def test_a_plain_layer_keeps_to_its_plan():

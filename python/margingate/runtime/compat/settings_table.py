@@ -17,6 +17,7 @@ _Group = Mapping[str, str]  # reason -> names, separated by spaces
 
 # The probe is measured anew where one of these differs, and the fingerprint is another.
 ARITHMETIC: _Group = {
+    "which kernels run experts": "disable_shared_experts_fusion enforce_shared_experts_fusion",
     "the type of weights and columns": "dtype quantization kv_cache_dtype enable_fp32_lm_head",
     "which matmul runs": "enable_tf32_matmul bf16_gemm_backend",
     "the code of the model": "model_impl json_model_override_args",
@@ -46,8 +47,7 @@ COUNTED: _Group = {
     "disable_tokenizer_batch_decode",
     "how a token is drawn": "sampling_backend",
     "of parts that the gate does not serve; counted, since nobody measured that it has no effect "
-    "on the others": "moe_runner_backend flashinfer_mxfp4_moe_precision "
-    "disable_shared_experts_fusion enforce_shared_experts_fusion "
+    "on the others": "flashinfer_mxfp4_moe_precision "
     "disable_chunked_prefix_cache flashinfer_mla_disable_ragged enable_scattered_sconv "
     "fp8_gemm_runner_backend fp4_gemm_runner_backend enable_multimodal language_only "
     "language_model_only "
@@ -76,7 +76,7 @@ REFUSED: _Group = {
     "tokenizer_worker_num smg_grpc_mode grpc_mode encoder_only",
     "experts spread over ranks, or run in other ways": "moe_a2a_backend ep_size enable_eplb "
     "ep_num_redundant_experts init_expert_location enable_single_batch_overlap "
-    "enable_paged_experts",
+    "enable_paged_experts moe_runner_backend",
     "sums that go around the hook on all-reduce, or run in another way than measured": ""
     "enable_flashinfer_allreduce_fusion flashinfer_allreduce_fusion_backend "
     "enable_aiter_allreduce_fusion enable_fused_moe_sum_all_reduce enable_symm_mem enable_mscclpp "

@@ -28,8 +28,8 @@ SURFACE: Mapping[str, str] = {
     "layers.moe.topk.StandardTopKOutput": "router_logits topk_ids topk_weights",
     "layers.moe.topk.TopK": "layer_id topk_config",
     "layers.moe.topk.TopKConfig": ""
-    "correction_bias custom_routing_function num_expert_group num_shared_topk_slots "
-    "output_format renormalize routed_scaling_factor "
+    "apply_routed_scaling_factor_on_output correction_bias custom_routing_function "
+    "num_expert_group num_shared_topk_slots output_format renormalize routed_scaling_factor "
     "scoring_func top_k topk_group use_grouped_topk",
     "layers.radix_attention.RadixAttention": ""
     "attn_type is_cross_attention k_scale layer_id logit_cap qk_head_dim "
@@ -124,7 +124,7 @@ SURFACE: Mapping[str, str] = {
     "enable_fp32_lm_head enable_return_hidden_states enable_torch_compile "
     "flashinfer_allreduce_fusion_backend grammar_backend grpc_mode init_expert_location "
     "kv_cache_dtype kv_canary load_format max_prefill_tokens max_running_requests model_path "
-    "moe_a2a_backend node_rank offload_group_size page_size preferred_sampling_params "
-    "radix_cache_backend random_seed return_hidden_states_mode revision smg_grpc_mode "
-    "startup_weight_load_mode tokenizer_path tp_size",
+    "moe_a2a_backend moe_runner_backend node_rank offload_group_size page_size "
+    "preferred_sampling_params radix_cache_backend random_seed return_hidden_states_mode revision "
+    "smg_grpc_mode startup_weight_load_mode tokenizer_path tp_size",
 }

@@ -140,12 +140,29 @@ def apply_shared_gate(
     *more: torch.Tensor,
 ) -> None:
     """Around the kernel of `fused_gate`, whose last argument [rows, hidden] it adds to."""
-    plan, rows = _plans.get(id(gates.get(weight.data_ptr()))), hidden.shape[0]
+    gate = gates.get(weight.data_ptr())
+    if gate is None:
+        raise RuntimeError(
+            "a shared expert's gate was not measured: its weight has another address"
+        )
+    plan, rows = _plans.get(id(gate)), hidden.shape[0]
     if plan is None or rows > _limit or plan.runs_as_is(rows):
         kernel(hidden, weight, *more)
         return
     operator = partial(call_shared_gate, kernel, weight)
     more[-1].copy_(run_in_class(plan, Rows((hidden, *more)).clone(), operator))
+
+
+def _gate_of(weight: torch.Tensor, gates: Mapping[int, Any]) -> Any:
+    """The layer that a kernel reads this weight of; an update may have moved it."""
+    address = weight.data_ptr()
+    found = gates.get(address)
+    if found is not None and found.weight.data_ptr() == address:
+        return found
+    for gate in gates.values():
+        if gate.weight.data_ptr() == address:
+            return gate
+    raise RuntimeError("a kernel reads a shared expert's gate that was not measured at start")
 
 
 def run_in_class(

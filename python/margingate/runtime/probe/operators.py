@@ -42,6 +42,11 @@ class Operator:
     must_agree: ClassVar[bool] = False  # whether several classes end the start
     sees_prefill: ClassVar[bool] = True  # whether all rows of a prefill forward reach it
 
+    @property
+    def is_replicated(self) -> bool:
+        """Whether each tensor-parallel rank runs all of it, on the same rows."""
+        return type(self.module).__name__ == "ReplicatedLinear"
+
     def sample(self, rows: int) -> Inputs:
         """Made-up inputs as the module gets them."""
         raise NotImplementedError
@@ -159,6 +164,10 @@ class Plain(Layer):
 
     kind: ClassVar[str] = "plain linear"
     is_planned: ClassVar[bool] = True
+
+    @property
+    def is_replicated(self) -> bool:
+        return True
 
     def run(self, inputs: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = self.module(self.call.laid_out(inputs))

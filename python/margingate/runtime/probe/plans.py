@@ -94,7 +94,11 @@ def _classes(
             for count in apart_in_graphs(first, known):
                 classes[count] = max(classes.values()) + 1
         wide = classes
-        if prefill and first.sees_prefill and len(classes) == len(counts):  # it is not capped
+        if len(classes) < len(counts):
+            level = logging.INFO if first.device.type == "cpu" else logging.WARNING
+            said = "margingate: more than %d rows of %s depend on each other: they run in pieces"
+            logger.log(level, said, max(classes), first.name)
+        elif prefill and first.sees_prefill:
             wide = extended(first, classes, prefill)
     return Classes(classes, wide, time.monotonic() - start)
 

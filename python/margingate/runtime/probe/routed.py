@@ -15,12 +15,22 @@ from typing import Any, ClassVar
 
 import torch
 
+from margingate.runtime.compat.routers import routed_experts
 from margingate.runtime.probe import fused_gate
 from margingate.runtime.probe.observed_calls import Observed, ObservedRows, chosen_of
 from margingate.runtime.probe.operators import SEED, Inputs, Operator, normal_rows
 
 CROWD = 4  # every so many rows of a sample, one chooses the same experts as all such rows
+SATURATING = 16.0  # times the usual scale of a router's scores
 ALONE = 3  # the row of a sample that has an expert for itself
+
+# Of SGLang's MoeRunnerConfig: what an expert's results depend on.
+CONFIGURED = (
+    *("runner_backend", "activation", "is_gated", "apply_router_weight_on_input", "no_combine"),
+    *("no_combine_keep_router_weight", "routed_scaling_factor", "gemm1_alpha", "gemm1_beta"),
+    *("gemm1_clamp_limit", "swiglu_limit", "gate_up_interleaved", "use_tp_all_gather_activation"),
+    *("num_fused_shared_experts", "inplace"),
+)
 
 
 @dataclass(frozen=True)
@@ -84,8 +94,15 @@ class Router(Routed):
     kind: ClassVar[str] = "router"
     must_agree: ClassVar[bool] = True
 
+    @property
+    def is_replicated(self) -> bool:
+        return True
+
     def sample(self, rows: int) -> Rows:
-        return self._normal_rows(rows)
+        """Scores of every other row are so large that they may saturate, and tie."""
+        hidden, *scores = self._normal_rows(rows).parts
+        scores[-1][1::2] *= SATURATING
+        return Rows((hidden, *scores))
 
     def run(self, inputs: Inputs) -> torch.Tensor:
         chosen = chosen_of(self.name, self.module(*inputs.clone().parts))
@@ -102,6 +119,8 @@ class Router(Routed):
             *(topk_config.renormalize, topk_config.use_grouped_topk, topk_config.topk_group),
             *(topk_config.num_expert_group, topk_config.scoring_func),
             *(topk_config.routed_scaling_factor, topk_config.output_format),
+            *(routed_experts(topk_config), topk_config.custom_routing_function),
+            topk_config.apply_routed_scaling_factor_on_output,
         )
         biased = " biased" if topk_config.correction_bias is not None else ""
         return f"{super().signature} {' '.join(map(str, values))}{biased}"
@@ -150,9 +169,11 @@ class Experts(Routed):
 
     @property
     def signature(self) -> str:
-        method = type(self.module.quant_method).__name__
-        said = f"{method} {self.module.w13_weight.dtype} {self.module.moe_runner_config.activation}"
-        return f"{super().signature} {said}"
+        module, config = self.module, self.module.moe_runner_config
+        values = [str(getattr(config, name, None)) for name in CONFIGURED]
+        biased = getattr(module, "w13_weight_bias", None) is not None
+        said = f"{type(module.quant_method).__name__} {module.w13_weight.dtype} {' '.join(values)}"
+        return f"{super().signature} {list(module.w2_weight.shape)} {said}{' biased' * biased}"
 
     def _routed(self, ids: torch.Tensor) -> Rows:
         """Rows with these choices [rows, k]; their other parts depend on the row's index alone."""

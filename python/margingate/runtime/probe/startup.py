@@ -15,11 +15,19 @@ from typing import Any
 
 import torch
 
-from margingate.config import GateConfig
+from margingate.config import GateConfig, GateError
 from margingate.runtime.attention import fixed_split, invariant_attention
 from margingate.runtime.compat import ranks, settings
 from margingate.runtime.compat.server_args import gate_config
-from margingate.runtime.probe import all_reduce, cache, classes, dual_gemm, execute, plans
+from margingate.runtime.probe import (
+    all_reduce,
+    cache,
+    classes,
+    dual_gemm,
+    execute,
+    plans,
+    shared_plans,
+)
 from margingate.runtime.probe.attention_operator import probe_attention
 from margingate.runtime.probe.observed_calls import (
     ROWS,
@@ -29,6 +37,7 @@ from margingate.runtime.probe.observed_calls import (
     refuse_unmeasured,
 )
 from margingate.runtime.probe.operators import HEAD, Operator
+from margingate.runtime.probe.routed import Experts, Router
 from margingate.runtime.verify.verifier import RowInput, Verifier, scratch_rows
 
 logger = logging.getLogger(__name__)
@@ -92,6 +101,13 @@ def refuse_unknown(
     refuse_unmeasured(model, {id(member.module) for member in members})
     planned = (each for each in members if each.is_planned and each.name != HEAD)
     refuse_bypassed(((each.name, each.module) for each in planned), seen)
+    experts = [each.name for each in members if isinstance(each, Experts)]
+    if len(experts) > sum(isinstance(each, Router) for each in members):
+        raise GateError(
+            f"--deterministic-gate cannot measure how {experts[-1]} and others get their rows, "
+            "because not each has a TopK that a decode step calls: serve this model without the "
+            "flag."
+        )
 
 
 def _settle_dual_gemm(runner: Any, prefill: bool) -> None:
@@ -170,6 +186,7 @@ def _find(
         found = plans.probe_groups(operators, decoded, prefill, _decode_graphs(runner))
         found += probe_attention(runner, classes.row_counts(decoded))
         cache.save(key, found)
+    found = shared_plans.of_all_ranks(found, ranks.of_all(found), operators)
     logger.info("margingate: rows that give one row the same bits, %s:", source)
     for finding in found:
         logger.info("margingate: %s", finding)

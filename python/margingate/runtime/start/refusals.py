@@ -16,6 +16,8 @@ _ENVIRONMENT = {
     # SGLang looks for them in its batches, and ends the scheduler.
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "takes slots of withheld requests to be lost",
 }
+# By any value.
+_FILES = {"SGLANG_MOE_CONFIG_DIR": "names files that choose the kernels of experts"}
 _OFF = ("", "0", "false", "no", "n")  # as SGLang reads them
 
 
@@ -32,9 +34,9 @@ def refuse_server(args: Any) -> None:
             f"--deterministic-gate does not work with --{name.replace('_', '-')}, which nobody has "
             f"looked at in SGLang {release.SGLANG_VERSION}: leave it at its default."
         )
-    for name, does in _ENVIRONMENT.items():
+    for name, does in (_ENVIRONMENT | _FILES).items():
         value = os.environ.get(name, "")
-        if value.lower() not in _OFF:
+        if value and (name in _FILES or value.lower() not in _OFF):
             raise GateError(
                 f"--deterministic-gate does not work with {name}={value}, which {does}: unset it."
             )

@@ -224,6 +224,12 @@ _REFUSALS = (
     Refusal(
         lambda a: a.moe_a2a_backend not in (None, "none"), "--moe-a2a-backend", _SPREAD, "use none"
     ),
+    Refusal(
+        lambda a: a.moe_runner_backend not in ("auto", "triton"),
+        "--moe-runner-backend",
+        "its kernels are tuned after the experts were measured",
+        "use triton",
+    ),
     _dropped("enable_eplb", _REPLACED),
     _dropped("ep_num_redundant_experts", _REPLACED),
     Refusal(
