@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-_SERVERS = re.compile(r"test_(server_\w+|engine|scripts|docs|layering)\.py")
+_SERVERS = re.compile(r"test_(server_\w+|engine|scripts|docs|layering|cli_model|made_models)\.py")
 _TOUCHES = re.compile(r"sglang|margingate\.runtime")
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+?)(?: - (.*))?$", re.MULTILINE)
 
