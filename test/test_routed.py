@@ -129,6 +129,22 @@ def test_a_dependence_on_neighbours_caps_the_operator_below_it(what):
     assert holds and plan.high == max(found), "more rows run in pieces, those of prefill too"
 
 
+def test_a_rare_difference_in_a_full_expert_caps_the_operator():
+    """As bfloat16 products on matrix tiles: a few rows differ where more than 32 are multiplied."""
+    rare = MadeUpExperts()
+
+    def run(dispatch_output: Any) -> Any:
+        found = MadeUpExperts.run_moe_core(rare, dispatch_output)
+        full = fill(dispatch_output.topk_output.topk_ids) > 32
+        seldom = (found.hidden_states[:, 0] * 1000).long() % 9 == 0
+        found.hidden_states += (full & seldom).float()[:, None]
+        return found
+
+    operator = Experts("experts", SimpleNamespace(**vars(rare), run_moe_core=run), SEEN)
+    found = probe_operator(operator, row_counts(64))
+    assert set(found) == set(range(1, 33)), "not 64, and no class of 33 to 64 rows"
+
+
 @settings(max_examples=30)
 @given(st.integers(17, 900))
 def test_a_leak_that_only_prefill_shows_is_in_a_class_of_its_own(count):

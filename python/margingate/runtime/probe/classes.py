@@ -98,17 +98,47 @@ def probe_operator(operator: Operator, counts: Sequence[int]) -> dict[int, int]:
     Raises:
         RowDependenceError: at a fixed row count a row's bits depend on its place or neighbours.
     """
-    sample = operator.sample(sample_rows(counts))
+    samples = operator.samples(sample_rows(counts))
+    of_samples = [_classes_of(operator, sample, counts) for sample in samples]
+    found = _together(of_samples)
+    disturbed = _disturbed(operator, samples[0], found)
+    if disturbed and not operator.is_capped:
+        raise RowDependenceError(disturbed)
+    return {count: key for count, key in found.items() if not 0 < disturbed <= count}
+
+
+def _classes_of(operator: Operator, sample: Inputs, counts: Sequence[int]) -> dict[int, int]:
+    """Classes of `counts` by one sample, up to the first at which a capped operator depends."""
     found: dict[int, int] = {}
     try:
         _classify(lambda rows: operator.run(sample[rows]), counts, operator.device, found)
     except RowDependenceError:
         if not operator.is_capped or not found:
             raise
-    disturbed = _disturbed(operator, sample, found)
-    if disturbed and not operator.is_capped:
-        raise RowDependenceError(disturbed)
-    return {count: key for count, key in found.items() if not 0 < disturbed <= count}
+    return found
+
+
+def _together(of_samples: Sequence[Mapping[int, int]]) -> dict[int, int]:
+    """Classes of the row counts before the first that samples class apart, or that one lacks.
+
+    There the rows' company decides, and not their number.
+    """
+    numbers: dict[tuple[int, ...], int] = {}
+    found: dict[int, int] = {}
+    for count in of_samples[0]:
+        if not all(count in classes for classes in of_samples):
+            break
+        key = tuple(classes[count] for classes in of_samples)
+        if _are_apart(key, numbers):
+            break
+        found[count] = numbers.setdefault(key, len(numbers))
+    return found
+
+
+def _are_apart(key: tuple[int, ...], known: Iterable[tuple[int, ...]]) -> bool:
+    """Whether some samples have a class of another row count again, and others have not."""
+    shared = ([one == other for one, other in zip(key, each, strict=True)] for each in known)
+    return any(any(same) and not all(same) for same in shared)
 
 
 def _disturbed(operator: Operator, sample: Inputs, counts: Iterable[int]) -> int:
@@ -179,11 +209,23 @@ def extended(
     Rows repeat in blocks of the largest count so far, so that a large output is held once and each
     of its blocks compared with a small one.
     """
-    found = dict(classes)
     if not counts:
-        return found
+        return dict(classes)
     base = max(classes)
-    sample = operator.sample(base)
+    of_samples = [_extended(operator, sample, classes, counts) for sample in operator.samples(base)]
+    found, numbers = dict(classes), {(key,) * len(of_samples): key for key in classes.values()}
+    for count in counts:
+        keys, unused = tuple(each[count] for each in of_samples), max(found.values()) + 1
+        apart = _are_apart(keys, numbers)
+        found[count] = unused if apart else numbers.setdefault(keys, unused)
+    return found
+
+
+def _extended(
+    operator: Operator, sample: Inputs, classes: Mapping[int, int], counts: Sequence[int]
+) -> dict[int, int]:
+    """As `extended`, by one sample of as many rows as the largest count so far."""
+    found, base = dict(classes), len(sample)
     seen = {
         key: _in_windows(
             lambda rows: operator.run(sample[rows % base]), _cover(base, of[-1]), of[-1]

@@ -55,6 +55,10 @@ class Operator:
         """Results [rows, outputs] of one call; the inputs are not changed."""
         raise NotImplementedError
 
+    def samples(self, rows: int) -> list[Inputs]:
+        """All inputs that row counts are classed by, `sample` first; each of so many rows."""
+        return [self.sample(rows)]
+
     def company(self, sample: Inputs, row: int, count: int) -> list[tuple[Inputs, int]]:
         """Inputs of `count` rows, with row `row` of the sample at the index that is beside them.
 

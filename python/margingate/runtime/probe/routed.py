@@ -140,6 +140,11 @@ class Experts(Routed):
     def sample(self, rows: int) -> Rows:
         return self._routed(self._choices(rows))
 
+    def samples(self, rows: int) -> list[Inputs]:
+        """A crowd besides: all rows choose the same experts, so that each place of one is taken."""
+        mixed = self.sample(rows)
+        return [mixed, self._routed(mixed.parts[2][:1].expand(rows, -1).contiguous())]
+
     def run(self, inputs: Inputs) -> torch.Tensor:
         return call_experts(self.module.run_moe_core, inputs.clone())
 
