@@ -16,13 +16,13 @@ from sglang.srt.layers.moe.topk import TopK, TopKConfig
 
 from margingate.config import GateError
 from margingate.core.rowclass import Route, RowPlan
+from margingate.runtime.compat import routers
 from margingate.runtime.probe import execute, fused_gate, plans, shared_plans, startup
 from margingate.runtime.probe.classes import Finding, extended, groups, probe_operator, row_counts
 from margingate.runtime.probe.observed_calls import (
     ObservedRows,
     observed_rows,
     observing,
-    routed_modules,
 )
 from margingate.runtime.probe.operators import Plain
 from margingate.runtime.probe.routed import Experts, Router, SharedGate
@@ -294,7 +294,7 @@ def test_a_step_says_what_routers_and_experts_are_given(monkeypatch):
     topk.forward = lambda hidden, logits: None
     model = torch.nn.Module()
     model.topk = topk
-    assert [name for name, _ in routed_modules(model)] == ["topk"]
+    assert [name for name, _ in (*routers.routers(model), *routers.experts(model))] == ["topk"]
     with observing(model, 3) as seen:
         topk(hidden, torch.randn(3, EXPERTS))
     assert seen == {id(topk): ROUTED}
@@ -342,4 +342,8 @@ def test_a_gate_that_a_kernel_reads_is_measured_and_kept_by_the_kernel(leaves, m
     few = model(x)
     assert made == [8 if leaves == 8 else 3]
     assert torch.equal(few, model(torch.cat([x] * 5))[:3])
-    assert before is not kernel
+    weight = model.shared_expert_gate.weight
+    weight.data = weight.data.clone()
+    made.clear()
+    assert torch.equal(model(x), few), "an update of weights moved it"
+    assert made == [8 if leaves == 8 else 3] and before is not kernel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -15,6 +16,12 @@ from margingate.harness.embedded_model import MANIFEST
 Tensors = dict[str, torch.Tensor]
 _OWN = {"config.json", "model.safetensors.index.json", MANIFEST}  # never copied
 _KEPT = ("embed_tokens", "lm_head", "shared_expert_gate", "mlp.gate.", "block_sparse_moe.gate.")
+
+
+def add_folders(parser: argparse.ArgumentParser, source: str = "a model's folder") -> None:
+    """The arguments `source`, described so, and `folder`."""
+    parser.add_argument("source", type=Path, help=source)
+    parser.add_argument("folder", type=Path, help="what is made")
 
 
 def read(folder: Path) -> tuple[dict[str, Any], Tensors]:

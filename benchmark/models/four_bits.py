@@ -10,7 +10,6 @@ the order of the inputs. Embeddings, head and routers stay as they are. Marlin w
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -38,8 +37,7 @@ class Groups(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("format", choices=FORMATS)
-    parser.add_argument("source", type=Path, help="a model's folder")
-    parser.add_argument("folder", type=Path, help="what is made")
+    checkpoints.add_folders(parser)
     parser.add_argument("--group", type=int, default=128, help="inputs that share a scale")
     args = parser.parse_args()
     config, tensors = checkpoints.read(args.source)

@@ -10,7 +10,6 @@ outputs of merged layers in whole blocks: `benchmark.models.padded` gives SmolLM
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 
@@ -24,8 +23,7 @@ LARGEST = torch.finfo(FP8).max
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path, help="a model's folder")
-    parser.add_argument("folder", type=Path, help="what is made")
+    checkpoints.add_folders(parser)
     args = parser.parse_args()
     config, tensors = checkpoints.read(args.source)
     method = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}

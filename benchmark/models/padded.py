@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from pathlib import Path
 from typing import Any
 
 from benchmark.bench import checkpoints
@@ -23,8 +22,7 @@ HEADS |= dict.fromkeys(("k_proj", "v_proj"), "num_key_value_heads")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path, help="a Llama model's folder")
-    parser.add_argument("folder", type=Path, help="what is made")
+    checkpoints.add_folders(parser, "a Llama model's folder")
     args = parser.parse_args()
     config, tensors = checkpoints.read(args.source)
     if config["model_type"] != "llama":

@@ -9,7 +9,6 @@ router is random: nothing keeps its scores apart, and with a small spread many a
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +22,7 @@ LLAMA_ONLY = ("attention_bias", "mlp_bias", "pretraining_tp")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path, help="a Llama model's folder")
-    parser.add_argument("folder", type=Path, help="what is made")
+    checkpoints.add_folders(parser, "a Llama model's folder")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--top", type=int, default=2, help="experts that a token gets")
     parser.add_argument("--noise", type=float, default=0.05, help="relative to a weight's RMS")

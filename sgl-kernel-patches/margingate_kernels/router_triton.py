@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from margingate_kernels.ordered_triton import as_rank, unrank
 from margingate_kernels.overlap import (
     launch_options,
     let_the_next_kernel_start,
@@ -41,19 +42,6 @@ def _most(x: tl.tensor) -> tl.tensor:
 @triton.jit
 def _total(x: tl.tensor) -> tl.tensor:
     return tl.sum(tl.sum(x, axis=1, keep_dims=True), axis=0, keep_dims=True)
-
-
-@triton.jit
-def _rank(m: tl.tensor) -> tl.tensor:
-    """A whole number that orders as `m`; equal zeros are equal. Meaningless for NaN."""
-    bits = (m + 0.0).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _unrank(rank: tl.tensor) -> tl.tensor:
-    """The float that `_rank` was given, -0.0 as 0.0. Meaningless for what is absent."""
-    return (rank ^ ((rank >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -93,7 +81,7 @@ def _edge(rank: tl.tensor, k: tl.constexpr) -> tl.tuple:
 @triton.jit
 def _gap(last: tl.tensor, first_out: tl.tensor) -> tl.tensor:
     """From chosen to not chosen; +inf where nothing was left to choose."""
-    gap = _unrank(last) - _unrank(first_out)
+    gap = unrank(last) - unrank(first_out)
     return tl.where(first_out == _ABSENT, _INF, gap)
 
 
@@ -108,11 +96,11 @@ def _group_scores(rank: tl.tensor, scoring: tl.constexpr) -> tl.tensor:
     """What a group stands for, float32 [groups, 1]: its best; biased, the sum of its two best."""
     top = tl.max(rank, axis=1, keep_dims=True)
     if scoring == 0:
-        return _unrank(top)
+        return unrank(top)
     equal = rank == top
     rest = tl.max(tl.where(equal, _ABSENT, rank), axis=1, keep_dims=True)
     alone = tl.sum(equal.to(tl.int32), axis=1, keep_dims=True) == 1
-    return _unrank(top) + _unrank(tl.where(alone, rest, top))
+    return unrank(top) + unrank(tl.where(alone, rest, top))
 
 
 @triton.jit(do_not_specialize=["row_stride", "bias_stride"])
@@ -145,14 +133,14 @@ def fold_margins(  # noqa: PLR0917
         b = tl.load(bias + row * bias_stride + expert, mask=there, other=0.0).to(tl.float32)
         x = _scores(x, b, there, scoring)
     broken = _total((there & _is_nan(x)).to(tl.int32)) > 0
-    rank = tl.where(there, _rank(x), _ABSENT)
+    rank = tl.where(there, as_rank(x), _ABSENT)
 
     margin = tl.full((1, 1), _INF, tl.float32)
     if chosen_groups < groups:
         stands_for = _group_scores(rank, scoring)
         is_group = group < groups
         broken |= _total((is_group & _is_nan(stands_for)).to(tl.int32)) > 0
-        group_rank = tl.where(is_group, _rank(stands_for), _ABSENT)
+        group_rank = tl.where(is_group, as_rank(stands_for), _ABSENT)
         last, first_out = _edge(group_rank, chosen_groups)
         margin = _gap(last, first_out)
         rank = tl.where(group_rank >= last, rank, _ABSENT)

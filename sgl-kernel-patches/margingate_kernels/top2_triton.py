@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from margingate_kernels.ordered_triton import as_rank, unrank
 from margingate_kernels.overlap import (
     launch_options,
     let_the_next_kernel_start,
@@ -117,27 +118,11 @@ def _best_groups(tiles: tl.tuple, steps: tl.constexpr) -> tl.tuple:
 
 
 @triton.jit
-def _rank(m: tl.tensor) -> tl.tensor:
-    """A whole number that orders as `m`, which is not NaN; equal zeros are equal.
-
-    A warp finds the largest whole number in one instruction, the largest float in ten.
-    """
-    bits = (m + 0.0).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _unrank(rank: tl.tensor) -> tl.tensor:
-    """The float that `_rank` was given, -0.0 as 0.0."""
-    return (rank ^ ((rank >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _two_best(
     m1: tl.tensor, c1: tl.tensor, m2: tl.tensor, c2: tl.tensor, axis: tl.constexpr
 ) -> tl.tuple:
     """Along an axis, kept: the two best of pairs (m1, c1) that rank before their (m2, c2)."""
-    rank1, rank2 = _rank(m1), _rank(m2)
+    rank1, rank2 = as_rank(m1), as_rank(m2)
     top1 = tl.max(rank1, axis=axis, keep_dims=True)
     at1 = tl.min(tl.where(rank1 == top1, c1, _NO_COLUMN), axis=axis, keep_dims=True)
     # The winner offers its second, every other its first.
@@ -145,7 +130,7 @@ def _two_best(
     rank, c = tl.where(won, rank2, rank1), tl.where(won, c2, c1)
     top2 = tl.max(rank, axis=axis, keep_dims=True)
     at2 = tl.min(tl.where(rank == top2, c, _NO_COLUMN), axis=axis, keep_dims=True)
-    return _unrank(top1), at1, _unrank(top2), at2
+    return unrank(top1), at1, unrank(top2), at2
 
 
 # `group` replaces Triton's own look at addresses and strides, which could pick another code

@@ -1,4 +1,4 @@
-"""What SGLang's routers say of themselves, in the words of the newest release."""
+"""SGLang's routers and experts in a model, and what routers say of themselves."""
 
 from __future__ import annotations
 
@@ -18,3 +18,17 @@ _shared_slots_of = of_release("shared_slots", _shared_slots)
 def routed_experts(topk_config: Any) -> int:
     """How many experts a router chooses for a row, less those that every row goes to."""
     return int(topk_config.top_k) - _shared_slots_of(topk_config)
+
+
+def routers(model: Any) -> list[tuple[str, Any]]:
+    """SGLang's TopK modules, by name."""
+    from sglang.srt.layers.moe.topk import TopK
+
+    return [each for each in model.named_modules() if isinstance(each[1], TopK)]
+
+
+def experts(model: Any) -> list[tuple[str, Any]]:
+    """SGLang's FusedMoE modules, by name."""
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+
+    return [each for each in model.named_modules() if isinstance(each[1], FusedMoE)]

@@ -51,11 +51,20 @@ def borders() -> set[int]:
     return {end for plan in _plans.values() for span in plan.counts for end in span}
 
 
+def _plan_for(layer: Any, rows: int) -> RowPlan | None:
+    """How a call of this layer with so many rows is made; None: as it is.
+
+    So is one of more rows than plans hold for: a prefill that is canonical by its shape.
+    """
+    plan = _plans.get(id(layer))
+    return None if plan is None or rows > _limit or plan.runs_as_is(rows) else plan
+
+
 def apply_linear(original: Any, method: Any, layer: Any, x: torch.Tensor, bias: Any = None) -> Any:
     """AROUND UnquantizedLinearMethod.apply: stay within the operator's class of row counts."""
-    plan = _plans.get(id(layer))
-    if plan is None or x.dim() != 2 or x.shape[0] > _limit or plan.runs_as_is(x.shape[0]):
-        return original(method, layer, x, bias)  # more: a prefill that is canonical by its shape
+    plan = _plan_for(layer, x.shape[0]) if x.dim() == 2 else None
+    if plan is None:
+        return original(method, layer, x, bias)
     return run_in_class(
         plan,
         x,
@@ -78,8 +87,8 @@ def compute_lm_head(
         buffer: `out`, where a whole forward's logits may be written. SGLang copies there what is
             returned instead of it.
     """
-    plan = _plans.get(id(lm_head))
-    if plan is None or hidden.shape[0] > _limit or plan.runs_as_is(hidden.shape[0]):
+    plan = _plan_for(lm_head, hidden.shape[0])
+    if plan is None:
         return original(processor, hidden, lm_head, bias, **buffer)
     weight = lm_head.weight
     return run_in_class(
@@ -113,8 +122,8 @@ def redirect(operators: Mapping[str, Sequence[Operator]], planned: Mapping[int, 
 
 def apply_plain(original: Any, module: Any, x: torch.Tensor) -> torch.Tensor:
     """Around the `forward` of a plain linear layer."""
-    plan = _plans.get(id(module))
-    if plan is None or x.dim() != 2 or x.shape[0] > _limit or plan.runs_as_is(x.shape[0]):
+    plan = _plan_for(module, x.shape[0]) if x.dim() == 2 else None
+    if plan is None:
         unplanned: torch.Tensor = original(x)
         return unplanned
     return run_in_class(plan, x, original)
@@ -124,11 +133,11 @@ def apply_experts(original: Any, module: Any, dispatch_output: Any) -> Any:
     """Around the `run_moe_core` of experts, whose tokens stay on their rank."""
     from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput
 
-    plan, rows = _plans.get(id(module)), dispatch_output.hidden_states.shape[0]
-    if plan is None or rows == 0 or rows > _limit or plan.runs_as_is(rows):
+    hidden = dispatch_output.hidden_states
+    plan = _plan_for(module, len(hidden)) if len(hidden) else None
+    if plan is None:
         return original(dispatch_output=dispatch_output)
-    chosen = dispatch_output.topk_output
-    inputs = Rows(tuple(routing_tensors("experts", dispatch_output.hidden_states, chosen)))
+    inputs = Rows(tuple(routing_tensors("experts", hidden, dispatch_output.topk_output)))
     return StandardCombineInput(run_in_class(plan, inputs, partial(call_experts, original)))
 
 
@@ -140,13 +149,8 @@ def apply_shared_gate(
     *more: torch.Tensor,
 ) -> None:
     """Around the kernel of `fused_gate`, whose last argument [rows, hidden] it adds to."""
-    gate = gates.get(weight.data_ptr())
-    if gate is None:
-        raise RuntimeError(
-            "a shared expert's gate was not measured: its weight has another address"
-        )
-    plan, rows = _plans.get(id(gate)), hidden.shape[0]
-    if plan is None or rows > _limit or plan.runs_as_is(rows):
+    plan = _plan_for(_gate_of(weight, gates), hidden.shape[0])
+    if plan is None:
         kernel(hidden, weight, *more)
         return
     operator = partial(call_shared_gate, kernel, weight)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from margingate.config import GateError
+from margingate.runtime.compat.routers import experts, routers
 from margingate.runtime.probe import fused_gate
 
 logger = logging.getLogger(__name__)
@@ -148,7 +149,7 @@ def observing(model: Any, rows: int) -> Iterator[dict[int, Observed]]:
             linear = isinstance(getattr(module, "quant_method", None), UnquantizedLinearMethod)
             if hasattr(module, "weight") and not linear and not any(module.children()):
                 stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        for name, module in routed_modules(model):
+        for name, module in (*routers(model), *experts(model)):
             routed = partial(_routed, seen, (name, rows))
             stack.callback(module.register_forward_pre_hook(routed, with_kwargs=True).remove)
         if gates := fused_gate.gates(model):
@@ -156,16 +157,6 @@ def observing(model: Any, rows: int) -> Iterator[dict[int, Observed]]:
         UnquantizedLinearMethod.apply = applied
         stack.callback(setattr, UnquantizedLinearMethod, "apply", apply)
         yield seen
-
-
-def routed_modules(model: Any) -> Iterator[tuple[str, Any]]:
-    """SGLang's routers and experts, by name."""
-    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
-    from sglang.srt.layers.moe.topk import TopK
-
-    for name, module in model.named_modules():
-        if isinstance(module, FusedMoE | TopK):
-            yield name, module
 
 
 def _routed(

@@ -71,7 +71,7 @@ class Routed(Operator):
         like = torch.empty(0, dtype=dtype, device=self.device)
         return normal_rows(rows, width, like, SEED + part)
 
-    def _normal_rows(self, rows: int) -> Rows:
+    def sample(self, rows: int) -> Rows:
         return Rows(tuple(self._normal(rows, part) for part, _ in enumerate(self.call.parts)))
 
     @property
@@ -100,7 +100,7 @@ class Router(Routed):
 
     def sample(self, rows: int) -> Rows:
         """Scores of every other row are so large that they may saturate, and tie."""
-        hidden, *scores = self._normal_rows(rows).parts
+        hidden, *scores = super().sample(rows).parts
         scores[-1][1::2] *= SATURATING
         return Rows((hidden, *scores))
 
@@ -217,15 +217,8 @@ class SharedGate(Routed):
     kind: ClassVar[str] = "shared gate"
     is_planned: ClassVar[bool] = True
 
-    def sample(self, rows: int) -> Rows:
-        return self._normal_rows(rows)
-
     def run(self, inputs: Inputs) -> torch.Tensor:
         return call_shared_gate(fused_gate.kernel(), self.module.weight, inputs.clone())
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.module.weight.shape)
 
 
 def call_shared_gate(kernel: Any, weight: torch.Tensor, rows: Rows) -> torch.Tensor:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from margingate.config import GateConfig, GateError
-from margingate.runtime.compat.routers import routed_experts
+from margingate.runtime.compat.routers import experts, routed_experts, routers
 from margingate_kernels import Routing, router_margin
 
 TARGET = "layers.moe.topk.TopK.forward"  # of the hook, below sglang.srt
@@ -39,12 +39,12 @@ class RouterMargins:
     be done before one. All on the stream of the forward, and nothing waits.
     """
 
-    def __init__(self, routers: Sequence[Any], device: torch.device | str) -> None:
-        """Mutates the routers, SGLang's TopK modules: each knows its place from here on."""
+    def __init__(self, every: Sequence[Any], device: torch.device | str) -> None:
+        """Mutates all of SGLang's TopK modules: each knows its place from here on."""
         # NaN until a router was seen to run: a row of which nobody knows is verified.
         with torch.inference_mode(False):  # forwards of both modes write to it
             self._least = torch.full((ROWS,), math.nan, device=device)
-        for i, topk in enumerate(routers):
+        for i, topk in enumerate(every):
             setattr(topk, _ATTRIBUTE, _Router(self._least, routing_of(topk), reset=i == 0))
 
     def sampled(self, forward_batch: Any, rows: int) -> torch.Tensor:
@@ -93,7 +93,7 @@ def of(model: Any) -> RouterMargins | None:
 
 def unseen(model: Any) -> float:
     """The router margin of a row where none is looked at: +inf, or NaN if the model has routers."""
-    return math.nan if any(True for _ in _modules(model)) else math.inf
+    return math.nan if routers(model) or experts(model) else math.inf
 
 
 def watch(model: Any, config: GateConfig, device: torch.device | str) -> bool:
@@ -104,12 +104,12 @@ def watch(model: Any, config: GateConfig, device: torch.device | str) -> bool:
     Raises:
         GateError: `config` would let rows go by margins that say too little of such a model.
     """
-    routers = [topk for name, topk in _modules(model) if name == "TopK"]
-    experts = [layer for name, layer in _modules(model) if name == "FusedMoE"]
-    if not routers and not experts:
+    every = [topk for _, topk in routers(model)]
+    layers = [layer for _, layer in experts(model)]
+    if not every and not layers:
         return False
-    _refuse(config, _unknown(routers, experts))
-    setattr(model, _ATTRIBUTE, RouterMargins(sorted(routers, key=_layer), device))
+    _refuse(config, _unknown(every, layers))
+    setattr(model, _ATTRIBUTE, RouterMargins(sorted(every, key=_layer), device))
     return True
 
 
@@ -131,15 +131,15 @@ def _refuse(config: GateConfig, unknown: str) -> None:
         )
 
 
-def _unknown(routers: Sequence[Any], experts: Sequence[Any]) -> str:
+def _unknown(every: Sequence[Any], of_layers: Sequence[Any]) -> str:
     """What of a model's routing cannot be measured; empty: nothing."""
-    layers = Counter(map(_layer, routers))
-    for topk in routers:
+    layers = Counter(map(_layer, every))
+    for topk in every:
         if routing_of(topk) is None:
             return f"the router of layer {_layer(topk)} chooses in a way of its own"
         if layers[_layer(topk)] > 1:
             return f"layer {_layer(topk)} has {layers[_layer(topk)]} routers"
-    for layer in map(_layer, experts):
+    for layer in map(_layer, of_layers):
         if layer not in layers:
             return f"the experts of layer {layer} have a router of their own"
     return ""
@@ -147,17 +147,6 @@ def _unknown(routers: Sequence[Any], experts: Sequence[Any]) -> str:
 
 def _layer(module: Any) -> int:
     return int(module.layer_id)
-
-
-def _modules(model: Any) -> Iterator[tuple[str, Any]]:
-    """SGLang's routers and layers of experts in a model, each with its class's name."""
-    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
-    from sglang.srt.layers.moe.topk import TopK
-
-    for module in model.modules():
-        for kind in (TopK, FusedMoE):
-            if isinstance(module, kind):
-                yield kind.__name__, module
 
 
 def routing_of(topk: Any) -> Routing | None:
