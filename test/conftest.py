@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from margingate.harness.client import Answer, Client, Prompt, chat_prompts, read_prompts
@@ -19,6 +20,11 @@ from margingate.harness.embedded_model import ensure_model
 from margingate.harness.servers import Server, free_port, launch, slow_bfloat16
 
 pytest_plugins = ("workers",)
+# A run of the suite asks the same of every machine. `pytest --hypothesis-profile explore` draws new
+# examples each time, ten times as many where a test does not set their number.
+hypothesis.settings.register_profile("repeat", derandomize=True)
+hypothesis.settings.register_profile("explore", max_examples=1000)
+hypothesis.settings.load_profile("repeat")
 Start = Callable[..., Server]
 Canonical = Callable[[Client, Sequence[Prompt]], list[Answer]]
 # On this path a decode step is what SGLang makes of it, and the gate has flips to find and repair.

@@ -69,7 +69,7 @@ def test_flags_and_flips_are_near_their_rates_and_the_same_in_two_runs(client, m
     assert state["rolled_back"] >= state["flips"] > 0 == state["missed"]
     assert all(answer.meta["completion_tokens"] == TOKENS for answer in one)
     assert all(gates(one, "simulated")) and set(gates(one, "fingerprint")) == {None}
-    assert 0 < state["merged_passes"] < state["passes"]
+    assert 0 < state["merged_passes"] <= state["passes"], "all, if a step is always there to carry"
     tally = state["tally"]
     assert 0 < tally["quiet_steps"] < tally["decode_steps"]
     assert state["verified"] <= tally["pass_rows"] <= state["passes"] * 16

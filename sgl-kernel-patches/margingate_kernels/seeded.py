@@ -173,34 +173,45 @@ class _Mass:
         self._weight = (torch.exp((values - values[:, :1]) / temperature) * _UNIT).round().long()
         self._total = self._weight.sum(-1, keepdim=True)
         self._before = self._weight.cumsum(-1) - self._weight
+        self._off_by = values.shape[1] / 2  # a sum of weights, each rounded to a whole number
         self._limit = draws.top_ps.double().view(-1, 1)
         limit = self._limit * self._total.double()
         self.inside = (self._before.double() <= limit) | (self._limit >= 1)  # [R, V]
 
-    def _over(self, weights: torch.Tensor) -> torch.Tensor:
-        """How far the odds of sets of these weights are above those of p, in logits."""
-        odds = torch.logit(weights.double() / self._total.double())
+    def _above(self, weights: torch.Tensor) -> torch.Tensor:
+        """How far at least the odds of sets of these weights are above those of p, in logits."""
+        weights = weights.double()
+        rest = self._total.double() - weights + self._off_by
+        odds = torch.log((weights - self._off_by).clamp(min=0) / rest)
         return self._temperature * (odds - torch.logit(self._limit))
+
+    def _below(self, weights: torch.Tensor) -> torch.Tensor:
+        """How far at least the odds of sets of these weights are below those of p, in logits."""
+        weights = weights.double()
+        rest = (self._total.double() - weights - self._off_by).clamp(min=0)
+        odds = torch.log((weights + self._off_by) / rest)
+        return self._temperature * (torch.logit(self._limit) - odds)
 
     def leave(self, rank: torch.Tensor, winner: torch.Tensor) -> torch.Tensor:
         """For the kept token at rank `winner` [R, 1]: [R, 1]."""
         own = self._weight.gather(1, winner)
         others = self._before + self._weight - own  # before it, once it fell behind this rank
         others = torch.where(rank == winner, self._before, others)
-        lift = torch.maximum(self._values.gather(1, winner) - self._values, -self._over(others))
+        lift = torch.maximum(self._values.gather(1, winner) - self._values, self._below(others))
         return lift.masked_fill(rank < winner, torch.inf).amin(-1, keepdim=True).clamp(min=0)
 
     def enter(self) -> torch.Tensor:
         """For each token [R, V]; of meaning for those outside."""
         # Overtaking down to rank j costs values[j] - values[i], and lowering the mass before j
-        # over[j]; the first falls with j and the second rises, so the best j is where they cross.
-        over = self._over(self._before)
-        gap = over - self._values  # ascending
+        # above[j]; the first falls with j and the second rises, so the best j is where they cross.
+        above = self._above(self._before)
+        gap = above - self._values  # ascending
         cross = torch.searchsorted(gap, -self._values).clamp(max=gap.shape[1] - 1)
-        above = (cross - 1).clamp(min=0)
-        here = torch.maximum(over.gather(1, cross), self._values.gather(1, cross) - self._values)
-        there = torch.maximum(over.gather(1, above), self._values.gather(1, above) - self._values)
-        return torch.minimum(here, there).clamp(min=0)
+        nearest = [
+            torch.maximum(above.gather(1, rank), self._values.gather(1, rank) - self._values)
+            for rank in (cross, (cross - 1).clamp(min=0))
+        ]
+        return torch.minimum(*nearest).clamp(min=0)
 
 
 def gumbel(seeds: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:
