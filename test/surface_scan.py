@@ -17,6 +17,7 @@ _ARGS = "server_args.ServerArgs"
 _BATCH = "managers.schedule_batch.ScheduleBatch"
 _CHOSEN = "layers.moe.topk.StandardTopKOutput"
 _CONTEXT = "entrypoints.context.SimpleContext"
+_FP8 = "layers.quantization.fp8.Fp8LinearMethod"
 _FORWARD = "model_executor.forward_batch_info.ForwardBatch"
 _GENERATE = "managers.io_struct.GenerateReqInput"
 _GRAPHS = "model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
@@ -122,6 +123,7 @@ IN_FILES = {
     "client/parameter_types.py": {"params": "", "obj": _GENERATE, "manager": _MANAGER},
     "client/responses_answers.py": {"context": _CONTEXT},
     "client/switch.py": {"params": "", "obj": _GENERATE},
+    "compat/quantization.py": {"model": _MODEL, "method": _FP8},
     "compat/forward.py": {"batch": _FORWARD, "other": _FORWARD},
     "compat/settings.py": {"context": "runtime_context.RuntimeContext"},
     "compat/tree.py": {"params": _MATCH},

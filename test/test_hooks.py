@@ -382,19 +382,22 @@ def test_the_hooks_that_are_asked_for_are_in_the_tables(table, config):
     targets = {hook.target for hook in table.ALL_HOOKS}
     needed = {*firing.at_start(config, ranks=2), *firing.by_a_request(config), *firing.CLIENT}
     assert needed <= targets
+    without = set(firing.at_start(config, ranks=2, quantized=True))
+    assert needed - without >= {firing.LINEAR} if config.invariant else not without
 
 
 def test_a_hook_that_never_ran_ends_the_start_with_its_name(monkeypatch):
     from margingate.runtime.hooks import firing
 
     config, when = CONFIGS["invariant"], "by the end of the checks"
-    fired(monkeypatch, *firing.LAYERS)
+    hooks = [*firing.LAYERS, firing.LINEAR]
+    fired(monkeypatch, *hooks)
     firing.confirm(firing.at_start(config, ranks=1), when)
     with pytest.raises(GateError, match=r"GroupCoordinator\.all_reduce, and SGLang did not call"):
         firing.confirm(firing.at_start(config, ranks=2), when)
     assert not list(firing.at_start(CONFIGS["stock"], ranks=2))
-    for missing in firing.LAYERS:
-        fired(monkeypatch, *(name for name in firing.LAYERS if name != missing))
+    for missing in hooks:
+        fired(monkeypatch, *(name for name in hooks if name != missing))
         with pytest.raises(GateError) as caught:
             firing.confirm(firing.at_start(config, ranks=1), when)
         assert f"patched sglang.srt.{missing}, and SGLang did not call it {when}: " in sentence(

@@ -1,4 +1,7 @@
-"""Mixtures of experts in float32, where a row of an expert depends on its company: same answers."""
+"""Families in float32, where on a CPU rows depend on their number and company: same answers.
+
+Mixtures of experts, and a dense model in FP8.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,27 @@ from pathlib import Path
 import pytest
 from checks import assert_clean, forced
 
+from benchmark.models import fp8_blocks
 from margingate.harness.client import Answer, Client, Prompt, chat_prompts, read_prompts
 from margingate.harness.defaults import PROMPTS
 from margingate.harness.servers import retracting
 from margingate.harness.tiny_models import FAMILIES, tiny_model
 
 TOKENS = 16  # of an answer
+DENSE = "qwen3"  # in FP8 with a scale a block
 FLOAT32 = ("--dtype", "float32")
 ASK = {"return_logprob": True, "top_logprobs_num": 2}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def model(request: pytest.FixtureRequest, run_folder: Path) -> Path:
+def model(request: pytest.FixtureRequest, run_folder: Path, tmp_path_factory) -> Path:
     """In place of SmolLM2: a family's tiny model, so a server of each, one after the other."""
-    return tiny_model(request.param, run_folder)
+    folder = tiny_model(request.param, run_folder)
+    if request.param != DENSE:
+        return folder
+    rounded = tmp_path_factory.mktemp("model") / "fp8"
+    fp8_blocks.make(folder, rounded)
+    return rounded
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +98,7 @@ def test_forced_flips_are_repaired(client, prompts, alone):
     assert_clean(client)
 
 
-@pytest.mark.parametrize("model", ["mixtral"], indirect=True, scope="module")
+@pytest.mark.parametrize("model", ["mixtral", DENSE], indirect=True, scope="module")
 def test_the_stock_server_does_not_pass(start, prompts):
     """The control, by the same comparison: what it answers alone it repeats, but not in a batch."""
     client = Client(start(*FLOAT32, gate=False).base_url, TOKENS)

@@ -10,6 +10,7 @@ outputs of merged layers in whole blocks: `benchmark.models.padded` gives SmolLM
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 
@@ -25,10 +26,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     checkpoints.add_folders(parser)
     args = parser.parse_args()
-    config, tensors = checkpoints.read(args.source)
+    make(args.source, args.folder)
+
+
+def make(source: Path, folder: Path) -> None:
+    """`folder`, of the model in `source`."""
+    config, tensors = checkpoints.read(source)
     method = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
     config["quantization_config"] = method | {"weight_block_size": [BLOCK, BLOCK]}
-    checkpoints.write(args.folder, args.source, config, quantized(tensors))
+    checkpoints.write(folder, source, config, quantized(tensors))
 
 
 def quantized(tensors: Tensors) -> Tensors:

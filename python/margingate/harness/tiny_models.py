@@ -58,6 +58,11 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "partial_rotary_factor": 0.5,
             "use_qk_norm": True,
         },
+        # No mixture: sizes that FP8 blocks of 128 x 128 divide, for `benchmark.models.fp8_blocks`.
+        "qwen3": {
+            **dict.fromkeys(("hidden_size", "intermediate_size"), 128),
+            **{"head_dim": 32, "num_key_value_heads": 4},
+        },
         "qwen2_moe": {**_QWEN, "norm_topk_prob": False, "shared_expert_intermediate_size": 32},
     }
 )
@@ -95,7 +100,7 @@ def _write(family: str, folder: Path) -> None:
     donor = ensure_model("smollm2")
     own = json.loads((donor / "config.json").read_text())
     same = {name: own[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
-    config = AutoConfig.for_model(family, **_COMMON, **FAMILIES[family], **same)
+    config = AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family]}, **same)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     fill(model, SEED)
     model.save_pretrained(folder)  # by the names of checkpoints, an expert a tensor

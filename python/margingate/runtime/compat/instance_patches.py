@@ -83,9 +83,15 @@ ON_GATES = (
         _PLANNED,
     ),
 )
+ON_QUANTIZED = InstancePatch(
+    "layers.quantization.fp8.Fp8LinearMethod",
+    "apply",
+    "keeps a layer in FP8 within one class of row counts",
+    "SGLang's FP8 layers are batch-invariant at this cost",
+)
 INSTANCE_PATCHES = (
     *(*ON_TRITON, *ON_FLASHINFER, ON_LOGPROBS, ON_DUAL_GEMM),
-    *(ON_EXPERTS, *ON_GATES, *ON_ENGINE),
+    *(ON_EXPERTS, *ON_GATES, ON_QUANTIZED, *ON_ENGINE),
 )
 
 

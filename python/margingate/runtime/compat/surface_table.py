@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 SURFACE: Mapping[str, str] = {
     "configs.model_config.ModelConfig": ""
-    "attention_arch context_len hf_text_config hidden_size is_encoder_decoder "
+    "attention_arch context_len hf_config hf_text_config hidden_size is_encoder_decoder "
     "is_generation is_hybrid_swa is_multimodal model_path quantization vocab_size",
     "constrained.base_grammar_backend.BaseGrammarObject": ""
     "accept_token allocate_vocab_mask apply_vocab_mask fill_vocab_mask is_terminated "
@@ -31,6 +31,8 @@ SURFACE: Mapping[str, str] = {
     "apply_routed_scaling_factor_on_output correction_bias custom_routing_function "
     "num_expert_group num_shared_topk_slots output_format renormalize routed_scaling_factor "
     "scoring_func top_k topk_group use_grouped_topk",
+    "layers.quantization.fp8.Fp8LinearMethod": ""
+    "use_marlin use_mxfp8 w8a8_block_fp8_linear weight_block_size",
     "layers.radix_attention.RadixAttention": ""
     "attn_type is_cross_attention k_scale layer_id logit_cap qk_head_dim "
     "sliding_window_size tp_k_head_num tp_q_head_num tp_v_head_num v_head_dim "

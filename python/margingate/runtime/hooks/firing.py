@@ -30,9 +30,9 @@ _SCHEDULER = "managers.scheduler.Scheduler."
 # Targets of hooks, in the scheduler.
 LAYERS = (
     "model_executor.model_runner.ModelRunner.init_cuda_graphs",
-    "layers.quantization.unquant.UnquantizedLinearMethod.apply",
     "layers.logits_processor.LogitsProcessor._compute_lm_head",
 )
+LINEAR = "layers.quantization.unquant.UnquantizedLinearMethod.apply"
 SUMS = "distributed.parallel_state.GroupCoordinator.all_reduce"
 REQUEST = (
     "managers.schedule_batch.Req.__init__",
@@ -62,10 +62,17 @@ _AT_A_REQUEST = "for a request"
 _answered = False  # an answer of this process was seen to have passed all of it
 
 
-def at_start(config: GateConfig, *, ranks: int) -> Iterator[str]:
-    """Targets whose hooks the checks at start run; `ranks` of tensor parallelism."""
+def at_start(config: GateConfig, *, ranks: int, quantized: bool = False) -> Iterator[str]:
+    """Targets whose hooks the checks at start run.
+
+    Args:
+        ranks: of tensor parallelism.
+        quantized: whether the model is, so that it may have no linear layer of the usual kind.
+    """
     if config.invariant:
         yield from LAYERS
+        if not quantized:
+            yield LINEAR
         if ranks > 1:
             yield SUMS
 

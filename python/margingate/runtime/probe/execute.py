@@ -14,7 +14,7 @@ from margingate.runtime.compat import instance_patches
 from margingate.runtime.compat.batch_invariant_matmul import invariant_matmul
 from margingate.runtime.probe import fused_gate
 from margingate.runtime.probe.observed_calls import routing_tensors
-from margingate.runtime.probe.operators import Inputs, Operator, Plain, Run
+from margingate.runtime.probe.operators import Inputs, Operator, Plain, Quantized, Run
 from margingate.runtime.probe.routed import (
     Experts,
     Rows,
@@ -102,8 +102,8 @@ def compute_lm_head(
 def redirect(operators: Mapping[str, Sequence[Operator]], planned: Mapping[int, RowPlan]) -> None:
     """Have calls of modules that SGLang calls themselves, and by no method, come by here first.
 
-    Replaces `forward` or `run_moe_core` of these objects, where there is a plan for them, and the
-    kernel of shared experts' gates.
+    Replaces `forward`, `run_moe_core` or their method's `apply` on these objects, where there is a
+    plan for them, and the kernel of shared experts' gates.
     """
     every = [each for same in operators.values() for each in same]
     gates = {
@@ -118,6 +118,10 @@ def redirect(operators: Mapping[str, Sequence[Operator]], planned: Mapping[int, 
         elif id(module) in planned and isinstance(operator, Experts):
             instance_patches.check_instance(module, instance_patches.ON_EXPERTS)
             module.run_moe_core = partial(apply_experts, module.run_moe_core, module)
+        elif id(module) in planned and isinstance(operator, Quantized):
+            method = module.quant_method
+            instance_patches.check_instance(method, instance_patches.ON_QUANTIZED)
+            method.apply = partial(apply_quantized, module, method.apply)
 
 
 def apply_plain(original: Any, module: Any, x: torch.Tensor) -> torch.Tensor:
@@ -127,6 +131,16 @@ def apply_plain(original: Any, module: Any, x: torch.Tensor) -> torch.Tensor:
         unplanned: torch.Tensor = original(x)
         return unplanned
     return run_in_class(plan, x, original)
+
+
+def apply_quantized(
+    planned: Any, original: Any, layer: Any, x: torch.Tensor, bias: Any = None
+) -> Any:
+    """Around the `apply` of a quantized layer's method, which layers may share."""
+    plan = _plan_for(layer, x.shape[0]) if layer is planned and x.dim() == 2 else None
+    if plan is None:
+        return original(layer, x, bias)
+    return run_in_class(plan, x, lambda piece: original(layer, piece, bias))
 
 
 def apply_experts(original: Any, module: Any, dispatch_output: Any) -> Any:

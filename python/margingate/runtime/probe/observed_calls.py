@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from margingate.config import GateError
+from margingate.runtime.compat import quantization
 from margingate.runtime.compat.routers import experts, routers
 from margingate.runtime.probe import fused_gate
 
@@ -147,6 +148,9 @@ def observing(model: Any, rows: int) -> Iterator[dict[int, Observed]]:
     with ExitStack() as stack:
         for module in model.modules():
             linear = isinstance(getattr(module, "quant_method", None), UnquantizedLinearMethod)
+            if quantization.is_fp8_block_layer(module):
+                linear = True
+                stack.enter_context(_noting(module, seen, rows))
             if hasattr(module, "weight") and not linear and not any(module.children()):
                 stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
         for name, module in (*routers(model), *experts(model)):
@@ -157,6 +161,27 @@ def observing(model: Any, rows: int) -> Iterator[dict[int, Observed]]:
         UnquantizedLinearMethod.apply = applied
         stack.callback(setattr, UnquantizedLinearMethod, "apply", apply)
         yield seen
+
+
+@contextmanager
+def _noting(layer: Any, seen: dict[int, Observed], rows: int) -> Iterator[None]:
+    """Fills `seen` for a quantized layer, where its method is applied to it."""
+    method, apply = layer.quant_method, layer.quant_method.apply
+
+    def applied(called: Any, x: torch.Tensor, bias: Any = None) -> Any:
+        if not isinstance(x, torch.Tensor):
+            raise GateError(
+                f"--deterministic-gate saw a {type(called).__name__} called with inputs that were "
+                "rounded elsewhere: it cannot be measured; serve this model without the flag."
+            )
+        seen[id(called)] = observed(x, called.weight, rows, bias=bias is not None)
+        return apply(called, x, bias)
+
+    method.apply = applied
+    try:
+        yield
+    finally:
+        method.apply = apply
 
 
 def _routed(

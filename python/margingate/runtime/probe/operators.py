@@ -13,9 +13,11 @@ from typing import Any, ClassVar
 
 import torch
 
+from margingate.runtime.compat import quantization
 from margingate.runtime.probe.observed_calls import AS_WEIGHT, Observed, ObservedCall
 
 HEAD = "lm_head"
+LOUD = 1024  # times a row's size: FP8 has no room for both
 SEED = 20260530  # of the inputs of all measurements at start; arbitrary, and always the same
 Inputs = Any  # a tensor [rows, width], or a `routed.Rows`: both have len() and take row indices
 Run = Callable[[Inputs], torch.Tensor]  # inputs of n rows -> results [n, outputs], in one call
@@ -132,6 +134,28 @@ class Linear(Layer):
 
 
 @dataclass(frozen=True)
+class Quantized(Linear):
+    """A linear layer in FP8, whose method rounds its inputs too, with scales that it makes."""
+
+    kind: ClassVar[str] = "quantized linear"
+
+    def company(self, sample: torch.Tensor, row: int, count: int) -> list[tuple[Inputs, int]]:
+        """Among rows that are much larger: a scale that they share would round it away."""
+        place = row % count
+        beside = sample[torch.arange(count, device=sample.device) % len(sample)] * LOUD
+        beside[place] = sample[row]
+        return [(beside, place)]
+
+    @property
+    def weight(self) -> torch.Tensor | None:
+        return None
+
+    @property
+    def signature(self) -> str:
+        return f"{super().signature} {quantization.describe(self.module)}"
+
+
+@dataclass(frozen=True)
 class Head(Layer):
     """lm_head, which sees one row a request."""
 
@@ -228,6 +252,8 @@ def dense_operators(model: Any, seen: Mapping[int, Observed]) -> Iterator[Operat
             continue
         if isinstance(getattr(module, "quant_method", None), UnquantizedLinearMethod):
             yield Linear(name, module, call)
+        elif quantization.is_fp8_block_layer(module):
+            yield Quantized(name, module, call)
         elif isinstance(module, norms) and isinstance(module.weight, torch.Tensor):
             yield Norm(name, module, call)
         elif type(module).__name__ in PLAIN_LAYERS:

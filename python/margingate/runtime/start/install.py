@@ -49,7 +49,9 @@ def init(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) 
     original(self, server_args, *args, **kwargs)
     refused_models.refuse_columns(self.tp_worker.model_runner)
     checks = run_checks(self, config)
-    firing.confirm(firing.at_start(config, ranks=ranks.tp_size(self)), "by the end of the checks")
+    quantized = self.tp_worker.model_runner.model_config.quantization is not None
+    targets = firing.at_start(config, ranks=ranks.tp_size(self), quantized=quantized)
+    firing.confirm(targets, "by the end of the checks")
     controller = GateController(self, config, checks)
     if isinstance(self.tree_cache, radix.GateRadixCache):
         self.tree_cache.share(controller.checks.prefill, controller.requests)

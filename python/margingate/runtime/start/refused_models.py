@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from margingate.config import GateError
-from margingate.runtime.compat import settings
+from margingate.runtime.compat import quantization, settings
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ REFUSED_FAMILIES = (
     ModelFamily("is multimodal", lambda model: model.is_multimodal),
     ModelFamily("keeps recurrent state (Mamba or linear attention)", _has_a_state),
     ModelFamily(
-        "is quantized ({model.quantization})", lambda model: model.quantization is not None
+        "is quantized ({model.quantization}) and no dense model in FP8 with a weight_block_size",
+        lambda model: model.quantization is not None and not quantization.has_fp8_blocks(model),
     ),
 )
 

@@ -1,0 +1,212 @@
+"""Layers in FP8: found, described, measured, and kept to row counts; what cannot be is named."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
+
+from benchmark.models.fp8_blocks import BLOCK, from_blocks, to_blocks
+from margingate.config import GateError
+from margingate.core.rowclass import RowPlan
+from margingate.runtime.compat import quantization
+from margingate.runtime.compat.host_fp8 import block_fp8_linear, round_to_fp8
+from margingate.runtime.probe import execute
+from margingate.runtime.probe.classes import RowDependenceError, probe_operator
+from margingate.runtime.probe.observed_calls import ObservedCall, observing
+from margingate.runtime.probe.operators import Quantized, dense_operators
+from margingate.runtime.start.refused_models import refuse_model
+
+CALL = ObservedCall(dtype=torch.float32)
+BLOCKS = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
+
+
+class Method(Fp8LinearMethod):
+    """SGLang's, as it is on a host without a GPU, with a product of our own."""
+
+    def __init__(self, linear: Any = block_fp8_linear) -> None:  # SGLang's asks for a GPU
+        self.weight_block_size = [BLOCK, BLOCK]
+        self.use_marlin = self.use_mxfp8 = self.block_fp8_as_mxfp8 = False
+        self.w8a8_block_fp8_linear = linear
+
+    def apply(self, layer: Any, x: Any, bias: Any = None) -> Any:
+        return self.w8a8_block_fp8_linear(
+            input=x,
+            weight=layer.weight,
+            block_size=self.weight_block_size,
+            weight_scale=layer.weight_scale_inv,
+            bias=bias,
+        )
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, outputs: int, columns: int, linear: Any = block_fp8_linear) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(outputs)
+        weight, scales = to_blocks(torch.randn(outputs, columns, generator=generator))
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.weight_scale_inv = torch.nn.Parameter(scales, requires_grad=False)
+        self.quant_method = Method(linear)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.quant_method.apply(self, x)
+        return result
+
+
+def by_whole_batch(*, input: torch.Tensor, **more: Any) -> torch.Tensor:
+    """One scale for the activations of a call: rounds a row by its largest neighbour."""
+    scale = input.abs().max().clamp(min=1e-10) / 448
+    rounded = (input / scale).to(torch.float8_e4m3fn).float() * scale
+    weight = from_blocks(more["weight"], more["weight_scale"])
+    return torch.stack([(weight * row).sum(-1) for row in rounded])  # no GEMM's own classes
+
+
+def row_by_row(*, input: torch.Tensor, **more: Any) -> torch.Tensor:
+    return torch.cat([block_fp8_linear(input=row[None], **more) for row in input])
+
+
+@given(st.integers(1, 40), st.integers(1, 300), st.integers(1, 300), st.booleans())
+def test_the_hosts_product_is_that_of_the_rounded_numbers(rows, columns, outputs, biased):
+    layer = Layer(outputs, columns)
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+    bias = torch.arange(outputs).float() if biased else None
+    weight = from_blocks(layer.weight, layer.weight_scale_inv).double()
+    expected = round_to_fp8(x, BLOCK).double() @ weight.T
+    found = layer.quant_method.apply(layer, x.bfloat16().float(), bias)
+    exact = round_to_fp8(x.bfloat16().float(), BLOCK).double() @ weight.T
+    assert torch.allclose(
+        found.double(), exact + (0 if bias is None else bias), rtol=1e-4, atol=1e-3
+    )
+    assert (expected - x.double() @ weight.T).norm() <= 0.05 * (x.double() @ weight.T).norm()
+
+
+def test_rounding_looks_at_no_other_row_and_no_other_group():
+    x = torch.randn(4, 300, generator=torch.Generator().manual_seed(1))
+    loud = x.clone()
+    loud[0] *= 1000
+    loud[1, :BLOCK] *= 1000
+    rounded, beside = round_to_fp8(x, BLOCK), round_to_fp8(loud, BLOCK)
+    assert torch.equal(rounded[2:], beside[2:])
+    assert torch.equal(rounded[1, BLOCK:], beside[1, BLOCK:])
+    assert (rounded - x).abs().max() <= x.abs().max() / 16  # three bits behind the first
+    assert torch.equal(round_to_fp8(torch.zeros(2, 7), BLOCK), torch.zeros(2, 7))
+
+
+def test_a_layer_in_fp8_is_an_operator_with_its_kernel_in_its_signature():
+    model = torch.nn.Sequential(Layer(64, 128), Layer(64, 128), Layer(64, 128, row_by_row))
+    found = list(dense_operators(model, {id(layer): CALL for layer in model}))
+    assert [type(each) for each in found] == [Quantized] * 3
+    one, same, other = (each.signature.partition("linear ")[2][2:] for each in found)
+    assert one == same != other
+    assert "Method [128, 128] block_fp8_linear" in one and "[1, 1] torch.float32" in one
+    assert found[0].weight is None  # no kernel of ours multiplies by it
+
+
+def test_marlin_and_microscaled_layers_are_not_taken_for_it():
+    for name in ("use_marlin", "use_mxfp8"):
+        layer = Layer(8, 128)
+        setattr(layer.quant_method, name, True)
+        assert not quantization.is_fp8_block_layer(layer)
+    layer = Layer(8, 128)
+    layer.quant_method.weight_block_size = None
+    assert not quantization.is_fp8_block_layer(layer)
+    assert not quantization.is_fp8_block_layer(torch.nn.Linear(1, 1))
+
+
+def test_a_scale_that_rows_share_is_found():
+    shared = Quantized("layer", Layer(16, 128, by_whole_batch), CALL)
+    with pytest.raises(RowDependenceError) as caught:
+        probe_operator(shared, range(1, 9))
+    assert caught.value.rows == 2
+    own = Quantized("layer", Layer(16, 128, row_by_row), CALL)
+    assert set(probe_operator(own, range(1, 9)).values()) == {0}
+
+
+def test_large_neighbours_alone_show_a_scale_that_is_shared_seldom():
+    """Rows of one size round alike by the scale of each: what the company is for."""
+
+    def coarse(*, input: torch.Tensor, **more: Any) -> torch.Tensor:
+        size = 2.0 ** max(0, int(input.abs().max().log2()) - 4)
+        return row_by_row(input=(input / size).round(decimals=3) * size, **more)
+
+    found = Quantized("layer", Layer(16, 128, coarse), CALL)
+    with pytest.raises(RowDependenceError):
+        probe_operator(found, range(1, 9))
+
+
+def test_a_step_says_how_it_calls_a_layer_and_leaves_no_patch():
+    model = torch.nn.Sequential(Layer(64, 128), torch.nn.Identity())
+    with observing(model, 3) as seen:
+        model(torch.zeros(3, 128))
+        assert "apply" in vars(model[0].quant_method)
+    assert seen[id(model[0])] == ObservedCall(width=128, dtype=torch.float32, bias=False)
+    assert model[0].quant_method.apply.__func__ is Method.apply
+
+
+def test_inputs_that_were_rounded_elsewhere_end_the_start():
+    model = torch.nn.Sequential(Layer(64, 128))
+    with observing(model, 3), pytest.raises(GateError, match="rounded elsewhere"):
+        model((torch.zeros(3, 128), torch.ones(3, 1)))
+
+
+def test_calls_stay_within_the_plan(monkeypatch):
+    """Two layers that share a method: only the one with a plan is kept to it."""
+    counts: list[tuple[int, int]] = []
+
+    def noted(*, input: torch.Tensor, **more: Any) -> torch.Tensor:
+        counts.append((len(more["weight"]), len(input)))
+        return row_by_row(input=input, **more)
+
+    model = torch.nn.Sequential(Layer(64, 128, noted), Layer(128, 64))
+    model[1].quant_method = model[0].quant_method
+    monkeypatch.setattr(execute, "_plans", {})
+    monkeypatch.setattr(execute, "_limit", 64.0)
+    planned = {id(model[0]): RowPlan([(4, 4), (8, 8)])}
+    execute.keep_to(planned, 64)
+    operators = {each.name: [each] for each in dense_operators(model, {id(m): CALL for m in model})}
+    x = torch.randn(11, 128, generator=torch.Generator().manual_seed(3))
+    free = model(x)
+    counts.clear()
+    execute.redirect(operators, planned)
+    assert torch.equal(model(x), free)
+    assert counts == [(64, 8), (64, 4), (128, 11)]
+    execute.keep_to({}, 8)
+    counts.clear()
+    model(x)
+    assert counts == [(64, 11), (128, 11)]
+
+
+def config(**more: Any) -> SimpleNamespace:
+    """SGLang's ModelConfig, as far as a refusal reads it."""
+    text = SimpleNamespace(layer_types=None, **more.pop("text", {}))
+    return SimpleNamespace(
+        is_generation=True,
+        attention_arch=SimpleNamespace(name="MHA"),
+        is_hybrid_swa=False,
+        is_encoder_decoder=False,
+        is_multimodal=False,
+        hf_text_config=text,
+        **more,
+    )
+
+
+def test_what_is_quantized_otherwise_is_refused_with_what_would_do(monkeypatch):
+    from sglang.srt.configs import hybrid_arch
+
+    monkeypatch.setattr(hybrid_arch, "mambaish_config", lambda _model: None)
+    blocks = SimpleNamespace(quantization_config=BLOCKS)
+    refuse_model(config(quantization="fp8", hf_config=blocks))
+    refuse_model(config(quantization=None, hf_config=SimpleNamespace()))
+    refused = partial(pytest.raises, GateError, match="weight_block_size")
+    with refused():
+        refuse_model(config(quantization="awq", hf_config=SimpleNamespace()))
+    with refused():  # rounded by the server, with a scale a tensor
+        refuse_model(config(quantization="fp8", hf_config=SimpleNamespace()))
+    with refused():
+        refuse_model(config(quantization="fp8", hf_config=blocks, text={"num_experts": 8}))
