@@ -18,7 +18,7 @@ from margingate.cli import probe as command
 from margingate.core.rowclass import Route, RowPlan
 from margingate.runtime.compat import ranks
 from margingate.runtime.probe import cache, classes, plans
-from margingate.runtime.probe.operators import Linear, Norm
+from margingate.runtime.probe.operators import Linear, MadeUp, Norm
 from margingate.study.plots import plot_classes
 
 FINDINGS = [
@@ -291,3 +291,41 @@ def test_a_norm_that_changes_above_some_count_keeps_prompts_alone():
         {"n": [Breaks("norm", module)]}, 64, classes.prefill_counts(64, 700)
     )
     assert not finding.prefill and finding.plan is None and len(set(finding.classes.values())) > 1
+
+
+def seldom_apart(border: int) -> MadeUp:
+    """Results in bfloat16 of which some of 10,000 are others at `border` rows and more."""
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        if len(x) < border:
+            return x
+        bits = x.view(torch.int16).long()
+        apart = (bits * 31 + bits.roll(1, -1) * 17) % 9973 == 0
+        return torch.where(apart, x * 1.0078125, x)  # by the last bit
+
+    like = torch.empty(0, dtype=torch.bfloat16)
+    return MadeUp("made up", None, function=function, width=64, like=like)
+
+
+def test_sums_in_another_order_show_where_rounding_hides_most_of_them(monkeypatch):
+    """A layer of few outputs: 64 rows of it have 4,096 results."""
+    counts = range(1, 21)
+    border = {count: int(count >= 11) for count in counts}
+    assert classes.probe_operator(seldom_apart(11), counts) == border
+    monkeypatch.setattr(classes, "ROUNDED", 1)
+    assert set(classes.probe_operator(seldom_apart(11), counts).values()) == {0}, "the control"
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "rows"),
+    [
+        (4096, torch.bfloat16, 64),
+        (576, torch.bfloat16, 114),
+        (1, torch.float16, 1 << 14),
+        (1, torch.float32, 64),
+    ],
+)
+def test_rows_are_as_many_as_their_results_are_few(width, dtype, rows):
+    like = torch.empty(0, dtype=dtype)
+    operator = MadeUp("made up", None, function=lambda x: x, width=width, like=like)
+    assert classes._least_rows(operator, 3) == rows

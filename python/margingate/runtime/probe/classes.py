@@ -25,7 +25,11 @@ from margingate.runtime.probe.observed_calls import Observed
 from margingate.runtime.probe.operators import SEED, Inputs, Operator, dense_operators
 from margingate.runtime.probe.routed import routed_operators
 
-SAMPLE_ROWS = 64  # rows computed at every count; twice that from counts above it
+SAMPLE_ROWS = 64  # rows computed at every count, at least; twice that from counts above it
+# Sums in another order differ in their last bits, and rounding a result to 16 bits hides that in
+# all but some of 10,000: so many results are compared at every count, where rows have few.
+ROUNDED = 1 << 16
+MOST_ROWS = 1 << 14
 DISTURBED = 4  # rows of a sample that are tried in the company that an operator chooses
 SHOWN = 5  # classes of an operator in the log
 Rows = Callable[[torch.Tensor], torch.Tensor]  # row indices [n] -> their results, of one call
@@ -98,8 +102,9 @@ def probe_operator(operator: Operator, counts: Sequence[int]) -> dict[int, int]:
     Raises:
         RowDependenceError: at a fixed row count a row's bits depend on its place or neighbours.
     """
-    samples = operator.samples(sample_rows(counts))
-    of_samples = [_classes_of(operator, sample, counts) for sample in samples]
+    least = _least_rows(operator, counts[0])
+    samples = operator.samples(sample_rows(counts, least))
+    of_samples = [_classes_of(operator, sample, (counts, least)) for sample in samples]
     found = _together(of_samples)
     disturbed = _disturbed(operator, samples[0], found)
     if disturbed and not operator.is_capped:
@@ -107,11 +112,13 @@ def probe_operator(operator: Operator, counts: Sequence[int]) -> dict[int, int]:
     return {count: key for count, key in found.items() if not 0 < disturbed <= count}
 
 
-def _classes_of(operator: Operator, sample: Inputs, counts: Sequence[int]) -> dict[int, int]:
-    """Classes of `counts` by one sample, up to the first at which a capped operator depends."""
+def _classes_of(
+    operator: Operator, sample: Inputs, asked: tuple[Sequence[int], int]
+) -> dict[int, int]:
+    """Classes by one sample, as `_classify`, up to where a capped operator depends."""
     found: dict[int, int] = {}
     try:
-        _classify(lambda rows: operator.run(sample[rows]), counts, operator.device, found)
+        _classify(lambda rows: operator.run(sample[rows]), asked, operator.device, found)
     except RowDependenceError:
         if not operator.is_capped or not found:
             raise
@@ -154,9 +161,17 @@ def _disturbed(operator: Operator, sample: Inputs, counts: Iterable[int]) -> int
     return 0
 
 
-def sample_rows(counts: Sequence[int]) -> int:
+def sample_rows(counts: Sequence[int], least: int = SAMPLE_ROWS) -> int:
     """How many rows `classify` asks for."""
-    return max(SAMPLE_ROWS, *counts)
+    return max(least, *counts)
+
+
+def _least_rows(operator: Operator, count: int) -> int:
+    """Rows whose results show sums in another order; `count` rows are computed to see them."""
+    results = operator.run(operator.sample(count))
+    if results.element_size() > 2:
+        return SAMPLE_ROWS
+    return min(max(SAMPLE_ROWS, -(-ROUNDED // results[0].numel())), MOST_ROWS)
 
 
 def classify(
@@ -175,25 +190,29 @@ def classify(
         RowDependenceError: at a fixed row count a row's bits depend on its place or neighbours.
     """
     found: dict[int, int] = {}
-    _classify(rows, counts, device, found, in_any_order=in_any_order)
+    _classify(rows, (counts, SAMPLE_ROWS), device, found, in_any_order=in_any_order)
     return found
 
 
 def _classify(
     rows: Rows,
-    counts: Sequence[int],
+    asked: tuple[Sequence[int], int],
     device: torch.device,
     found: dict[int, int],
     *,
     in_any_order: bool = True,
 ) -> None:
-    """As `classify`, into `found`, which has the row counts before the one that raised."""
-    generator = torch.Generator().manual_seed(SEED)
-    order = torch.randperm(sample_rows(counts), generator=generator).to(device)
+    """As `classify`, into `found`, which has the row counts before the one that raised.
+
+    Args:
+        asked: the row counts, and how many rows to compute at each, at least.
+    """
+    (counts, least), generator = asked, torch.Generator().manual_seed(SEED)
+    order = torch.randperm(sample_rows(counts, least), generator=generator).to(device)
     ascending = torch.arange(len(order), device=device)
     seen: list[torch.Tensor] = []
     for count in counts:
-        used = max(count, SAMPLE_ROWS // count * count)
+        used = max(count, least // count * count)
         outputs = _in_windows(rows, ascending[:used], count)
         shuffled = order[order < used]
         if in_any_order and not torch.equal(_in_windows(rows, shuffled, count), outputs[shuffled]):
