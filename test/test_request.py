@@ -125,11 +125,17 @@ def test_a_seed_that_no_tensor_holds_is_refused(seed):
     assert text == f"sampling_seed is {seed}: give a whole number from 0 to {(1 << 63) - 1}."
 
 
-def test_several_answers_from_one_seed_are_refused():
+def test_a_choice_without_a_seed_of_its_own_is_refused():
     text = refused(request(top_k=5, sampling_seed=3, n=2))
-    assert text.startswith("n is 2 with sampling_seed 3, which would give the same answer 2 times")
+    assert text.startswith("n is 2 with sampling_seed 3, and this choice has no seed of its own")
     assert classify(request(n=2)).gated
     assert not classify(request(top_k=5, sampling_seed=3, n=2, max_new_tokens=0)).refusal
+
+
+def test_the_record_has_the_seed_of_what_was_drawn():
+    drawn = classify(request(top_k=1 << 30, temperature=0.5, sampling_seed=7)).summary(CONFIG)
+    assert drawn["seed"] == 7
+    assert "seed" not in classify(request(sampling_seed=7)).summary(CONFIG)
 
 
 OPT_IN = GateConfig(default="off")

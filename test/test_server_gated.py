@@ -413,7 +413,7 @@ BAD_REQUESTS = [
     ({"sampling_params": {"frequency_penalty": 2.5}}, "frequency_penalty"),
     ({"sampling_params": {"temperature": 0.7, "sampling_seed": -1}}, "sampling_seed is -1"),
     ({"sampling_params": {"temperature": 0.7, "sampling_seed": 1 << 63}}, "sampling_seed is"),
-    ({"sampling_params": {"temperature": 0.7, "sampling_seed": 5, "n": 2}}, "n is 2"),
+    ({"sampling_params": {"temperature": 0.7, "sampling_seed": -5, "n": 2}}, "sampling_seed is -5"),
     ({"sampling_params": {"custom_params": [1]}}, "custom_params is [1]"),
     ({"sampling_params": {"custom_params": "x", "deterministic": True}}, "custom_params is"),
     ({"sampling_params": {"temperature": 0.7, "sampling_seed": "a"}}, "expected i64"),

@@ -26,7 +26,8 @@ PARAMETERS = (
     Entry(
         "sampling_seed",
         "A whole number from 0 to 2^63 - 1 (OpenAI: `seed`). A request that samples with a seed is "
-        "gated; one that samples without a seed is not.",
+        "gated; one that samples without a seed is not. With `n` above 1 [each choice has a seed "
+        "of its own](limits.md#several-choices-with-a-seed).",
     ),
     Entry(
         'custom_params["gate_fault_rows"]',
@@ -73,6 +74,11 @@ RECORD = (
     Entry("gated", "whether the gate served this request; `false` comes with `because`"),
     Entry("because", "only where `gated` is `false`: why the request was not gated"),
     Entry("prompt", "16 hexadecimal digits: a hash of the token ids of the prompt"),
+    Entry(
+        "seed",
+        "only where tokens were drawn: the seed that they were drawn with. A single request with "
+        "this seed gives this choice.",
+    ),
     Entry(
         "fingerprint",
         "16 hexadecimal digits: a hash of all that the answer depends on besides the request. "

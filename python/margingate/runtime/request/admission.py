@@ -117,10 +117,10 @@ def _classify(req: Any, config: GateConfig) -> GateRequest:
 def _not_drawable(draw: Draw, copies: int) -> str:
     if type(draw.seed) is not int or not 0 <= draw.seed <= LARGEST_SEED:
         return f"sampling_seed is {draw.seed!r}: give a whole number from 0 to {LARGEST_SEED}."
-    if copies > 1:
+    if copies > 1:  # none of SGLang's ways in does that: each choice came with its own and n 1
         return (
-            f"n is {copies} with sampling_seed {draw.seed}, which would give the same answer "
-            f"{copies} times: send {copies} requests with a seed each, or drop the seed."
+            f"n is {copies} with sampling_seed {draw.seed}, and this choice has no seed of its "
+            f"own: send {copies} requests with a seed each, or drop the seed."
         )
     return ""
 
