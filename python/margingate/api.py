@@ -48,7 +48,11 @@ PARAMETERS = (
 
 # Of one request in its record; in /server_info, sums over all gated requests.
 COUNTS = (
-    Entry("steps", "tokens emitted; the first one, which the prefill chooses, is included"),
+    Entry(
+        "steps",
+        "tokens emitted; the first one, which the prefill chooses, is included, and with "
+        "`max_new_tokens` 0 it is not sent",
+    ),
     Entry("flagged", "rows that the policy wanted verified"),
     Entry(
         "replayed", "rows that were verified only because a later row of the request was flagged"
@@ -86,6 +90,12 @@ RECORD = (
         "nothing is promised.",
     ),
     Entry("fingerprint_because", "only where `fingerprint` is `null`: why there is none"),
+    Entry(
+        "scores",
+        "only where log-probs of the prompt's own tokens were asked for: [what they are]"
+        "(limits.md#scores). `as_decoded`: bit for bit those that decoding the same tokens gives. "
+        "`as_prefilled`: those that a prefill gives, whatever is beside it.",
+    ),
     Entry("guarantee", "`--gate-guarantee` of the server"),
     Entry("fast_path", "`--gate-fast-path` of the server"),
     Entry("policy", "`--gate-policy` of the server"),
@@ -134,6 +144,7 @@ SERVER = (
         "`together`: gated prompts share prefill forwards. `as_decoded`: a prefill gives the bits "
         "of decode steps, and answers enter the prefix cache.",
     ),
+    Entry("scores", "what the log-probs of prompts are: `as_decoded` or `as_prefilled`, as above"),
     Entry("machine", "device, types, attention backends and versions that margins depend on"),
     Entry("probe", "what was measured of each operator and of whole decode steps at start"),
 )

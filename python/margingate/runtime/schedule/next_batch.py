@@ -6,6 +6,7 @@ from typing import Any
 
 from margingate.runtime.request import guard
 from margingate.runtime.request.open_requests import OpenRequests
+from margingate.runtime.request.record import is_gated
 from margingate.runtime.schedule.controller import GateController
 from margingate.runtime.verify import rollback
 
@@ -39,6 +40,10 @@ def launch(controller: GateController, batch: Any) -> None:
     guard.launches(batch)
     if batch is not None and batch.forward_mode.is_extend():
         controller.penalties.admit(batch)
+        if batch.is_prefill_only and any(map(is_gated, batch.reqs)):
+            # SGLang samples none of a batch of scores, and all of one with a score. The log-probs
+            # behind a prompt are computed in one way, then, and each gated row has its margin.
+            batch.is_prefill_only = False
 
 
 def _rejoin(scheduler: Any, running: Any, requests: OpenRequests) -> Any:
