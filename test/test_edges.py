@@ -107,6 +107,17 @@ def test_a_batch_of_scores_is_sampled_where_one_is_gated():
     guard.launches(None)
 
 
+@pytest.mark.parametrize("scores", [[True, True], [True, False], []])
+@pytest.mark.parametrize("prefill", [True, False])
+def test_a_batch_of_scores_does_not_decode(scores, prefill):
+    reqs = [SimpleNamespace(is_prefill_only=each) for each in scores]
+    mode = SimpleNamespace(is_extend=lambda: prefill)
+    last = SimpleNamespace(reqs=reqs, forward_mode=mode, is_prefill_only=False)
+    next_batch._after_launch(last)
+    assert last.is_prefill_only is (prefill and scores == [True, True])
+    next_batch._after_launch(None)
+
+
 def test_steps_of_any_size_are_canonical_where_prefill_gives_their_bits():
     steps = CanonicalSteps({1: True, 8: True}, graphs=True)
     assert (

@@ -19,7 +19,7 @@ from conftest import TOKENS
 from routes import CHATS, ROUTES, Said, events, served_model
 
 from margingate.core.choice_seeds import choice_seed
-from margingate.harness.client import Answer, Client
+from margingate.harness.client import Answer, Client, Prompt
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FAULTS = {"gate_fault_rows": [2, 3, 7]}
@@ -280,6 +280,7 @@ def test_openai_and_ollama_clients_reach_record_and_switch(client, fingerprint):
     assert reply.json()["gate"]["because"] == "deterministic is false"
 
 
+EIGHT = {"max_new_tokens": 8}
 DRAWN = {"temperature": 0.8, "max_tokens": 10, "seed": 4711}
 Choices = list[tuple[str, int]]  # text and seed of each choice
 
@@ -343,3 +344,25 @@ def test_choices_of_a_list_of_prompts_with_a_seed_each(client, prompts):
         params = {**own[0], "sampling_seed": seed, "n": 1}
         assert ask(input_ids=[chosen[i // 3]], sampling_params=params) == [(ids, seed)]
     assert_clean(client)
+
+
+def test_token_ids_of_a_chat_go_in_and_out(client):
+    """Whole and streamed with flips: they are those of /generate, and the next turn takes them."""
+    url = f"{client.base_url}/v1/chat/completions"
+    messages = [{"role": "user", "content": "Name two rivers."}]
+    body = {"model": "m", "messages": messages, "temperature": 0, "max_tokens": 8}
+    ids: list[int] | None = None
+    for _ in range(2):
+        asked = body if ids is None else {**body, "input_ids": ids}
+        whole = requests.post(url, json={**asked, "return_token_ids": True}, timeout=300)
+        (choice,) = whole.json()["choices"]
+        assert ids is None or choice["prompt_token_ids"] == ids
+        prompt, said = choice["prompt_token_ids"], choice["response_token_ids"]
+        [answer] = client.alone([Prompt("chat", tuple(prompt))], sampling_params=EIGHT)
+        assert list(answer.tokens) == said and len(said) == 8
+        beside = dict.fromkeys(("return_input_ids_in_sglext", "return_output_ids_in_sglext"), True)
+        more = {**beside, "stream": True, "custom_params": FAULTS}
+        streamed = events(requests.post(url, json={**asked, **more}, timeout=300))
+        (found,) = [part["sglext"] for part in streamed if part.get("sglext")]
+        assert (found["input_ids"], found["output_ids"]) == (prompt, [said])
+        ids = [*prompt, *said, *prompt]
