@@ -48,13 +48,13 @@ SURFACE: Mapping[str, str] = {
     "_is_reasoning_over _think_end_match_len _think_start_match_len "
     "custom_logit_processor customized_info decode_batch_idx eos_token_ids extend_end "
     "extra_key finished finished_len finished_output finished_reason "
-    "full_untruncated_fill_ids grammar inflight_middle_chunks input_embeds is_prefill_only "
-    "is_retracted kv logprob logprob_start_len lora_id multi_item_delimiter_indices origin_input_ids "
-    "output_ids output_ids_through_stop "
+    "full_untruncated_fill_ids grammar inflight_middle_chunks input_embeds "
+    "is_prefill_only is_retracted kv logprob logprob_start_len lora_id "
+    "multi_item_delimiter_indices origin_input_ids output_ids output_ids_through_stop "
     "positional_embed_overrides prefix_len reasoning_tokens return_hidden_states "
-    "return_logprob return_sampling_mask rid sampling_params send_token_offset session "
-    "set_finish_with_abort stream time_stats to_finish token_indices_to_pool tokenizer "
-    "update_finish_state vocab_size weight_version_events",
+    "return_logprob return_sampling_mask rid sampling_params send_token_offset "
+    "session set_finish_with_abort stream time_stats to_finish token_indices_to_pool "
+    "tokenizer update_finish_state vocab_size weight_version_events",
     "managers.schedule_batch.ReqKvInfo": ""
     "cache_protected_len holds_kv kv_allocated_len kv_committed_len req_pool_idx",
     "managers.schedule_batch.ReqLogprob": ""

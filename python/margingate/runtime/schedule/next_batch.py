@@ -48,7 +48,7 @@ def launch(controller: GateController, batch: Any) -> None:
 
 
 def _after_launch(last: Any) -> None:
-    """Scores are in no decode step, also where their prefill is in flight: SGLang looks for that."""
+    """Scores are in no decode step, while their prefill is in flight too: SGLang asks for it."""
     if last is not None and last.reqs and last.forward_mode.is_extend():
         last.is_prefill_only = all(req.is_prefill_only for req in last.reqs)
 
