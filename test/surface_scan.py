@@ -31,6 +31,8 @@ _MATCH = "mem_cache.base_prefix_cache.MatchPrefixParams"
 _MODEL = "configs.model_config.ModelConfig"
 _NODE = "mem_cache.radix_cache.TreeNode"
 _OUTPUT = "layers.logits_processor.LogitsProcessorOutput"
+_PROMPTS = "layers.logprob_processor.InputLogprobProcessor"
+_TOKENIZED = "managers.io_struct.TokenizedGenerateReqInput"
 _PARAMS = "sampling.sampling_params.SamplingParams"
 _POOL = "mem_cache.memory_pool.MHATokenToKVPool"
 _REQ = "managers.schedule_batch.Req"
@@ -116,6 +118,7 @@ IN_FILES = {
     "attention/fixed_split.py": {"backend": _TRITON},
     "attention/invariant_attention.py": {"batch": _FORWARD, "backend": _TRITON, "layer": _LAYER},
     "attention/verify_backend.py": {"backend": _TRITON},
+    "client/choices.py": {"manager": _MANAGER, "tokenized": _TOKENIZED},
     "client/detokenizer.py": {"manager": "managers.detokenizer_manager.DetokenizerManager"},
     "client/frontend.py": {"params": ""},
     "client/ollama_answers.py": {"params": "", "obj": _GENERATE},
@@ -133,6 +136,7 @@ IN_FILES = {
     "probe/observed_calls.py": {"chosen": _CHOSEN},
     "probe/operators.py": {"processor": _LOGITS},
     "probe/routed.py": {"chosen": _CHOSEN},
+    "sampling/logprobs.py": {"processor": _PROMPTS},
     "sampling/penalties.py": {"batch": _FORWARD},
     "sampling/router_margins.py": {"module": "layers.moe.topk.TopK"},
     "sampling/sampler.py": {"batch": _FORWARD, "info": _INFO},

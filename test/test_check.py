@@ -18,7 +18,7 @@ import pytest
 from margingate.cli import check
 from margingate.cli.main import main
 from margingate.harness.inputs import server_root
-from margingate.study import batch_check
+from margingate.study import batch_check, score_check
 
 RESULT = {
     "model": "m",
@@ -226,3 +226,86 @@ def test_help_tells_an_example_and_what_the_statuses_mean(capsys):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert len(capsys.readouterr().out.split("\n\n")) > 2, f"{command} has no description"
+
+
+# -- scores
+
+
+def reply(decoded: float = -0.5, scored: float = -0.5) -> str:
+    """Of /generate, to every request: two tokens behind a prompt of four."""
+    top = [[[-0.5, 9, None]]] * 4
+    meta = {
+        "output_token_logprobs": [[-1.0, 7, None], [decoded, 8, None]],
+        "output_top_logprobs": top[:2],
+        "input_token_logprobs": [[None, 3, None], [-2.0, 4, None], [-1.0, 7, None]],
+        "input_top_logprobs": [None, *top[:3]],
+        "cached_tokens": 2,
+    }
+    meta["input_token_logprobs"].append([scored, 8, None])
+    return json.dumps({"prompt_token_ids": [1, 2, 3, 4], "meta_info": meta})
+
+
+def info(scores: str) -> str:
+    return json.dumps(
+        {"internal_states": [{"margingate": {"scores": scores, "fingerprint": "f1"}}]}
+    )
+
+
+@pytest.mark.parametrize(
+    ("decoded", "server", "status", "said"),
+    [
+        (-0.5, "as_decoded", 0, "Every score was that of decoding, alone, in a batch and from"),
+        (-0.5, None, 0, "Every score was that of decoding"),
+        (-0.25, "as_decoded", 1, "Scores of 2 of 2 prompts depend on how they are computed: p"),
+        (-0.25, None, 1, "Scores of 2 of 2 prompts"),
+        (-0.25, "as_prefilled", 0, "not bit for bit those of decoding. The server's fingerprint"),
+    ],
+)
+def test_scores_are_compared_with_decoding(
+    decoded, server, status, said, prompts, tmp_path, capsys
+):
+    out = tmp_path / "result.json"
+    answers = {"/generate": (200, reply(decoded)), "/flush_cache": (200, "")}
+    if server:
+        answers["/server_info"] = (200, info(server))
+    with serving(answers) as url:
+        arguments = ["--scores", "--prompts", str(prompts), "--out", str(out)]
+        assert main(["check", "--base-url", url, *arguments]) == status
+    assert said in " ".join(capsys.readouterr().out.split())
+    result = json.loads(out.read_text())
+    assert result["scores"] == server
+    assert result["decoded"]["differ"] == 2 * (decoded != -0.5)
+    assert result["decoded"]["largest"] == abs(decoded + 0.5)
+    assert {each["tokens"] for each in result["runs"].values()} == {6}
+    assert [each["hits"] for each in result["runs"].values()] == [2, 2, 2]
+
+
+def test_log_probs_and_lists_that_differ_are_counted_by_prompt():
+    def scored(*values: float, top: float = -1.0) -> score_check.Scored:
+        return score_check.Scored(list(enumerate(values)), [[(5, top)]], 0)
+
+    alone = [scored(-1.0, -2.0), scored(-3.0), scored(-4.0)]
+    other = [scored(-1.0, -2.5), scored(-3.0), scored(-4.0, top=-1.5)]
+    found = score_check.differences(["a", "b", "c"], alone, other)
+    assert found == score_check.Difference(["a", "c"], tokens=4, differ=1, largest=0.5, lists=1)
+
+
+@pytest.mark.parametrize(
+    ("path", "answer", "said"),
+    [
+        ("/generate", (404, "no"), "/generate answered 404 (no): name an SGLang server, or"),
+        ("/generate", (401, ""), "answered 401: give --api-key the server's key."),
+        ("/generate", (200, "{}"), "answered without log-probs ({}): name an SGLang server."),
+        ("/flush_cache", (400, ""), "/flush_cache answered 400 for 0 seconds: let nothing else"),
+        ("/server_info", (401, ""), "answered 401: give --api-key the server's key."),
+    ],
+)
+def test_a_server_that_cannot_score_is_one_sentence(
+    path, answer, said, prompts, monkeypatch, capsys
+):
+    monkeypatch.setattr(score_check, "_ROOM_S", 0.0)
+    good = {"/generate": (200, reply()), "/flush_cache": (200, "")}
+    with serving({**good, path: answer}) as url:
+        assert main(["check", "--base-url", url, "--scores", "--prompts", str(prompts)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"margingate: {url}") and said in error

@@ -26,6 +26,7 @@ from margingate.runtime.request.record import (
     Counts,
     GateRequest,
 )
+from margingate.runtime.request.sampling_params import Draw
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -57,10 +58,10 @@ def test_options_has_every_option_and_notes_are_of_options():
 
 def test_the_record_of_an_answer_has_the_keys_of_the_api():
     config = GateConfig(simulate_flip_rate=0.1)
-    gated = GateRequest("key", True, drift={}).summary(config)
+    gated = GateRequest("key", True, drift={}, draw=Draw(1, 0.5, 2, 1.0, 0.0)).summary(config)
     assert [name for name in gated if name in names(api.COUNTS)] == names(api.COUNTS)
     ungated = GateRequest("key", False, "because").summary(replace(config, study=True))
-    beside = {"fingerprint", "fingerprint_because"}
+    beside = {"fingerprint", "fingerprint_because", "scores"}
     assert {*gated, *ungated} | beside == {*names(api.RECORD), *names(api.COUNTS)}
 
 

@@ -16,7 +16,8 @@ from margingate.config import GateConfig, GateError
 from margingate.runtime.probe import check_decode
 from margingate.runtime.probe.check_decode import CanonicalSteps
 from margingate.runtime.probe.check_prefill import Prefill
-from margingate.runtime.request import lifecycle
+from margingate.runtime.probe.startup_checks import StartupChecks
+from margingate.runtime.request import guard, lifecycle
 from margingate.runtime.request.in_flight import InFlight
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import GateRequest
@@ -80,6 +81,43 @@ def test_a_retracted_request_sends_nothing_until_its_output_is_back():
     )
 
 
+@pytest.mark.parametrize("guarantee", ["sparse", "exact"])
+@pytest.mark.parametrize("as_decoded", [True, False])
+@pytest.mark.parametrize("measured", [None, {1: True, 8: True}, {1: True, 8: False}])
+def test_scores_are_those_of_decoding_where_every_answer_has_canonical_ones(
+    guarantee, as_decoded, measured
+):
+    steps = None if measured is None else CanonicalSteps(measured, graphs=False)
+    if steps is not None and as_decoded:
+        steps.extend()
+    checks = StartupChecks(cast(Any, None), steps, Prefill(True, as_decoded))
+    settled = guarantee == "exact" or (measured is not None and all(measured.values()))
+    expected = "as_decoded" if as_decoded and settled else "as_prefilled"
+    assert checks.scores(GateConfig(guarantee=guarantee)) == expected
+
+
+def test_a_batch_of_scores_is_sampled_where_one_is_gated():
+    controller = cast(Any, SimpleNamespace(penalties=SimpleNamespace(admit=lambda _batch: None)))
+    for gated in ([False, False], [False, True]):
+        reqs = [SimpleNamespace(gate=SimpleNamespace(gated=each)) for each in gated]
+        mode = SimpleNamespace(is_extend=lambda: True)
+        batch = SimpleNamespace(reqs=reqs, forward_mode=mode, is_prefill_only=True)
+        next_batch.launch(controller, batch)
+        assert batch.is_prefill_only is not any(gated)
+    guard.launches(None)
+
+
+@pytest.mark.parametrize("scores", [[True, True], [True, False], []])
+@pytest.mark.parametrize("prefill", [True, False])
+def test_a_batch_of_scores_does_not_decode(scores, prefill):
+    reqs = [SimpleNamespace(is_prefill_only=each) for each in scores]
+    mode = SimpleNamespace(is_extend=lambda: prefill)
+    last = SimpleNamespace(reqs=reqs, forward_mode=mode, is_prefill_only=False)
+    next_batch._after_launch(last)
+    assert last.is_prefill_only is (prefill and scores == [True, True])
+    next_batch._after_launch(None)
+
+
 def test_steps_of_any_size_are_canonical_where_prefill_gives_their_bits():
     steps = CanonicalSteps({1: True, 8: True}, graphs=True)
     assert (
@@ -91,6 +129,7 @@ def test_steps_of_any_size_are_canonical_where_prefill_gives_their_bits():
     assert steps.is_canonical(5, False) and steps.is_canonical(900, False)
     some = CanonicalSteps({1: True, 8: False}, graphs=True)
     some.extend()
+    assert steps.everywhere and not some.everywhere
     assert not some.is_canonical(8, True) and some.is_canonical(1, True)
 
 

@@ -206,6 +206,30 @@ def test_a_prompts_log_probs_are_the_log_softmax_of_its_logits(processor, rankin
     assert found.top_logprobs_idx[0] == [in_order(row)[:10] for row in expected[:20]]
 
 
+@pytest.mark.parametrize("vocabulary", [997, 998, 999, 1000])
+def test_a_prompts_log_probs_are_those_of_an_answer_for_any_vocabulary(processor, vocabulary):
+    """Each row begins at a multiple of 16 bytes, as it does where an answer's are computed."""
+    logits, seen = scores(7, 5, vocabulary), []
+
+    def original(_processor, _states, sample_indices, _inputs, _owners, _head, get_logits_fn):
+        found = get_logits_fn(1, use_logits_buffer=True)
+        seen.append(found)
+        return torch.log_softmax(found, -1), found[sample_indices]
+
+    def get_logits(states, *, use_logits_buffer):
+        assert (states, use_logits_buffer) == (1, True)
+        return logits
+
+    processor.vocab_size = vocabulary
+    rows: Any = (None, torch.tensor([0, 4]), None, None, None)
+    found, sampled = logprobs.of_a_prompt(original, processor, *rows, get_logits)
+    assert seen[0].stride(0) % 4 == 0
+    assert torch.equal(
+        found[:, :vocabulary].clamp(min=torch.finfo(torch.float32).min), logprobs.of_logits(logits)
+    )
+    assert torch.equal(sampled, logits[[0, 4]]) and sampled.is_contiguous()
+
+
 def test_logits_are_not_ranked_as_log_probs(processor, ranking):
     """Should SGLang go the shorter way all the same."""
     processor.enable_fast_input_logprobs = True

@@ -50,7 +50,7 @@ def request(custom: Any = None, *, top_k: int = 1, **changes: Any) -> SimpleName
         "return_sampling_mask": False,
         "token_indices_to_pool": None,
         **dict.fromkeys(("custom_logit_processor", "input_embeds", "positional_embed_overrides")),
-        **dict.fromkeys(("lora_id", "session")),
+        **dict.fromkeys(("lora_id", "session", "multi_item_delimiter_indices")),
     }
     assert changes.keys() <= params.keys() | req.keys()
     params.update({key: value for key, value in changes.items() if key in params})
@@ -92,7 +92,10 @@ def test_the_object_that_sglang_puts_into_custom_params_does_no_harm():
         (request(OPT_OUT), "deterministic is false"),
         (request(top_k=2), "sampling has no seed"),
         (request(top_k=1 << 30, temperature=0.5), "sampling has no seed"),
-        (request(max_new_tokens=0), "no token is generated"),
+        (request(max_new_tokens=0, token_indices_to_pool=[1]), "no token is generated"),
+        (request(max_new_tokens=0, multi_item_delimiter_indices=[1]), "no token is generated"),
+        (request(max_new_tokens=0, return_hidden_states=True), "no token is generated"),
+        (request(max_new_tokens=0, top_k=9, n=2), "sampling has no seed"),
     ],
 )
 def test_a_request_that_is_not_gated_says_why(req, because):
@@ -125,11 +128,28 @@ def test_a_seed_that_no_tensor_holds_is_refused(seed):
     assert text == f"sampling_seed is {seed}: give a whole number from 0 to {(1 << 63) - 1}."
 
 
-def test_several_answers_from_one_seed_are_refused():
+@pytest.mark.parametrize("seed", [None, 7, -1])
+def test_a_score_is_gated_and_draws_nothing(seed):
+    req = request(max_new_tokens=0, top_k=1 << 30, temperature=0.5, top_p=0.5, sampling_seed=seed)
+    gate = classify(req)
+    assert gate.gated and gate.draw is None
+    params = req.sampling_params
+    assert (params.top_k, params.temperature, params.top_p, params.min_p) == (1, 1.0, 1.0, 0.0)
+    opted_out = request(OPT_OUT, max_new_tokens=0, top_k=9, temperature=0.5)
+    assert not classify(opted_out).gated and opted_out.sampling_params.temperature == 0.5
+
+
+def test_a_choice_without_a_seed_of_its_own_is_refused():
     text = refused(request(top_k=5, sampling_seed=3, n=2))
-    assert text.startswith("n is 2 with sampling_seed 3, which would give the same answer 2 times")
+    assert text.startswith("n is 2 with sampling_seed 3, and this choice has no seed of its own")
     assert classify(request(n=2)).gated
     assert not classify(request(top_k=5, sampling_seed=3, n=2, max_new_tokens=0)).refusal
+
+
+def test_the_record_has_the_seed_of_what_was_drawn():
+    drawn = classify(request(top_k=1 << 30, temperature=0.5, sampling_seed=7)).summary(CONFIG)
+    assert drawn["seed"] == 7
+    assert "seed" not in classify(request(sampling_seed=7)).summary(CONFIG)
 
 
 OPT_IN = GateConfig(default="off")

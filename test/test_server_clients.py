@@ -16,9 +16,10 @@ import pytest
 import requests
 from checks import assert_clean, assert_gate_worked, assert_same
 from conftest import TOKENS
-from routes import CHATS, ROUTES, Said, served_model
+from routes import CHATS, ROUTES, Said, events, served_model
 
-from margingate.harness.client import Answer, Client
+from margingate.core.choice_seeds import choice_seed
+from margingate.harness.client import Answer, Client, Prompt
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FAULTS = {"gate_fault_rows": [2, 3, 7]}
@@ -277,3 +278,91 @@ def test_openai_and_ollama_clients_reach_record_and_switch(client, fingerprint):
     body = {"model": "m", "prompt": "Rivers:", "stream": False, "options": options}
     reply = requests.post(f"{client.base_url}/api/generate", json=body, timeout=300)
     assert reply.json()["gate"]["because"] == "deterministic is false"
+
+
+EIGHT = {"max_new_tokens": 8}
+DRAWN = {"temperature": 0.8, "max_tokens": 8, "seed": 4711}
+Choices = list[tuple[str, int]]  # text and seed of each choice
+
+
+def choices_of(client: Client, path: str, stream: bool, **more: Any) -> Choices:
+    """On one of OpenAI's two routes, by index."""
+    body = {"model": "m", "stream": stream, **DRAWN, **more}
+    if path == "/v1/chat/completions":
+        body["messages"] = [{"role": "user", "content": body.pop("prompt")}]
+    reply = requests.post(client.base_url + path, json=body, timeout=300)
+    assert reply.status_code == 200, reply.text
+    texts: dict[int, str] = {}
+    seeds: dict[int, int] = {}
+    for part in events(reply) if stream else [reply.json()]:
+        records = iter((part.get("metadata") or {}).get("gate", ()))
+        for choice in part["choices"]:
+            said = choice.get("delta") or choice.get("message") or choice
+            index, text = choice["index"], said.get("content") or said.get("text") or ""
+            texts[index] = texts.get(index, "") + text
+            if choice["finish_reason"]:
+                seeds[index] = next(records)["seed"]
+    return [(texts[i], seeds[i]) for i in range(len(texts))]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_choices_with_a_seed_are_single_requests_with_theirs(client, prompts, path):
+    said = [f"{saying} " * 4 for saying in SAYINGS[:2]]
+    alone = [choices_of(client, path, stream=False, prompt=text, n=4) for text in said]
+    with ThreadPoolExecutor(24) as pool:
+        streamed = [pool.submit(choices_of, client, path, True, prompt=t, n=4) for t in said]
+        others = pool.submit(client.together, prompts[:3])
+        again = [pool.submit(choices_of, client, path, False, prompt=t, n=4) for t in said]
+        assert [each.result() for each in (*streamed, *again)] == alone * 2
+        singles = [
+            pool.submit(choices_of, client, path, i % 2 == 0, prompt=text, seed=seed)
+            for text, found in zip(said, alone, strict=True)
+            for i, (_, seed) in enumerate(found)
+        ]
+        assert [each.result() for each in singles] == [[one] for found in alone for one in found]
+        others.result()
+    for found in alone:
+        assert [seed for _, seed in found] == [choice_seed(DRAWN["seed"], i) for i in range(4)]
+        assert len({text for text, _ in found}) == 4
+    if path == "/v1/completions":
+        assert choices_of(client, path, False, prompt=said, n=4) == list(chain(*alone))
+
+
+def test_choices_of_a_list_of_prompts_with_a_seed_each(client, prompts):
+    """/generate: in one request, in a batch of its own, and each choice alone."""
+    chosen = [list(prompt.input_ids) for prompt in prompts[:2]]
+    own = [{"temperature": 0.8, "max_new_tokens": 8, "sampling_seed": s, "n": 3} for s in (5, 6)]
+
+    def ask(**body: Any) -> list[Any]:
+        reply = requests.post(f"{client.base_url}/generate", json=body, timeout=300).json()
+        return [(each["output_ids"], each["meta_info"]["gate"]["seed"]) for each in reply]
+
+    found = ask(input_ids=chosen, sampling_params=own)
+    assert [seed for _, seed in found] == [choice_seed(s, i) for s in (5, 6) for i in range(3)]
+    assert len({tuple(ids) for ids, _ in found}) == 6
+    for i, (ids, seed) in enumerate(found):
+        params = {**own[0], "sampling_seed": seed, "n": 1}
+        assert ask(input_ids=[chosen[i // 3]], sampling_params=params) == [(ids, seed)]
+    assert_clean(client)
+
+
+def test_token_ids_of_a_chat_go_in_and_out(client):
+    """Whole and streamed with flips: they are those of /generate, and the next turn takes them."""
+    url = f"{client.base_url}/v1/chat/completions"
+    messages = [{"role": "user", "content": "Name two rivers."}]
+    body = {"model": "m", "messages": messages, "temperature": 0, "max_tokens": 8}
+    ids: list[int] | None = None
+    for _ in range(2):
+        asked = body if ids is None else {**body, "input_ids": ids}
+        whole = requests.post(url, json={**asked, "return_token_ids": True}, timeout=300)
+        (choice,) = whole.json()["choices"]
+        assert ids is None or choice["prompt_token_ids"] == ids
+        prompt, said = choice["prompt_token_ids"], choice["response_token_ids"]
+        [answer] = client.alone([Prompt("chat", tuple(prompt))], sampling_params=EIGHT)
+        assert list(answer.tokens) == said and len(said) == 8
+        beside = dict.fromkeys(("return_input_ids_in_sglext", "return_output_ids_in_sglext"), True)
+        more = {**beside, "stream": True, "custom_params": FAULTS}
+        streamed = events(requests.post(url, json={**asked, **more}, timeout=300))
+        (found,) = [part["sglext"] for part in streamed if part.get("sglext")]
+        assert (found["input_ids"], found["output_ids"]) == (prompt, [said])
+        ids = [*prompt, *said, *prompt]

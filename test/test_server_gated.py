@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import openai
@@ -279,6 +280,14 @@ def test_one_request_of_a_batch_wants_log_probs_of_given_tokens(client, prompts,
     assert all(entry[0] < 0 for row in found for entry in row)
 
 
+ASK_SCORES = {"return_logprob": True, "top_logprobs_num": 2, "token_ids_logprob": [5, 260]}
+
+
+def scores_of(answer: Answer) -> list[Any]:
+    kinds = ("token", "top", "token_ids")
+    return [answer.meta[f"{side}_{k}_logprobs"] for side in ("input", "output") for k in kinds]
+
+
 def test_logprobs_of_a_prompt_alone_and_together(client, prompts, alone):
     """They come from a forward, not from the cache: SGLang computes a prompt anew from there."""
     ask = {"return_logprob": True, "logprob_start_len": 2}
@@ -289,6 +298,56 @@ def test_logprobs_of_a_prompt_alone_and_together(client, prompts, alone):
         found = one.meta["input_token_logprobs"]
         assert [entry[1] for entry in found] == list(prompt.input_ids[2:])
         assert found == other.meta["input_token_logprobs"]
+        assert one.meta["gate"]["scores"] == client.gate_state()["scores"] == "as_prefilled"
+    assert all("scores" not in answer.meta["gate"] for answer in alone)
+
+
+def test_scores_cold_in_company_and_cached(client, prompts, alone):
+    """Of two to three chunks of the grid: nothing is generated, whatever the temperature."""
+    ids = [token for prompt in prompts for token in prompt.input_ids]
+    long = [Prompt(f"long {i}", tuple(ids[i : i + 580 + i])) for i in (0, 7, 90)]
+    drawn = {"temperature": 0.6, "max_new_tokens": 0}
+    ask = {**ASK_SCORES, "logprob_start_len": 300, "sampling_params": drawn}
+    cold = []
+    for prompt in long:
+        client.flush()
+        cold += client.alone([prompt], **ask)
+    client.flush()
+    with ThreadPoolExecutor(2) as pool:
+        others = pool.submit(client.together, prompts[:5])
+        company = pool.submit(client.together, long, **ask).result()
+        assert_same(alone, others.result())
+    cached = client.alone(long, **ask)
+    assert all(answer.meta["cached_tokens"] == 256 for answer in cached)
+    for prompt, *found in zip(long, cold, company, cached, strict=True):
+        assert [entry[1] for entry in found[0].meta["input_token_logprobs"]] == [
+            *prompt.input_ids[300:]
+        ]
+        for answer in found:
+            assert scores_of(answer) == scores_of(found[0])
+            record = answer.meta["gate"]
+            assert (record["gated"], record["scores"], answer.tokens) == (True, "as_prefilled", ())
+    assert_clean(client)
+
+
+def test_scores_of_openai_routes_are_those_of_generate(client, prompts):
+    ids = list(prompts[0].input_ids)
+    [scored] = client.alone(
+        prompts[:1], **ASK_SCORES, logprob_start_len=0, sampling_params={"max_new_tokens": 1}
+    )
+    asked = {"model": "m", "prompt": ids, "echo": True, "logprobs": 2, "max_tokens": 1}
+    reply = requests.post(f"{client.base_url}/v1/completions", json={**asked, "temperature": 0})
+    assert reply.json()["metadata"]["gate"][0]["scores"] == "as_prefilled"
+    found = reply.json()["choices"][0]["logprobs"]["token_logprobs"]
+    assert found[: len(ids)] == [entry[0] for entry in scored.meta["input_token_logprobs"]]
+    body = {"model": "m", "query": ids, "items": [[260], [270]], "label_token_ids": [5, 260]}
+    one, other = (requests.post(f"{client.base_url}/v1/score", json=body) for _ in range(2))
+    [label] = client.alone(
+        [Prompt("item", (*ids, 260))], **ASK_SCORES, sampling_params={"max_new_tokens": 0}
+    )
+    expected = [np.exp(entry[0]) for entry in label.meta["output_token_ids_logprobs"][0]]
+    assert one.json()["scores"] == other.json()["scores"]
+    np.testing.assert_allclose(one.json()["scores"][0], expected, rtol=1e-6)
 
 
 def test_logprobs_after_forced_flips(client, prompts, alone):
@@ -413,7 +472,7 @@ BAD_REQUESTS = [
     ({"sampling_params": {"frequency_penalty": 2.5}}, "frequency_penalty"),
     ({"sampling_params": {"temperature": 0.7, "sampling_seed": -1}}, "sampling_seed is -1"),
     ({"sampling_params": {"temperature": 0.7, "sampling_seed": 1 << 63}}, "sampling_seed is"),
-    ({"sampling_params": {"temperature": 0.7, "sampling_seed": 5, "n": 2}}, "n is 2"),
+    ({"sampling_params": {"temperature": 0.7, "sampling_seed": -5, "n": 2}}, "sampling_seed is -5"),
     ({"sampling_params": {"custom_params": [1]}}, "custom_params is [1]"),
     ({"sampling_params": {"custom_params": "x", "deterministic": True}}, "custom_params is"),
     ({"sampling_params": {"temperature": 0.7, "sampling_seed": "a"}}, "expected i64"),

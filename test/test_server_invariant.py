@@ -156,3 +156,6 @@ def test_margingate_check_passes(client, capsys, tmp_path):
     url = f"{client.base_url}/v1"
     assert main(["check", "--base-url", url, "--tokens", "16", "--prompts", str(file)]) == 0
     assert "Every answer was the same alone and in a batch." in capsys.readouterr().out
+    scores = ["check", "--scores", "--base-url", url, "--tokens", "8", "--prompts", str(file)]
+    assert main(scores) == 0
+    assert "Every score was " in capsys.readouterr().out

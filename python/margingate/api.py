@@ -26,7 +26,8 @@ PARAMETERS = (
     Entry(
         "sampling_seed",
         "A whole number from 0 to 2^63 - 1 (OpenAI: `seed`). A request that samples with a seed is "
-        "gated; one that samples without a seed is not.",
+        "gated; one that samples without a seed is not. With `n` above 1 [each choice has a seed "
+        "of its own](limits.md#several-choices-with-a-seed).",
     ),
     Entry(
         'custom_params["gate_fault_rows"]',
@@ -47,7 +48,11 @@ PARAMETERS = (
 
 # Of one request in its record; in /server_info, sums over all gated requests.
 COUNTS = (
-    Entry("steps", "tokens emitted; the first one, which the prefill chooses, is included"),
+    Entry(
+        "steps",
+        "tokens emitted; the first one, which the prefill chooses, is included, and with "
+        "`max_new_tokens` 0 it is not sent",
+    ),
     Entry("flagged", "rows that the policy wanted verified"),
     Entry(
         "replayed", "rows that were verified only because a later row of the request was flagged"
@@ -74,12 +79,23 @@ RECORD = (
     Entry("because", "only where `gated` is `false`: why the request was not gated"),
     Entry("prompt", "16 hexadecimal digits: a hash of the token ids of the prompt"),
     Entry(
+        "seed",
+        "only where tokens were drawn: the seed that they were drawn with. A single request with "
+        "this seed gives this choice.",
+    ),
+    Entry(
         "fingerprint",
         "16 hexadecimal digits: a hash of all that the answer depends on besides the request. "
         "[Equal fingerprints promise equal answers](limits.md#the-fingerprint). `null` where "
         "nothing is promised.",
     ),
     Entry("fingerprint_because", "only where `fingerprint` is `null`: why there is none"),
+    Entry(
+        "scores",
+        "only where log-probs of the prompt's own tokens were asked for: [what they are]"
+        "(limits.md#scores). `as_decoded`: bit for bit those that decoding the same tokens gives. "
+        "`as_prefilled`: those that a prefill gives, whatever is beside it.",
+    ),
     Entry("guarantee", "`--gate-guarantee` of the server"),
     Entry("fast_path", "`--gate-fast-path` of the server"),
     Entry("policy", "`--gate-policy` of the server"),
@@ -128,6 +144,7 @@ SERVER = (
         "`together`: gated prompts share prefill forwards. `as_decoded`: a prefill gives the bits "
         "of decode steps, and answers enter the prefix cache.",
     ),
+    Entry("scores", "what the log-probs of prompts are: `as_decoded` or `as_prefilled`, as above"),
     Entry("machine", "device, types, attention backends and versions that margins depend on"),
     Entry("probe", "what was measured of each operator and of whole decode steps at start"),
 )

@@ -8,13 +8,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from margingate.cli import score_table
 from margingate.cli.exit_status import CHANGED
 from margingate.errors import CliError
 from margingate.harness.defaults import PROMPTS
 from margingate.harness.inputs import read_pairs, refuse_out, refuse_twins
+from margingate.study import score_check
 from margingate.study.batch_check import RUNS, CheckOptions, changed_names, check
 
 if TYPE_CHECKING:
@@ -50,24 +53,36 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--model", help="as the server calls it; default: its first one")
     parser.add_argument("--api-key", default="none", metavar="KEY", help="if the server wants one")
+    parser.add_argument(
+        "--scores",
+        action="store_true",
+        help="compare log-probs instead, of an SGLang server: of tokens that it decoded, and that "
+        "it scores in one go alone, in a batch and from the cache",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Ask, compare, print; 1 if an answer changed."""
+    pairs = _read(args)
+    options = CheckOptions(args.base_url, args.api_key, args.model, args.tokens)
+    if args.scores:
+        return _tell(args.out, score_check.check_scores(options, pairs), _SCORES)
+    return _tell(args.out, check(options, pairs), _ANSWERS)
+
+
+def _tell(out: Path | None, result: dict[str, Any], words: _Words) -> int:
     from rich.console import Console
 
-    pairs = _read(args)
-    result = check(CheckOptions(args.base_url, args.api_key, args.model, args.tokens), pairs)
     try:  # whichever of the two fails, the other tells the result
         console = Console(file=sys.stdout)
-        console.print(make_table(result))
-        console.print(meaning(result), highlight=False)
+        console.print(words.table(result))
+        console.print(words.meaning(result), highlight=False)
     finally:
-        if args.out:
-            _write(args.out, result)
-    return CHANGED if changed_names(result) else 0
+        if out:
+            _write(out, result)
+    return CHANGED if words.changed(result) else 0
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:
@@ -115,3 +130,15 @@ def meaning(result: dict[str, Any]) -> str:
     return (
         f"{len(names)} of {result['prompts']} answers depend on what else the server does: {shown}."
     )
+
+
+class _Words(NamedTuple):
+    """What is said of a result, and the prompts that changed in it."""
+
+    table: Callable[[dict[str, Any]], Table]
+    meaning: Callable[[dict[str, Any]], str]
+    changed: Callable[[dict[str, Any]], set[str]]
+
+
+_ANSWERS = _Words(make_table, meaning, changed_names)
+_SCORES = _Words(score_table.make_table, score_table.meaning, score_check.changed_names)

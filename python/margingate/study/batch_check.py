@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from margingate.errors import CliError
 from margingate.harness.answers import common_prefix
@@ -25,6 +25,10 @@ from margingate.harness.defaults import SEED
 from margingate.harness.inputs import api_key, in_a_line, server_root
 from margingate.harness.progress import progress
 
+if TYPE_CHECKING:
+    from aiohttp import ClientSession
+
+T = TypeVar("T")
 RUNS = {
     "batched": "all at once",
     "shuffled": "all at once, shuffled",
@@ -49,6 +53,25 @@ def check(options: CheckOptions, pairs: Sequence[Pair]) -> dict[str, Any]:
 
 
 async def _ask_all(options: CheckOptions, pairs: Sequence[Pair]) -> dict[str, Any]:
+    async def work(session: ClientSession, root: str) -> dict[str, Any]:
+        model = options.model or await first_model(session, root)
+        fingerprint = await fingerprint_of(session, root)
+        changed = await _changes(ChatClient(session, root, model, options.tokens), pairs)
+        return {"model": model, "fingerprint": fingerprint, "changed": changed}
+
+    found = await with_session(options, work)
+    about = {"base_url": options.base_url, "tokens": options.tokens, "prompts": len(pairs)}
+    return {"schema": 1, **about, **found}
+
+
+async def with_session(
+    options: CheckOptions, work: Callable[[ClientSession, str], Awaitable[T]]
+) -> T:
+    """What `work` returns of a session and the server's root address.
+
+    Raises:
+        CliError: nobody answers there, or a request failed on its way.
+    """
     import aiohttp
 
     root = server_root(options.base_url)
@@ -58,9 +81,7 @@ async def _ask_all(options: CheckOptions, pairs: Sequence[Pair]) -> dict[str, An
         async with aiohttp.ClientSession(
             connector=limit, timeout=timeout, headers=headers
         ) as session:
-            model = options.model or await first_model(session, root)
-            fingerprint = await fingerprint_of(session, root)
-            changed = await _changes(ChatClient(session, root, model, options.tokens), pairs)
+            return await work(session, root)
     except aiohttp.ClientConnectorError as err:
         why = err.os_error.strerror or err.os_error
         raise CliError(
@@ -71,15 +92,6 @@ async def _ask_all(options: CheckOptions, pairs: Sequence[Pair]) -> dict[str, An
         raise CliError(
             f"{options.base_url} failed a request ({said}): see the server's log."
         ) from err
-    return {
-        "schema": 1,
-        "base_url": options.base_url,
-        "model": model,
-        "tokens": options.tokens,
-        "prompts": len(pairs),
-        "fingerprint": fingerprint,
-        "changed": changed,
-    }
 
 
 async def _changes(client: ChatClient, pairs: Sequence[Pair]) -> dict[str, dict[str, int]]:

@@ -25,6 +25,7 @@ SURFACE: Mapping[str, str] = {
     "layers.logits_processor.LogitsProcessor": ""
     "_compute_lm_head final_logit_softcapping logit_scale",
     "layers.logits_processor.LogitsProcessorOutput": "next_token_logits",
+    "layers.logprob_processor.InputLogprobProcessor": "enable_fast_input_logprobs vocab_size",
     "layers.moe.topk.StandardTopKOutput": "router_logits topk_ids topk_weights",
     "layers.moe.topk.TopK": "layer_id topk_config",
     "layers.moe.topk.TopKConfig": ""
@@ -43,24 +44,26 @@ SURFACE: Mapping[str, str] = {
     "managers.io_struct.BatchTokenIDOutput": "rids",
     "managers.io_struct.GenerateReqInput": ""
     "positional_embed_overrides sampling_params stream top_logprobs_num",
+    "managers.io_struct.TokenizedGenerateReqInput": "rid sampling_params",
     "managers.overlap_utils.FutureMap": "output_tokens_buf",
     "managers.schedule_batch.Req": ""
     "_is_reasoning_over _think_end_match_len _think_start_match_len "
     "custom_logit_processor customized_info decode_batch_idx eos_token_ids extend_end "
     "extra_key finished finished_len finished_output finished_reason "
-    "full_untruncated_fill_ids grammar inflight_middle_chunks input_embeds is_retracted "
-    "kv logprob lora_id origin_input_ids output_ids output_ids_through_stop "
+    "full_untruncated_fill_ids grammar inflight_middle_chunks input_embeds "
+    "is_prefill_only is_retracted kv logprob logprob_start_len lora_id "
+    "multi_item_delimiter_indices origin_input_ids output_ids output_ids_through_stop "
     "positional_embed_overrides prefix_len reasoning_tokens return_hidden_states "
-    "return_logprob return_sampling_mask rid sampling_params send_token_offset session "
-    "set_finish_with_abort stream time_stats to_finish token_indices_to_pool tokenizer "
-    "update_finish_state vocab_size weight_version_events",
+    "return_logprob return_sampling_mask rid sampling_params send_token_offset "
+    "session set_finish_with_abort stream time_stats to_finish token_indices_to_pool "
+    "tokenizer update_finish_state vocab_size weight_version_events",
     "managers.schedule_batch.ReqKvInfo": ""
     "cache_protected_len holds_kv kv_allocated_len kv_committed_len req_pool_idx",
     "managers.schedule_batch.ReqLogprob": ""
     "output_token_ids_logprobs_val output_token_logprobs_idx output_token_logprobs_val "
     "output_top_logprobs_idx output_top_logprobs_val token_ids_logprob top_logprobs_num",
     "managers.schedule_batch.ScheduleBatch": ""
-    "batch_is_full batch_size filter_batch forward_mode is_empty merge_batch "
+    "batch_is_full batch_size filter_batch forward_mode is_empty is_prefill_only merge_batch "
     "multimodal_inputs prepare_for_extend release_req reqs return_logprob seq_lens_sum "
     "token_ids_logprobs",
     "managers.schedule_policy.PrefillAdder": ""
@@ -83,7 +86,8 @@ SURFACE: Mapping[str, str] = {
     "default_stream_interval",
     "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager": ""
     "_session offload_tags",
-    "managers.tokenizer_manager.TokenizerManager": "model_config sampling_params_class",
+    "managers.tokenizer_manager.TokenizerManager": ""
+    "model_config rid_to_state sampling_params_class",
     "managers.tp_worker.TpModelWorker": "forward_batch_generation model_runner",
     "managers.utils.GenerationBatchResult": ""
     "can_run_cuda_graph copy_done logits_output next_token_ids",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from margingate.runtime.client import (
     anthropic_answers,
+    choices,
     detokenizer,
     meta_info,
     ollama_answers,
@@ -23,6 +24,7 @@ _ANTHROPIC = "entrypoints.anthropic.serving.AnthropicServing."
 _RESPONSES = "entrypoints.openai.serving_responses.OpenAIServingResponses."
 _OLLAMA = "entrypoints.ollama.serving.OllamaServing."
 _SWITCH = "SGLang lets plugins declare sampling parameters"
+_CHOICES = "SGLang gives each choice a seed"
 _RECORD = "SGLang puts customized info into OpenAI's answers"
 
 # Applied in the launching process of a gated server.
@@ -52,6 +54,24 @@ TOKENIZER_HOOKS = (
         "self obj input_text input_ids input_embeds mm_inputs token_type_ids",
         "`deterministic` among the sampling parameters",
         _SWITCH,
+        Policy.CLIENT,
+    ),
+    Hook(
+        _MANAGER + "_tokenize_one_request",
+        AROUND,
+        choices.tokenize_one_request,
+        "self obj",
+        "choices of a request with `n` above 1 are counted",
+        _CHOICES,
+        Policy.CLIENT,
+    ),
+    Hook(
+        _MANAGER + "_send_one_request",
+        AROUND,
+        choices.send_one_request,
+        "self tokenized_obj",
+        "each choice of a request with a seed is drawn with a seed of its own",
+        _CHOICES,
         Policy.CLIENT,
     ),
     Hook(

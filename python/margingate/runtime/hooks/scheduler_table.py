@@ -94,6 +94,16 @@ RUNTIME_HOOKS = (
         handlers.logprobs_failed,
     ),
     Hook(
+        "layers.logprob_processor.InputLogprobProcessor.forward",
+        AROUND,
+        logprobs.of_a_prompt,
+        "self pruned_states sample_indices input_logprob_indices token_to_seq_idx lm_head "
+        "get_logits_fn logits_metadata skip_chunking_for_dp_attn",
+        "a prompt's log-probs are summed from the same place in memory in any row",
+        "torch's log_softmax does not depend on where a row begins",
+        Policy.FORWARD,
+    ),
+    Hook(
         "layers.logprob_processor.get_top_logprobs_raw",
         AROUND,
         logprobs.rank,

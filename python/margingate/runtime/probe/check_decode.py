@@ -55,6 +55,11 @@ class CanonicalSteps:
         """
         self._everywhere = all((*self._measured.values(), *self._eager.values()))
 
+    @property
+    def everywhere(self) -> bool:
+        """Whether steps of any size are canonical."""
+        return self._everywhere
+
     def is_canonical(self, rows: int, by_graph: bool) -> bool:
         """Whether a decode step of `rows` requests is canonical.
 

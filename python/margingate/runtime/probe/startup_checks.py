@@ -24,6 +24,14 @@ class StartupChecks:
     decode: CanonicalSteps | None  # None: no decode step counts as canonical
     prefill: Prefill
 
+    def scores(self, config: GateConfig) -> str:
+        """What the log-probs of a prompt's tokens are: those that decoding the same tokens gives,
+        where every answer has canonical ones, or those that a prefill gives.
+        """
+        settled = self.decode is not None and self.decode.everywhere
+        decoded = self.prefill.as_decoded and (settled or config.guarantee == "exact")
+        return "as_decoded" if decoded else "as_prefilled"
+
 
 def run_checks(scheduler: Any, config: GateConfig) -> StartupChecks:
     """Run the forwards that decide, on free slots; a collective of all ranks.

@@ -21,7 +21,14 @@ from margingate.runtime.request.record import (
     not_a_switch,
     not_an_object,
 )
-from margingate.runtime.request.sampling_params import LARGEST_SEED, Draw, draw_of, take
+from margingate.runtime.request.sampling_params import (
+    LARGEST_SEED,
+    Draw,
+    draw_nothing,
+    draw_of,
+    is_score,
+    take,
+)
 
 _UNGATED = "not-"
 _serial = itertools.count(1)
@@ -30,7 +37,8 @@ _serial = itertools.count(1)
 def attach(req: Any, config: GateConfig) -> None:
     """Set `req.gate` from the request's own parameters, and its radix-tree namespace.
 
-    Mutates the parameters of a gated request: its penalties are the gate's from here on.
+    Mutates the parameters of a gated request: its penalties are the gate's from here on, and what
+    generates nothing is greedy.
     """
     gate = _classify(req, config)
     req.gate = gate
@@ -39,6 +47,8 @@ def attach(req: Any, config: GateConfig) -> None:
         gate.columns_wanted = _columns_wanted(req)
     if gate.gated:
         gate.penalties = take(req.sampling_params)
+        if is_score(req.sampling_params):
+            draw_nothing(req.sampling_params)
         req.extra_key = CACHE_NAMESPACE + (req.extra_key or "")
     elif (req.extra_key or "").startswith((CACHE_NAMESPACE, _UNGATED)):
         req.extra_key = _UNGATED + req.extra_key  # also those that have it: no two may meet
@@ -97,16 +107,22 @@ def _classify(req: Any, config: GateConfig) -> GateRequest:
     )
     if refusal:
         return GateRequest(key, False, "refused", refusal)
+    score = is_score(params)
+    elsewhere = _unserved(req) or req.multi_item_delimiter_indices  # scores by other kernels
+    # Of several choices that sample without a seed SGLang sends a score first: it fills the prefix
+    # cache for them, and has to be where they look.
+    warms_up = score and params.n > 1
+    seedless = params.top_k > 1 and params.sampling_seed is None
     ungated = (
         (not wanted, f"{SWITCH} is false" if SWITCH in custom else f"{SWITCH} is not set"),
         (config.policy == "observe", "policy observe"),
-        (params.top_k > 1 and params.sampling_seed is None, "sampling has no seed"),
-        (params.max_new_tokens == 0, "no token is generated"),
+        (seedless and (warms_up or not score), "sampling has no seed"),
+        (score and bool(elsewhere), "no token is generated"),
     )
     for applies, because in ungated:
         if applies:
             return GateRequest(key, False, because, forced=tuple(forced))
-    draw = draw_of(params)
+    draw = None if score else draw_of(params)
     if draw is not None and (refusal := _not_drawable(draw, params.n)):
         return GateRequest(key, False, "refused", refusal)
     if refusal := _not_yet_served(req):
@@ -117,10 +133,10 @@ def _classify(req: Any, config: GateConfig) -> GateRequest:
 def _not_drawable(draw: Draw, copies: int) -> str:
     if type(draw.seed) is not int or not 0 <= draw.seed <= LARGEST_SEED:
         return f"sampling_seed is {draw.seed!r}: give a whole number from 0 to {LARGEST_SEED}."
-    if copies > 1:
+    if copies > 1:  # none of SGLang's ways in does that: each choice came with its own and n 1
         return (
-            f"n is {copies} with sampling_seed {draw.seed}, which would give the same answer "
-            f"{copies} times: send {copies} requests with a seed each, or drop the seed."
+            f"n is {copies} with sampling_seed {draw.seed}, and this choice has no seed of its "
+            f"own: send {copies} requests with a seed each, or drop the seed."
         )
     return ""
 

@@ -115,6 +115,7 @@ class GateRequest:
             "policy": config.policy,
             "threshold": config.threshold,
             "prompt": self.prompt,
+            **({} if self.draw is None else {"seed": self.draw.seed}),
             **({"simulated": True} if config.simulates else {}),
             **asdict(self.counts),
             **self._drift(),

@@ -34,6 +34,18 @@ def draw_of(params: Any) -> Draw | None:
     return Draw(params.sampling_seed, params.temperature, params.top_k, params.top_p, params.min_p)
 
 
+def is_score(params: Any) -> bool:
+    """Whether SGLang's SamplingParams ask for nothing but what a prefill says of a prompt."""
+    return bool(params.max_new_tokens == 0)
+
+
+def draw_nothing(params: Any) -> None:
+    """Make SGLang's SamplingParams those of a greedy request: log-probs are scaled by no
+    temperature, and the token that nobody gets is no draw.
+    """
+    params.temperature, params.top_k, params.top_p, params.min_p = 1.0, 1, 1.0, 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Penalties:
     """Of one request. They count output tokens; of the prompt's none, as in SGLang."""

@@ -90,6 +90,39 @@ def rank(original: Any, logprobs: torch.Tensor, *args: Any, **kwargs: Any) -> An
     return original(_Rankable(logprobs), *args, **kwargs)
 
 
+def of_a_prompt(  # noqa: PLR0917
+    original: Any,
+    processor: Any,
+    pruned_states: Any,
+    sample_indices: Any,
+    input_logprob_indices: Any,
+    token_to_seq_idx: Any,
+    lm_head: Any,
+    get_logits_fn: Any,
+    *rest: Any,
+    **named: Any,
+) -> Any:
+    """AROUND InputLogprobProcessor.forward: the logits of each row begin where `of_logits` has it.
+
+    Args:
+        get_logits_fn: gives float32 [rows, vocab].
+
+    Returns:
+        SGLang's LogprobResult, and the logits of the rows that are sampled from.
+    """
+    spare = -processor.vocab_size % _ALIGNED
+    rows = (pruned_states, sample_indices, input_logprob_indices, token_to_seq_idx)
+    if not spare:
+        return original(processor, *rows, lm_head, get_logits_fn, *rest, **named)
+
+    def with_room(*args: Any, **kwargs: Any) -> torch.Tensor:
+        logits = get_logits_fn(*args, **kwargs)
+        return torch.nn.functional.pad(logits, (0, spare), value=-torch.inf)
+
+    result, sampled = original(processor, *rows, lm_head, with_room, *rest, **named)
+    return result, sampled[:, : processor.vocab_size].contiguous()
+
+
 def as_log_softmax(model: Any) -> None:
     """A prompt's log-probs are the log-softmax of its logits, as those of an answer are.
 

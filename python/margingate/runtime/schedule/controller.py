@@ -67,7 +67,8 @@ class GateController:
         )
         self.admission = Admission(checks.prefill, config.prefill_chunk)
         self.fingerprint = fingerprint.make(scheduler, config, checks.verifier, checks.prefill)
-        self.output = SettledStream(config, requests, self.retractions, self.fingerprint)
+        scores, retractions = checks.scores(config), self.retractions
+        self.output = SettledStream(config, requests, retractions, self.fingerprint, scores)
         self.auditor = Auditor(scheduler, config, checks, requests, self.fingerprint)
         self.integrity = integrity.Reports(scheduler, requests, self.in_flight)
         self.tally = Tally(exact=config.guarantee == "exact")

@@ -6,6 +6,7 @@ from typing import Any
 
 from margingate.runtime.request import guard
 from margingate.runtime.request.open_requests import OpenRequests
+from margingate.runtime.request.record import is_gated
 from margingate.runtime.schedule.controller import GateController
 from margingate.runtime.verify import rollback
 
@@ -26,6 +27,7 @@ def next_batch(controller: GateController, original: Any, running: Any, last: An
             controller.verify_everything()
     if requests.rejoining:
         running = _rejoin(scheduler, running, requests)
+    _after_launch(last)
     plan = original(scheduler, running_batch=running, last_batch=last)
     launch(controller, plan.batch_to_run)
     if plan.batch_to_run is None and (requests.held or requests.any_pending()):
@@ -39,6 +41,16 @@ def launch(controller: GateController, batch: Any) -> None:
     guard.launches(batch)
     if batch is not None and batch.forward_mode.is_extend():
         controller.penalties.admit(batch)
+        if batch.is_prefill_only and any(map(is_gated, batch.reqs)):
+            # SGLang samples none of a batch of scores, and all of one with a score. The log-probs
+            # behind a prompt are computed in one way, then, and each gated row has its margin.
+            batch.is_prefill_only = False
+
+
+def _after_launch(last: Any) -> None:
+    """Scores are in no decode step, while their prefill is in flight too: SGLang asks for it."""
+    if last is not None and last.reqs and last.forward_mode.is_extend():
+        last.is_prefill_only = all(req.is_prefill_only for req in last.reqs)
 
 
 def _rejoin(scheduler: Any, running: Any, requests: OpenRequests) -> Any:

@@ -51,6 +51,7 @@ def internal_state(controller: GateController) -> dict[str, Any]:
         "guarantee": config.guarantee,
         "policy": config.policy,
         "prefill": checks.prefill.record(),
+        "scores": checks.scores(config),
         "tally": asdict(controller.tally),
         "audit": audit.report(controller.auditor.audits),
         "integrity": controller.integrity.report(),

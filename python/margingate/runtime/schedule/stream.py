@@ -31,9 +31,12 @@ class SettledStream:
         requests: OpenRequests,
         retractions: Retractions,
         fingerprint: Fingerprint,
+        scores: str = "",
     ) -> None:
+        """`scores`: what the log-probs of a prompt's tokens are, for the record."""
         self._config, self._requests = config, requests
         self._retractions, self._fingerprint = retractions, fingerprint
+        self._scores = scores
         self._muted = False
 
     @contextmanager
@@ -70,6 +73,8 @@ class SettledStream:
             summary = gate.summary(self._config)
             if gate.gated:
                 summary |= self._fingerprint.of(gate.generation)
+                if _is_scored(req):
+                    summary["scores"] = self._scores
             req.customized_info = {INFO_KEY: _WithLastToken([summary])}
         original(accumulator, req=req)
         if gate is not None:
@@ -98,3 +103,8 @@ class SettledStream:
         finally:
             req.output_ids = tokens
         ledger.mark_sent(key, req.send_token_offset)
+
+
+def _is_scored(req: Any) -> bool:
+    """Whether the client asked for log-probs of the prompt's tokens."""
+    return bool(req.return_logprob and 0 <= req.logprob_start_len < len(req.origin_input_ids))
