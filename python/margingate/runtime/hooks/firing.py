@@ -20,6 +20,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from margingate.config import GateConfig, GateError
 from margingate.runtime.client import openai_answers
+from margingate.runtime.compat import replicas
 from margingate.runtime.compat.release import SGLANG_VERSION
 from margingate.runtime.request import guard
 from margingate.runtime.request.observer import Observer
@@ -113,6 +114,7 @@ class FirstRequest(Observer):
         try:
             confirm(by_a_request(self._config), _AT_A_REQUEST)
         except GateError as error:
+            replicas.end_all()
             raise SystemExit(f"margingate: {error}") from None
 
 

@@ -12,16 +12,16 @@ from sglang.srt.mem_cache.registry import (
 )
 
 from margingate.config import GateError
-from margingate.runtime.compat import ranks, release, surface
+from margingate.runtime.compat import ranks, release, replicas, surface
 from margingate.runtime.compat.server_args import LAUNCHED, RADIX_BACKEND, gate_config
 from margingate.runtime.hooks import firing, handlers, registry, scheduler_table
 from margingate.runtime.hooks.launcher_table import DETOKENIZER_HOOKS, TOKENIZER_HOOKS
 from margingate.runtime.observe import audit, event_records, metrics
 from margingate.runtime.probe.startup_checks import run_checks
 from margingate.runtime.request.observer import Observer
-from margingate.runtime.schedule import radix
+from margingate.runtime.schedule import radix, server_info
 from margingate.runtime.schedule.controller import GateController
-from margingate.runtime.start import arguments, refused_models
+from margingate.runtime.start import arguments, refused_models, replicas_alike
 from margingate.runtime.start.engine import gate_to_launch
 from margingate.runtime.verify import delay
 
@@ -55,6 +55,7 @@ def init(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) 
         self.tree_cache.share(controller.checks.prefill, controller.requests)
     controller.requests.observe(*_observers(controller))
     handlers.serve(controller)
+    replicas_alike.announce(controller)
     logger.info("margingate: the deterministic gate is up: %s", config)
 
 
@@ -88,9 +89,10 @@ def launch(original: Any, cls: Any, server_args: Any, *args: Any, **kwargs: Any)
 def _launch(original: Any, cls: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
     registry.install(TOKENIZER_HOOKS)
     setattr(server_args, LAUNCHED, True)  # schedulers look for it
-    result = original(cls, server_args, *args, **kwargs)
-    arguments.confirm_settings(server_args)
-    confirm_schedulers(result)
+    with replicas.rendezvous(server_args):
+        result = original(cls, server_args, *args, **kwargs)
+        arguments.confirm_settings(server_args)
+        confirm_schedulers(result)
     return result
 
 
@@ -103,8 +105,12 @@ def confirm_schedulers(result: Any, *_args: Any, **_kwargs: Any) -> None:
     tokenizer_manager, _, _, init_result, *_rest = result
     if tokenizer_manager is None or gate_config(tokenizer_manager.server_args) is None:
         return
+    if replicas.size(tokenizer_manager.server_args) > 1:  # the controller speaks for its schedulers
+        said = replicas_alike.confirm(tokenizer_manager.server_args)
+        init_result.scheduler_infos[0][server_info.INFO_KEY] = said
+        return
     for rank, info in enumerate(init_result.scheduler_infos):
-        if "margingate" not in info:
+        if server_info.INFO_KEY not in info:
             raise GateError(
                 f"scheduler {rank} came up without the gate although --deterministic-gate is set: "
                 "check that SGLANG_PLUGINS and SGLANG_PLATFORM let the plugin 'margingate' load."
