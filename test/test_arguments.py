@@ -400,7 +400,6 @@ VALUES: dict[str, Any] = {
     "--pp-size": 2,
     "--disaggregation-mode": "prefill",
     "--dcp-size": 2,
-    "--dp-size": 2,
     "--attn-cp-size": 2,
     "--dllm-algorithm": "LowConfidence",
     "--kv-canary": "log",
@@ -662,7 +661,7 @@ def test_a_quantized_model_is_refused_when_it_is_loaded(prepare):
 
 
 def launched(gated: bool, *infos: dict[str, Any]) -> tuple[Any, ...]:
-    server_args = SimpleNamespace(**({"_margingate": GateConfig()} if gated else {}))
+    server_args = SimpleNamespace(dp_size=1, **({"_margingate": GateConfig()} if gated else {}))
     manager = SimpleNamespace(server_args=server_args)
     return (manager, None, None, SimpleNamespace(scheduler_infos=list(infos)), None, [])
 

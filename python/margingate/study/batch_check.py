@@ -60,7 +60,8 @@ async def _ask_all(options: CheckOptions, pairs: Sequence[Pair]) -> dict[str, An
         ) as session:
             model = options.model or await first_model(session, root)
             fingerprint = await fingerprint_of(session, root)
-            changed = await _changes(ChatClient(session, root, model, options.tokens), pairs)
+            client = ChatClient(session, root, model, options.tokens)
+            changed = await _changes(client, pairs)
     except aiohttp.ClientConnectorError as err:
         why = err.os_error.strerror or err.os_error
         raise CliError(
@@ -77,7 +78,7 @@ async def _ask_all(options: CheckOptions, pairs: Sequence[Pair]) -> dict[str, An
         "model": model,
         "tokens": options.tokens,
         "prompts": len(pairs),
-        "fingerprint": fingerprint,
+        "fingerprint": client.fingerprint or fingerprint,
         "changed": changed,
     }
 

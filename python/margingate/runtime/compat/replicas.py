@@ -85,14 +85,12 @@ def announced(server_args: Any) -> dict[Place, dict[str, Any] | None]:
     return found
 
 
-def end_all() -> None:
+def end_all(count: int) -> None:
     """In a scheduler that is about to end: its controller would route requests to it for ever.
 
     Nothing for one replica, whose end the launcher sees.
     """
-    from sglang.srt.runtime_context import get_parallel
-
-    if get_parallel().num_dp_ranks > 1:
+    if count > 1:
         os.kill(os.getppid(), signal.SIGQUIT)  # as SGLang does where a scheduler raises
 
 
@@ -102,11 +100,9 @@ def _tell(server_args: Any, name: str, value: Any) -> None:
 
 
 def _heard(server_args: Any, name: str, replica: int) -> Any:
-    from torch.distributed import DistStoreError
-
     try:
         return json.loads(_store(server_args).get(_key(name, replica, ranks.tp_rank())))
-    except DistStoreError as error:
+    except RuntimeError as error:  # torch says so of a file, and a subclass of other stores
         raise GateError(
             f"--deterministic-gate waited in vain for {name} of replica {replica}: see its log "
             "above, or use --dp-size 1."

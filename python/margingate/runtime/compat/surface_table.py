@@ -124,7 +124,7 @@ SURFACE: Mapping[str, str] = {
     "enable_fp32_lm_head enable_return_hidden_states enable_torch_compile "
     "flashinfer_allreduce_fusion_backend grammar_backend grpc_mode init_expert_location "
     "kv_cache_dtype kv_canary load_format max_prefill_tokens max_running_requests model_path "
-    "moe_a2a_backend moe_runner_backend node_rank offload_group_size page_size "
+    "moe_a2a_backend moe_runner_backend nnodes node_rank offload_group_size page_size "
     "preferred_sampling_params radix_cache_backend random_seed return_hidden_states_mode revision "
     "smg_grpc_mode startup_weight_load_mode tokenizer_path tp_size",
 }

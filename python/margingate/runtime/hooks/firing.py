@@ -100,8 +100,8 @@ def confirm(targets: Iterable[str], when: str) -> None:
 class FirstRequest(Observer):
     """Ends this process when the first gated request has ended without a hook that it must run."""
 
-    def __init__(self, config: GateConfig) -> None:
-        self._config = config
+    def __init__(self, config: GateConfig, *, replicas: int = 1) -> None:
+        self._config, self._replicas = config, replicas
         self._seen = False
 
     def ended(self, req: Any) -> None:
@@ -114,7 +114,7 @@ class FirstRequest(Observer):
         try:
             confirm(by_a_request(self._config), _AT_A_REQUEST)
         except GateError as error:
-            replicas.end_all()
+            replicas.end_all(self._replicas)
             raise SystemExit(f"margingate: {error}") from None
 
 

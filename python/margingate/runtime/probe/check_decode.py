@@ -137,7 +137,9 @@ def digest(verifier: Verifier, scheduler: Any) -> str:
     rows = _made_up_rows(scheduler, verifier.rows)
     with scratch_rows(verifier.runner, len(rows)):
         logits = _logits(verifier, rows, verifier.rows, least=1)
-    return hashlib.sha256(logits.contiguous().view(torch.uint8).numpy()).hexdigest()
+    raw = logits.contiguous().view(torch.uint8)
+    content: Any = raw.numpy()
+    return hashlib.sha256(content).hexdigest()
 
 
 def _reference(verifier: Verifier, rows: list[RowInput]) -> torch.Tensor:

@@ -55,7 +55,7 @@ def init(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) 
         self.tree_cache.share(controller.checks.prefill, controller.requests)
     controller.requests.observe(*_observers(controller))
     handlers.serve(controller)
-    replicas_alike.announce(controller)
+    replicas_alike.announce(self, config, checks.verifier, controller.fingerprint.parts)
     logger.info("margingate: the deterministic gate is up: %s", config)
 
 
@@ -63,13 +63,19 @@ def _observers(controller: GateController) -> Iterator[Observer]:
     """Those that this server has, in the order in which they are told."""
     scheduler, config, requests = controller.scheduler, controller.config, controller.requests
     audits, observes = controller.auditor.audits, controller.observes_only
-    yield from metrics.observers(scheduler, requests, audits, observes=observes)
+    yield from metrics.observers(
+        scheduler,
+        requests,
+        audits,
+        observes=observes,
+        fingerprint=lambda: controller.fingerprint.of()["fingerprint"],
+    )
     yield from event_records.observers(config.events_endpoint, requests)
     yield from audit.observers(controller.auditor)
     verifier, merges = controller.checks.verifier, controller.merged.serves
     yield from delay.observers(scheduler, config, verifier, requests, merges=merges)
     yield controller.tally
-    yield firing.FirstRequest(config)
+    yield firing.FirstRequest(config, replicas=replicas.size(scheduler.server_args))
 
 
 def init_detokenizer(_manager: Any, server_args: Any, *_args: Any, **_kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""The replicas of a server: each scheduler has its gate, and whichever answers, the bits are one."""
+"""The replicas of a server: each scheduler has its gate, and all give the same bits."""
 
 from __future__ import annotations
 
@@ -6,30 +6,31 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from margingate.config import GateError
+from margingate.config import GateConfig, GateError
 from margingate.runtime.compat import replicas
 from margingate.runtime.probe import check_decode
 from margingate.runtime.schedule import server_info
-from margingate.runtime.schedule.controller import GateController
+from margingate.runtime.verify.verifier import Verifier
 
 logger = logging.getLogger(__name__)
 
 _UNLIKE = "have all the same devices and memory, give --max-total-tokens, or use --dp-size 1"
 
 
-def announce(controller: GateController) -> None:
-    """In each scheduler, when its gate is up: say so, and what answers depend on here."""
-    server_args = controller.scheduler.server_args
-    if replicas.size(server_args) == 1:
+def announce(scheduler: Any, config: GateConfig, verifier: Verifier, parts: dict[str, Any]) -> None:
+    """In each scheduler, when its gate is up: say so, and what answers depend on here.
+
+    Args:
+        parts: of the fingerprint.
+    """
+    if replicas.size(scheduler.server_args) == 1:
         return
-    guarantees = not controller.observes_only
-    bits = check_decode.digest(controller.checks.verifier, controller.scheduler)
     state = {
-        "gate": server_info.init_info(controller.config),
-        "fingerprint_of": controller.fingerprint.parts,
-        "bits": bits if guarantees else None,
+        "gate": server_info.init_info(config),
+        "fingerprint_of": parts,
+        "bits": check_decode.digest(verifier, scheduler),
     }
-    replicas.announce(server_args, state)
+    replicas.announce(scheduler.server_args, state)
 
 
 def confirm(server_args: Any) -> dict[str, Any]:
