@@ -630,7 +630,7 @@ def test_a_decoder_is_served_whatever_its_family(text):
         (model_config(is_hybrid_swa=True), "mixes full and sliding-window attention"),
         (model_config(WINDOWS), "mixes full and sliding-window attention"),
         (model_config(is_encoder_decoder=True), "is an encoder-decoder"),
-        (model_config(is_multimodal=True), "is multimodal"),
+        (model_config(is_multimodal=True), "is multimodal and none of Qwen2-VL, Qwen2.5-VL and"),
         (
             model_config(linear_attn_registry_result=(object(), object())),
             "keeps recurrent state (Mamba or linear attention)",

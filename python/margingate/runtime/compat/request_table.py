@@ -21,7 +21,7 @@ _REFUSED = "refused where the request is gated"
 _CARRIED = "how the request travels, who waits for it, and what is logged"
 _DISAGGREGATED = "of --disaggregation-mode, which is refused"
 _ROUTED = "which replica serves; all answer alike"
-_IMAGES = "of multimodal models, which are refused"
+_IMAGES = "of images, video and sound, refused where the request is gated"
 _OFF = "of options of the server that are refused"
 _SCORED = "of scores, for which nothing is generated"
 _NOTES = "SGLang's own notes on other fields; refused from clients"
@@ -64,7 +64,7 @@ _GENERATE: _Group = {
     "refused where the request is gated, by the id it gets": "lora_path",
     "how a client's call is kept and timed": "log_metrics conversation_id background custom_labels "
     "external_trace_header received_time",
-    "images, video and sound, models for which are refused": "image_data video_data audio_data "
+    _IMAGES: "image_data video_data audio_data "
     "mm_hashes use_audio_in_video modalities max_dynamic_patch min_dynamic_patch "
     "image_max_dynamic_patch video_max_dynamic_patch images_config mm_content_hashes video_config "
     "mm_processor_kwargs",
@@ -72,7 +72,7 @@ _GENERATE: _Group = {
 
 _TOKENIZED: _Group = {
     "a copy of the prompt in words, for logs": "input_text",
-    "of models for images or for scores, which are refused": "mm_inputs token_type_ids",
+    "of images, refused where gated, or of scores": "mm_inputs token_type_ids",
     "when it came": "time_stats",
     "of --pp-size and --enable-lora, which are refused": "pp_prefetch_ticketed lora_name",
 }

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 
 SURFACE: Mapping[str, str] = {
     "configs.model_config.ModelConfig": ""
-    "attention_arch context_len hf_text_config hidden_size is_encoder_decoder "
-    "is_generation is_hybrid_swa is_multimodal model_path quantization vocab_size",
+    "attention_arch context_len hf_config hf_text_config hidden_size is_encoder_decoder "
+    "is_generation is_hybrid_swa is_image_understandable_model is_multimodal model_is_mrope "
+    "model_path quantization vocab_size",
     "constrained.base_grammar_backend.BaseGrammarObject": ""
     "accept_token allocate_vocab_mask apply_vocab_mask fill_vocab_mask is_terminated "
     "move_vocab_mask",
@@ -47,7 +48,7 @@ SURFACE: Mapping[str, str] = {
     "custom_logit_processor customized_info decode_batch_idx eos_token_ids extend_end "
     "extra_key finished finished_len finished_output finished_reason "
     "full_untruncated_fill_ids grammar inflight_middle_chunks input_embeds is_retracted "
-    "kv logprob lora_id origin_input_ids output_ids output_ids_through_stop "
+    "kv logprob lora_id multimodal_inputs origin_input_ids output_ids output_ids_through_stop "
     "positional_embed_overrides prefix_len reasoning_tokens return_hidden_states "
     "return_logprob return_sampling_mask rid sampling_params send_token_offset session "
     "set_finish_with_abort stream time_stats to_finish token_indices_to_pool tokenizer "
@@ -98,8 +99,9 @@ SURFACE: Mapping[str, str] = {
     "mem_cache.radix_cache.TreeNode": "children value",
     "model_executor.cuda_graph_config.CudaGraphConfig": "decode prefill",
     "model_executor.forward_batch_info.ForwardBatch": ""
-    "batch_size extend_prefix_lens extend_seq_lens forward_mode input_ids out_cache_loc "
-    "positions req_pool_indices return_logprob sampling_info seq_lens seq_lens_cpu seq_lens_sum",
+    "batch_size extend_prefix_lens extend_seq_lens forward_mode input_ids mrope_positions "
+    "out_cache_loc positions req_pool_indices return_logprob sampling_info seq_lens seq_lens_cpu "
+    "seq_lens_sum",
     "model_executor.forward_batch_info.ForwardMode": "is_decode is_extend",
     "model_executor.model_runner.ModelRunner": ""
     "attn_backend decode_cuda_graph_runner device dtype graph_shared_output "

@@ -12,7 +12,7 @@ from sglang.srt.mem_cache.registry import (
 )
 
 from margingate.config import GateError
-from margingate.runtime.compat import ranks, release, replicas, surface
+from margingate.runtime.compat import ranks, release, replicas, surface, vision
 from margingate.runtime.compat.server_args import LAUNCHED, RADIX_BACKEND, gate_config
 from margingate.runtime.hooks import firing, handlers, registry, scheduler_table
 from margingate.runtime.hooks.launcher_table import DETOKENIZER_HOOKS, TOKENIZER_HOOKS
@@ -99,6 +99,8 @@ def _launch(original: Any, cls: Any, server_args: Any, *args: Any, **kwargs: Any
         result = original(cls, server_args, *args, **kwargs)
         arguments.confirm_settings(server_args)
         confirm_schedulers(result)
+    if (manager := result[0]) is not None:
+        vision.warm_up_with_text(manager.model_config)
     return result
 
 
