@@ -236,8 +236,8 @@ NO_EFFECT: _Group = {
     "ple_offload_backend ple_offload_dir c128_page_size",
     "of images, video and sound, requests with which are not gated": "mm_attention_backend "
     "mm_process_config enable_broadcast_mm_inputs_process enable_prefix_mm_cache "
-    "mm_enable_dp_encoder mm_processor_worker_num mm_io_worker_num limit_mm_data_per_request enable_mm_global_cache "
-    "disable_fast_image_processor mm_feature_transport "
+    "mm_enable_dp_encoder mm_processor_worker_num mm_io_worker_num limit_mm_data_per_request "
+    "enable_mm_global_cache disable_fast_image_processor mm_feature_transport "
     "asr_max_buffer_seconds asr_max_concurrent_sessions allowed_media_domains "
     "media_url_max_file_size_mb mm_preprocess_cache_size_mb trust_mm_content_hashes "
     "image_processor_backend mm_global_cache_backend",
