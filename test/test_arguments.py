@@ -400,7 +400,6 @@ VALUES: dict[str, Any] = {
     "--pp-size": 2,
     "--disaggregation-mode": "prefill",
     "--dcp-size": 2,
-    "--dp-size": 2,
     "--attn-cp-size": 2,
     "--dllm-algorithm": "LowConfidence",
     "--kv-canary": "log",
@@ -631,7 +630,7 @@ def test_a_decoder_is_served_whatever_its_family(text):
         (model_config(is_hybrid_swa=True), "mixes full and sliding-window attention"),
         (model_config(WINDOWS), "mixes full and sliding-window attention"),
         (model_config(is_encoder_decoder=True), "is an encoder-decoder"),
-        (model_config(is_multimodal=True), "is multimodal"),
+        (model_config(is_multimodal=True), "is multimodal and none of Qwen2-VL, Qwen2.5-VL and"),
         (
             model_config(linear_attn_registry_result=(object(), object())),
             "keeps recurrent state (Mamba or linear attention)",
@@ -662,7 +661,7 @@ def test_a_quantized_model_is_refused_when_it_is_loaded(prepare):
 
 
 def launched(gated: bool, *infos: dict[str, Any]) -> tuple[Any, ...]:
-    server_args = SimpleNamespace(**({"_margingate": GateConfig()} if gated else {}))
+    server_args = SimpleNamespace(dp_size=1, **({"_margingate": GateConfig()} if gated else {}))
     manager = SimpleNamespace(server_args=server_args)
     return (manager, None, None, SimpleNamespace(scheduler_infos=list(infos)), None, [])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -105,6 +106,7 @@ def serving(answers: dict[str, tuple[int, str]]) -> Iterator[str]:
             status, text = answers.get(self.path, (404, "<html>\n no\n  such page</html>"))
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
             self.send_response(status)
+            self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
             self.wfile.write(text.encode())
@@ -184,6 +186,40 @@ def test_a_result_that_cannot_be_written_is_still_shown(prompts, capsys):
     told = capsys.readouterr()
     assert "Every answer was the same" in told.out
     assert "--out /dev/full cannot be written (No space left on device)" in told.err
+
+
+def gated(fingerprint: str | None) -> tuple[int, str]:
+    return 200, json.dumps({**ANSWER, "metadata": {"gate": [{"fingerprint": fingerprint}]}})
+
+
+def test_servers_with_different_fingerprints_behind_one_address_are_named(prompts, capsys):
+    """A proxy that takes turns between two of them; and one that has no gate."""
+
+    class Turns(dict[str, tuple[int, str]]):
+        def get(self, path: str, default: Any = None) -> Any:
+            return next(turns) if path == CHAT else super().get(path, default)
+
+    for other, named in (("ffff", "ffff"), (None, "none"), ("", "no gate")):
+        turns = itertools.cycle([gated("0000"), gated(other) if other != "" else GOOD[CHAT]])
+        with serving(Turns(GOOD)) as url:
+            assert main(["check", "--base-url", url, "--prompts", str(prompts)]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"margingate: answers at {url} come from servers with different")
+        assert f"fingerprints (0000, {named}), so that" in error
+
+
+def test_replicas_with_different_fingerprints_are_named(prompts, capsys):
+    states = [{"margingate": {"fingerprint": each}} for each in ("aa", "bb")]
+    told = {"/server_info": (200, json.dumps({"internal_states": states}))}
+    with serving({**GOOD, **told}) as url:
+        assert main(["check", "--base-url", url, "--prompts", str(prompts)]) == 2
+    assert "different fingerprints (aa, bb), so" in capsys.readouterr().err
+
+
+def test_the_fingerprint_of_the_answers_is_told_where_a_router_tells_none(prompts, capsys):
+    with serving({**GOOD, CHAT: gated("0123")}) as url:
+        assert main(["check", "--base-url", url, "--prompts", str(prompts)]) == 0
+    assert "fingerprint: 0123." in " ".join(capsys.readouterr().out.split())
 
 
 def run(*arguments: str, **streams: Any) -> subprocess.CompletedProcess[str]:

@@ -37,12 +37,9 @@ ALONE, TOGETHER = Admission(Prefill(), 64), Admission(Prefill(together=True), 64
 
 def test_prompts_that_may_share_a_forward_are_left_to_sglang():
     req = SimpleNamespace(gate=SimpleNamespace(gated=True, kept=None))
-    assert TOGETHER.add_one_req(lambda *a: a, "adder", req, False, None) == (
-        "adder",
-        req,
-        False,
-        None,
-    )
+    adder = SimpleNamespace(can_run_list=[])
+    asked = (adder, req, False, None)
+    assert TOGETHER.add_one_req(lambda *a: a, *asked) == asked
     assert TOGETHER.add_chunked_req(lambda *a: a, "adder", req) == ("adder", req)
 
 

@@ -61,6 +61,7 @@ def runner() -> SimpleNamespace:
         device="cpu",
         kv_index_translator=translator,
         model=Model(),
+        model_config=SimpleNamespace(model_is_mrope=False),
         shared_read_done_event=None,
     )
 

@@ -273,13 +273,15 @@ def translator_of(table: torch.Tensor) -> Any:
     )
 
 
-def test_the_steps_rows_come_first_in_the_forward():
+@pytest.mark.parametrize("sections", [False, True])
+def test_the_steps_rows_come_first_in_the_forward(sections):
     table = torch.arange(12).view(2, 6) + 50
     runner = SimpleNamespace(
         req_to_token_pool=SimpleNamespace(req_to_token=table),
         attn_backend=None,
         device="cpu",
         kv_index_translator=translator_of(table),
+        model_config=SimpleNamespace(model_is_mrope=sections),
     )
     beside = SimpleNamespace(
         batch_size=2,
@@ -288,12 +290,16 @@ def test_the_steps_rows_come_first_in_the_forward():
         input_ids=torch.tensor([30, 40]),
         out_cache_loc=torch.tensor([300, 400]),
         seq_lens_cpu=torch.tensor([4, 5]),
+        mrope_positions=torch.tensor([[3, 4], [2, 4], [1, 4]]) if sections else None,
     )
     batch = Verifier(runner, 5).batch([RowInput(1, 2, 11), RowInput(1, 3, 12)], 5, beside)
     assert batch.batch_size == 5
     assert batch.req_pool_indices.tolist() == [7, 8, 1, 1, 0]
     assert batch.input_ids.tolist() == [30, 40, 11, 12, 0]
     assert batch.positions.tolist() == [3, 4, 2, 3, 0]
+    wanted = [[3, 4, 2, 3, 0], [2, 4, 2, 3, 0], [1, 4, 2, 3, 0]] if sections else None
+    found = batch.mrope_positions
+    assert (None if found is None else found.tolist()) == wanted, "images have their own"
     assert batch.out_cache_loc.tolist() == [300, 400, 58, 59, 50]
     assert batch.seq_lens.tolist() == batch.seq_lens_cpu.tolist() == [4, 5, 3, 4, 1]
     assert batch.seq_lens_sum == 17 and batch.global_num_token_non_padded_cpu == 5

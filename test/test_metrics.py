@@ -139,6 +139,19 @@ def test_events(gate):
     assert gate["pass_seconds_count"] == 2, "observed twice"
 
 
+def test_two_fingerprints_are_two_numbers(gate, monkeypatch):
+    """Within what a float holds, and the same for the same one."""
+    monkeypatch.setattr(gate.metrics, "_fingerprint", lambda: "6a838490191e81e0")
+    gate.step()
+    gate.turn()
+    assert gate["fingerprint"] == 0x6A838490191E8
+    assert float(metrics.as_number("f" * 16)) == (1 << 52) - 1
+    monkeypatch.setattr(gate.metrics, "_fingerprint", lambda: None)
+    gate.step()
+    gate.turn()
+    assert gate["fingerprint"] == 0
+
+
 def test_prometheus_is_told_at_most_every_half_second_and_in_the_end(gate):
     gate.step()
     gate.turn(FLUSH_S - 0.1)
@@ -173,7 +186,8 @@ def test_metrics_are_kept_where_sglang_keeps_its_own():
     reporter = SimpleNamespace(current_scheduler_metrics_enabled=False)
     scheduler = SimpleNamespace(metrics_reporter=reporter, metrics_collector=None)
     requests = OpenRequests(GateConfig(rows=8))
-    assert metrics.observers(scheduler, requests, Audits(1), observes=False) == ()
+    asked = {"observes": False, "fingerprint": lambda: None}
+    assert metrics.observers(scheduler, requests, Audits(1), **asked) == ()
 
 
 def test_prometheus_client_is_imported_late():

@@ -51,6 +51,7 @@ def request(custom: Any = None, *, top_k: int = 1, **changes: Any) -> SimpleName
         "token_indices_to_pool": None,
         **dict.fromkeys(("custom_logit_processor", "input_embeds", "positional_embed_overrides")),
         **dict.fromkeys(("lora_id", "session", "multi_item_delimiter_indices")),
+        "multimodal_inputs": None,
     }
     assert changes.keys() <= params.keys() | req.keys()
     params.update({key: value for key, value in changes.items() if key in params})

@@ -26,7 +26,7 @@ from margingate.core.rowclass import (
     spans,
     timed_counts,
 )
-from margingate.runtime.compat import ranks
+from margingate.runtime.compat import ranks, replicas
 from margingate.runtime.probe import execute, plans, startup
 from margingate.runtime.probe.classes import (
     RowDependenceError,
@@ -630,7 +630,7 @@ def test_prefill_is_probed_where_the_gates_attention_runs_and_prompts_may_share(
     monkeypatch.setattr(startup, "_rows_in_memory", lambda _operators: 4096)
     graphs = SimpleNamespace(prefill=SimpleNamespace(bs=[4, 300, 5000]))
     args = SimpleNamespace(
-        chunked_prefill_size=8192, max_prefill_tokens=16384, cuda_graph_config=graphs
+        chunked_prefill_size=8192, max_prefill_tokens=16384, cuda_graph_config=graphs, dp_size=1
     )
     runner = SimpleNamespace(attn_backend=SimpleNamespace(margingate=object()), server_args=args)
     config = SimpleNamespace(prefill="auto")
@@ -642,6 +642,9 @@ def test_prefill_is_probed_where_the_gates_attention_runs_and_prompts_may_share(
     with monkeypatch.context() as patch:
         patch.setattr(ranks, "of_all", lambda rows: [rows, 2048])
         assert max(counts(runner, config, {}, 256)) == 2048, "what the rank with least room has"
+    with monkeypatch.context() as patch:
+        patch.setattr(replicas, "of_all", lambda _args, _name, rows: [rows, 1024])
+        assert max(counts(runner, config, {}, 256)) == 1024, "and the replica"
     args.chunked_prefill_size = -1
     assert max(counts(runner, config, {}, 256)) == startup.MOST_PREFILLED
     args.chunked_prefill_size = 64

@@ -108,7 +108,6 @@ OTHER = {
     **dict.fromkeys(
         [
             "pp_size",
-            "dp_size",
             "dcp_size",
             "attn_cp_size",
             "moe_dp_size",

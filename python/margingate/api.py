@@ -111,6 +111,7 @@ RECORD = (
 )
 
 SERVER = (
+    Entry("replica", "the data-parallel rank of the replica that says this; 0 where there is one"),
     Entry("trigger_rate", "`flagged` / `steps`"),
     Entry("reasons", "rows by why they were flagged or left alone ([reasons](metrics.md))"),
     Entry("canonical_steps", "decode forwards that needed no verification"),
@@ -153,6 +154,21 @@ SERVER = (
     Entry("scores", "what the log-probs of prompts are: `as_decoded` or `as_prefilled`, as above"),
     Entry("machine", "device, types, attention backends and versions that margins depend on"),
     Entry("probe", "what was measured of each operator and of whole decode steps at start"),
+)
+
+# With --dp-size above 1.
+REPLICAS = (
+    Entry("count", "replicas"),
+    *(Entry(name, "the sum") for name in ("canonical_steps", "merged_passes", "open", "held")),
+    *(
+        Entry(name, "the sums, by name")
+        for name in ("reasons", "passes_by_reason", "hooks_fired", "hooks_failed")
+    ),
+    Entry("trigger_rate", "of the sums"),
+    Entry("largest_batch", "of the replica with the largest"),
+    Entry("integrity", '`"ok"`, or that of the first replica where it is not, with its number'),
+    Entry("fingerprint", "that of all replicas; `null` where one has none, or they differ"),
+    Entry("fingerprint_because", "only where `fingerprint` is `null`: of which replica, or which"),
 )
 
 TALLY = (

@@ -87,6 +87,13 @@ should be 0, and `integrity` should be `ok`. If `reasons` has nothing but `canon
 on the threshold.
 """
 
+REPLICAS = """
+### `all_replicas`
+
+With `--dp-size` above 1, `internal_states` has an entry for each replica, in their order, and each
+has this as well, about all of them. The counters above are in it too, summed.
+"""
+
 
 def options() -> str:
     """docs/options.md: a row for each field of GateConfig."""
@@ -104,7 +111,8 @@ def page_of_api() -> str:
             _entries("parameter", api.PARAMETERS) + RECORD,
             _entries("key", api.RECORD) + COUNTS,
             _entries("key", api.COUNTS) + SERVER,
-            _entries("key", api.SERVER) + "\n### `tally`\n",
+            _entries("key", api.SERVER) + REPLICAS,
+            _entries("key", api.REPLICAS) + "\n### `tally`\n",
             _entries("key", api.TALLY) + "\n### `audit`\n",
             _entries("key", api.AUDIT),
         )

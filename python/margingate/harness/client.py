@@ -209,6 +209,11 @@ class Client:
             time.sleep(0.1)  # the last request's batch may not have been filtered yet
 
     def gate_state(self) -> dict[str, Any]:
-        """The gate's counters; KeyError on a server without the gate."""
-        state: dict[str, Any] = self.get("/server_info")["internal_states"][0]["margingate"]
-        return state
+        """The gate's counters, those of all replicas summed; KeyError without the gate."""
+        state: dict[str, Any] = self.gate_states()[0]
+        return state | state.get("all_replicas", {})
+
+    def gate_states(self) -> list[dict[str, Any]]:
+        """What the gate of each replica says; KeyError on a server without the gate."""
+        states = self.get("/server_info")["internal_states"]
+        return [state["margingate"] for state in states]

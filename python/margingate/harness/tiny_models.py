@@ -67,15 +67,52 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 
+_TOWER = MappingProxyType(
+    {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 64,
+    }
+)
+_SECTIONS = MappingProxyType(
+    {"rope_type": "default", "rope_theta": 1e4, "mrope_section": (4, 2, 2)}
+)
+# Decoders behind a vision tower, by model_type: rotary positions of the text, and the tower.
+VISION: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = MappingProxyType(
+    {
+        "qwen3_vl": (
+            {**_SECTIONS, "mrope_interleaved": True},
+            {"patch_size": 16, "num_position_embeddings": 256, "deepstack_visual_indexes": [0]},
+        ),
+        "qwen2_5_vl": (
+            _SECTIONS,
+            {"patch_size": 14, "window_size": 112, "fullatt_block_indexes": [1]},
+        ),
+    }
+)
+# Tokens that SmolLM2 has not: names of the configuration, and what images are written by.
+MARKS = MappingProxyType(
+    {
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+        "image_token_id": "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+    }
+)
+
 
 def tiny_model(family: str, folder: Path) -> Path:
     """The folder of a small model of `family`, made in `folder` where it is absent.
 
     Its tokenizer is SmolLM2's. Safe to call from several processes at once. Raises CliError for
-    a family that is not in FAMILIES, and what ensure_model raises.
+    a family that is in neither FAMILIES nor VISION, and what ensure_model raises.
     """
-    if family not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
+    if family not in {**FAMILIES, **VISION}:
+        known = ", ".join(sorted({**FAMILIES, **VISION}))
         raise CliError(f"there is no tiny model of the family {family!r}; choose one of: {known}.")
     target = folder / f"tiny-{family}"
     if not target.exists():
@@ -95,20 +132,75 @@ def tiny_model(family: str, folder: Path) -> Path:
 def _write(family: str, folder: Path) -> None:
     """The configs, model.safetensors and the tokenizer into `folder`, which is empty."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     donor = ensure_model("smollm2")
     own = json.loads((donor / "config.json").read_text())
     same = {name: own[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
-    config = AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family]}, **same)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if family in VISION:
+        kind, config = _vision_config(family, donor, same, folder)
+    else:
+        kind, config = _text_config(family, same)
+        _copy_tokenizer(donor, folder)
+    model = kind.from_config(config, dtype=torch.float32)
     fill(model, SEED)
     model.save_pretrained(folder)  # by the names of checkpoints, an expert a tensor
     GenerationConfig.from_model_config(config).save_pretrained(folder)
+
+
+def _copy_tokenizer(donor: Path, folder: Path) -> None:
     left = {MANIFEST, "config.json", "generation_config.json", "model.safetensors"}
     for file in donor.iterdir():
         if file.name not in left:
             shutil.copy(file, folder)
+
+
+def _text_config(family: str, same: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The class that makes the model, and its configuration."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    own = {**_COMMON, **FAMILIES[family]}
+    return AutoModelForCausalLM, AutoConfig.for_model(family, **own, **same)
+
+
+def _vision_config(
+    family: str, donor: Path, same: Mapping[str, Any], folder: Path
+) -> tuple[Any, Any]:
+    """The same of a vision model; writes its processor, with MARKS behind SmolLM2's tokens."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    tokenizer = _write_processor(family, donor, folder)
+    marks = dict(zip(MARKS, tokenizer.convert_tokens_to_ids(list(MARKS.values())), strict=True))
+    positions, tower = VISION[family]
+    positions = {**positions, "mrope_section": list(positions["mrope_section"])}
+    size = (len(tokenizer) + 63) // 64 * 64
+    text = {**_COMMON, **same, "vocab_size": size, "rope_parameters": positions}
+    config = AutoConfig.for_model(
+        family,
+        text_config=text,
+        vision_config={**_TOWER, **tower},
+        tie_word_embeddings=False,
+        **marks,
+    )
+    return AutoModelForImageTextToText, config
+
+
+def _write_processor(family: str, donor: Path, folder: Path) -> Any:
+    """Of images, videos and text; returns its tokenizer."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(donor)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(MARKS.values())})
+    patch = VISION[family][1]["patch_size"]
+    images = transformers.Qwen2VLImageProcessor(patch_size=patch)
+    if family == "qwen3_vl":
+        kind, videos = transformers.Qwen3VLProcessor, transformers.Qwen3VLVideoProcessor()
+    else:
+        kind, videos = transformers.Qwen2_5_VLProcessor, transformers.Qwen2VLVideoProcessor()
+    kind(image_processor=images, tokenizer=tokenizer, video_processor=videos).save_pretrained(
+        folder
+    )
+    return tokenizer
 
 
 def fill(model: torch.nn.Module, seed: int) -> None:

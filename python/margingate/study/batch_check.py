@@ -56,8 +56,13 @@ async def _ask_all(options: CheckOptions, pairs: Sequence[Pair]) -> dict[str, An
     async def work(session: ClientSession, root: str) -> dict[str, Any]:
         model = options.model or await first_model(session, root)
         fingerprint = await fingerprint_of(session, root)
-        changed = await _changes(ChatClient(session, root, model, options.tokens), pairs)
-        return {"model": model, "fingerprint": fingerprint, "changed": changed}
+        client = ChatClient(session, root, model, options.tokens)
+        changed = await _changes(client, pairs)
+        return {
+            "model": model,
+            "fingerprint": client.fingerprint or fingerprint,
+            "changed": changed,
+        }
 
     found = await with_session(options, work)
     about = {"base_url": options.base_url, "tokens": options.tokens, "prompts": len(pairs)}

@@ -16,7 +16,7 @@ from sglang.srt.model_executor.forward_batch_info import (
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-from margingate.runtime.compat import release, settings
+from margingate.runtime.compat import release, settings, vision
 
 _forward_context = release.of_release("forward_context", forward_context)
 
@@ -42,8 +42,14 @@ class DecodeRows(NamedTuple):
         return DecodeRows(*(torch.cat([one.to(torch.int64), its]) for one, its in pairs))
 
 
-def decode_batch(runner: Any, rows: DecodeRows, attended: int) -> ForwardBatch:
-    """A decode batch of these rows, of which attention is told the first `attended`."""
+def decode_batch(
+    runner: Any, rows: DecodeRows, attended: int, beside: ForwardBatch | None = None
+) -> ForwardBatch:
+    """A decode batch of these rows, of which attention is told the first `attended`.
+
+    Args:
+        beside: the batch of SGLang's that the first rows are of, if any.
+    """
     count = len(rows.positions)
     seq_lens = rows.positions + 1
     seq_lens_cpu = rows.seq_lens_cpu[:attended]
@@ -58,6 +64,7 @@ def decode_batch(runner: Any, rows: DecodeRows, attended: int) -> ForwardBatch:
         orig_seq_lens=seq_lens.to(torch.int32),
         out_cache_loc=rows.slots,
         positions=rows.positions,
+        mrope_positions=vision.section_positions(runner.model_config, rows.positions, beside),
         spec_algorithm=SpeculativeAlgorithm.NONE,
         capture_hidden_mode=CaptureHiddenMode.NULL,
         global_num_token_non_padded_cpu=count,

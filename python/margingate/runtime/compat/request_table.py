@@ -19,8 +19,9 @@ _ASKED = "part of what is asked: requests that differ in it are not equal"
 _BESIDE = "asks for what is said beside the answer"
 _REFUSED = "refused where the request is gated"
 _CARRIED = "how the request travels, who waits for it, and what is logged"
-_DISAGGREGATED = "of --disaggregation-mode or --dp-size, which are refused"
-_IMAGES = "of multimodal models, which are refused"
+_DISAGGREGATED = "of --disaggregation-mode, which is refused"
+_ROUTED = "which replica serves; all answer alike"
+_IMAGES = "of images, video and sound, refused where the request is gated"
 _OFF = "of options of the server that are refused"
 _SCORED = "of scores, for which nothing is generated"
 _NOTES = "SGLang's own notes on other fields; refused from clients"
@@ -47,7 +48,8 @@ _BOTH: _Group = {
     "where columns are looked for, which the gate makes answers independent of": ""
     "extra_key cache_salt",
     _DISAGGREGATED: "bootstrap_host bootstrap_port bootstrap_room bootstrap_pair_key "
-    "decode_tp_size routed_dp_rank disagg_prefill_dp_rank",
+    "decode_tp_size disagg_prefill_dp_rank",
+    _ROUTED: "routed_dp_rank",
     _IMAGES: "need_wait_for_mm_inputs num_items_assigned encoder_urls",
     _SCORED: "multi_item_delimiter_indices",
 }
@@ -57,12 +59,12 @@ _GENERATE: _Group = {
     "part of what is asked; SGLang makes a logit processor of it": "max_thinking_tokens",
     "asks for what is said beside the answer, in words": "return_text_in_logprobs "
     "return_flat_raw_output_top_logprobs return_flat_raw_top_logprobs_b64 return_prompt_token_ids",
-    "a name for routed_dp_rank, of --dp-size, which is refused": "data_parallel_rank",
+    "a name for routed_dp_rank": "data_parallel_rank",
     "of --enable-watermark, which is refused": "watermark",
     "refused where the request is gated, by the id it gets": "lora_path",
     "how a client's call is kept and timed": "log_metrics conversation_id background custom_labels "
     "external_trace_header received_time",
-    "images, video and sound, models for which are refused": "image_data video_data audio_data "
+    _IMAGES: "image_data video_data audio_data "
     "mm_hashes use_audio_in_video modalities max_dynamic_patch min_dynamic_patch "
     "image_max_dynamic_patch video_max_dynamic_patch images_config mm_content_hashes video_config "
     "mm_processor_kwargs",
@@ -70,7 +72,7 @@ _GENERATE: _Group = {
 
 _TOKENIZED: _Group = {
     "a copy of the prompt in words, for logs": "input_text",
-    "of models for images or for scores, which are refused": "mm_inputs token_type_ids",
+    "of images, refused where gated, or of scores": "mm_inputs token_type_ids",
     "when it came": "time_stats",
     "of --pp-size and --enable-lora, which are refused": "pp_prefetch_ticketed lora_name",
 }

@@ -8,6 +8,7 @@ from margingate.config import GateConfig
 
 ATTRIBUTE = "_margingate"  # where ServerArgs carries the GateConfig; absent: not gated
 LAUNCHED = "_margingate_launched"  # by a launcher whose hooks are in place
+RENDEZVOUS = "_margingate_rendezvous"  # path of the file in which replicas meet, where several
 RADIX_BACKEND = "margingate"
 
 

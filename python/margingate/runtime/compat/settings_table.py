@@ -69,7 +69,7 @@ ELSEWHERE: _Group = {
 # By refused_settings.py where they are not what the gate was measured with.
 REFUSED: _Group = {
     "draft tokens": "speculative_algorithm decoupled_spec_role",
-    "requests spread over ranks or processes": "pp_size dp_size enable_dp_attention dcp_size "
+    "requests spread over ranks or processes": "pp_size enable_dp_attention dcp_size "
     "attn_cp_size moe_dp_size dwdp_size moe_dense_tp_size enable_dp_lm_head enable_prefill_cp "
     "enable_cp_decode_attn_tp attn_dp_size enable_tp_lm_head_all_to_all enable_dense_mlp_attn_tp "
     "enable_attn_tp_input_scattered disaggregation_mode elastic_ep_backend use_ray "
@@ -116,6 +116,7 @@ NO_EFFECT: _Group = {
     "load_balance_method num_reserved_decode_tokens prefill_decode_interval "
     "prefill_decode_interval_min_bs radix_eviction_policy_config "
     "_radix_eviction_policy_explicitly_set",
+    "which replica serves; all have one fingerprint, or there is no start": "dp_size",
     "SGLang reads it for draft models alone, or nowhere": "num_continuous_decode_steps",
     "where processes run and find each other": "nccl_port dist_timeout dist_init_addr node_rank "
     "base_gpu_id gpu_id_step numa_node host port fastapi_root_path grpc_port sidecar sidecar_args "
@@ -233,10 +234,10 @@ NO_EFFECT: _Group = {
     "swa_prefix_tails enable_encoder_swa_bounded_replay enable_decoder_swa_bounded_replay "
     "qsa_indexer_dtype dsa_triton_union enable_dsa_fused_indexer ple_offload_embedding "
     "ple_offload_backend ple_offload_dir c128_page_size",
-    "of multimodal models, which are refused": "mm_attention_backend mm_process_config "
-    "enable_broadcast_mm_inputs_process enable_prefix_mm_cache mm_enable_dp_encoder "
-    "mm_processor_worker_num mm_io_worker_num limit_mm_data_per_request enable_mm_global_cache "
-    "disable_fast_image_processor mm_feature_transport "
+    "of images, video and sound, requests with which are not gated": "mm_attention_backend "
+    "mm_process_config enable_broadcast_mm_inputs_process enable_prefix_mm_cache "
+    "mm_enable_dp_encoder mm_processor_worker_num mm_io_worker_num limit_mm_data_per_request "
+    "enable_mm_global_cache disable_fast_image_processor mm_feature_transport "
     "asr_max_buffer_seconds asr_max_concurrent_sessions allowed_media_domains "
     "media_url_max_file_size_mb mm_preprocess_cache_size_mb trust_mm_content_hashes "
     "image_processor_backend mm_global_cache_backend",

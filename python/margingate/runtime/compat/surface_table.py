@@ -10,7 +10,8 @@ from collections.abc import Mapping
 SURFACE: Mapping[str, str] = {
     "configs.model_config.ModelConfig": ""
     "attention_arch context_len hf_config hf_text_config hidden_size is_encoder_decoder "
-    "is_generation is_hybrid_swa is_multimodal model_path quantization vocab_size",
+    "is_generation is_hybrid_swa is_image_understandable_model is_multimodal model_is_mrope "
+    "model_path quantization vocab_size",
     "constrained.base_grammar_backend.BaseGrammarObject": ""
     "accept_token allocate_vocab_mask apply_vocab_mask fill_vocab_mask is_terminated "
     "move_vocab_mask",
@@ -52,7 +53,8 @@ SURFACE: Mapping[str, str] = {
     "extra_key finished finished_len finished_output finished_reason "
     "full_untruncated_fill_ids grammar inflight_middle_chunks input_embeds "
     "is_prefill_only is_retracted kv logprob logprob_start_len lora_id "
-    "multi_item_delimiter_indices origin_input_ids output_ids output_ids_through_stop "
+    "multi_item_delimiter_indices multimodal_inputs origin_input_ids output_ids "
+    "output_ids_through_stop "
     "positional_embed_overrides prefix_len reasoning_tokens return_hidden_states "
     "return_logprob return_sampling_mask rid sampling_params send_token_offset "
     "session set_finish_with_abort stream time_stats to_finish token_indices_to_pool "
@@ -104,8 +106,9 @@ SURFACE: Mapping[str, str] = {
     "mem_cache.radix_cache.TreeNode": "children value",
     "model_executor.cuda_graph_config.CudaGraphConfig": "decode prefill",
     "model_executor.forward_batch_info.ForwardBatch": ""
-    "batch_size extend_prefix_lens extend_seq_lens forward_mode input_ids out_cache_loc "
-    "positions req_pool_indices return_logprob sampling_info seq_lens seq_lens_cpu seq_lens_sum",
+    "batch_size extend_prefix_lens extend_seq_lens forward_mode input_ids mrope_positions "
+    "out_cache_loc positions req_pool_indices return_logprob sampling_info seq_lens seq_lens_cpu "
+    "seq_lens_sum",
     "model_executor.forward_batch_info.ForwardMode": "is_decode is_extend",
     "model_executor.model_runner.ModelRunner": ""
     "attn_backend decode_cuda_graph_runner device dtype graph_shared_output "
@@ -130,7 +133,7 @@ SURFACE: Mapping[str, str] = {
     "enable_fp32_lm_head enable_return_hidden_states enable_torch_compile "
     "flashinfer_allreduce_fusion_backend grammar_backend grpc_mode init_expert_location "
     "kv_cache_dtype kv_canary load_format max_prefill_tokens max_running_requests model_path "
-    "moe_a2a_backend moe_runner_backend node_rank offload_group_size page_size "
+    "moe_a2a_backend moe_runner_backend nnodes node_rank offload_group_size page_size "
     "preferred_sampling_params radix_cache_backend random_seed return_hidden_states_mode revision "
     "smg_grpc_mode startup_weight_load_mode tokenizer_path tp_size",
 }

@@ -20,6 +20,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from margingate.config import GateConfig, GateError
 from margingate.runtime.client import openai_answers
+from margingate.runtime.compat import replicas
 from margingate.runtime.compat.release import SGLANG_VERSION
 from margingate.runtime.request import guard
 from margingate.runtime.request.observer import Observer
@@ -106,8 +107,8 @@ def confirm(targets: Iterable[str], when: str) -> None:
 class FirstRequest(Observer):
     """Ends this process when the first gated request has ended without a hook that it must run."""
 
-    def __init__(self, config: GateConfig) -> None:
-        self._config = config
+    def __init__(self, config: GateConfig, *, replicas: int = 1) -> None:
+        self._config, self._replicas = config, replicas
         self._seen = False
 
     def ended(self, req: Any) -> None:
@@ -120,6 +121,7 @@ class FirstRequest(Observer):
         try:
             confirm(by_a_request(self._config), _AT_A_REQUEST)
         except GateError as error:
+            replicas.end_all(self._replicas)
             raise SystemExit(f"margingate: {error}") from None
 
 

@@ -10,6 +10,7 @@ from margingate.runtime.client import (
     ollama_answers,
     openai_answers,
     parameter_types,
+    replica_counters,
     responses_answers,
     switch,
 )
@@ -37,6 +38,15 @@ TOKENIZER_HOOKS = (
         'meta_info["gate"] is a record per request, not a list per token',
         "customized info can be an object per request, sent with the last output",
         Policy.OBSERVE,
+    ),
+    Hook(
+        _MANAGER + "get_internal_state",
+        AROUND,
+        replica_counters.internal_states,
+        "self",
+        "`/server_info` lists data-parallel replicas in order, with sums of their counters",
+        "SGLang says which replica a state is of",
+        Policy.CLIENT,
     ),
     Hook(
         _MANAGER + "_validate_one_request",

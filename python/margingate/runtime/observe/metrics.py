@@ -1,12 +1,8 @@
-"""The gate's Prometheus metrics, beside SGLang's own and under the same labels.
-
-docs/metrics.md lists them, docs/grafana.json shows them; a test holds the three together.
-"""
+"""The gate's Prometheus metrics, beside SGLang's own and under the same labels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from operator import attrgetter
 from time import monotonic as now
@@ -15,153 +11,15 @@ from typing import TYPE_CHECKING, Any
 from margingate.config import GateError
 from margingate.core.audit import Audits
 from margingate.core.policy import Reason
-from margingate.core.queue import Due
 from margingate.runtime.observe import audit
+from margingate.runtime.observe.metric_table import METRICS, PREFIX
 from margingate.runtime.request.observer import Observer
 from margingate.runtime.request.open_requests import OpenRequests
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
-PREFIX = "sglang:gate_"
 FLUSH_S = 0.5  # prometheus_client is told at most this often
-FLAGS = (
-    *(Reason.BELOW, Reason.ROUTER, Reason.ALWAYS, Reason.NOT_FINITE),
-    *(Reason.INJECTED, Reason.SIMULATED, Reason.OBSERVED),
-)
-SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """One metric, and its line in docs/metrics.md."""
-
-    name: str  # after PREFIX
-    kind: str  # counter, gauge or histogram
-    unit: str
-    meaning: str
-    label: str = ""  # beside SGLang's own
-    values: tuple[str, ...] = ("",)  # of the label; these are there, at 0, from the start
-    buckets: tuple[float, ...] = ()  # of a histogram
-
-
-METRICS = (
-    Metric(
-        "rows_total",
-        "counter",
-        "rows",
-        "tokens emitted, also those rolled back later",
-        "reason",
-        tuple(Reason),
-    ),
-    Metric("flagged_rows_total", "counter", "rows", "rows to be verified", "reason", FLAGS),
-    Metric(
-        "steps_total",
-        "counter",
-        "forwards",
-        "prefill and decode forwards with gated requests in them",
-        "mode",
-        ("prefill", "decode"),
-    ),
-    Metric(
-        "canonical_steps_total",
-        "counter",
-        "forwards",
-        "decode forwards with gated requests in them that needed no verification",
-    ),
-    Metric("verified_rows_total", "counter", "rows", "rows computed by verify passes"),
-    Metric(
-        "replayed_rows_total",
-        "counter",
-        "rows",
-        "rows verified only because a flagged one brought them along",
-    ),
-    Metric("flips_total", "counter", "rows", "mismatches repaired"),
-    Metric(
-        "missed_total",
-        "counter",
-        "rows",
-        "mismatches found after the token had been sent; should stay 0",
-    ),
-    Metric(
-        "rolled_back_tokens_total",
-        "counter",
-        "tokens",
-        "tokens dropped by flips, the replaced ones included",
-    ),
-    Metric("repaired_columns_total", "counter", "columns", "K/V columns rewritten in place"),
-    Metric(
-        "retractions_total",
-        "counter",
-        "retractions",
-        "times a request lost its memory and was replayed",
-    ),
-    Metric("passes_total", "counter", "passes", "verify passes", "due", tuple(Due)),
-    Metric(
-        "pass_seconds",
-        "histogram",
-        "seconds",
-        "a verify pass, from taking its rows to having settled them",
-        buckets=SECONDS,
-    ),
-    Metric(
-        "pass_rows", "histogram", "rows", "rows of a verify pass, padding not counted", buckets=ROWS
-    ),
-    Metric(
-        "drain_seconds",
-        "histogram",
-        "seconds",
-        "per request that had to wait for it: from its last token to the verdict on its rows",
-        buckets=SECONDS,
-    ),
-    Metric(
-        "settle_seconds",
-        "histogram",
-        "seconds",
-        "per wait: from the first token that is not settled until all of the request's are",
-        buckets=SECONDS,
-    ),
-    Metric(
-        "audit_requests_total",
-        "counter",
-        "requests",
-        "finished requests replayed and compared (`--gate-audit-rate`)",
-    ),
-    Metric("audit_tokens_total", "counter", "tokens", "output tokens compared by audits"),
-    Metric(
-        "audit_mismatches_total",
-        "counter",
-        "requests",
-        "audited requests with a token that differs; should stay 0",
-    ),
-    Metric(
-        "audit_bits_total",
-        "counter",
-        "bits",
-        "bits of margins, log-probs and K/V columns compared by audits",
-    ),
-    Metric(
-        "audit_bit_mismatches_total",
-        "counter",
-        "requests",
-        "audited requests with the same tokens and other bits; should stay 0",
-    ),
-    Metric(
-        "audit_dropped_total",
-        "counter",
-        "requests",
-        "requests chosen for an audit and not compared",
-    ),
-    Metric(
-        "audit_mismatch_bound",
-        "gauge",
-        "share",
-        "upper 95 % confidence bound on mismatches per request; 1 before the first audit",
-    ),
-    Metric("open_reqs", "gauge", "requests", "gated requests with a token and no end yet"),
-    Metric("held_reqs", "gauge", "requests", "gated requests whose end waits for verification"),
-)
 # Counters that are kept with each request: metric, field of `Counts`.
 COUNTED = {
     "verified_rows_total": "verified",
@@ -181,14 +39,22 @@ AUDITED = {
     "audit_bit_mismatches_total": "bit_mismatches",
     "audit_dropped_total": "dropped",
 }
+EXACT = 13  # hexadecimal digits that a float holds
 _LABELS = {metric.name: metric.label for metric in METRICS}
 _Series = tuple[str, str]  # a metric's name and its own label's value, "" without one
 
 
 def observers(
-    scheduler: Any, requests: OpenRequests, audits: Audits, *, observes: bool
+    scheduler: Any,
+    requests: OpenRequests,
+    audits: Audits,
+    *,
+    observes: bool,
+    fingerprint: Callable[[], str | None],
 ) -> tuple[Observer, ...]:
     """The metrics, where SGLang keeps its own in this process (--enable-metrics); else nothing.
+
+    Args: as GateMetrics takes them.
 
     Raises:
         GateError: a metric cannot be registered.
@@ -196,7 +62,12 @@ def observers(
     if not scheduler.metrics_reporter.current_scheduler_metrics_enabled:
         return ()
     labels = scheduler.metrics_collector.labels
-    return (GateMetrics(requests, audits, labels, observes=observes),)
+    return (GateMetrics(requests, audits, labels, observes=observes, fingerprint=fingerprint),)
+
+
+def as_number(fingerprint: str | None) -> int:
+    """Equal for equal fingerprints; labels would leave a series of each old one behind."""
+    return int(fingerprint[:EXACT], 16) if fingerprint else 0
 
 
 class GateMetrics(Observer):
@@ -213,17 +84,20 @@ class GateMetrics(Observer):
         registry: CollectorRegistry | None = None,
         *,
         observes: bool = False,
+        fingerprint: Callable[[], str | None] = lambda: None,
     ) -> None:
         """
         Args:
             labels: SGLang's, with their values.
             registry: None: the process's.
             observes: the policy; flags are counted, and none is acted upon.
+            fingerprint: says what it is now, in hexadecimal digits.
 
         Raises:
             GateError: a metric cannot be registered.
         """
         self._requests, self._audits, self._observes = requests, audits, observes
+        self._fingerprint = fingerprint
         self._labels = dict(labels)
         self._metrics: dict[str, Any] = {}
         self._register(registry)
@@ -317,6 +191,7 @@ class GateMetrics(Observer):
         self._child("audit_mismatch_bound").set(audit.bound(self._audits))
         self._child("open_reqs").set(len(self._requests))
         self._child("held_reqs").set(len(self._requests.held))
+        self._child("fingerprint").set(as_number(self._fingerprint()))
 
     def _totals(self) -> Iterator[tuple[_Series, int]]:
         requests, counts = self._requests, self._requests.summed()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from margingate.config import GateError
-from margingate.runtime.compat import quantization
+from margingate.runtime.compat import quantization, vision
 from margingate.runtime.compat.routers import experts, routers
 from margingate.runtime.probe import fused_gate
 
@@ -250,10 +250,12 @@ def refuse_bypassed(members: Iterable[tuple[str, Any]], seen: Mapping[int, Obser
 def refuse_unmeasured(model: Any, measured: set[int]) -> None:
     """Raises GateError for a module with parameters that is neither measured nor row by row.
 
+    A vision tower is left out: no gated request gets there.
+
     Args:
         measured: ids of the modules that the probe knows.
     """
-    for name, module in model.named_modules():
+    for name, module in vision.text_modules(model):
         own = dict(module.named_parameters(recurse=False))
         if own and id(module) not in measured and type(module).__name__ not in ROW_BY_ROW:
             raise GateError(

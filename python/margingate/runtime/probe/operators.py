@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from margingate.runtime.compat import quantization
+from margingate.runtime.compat import quantization, vision
 from margingate.runtime.probe.observed_calls import AS_WEIGHT, Observed, ObservedCall
 
 HEAD = "lm_head"
@@ -246,7 +246,7 @@ def dense_operators(model: Any, seen: Mapping[int, Observed]) -> Iterator[Operat
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
     norms = (layernorm.RMSNorm, layernorm.GemmaRMSNorm, torch.nn.RMSNorm, torch.nn.LayerNorm)
-    for name, module in model.named_modules():
+    for name, module in vision.text_modules(model):
         call = seen.get(id(module), AS_WEIGHT)
         if not isinstance(call, ObservedCall):
             continue

@@ -1,11 +1,14 @@
-"""Plans that tensor-parallel ranks share: each measures by its own clock."""
+"""Plans that ranks and replicas share: each would measure by its own clock."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from margingate.config import GateError
+from margingate.runtime.compat import ranks, replicas
 from margingate.runtime.probe.classes import Finding
 from margingate.runtime.probe.operators import Operator
 
@@ -38,3 +41,37 @@ def of_all_ranks(
             )
         found.append(mine)
     return found
+
+
+def of_first_replica(
+    server_args: Any, identity: dict[str, Any], find: Callable[[], list[Finding]]
+) -> list[Finding]:
+    """What `find` gives in the first data-parallel replica, where alone it is called.
+
+    Args:
+        identity: everything that findings depend on, of this replica; for JSON.
+
+    Raises:
+        GateError: the first replica's identity is another.
+    """
+    if replicas.size(server_args) == 1:
+        return find()
+    told = replicas.first(
+        server_args,
+        "plan",
+        lambda: {"identity": identity, "findings": [each.record() for each in find()]},
+    )
+    refuse_unlike(identity, told["identity"])
+    return [Finding.from_record(each) for each in told["findings"]]
+
+
+def refuse_unlike(own: dict[str, Any], first: dict[str, Any]) -> None:
+    """A plan measured elsewhere holds here only where all is alike. Raises GateError."""
+    plain = [json.loads(json.dumps(each, default=str)) for each in (own, first)]
+    other = [name for name in plain[0] if plain[1].get(name) != plain[0][name]]
+    if other:
+        raise GateError(
+            f"--deterministic-gate needs replicas that compute alike, but in replica "
+            f"{ranks.dp_rank()} {', '.join(other)} differ from those of replica 0: give all the "
+            "same devices, or use --dp-size 1."
+        )

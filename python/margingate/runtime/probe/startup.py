@@ -17,7 +17,7 @@ import torch
 
 from margingate.config import GateConfig, GateError
 from margingate.runtime.attention import fixed_split, invariant_attention
-from margingate.runtime.compat import ranks, settings
+from margingate.runtime.compat import ranks, replicas, settings
 from margingate.runtime.compat.server_args import gate_config
 from margingate.runtime.probe import (
     all_reduce,
@@ -134,6 +134,7 @@ def _prefill_counts(
     chunk = args.chunked_prefill_size or -1
     largest = chunk if chunk > 0 else args.max_prefill_tokens
     largest = min(ranks.of_all(min(largest, _rows_in_memory(operators))))
+    largest = min(replicas.of_all(runner.server_args, "rows_in_memory", largest))
     graphs = args.cuda_graph_config.prefill.bs or ()
     return classes.prefill_counts(decoded, max(decoded + 1, min(largest, MOST_PREFILLED)), graphs)
 
@@ -179,13 +180,20 @@ def _find(
 ) -> list[classes.Finding]:
     """Findings of an earlier start on the same machine with the same versions, or new ones."""
     key = cache.identity(runner, operators, decoded, prefill)
-    found = None if fresh else cache.load(key)
-    source = f"from {cache.path(key)}"
-    if found is None:
+    source = "as the first replica found"
+
+    def find() -> list[classes.Finding]:
+        nonlocal source
+        source = f"from {cache.path(key)}"
+        if (kept := None if fresh else cache.load(key)) is not None:
+            return kept
         source = "measured now"
-        found = plans.probe_groups(operators, decoded, prefill, _decode_graphs(runner))
-        found += probe_attention(runner, classes.row_counts(decoded))
-        cache.save(key, found)
+        made = plans.probe_groups(operators, decoded, prefill, _decode_graphs(runner))
+        made += probe_attention(runner, classes.row_counts(decoded))
+        cache.save(key, made)
+        return made
+
+    found = shared_plans.of_first_replica(runner.server_args, key, find)
     found = shared_plans.of_all_ranks(found, ranks.of_all(found), operators)
     logger.info("margingate: rows that give one row the same bits, %s:", source)
     for finding in found:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from margingate.config import GateConfig
+from margingate.runtime.compat import vision
 from margingate.runtime.request.record import (
     CACHE_NAMESPACE,
     COLUMNS,
@@ -60,7 +61,7 @@ def refuse(req: Any) -> None:
     if gate is None or req.to_finish is not None:
         return
     clip(req)
-    if refusal := gate.refusal or without_room(req):
+    if refusal := gate.refusal or without_room(req) or with_media(req):
         req.set_finish_with_abort(refusal)  # it goes on as a prompt of one token
         req.input_embeds = req.positional_embed_overrides = None
 
@@ -70,6 +71,17 @@ def clip(req: Any) -> None:
     penalties, room = req.gate.penalties, req.sampling_params.max_new_tokens
     if penalties is not None and penalties.min_new_tokens > room:
         req.gate.penalties = replace(penalties, min_new_tokens=room)
+
+
+def with_media(req: Any) -> str:
+    """Once SGLang has attached them: the sentence for images, video or sound of a gated request."""
+    if not (req.gate.gated and vision.has_media(req)):
+        return ""
+    return (
+        "this request has images, video or sound, whose embeddings may depend on what is encoded "
+        f'beside them: send text alone, or "{SWITCH}": false, in sampling_params or beside '
+        "OpenAI's parameters, to be served without the gate."
+    )
 
 
 def without_room(req: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult
 
-from margingate.runtime.compat import columns
+from margingate.runtime.compat import columns, vision
 from margingate.runtime.probe.check_prefill import Prefill
 from margingate.runtime.request.record import is_gated
 
@@ -30,6 +30,8 @@ class Admission:
         if _lacks_room_to_replay(adder, req):
             return AddReqResult.NO_TOKEN
         if self._together:
+            if _media_meets_gated(adder, req):
+                return AddReqResult.OTHER
             return original(adder, req, has_chunked_req, align)
         return self._add_alone(original, adder, req, has_chunked_req, align)
 
@@ -91,6 +93,12 @@ def _lacks_room_to_replay(adder: Any, req: Any) -> bool:
     more = max(req.sampling_params.max_new_tokens - len(kept.tokens), 0)
     needed = _left(req) + len(kept.tokens) + min(more, CLIP_MAX_NEW_TOKENS)
     return bool(needed >= adder.rem_total_tokens)
+
+
+def _media_meets_gated(adder: Any, req: Any) -> bool:
+    """Whether images would be in a forward with a gated prompt, which runs other code then."""
+    together = [*adder.can_run_list, req] if adder.can_run_list else []
+    return any(map(is_gated, together)) and any(map(vision.has_media, together))
 
 
 def _left(req: Any) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import margingate
 from margingate.config import GateConfig
-from margingate.runtime.compat import machine
+from margingate.runtime.compat import machine, ranks
 from margingate.runtime.observe import audit
 from margingate.runtime.probe import startup
 from margingate.runtime.request import guard
@@ -27,6 +27,7 @@ def internal_state(controller: GateController) -> dict[str, Any]:
     totals = asdict(requests.summed())
     steps = totals["steps"]
     return {
+        "replica": ranks.dp_rank(),
         **totals,
         "trigger_rate": totals["flagged"] / steps if steps else 0.0,
         "reasons": dict(requests.reasons),

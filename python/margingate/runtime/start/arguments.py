@@ -146,6 +146,7 @@ def _refuse_resolved(server_args: Any, config: GateConfig) -> None:
     refusals.refuse_server(args)
     refusals.refuse_chunks(args, config)
     refusals.refuse_audit(args, config)
+    refusals.refuse_replicas(args, config)
     refusals.refuse_confidential(args, config)
     refusals.refuse_simulation(args, config)
     refusals.refuse_grammars(args)

@@ -12,16 +12,16 @@ from sglang.srt.mem_cache.registry import (
 )
 
 from margingate.config import GateError
-from margingate.runtime.compat import ranks, release, surface
+from margingate.runtime.compat import ranks, release, replicas, surface, vision
 from margingate.runtime.compat.server_args import LAUNCHED, RADIX_BACKEND, gate_config
 from margingate.runtime.hooks import firing, handlers, registry, scheduler_table
 from margingate.runtime.hooks.launcher_table import DETOKENIZER_HOOKS, TOKENIZER_HOOKS
 from margingate.runtime.observe import audit, event_records, metrics
 from margingate.runtime.probe.startup_checks import run_checks
 from margingate.runtime.request.observer import Observer
-from margingate.runtime.schedule import radix
+from margingate.runtime.schedule import radix, server_info
 from margingate.runtime.schedule.controller import GateController
-from margingate.runtime.start import arguments, refused_models
+from margingate.runtime.start import arguments, refused_models, replicas_alike
 from margingate.runtime.start.engine import gate_to_launch
 from margingate.runtime.verify import delay
 
@@ -57,6 +57,7 @@ def init(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) 
         self.tree_cache.share(controller.checks.prefill, controller.requests)
     controller.requests.observe(*_observers(controller))
     handlers.serve(controller)
+    replicas_alike.announce(self, config, checks.verifier, controller.fingerprint.parts)
     logger.info("margingate: the deterministic gate is up: %s", config)
 
 
@@ -64,13 +65,19 @@ def _observers(controller: GateController) -> Iterator[Observer]:
     """Those that this server has, in the order in which they are told."""
     scheduler, config, requests = controller.scheduler, controller.config, controller.requests
     audits, observes = controller.auditor.audits, controller.observes_only
-    yield from metrics.observers(scheduler, requests, audits, observes=observes)
+    yield from metrics.observers(
+        scheduler,
+        requests,
+        audits,
+        observes=observes,
+        fingerprint=lambda: controller.fingerprint.of()["fingerprint"],
+    )
     yield from event_records.observers(config.events_endpoint, requests)
     yield from audit.observers(controller.auditor)
     verifier, merges = controller.checks.verifier, controller.merged.serves
     yield from delay.observers(scheduler, config, verifier, requests, merges=merges)
     yield controller.tally
-    yield firing.FirstRequest(config)
+    yield firing.FirstRequest(config, replicas=replicas.size(scheduler.server_args))
 
 
 def init_detokenizer(_manager: Any, server_args: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -90,9 +97,12 @@ def launch(original: Any, cls: Any, server_args: Any, *args: Any, **kwargs: Any)
 def _launch(original: Any, cls: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
     registry.install(TOKENIZER_HOOKS)
     setattr(server_args, LAUNCHED, True)  # schedulers look for it
-    result = original(cls, server_args, *args, **kwargs)
-    arguments.confirm_settings(server_args)
-    confirm_schedulers(result)
+    with replicas.rendezvous(server_args):
+        result = original(cls, server_args, *args, **kwargs)
+        arguments.confirm_settings(server_args)
+        confirm_schedulers(result)
+    if (manager := result[0]) is not None:
+        vision.warm_up_with_text(manager.model_config)
     return result
 
 
@@ -105,8 +115,12 @@ def confirm_schedulers(result: Any, *_args: Any, **_kwargs: Any) -> None:
     tokenizer_manager, _, _, init_result, *_rest = result
     if tokenizer_manager is None or gate_config(tokenizer_manager.server_args) is None:
         return
+    if replicas.size(tokenizer_manager.server_args) > 1:  # the controller speaks for its schedulers
+        said = replicas_alike.confirm(tokenizer_manager.server_args)
+        init_result.scheduler_infos[0][server_info.INFO_KEY] = said
+        return
     for rank, info in enumerate(init_result.scheduler_infos):
-        if "margingate" not in info:
+        if server_info.INFO_KEY not in info:
             raise GateError(
                 f"scheduler {rank} came up without the gate although --deterministic-gate is set: "
                 "check that SGLANG_PLUGINS and SGLANG_PLATFORM let the plugin 'margingate' load."

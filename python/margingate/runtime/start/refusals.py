@@ -61,6 +61,22 @@ def refuse_audit(args: Any, config: GateConfig) -> None:
         )
 
 
+def refuse_replicas(args: Any, config: GateConfig) -> None:
+    """What several data-parallel replicas cannot share. Raises GateError."""
+    if args.dp_size == 1:
+        return
+    if args.nnodes > 1:
+        raise GateError(
+            f"--dp-size is {args.dp_size}, but --nnodes is {args.nnodes}, and replicas agree on "
+            "one plan by a file of their host: start a server for each host behind a router."
+        )
+    if config.study:
+        raise GateError(
+            f"--gate-study compares columns that one process keeps, but --dp-size is "
+            f"{args.dp_size}: use --dp-size 1."
+        )
+
+
 def refuse_confidential(args: Any, config: GateConfig) -> None:
     """There a worker thread copies a step's results, whose margins the next step may overwrite.
 

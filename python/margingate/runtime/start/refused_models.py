@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from margingate.config import GateError
-from margingate.runtime.compat import quantization, settings
+from margingate.runtime.compat import quantization, settings, vision
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,10 @@ REFUSED_FAMILIES = (
     ModelFamily("mixes full and sliding-window attention", lambda model: model.is_hybrid_swa),
     ModelFamily("mixes full and sliding-window attention", _has_windows, may_be_observed=True),
     ModelFamily("is an encoder-decoder", lambda model: model.is_encoder_decoder),
-    ModelFamily("is multimodal", lambda model: model.is_multimodal),
+    ModelFamily(
+        f"is multimodal and none of {vision.SERVED}, whose text is served",
+        lambda model: model.is_multimodal and not vision.is_known(model),
+    ),
     ModelFamily("keeps recurrent state (Mamba or linear attention)", _has_a_state),
     ModelFamily(
         "is quantized ({model.quantization}) and no dense model in FP8 with a weight_block_size",

@@ -99,12 +99,6 @@ _REFUSALS = (
         "prefill and decode must share one canonical plan",
         "use null",
     ),
-    Refusal(
-        _above_one("dp_size"),
-        "--dp-size",
-        "its controller does not tell whether every scheduler has its gate",
-        "start a server for each GPU behind a router",
-    ),
     _dropped("enable_dp_attention", _APART),
     _single("attn_dp_size", _APART),
     _dropped("enable_tp_lm_head_all_to_all", _APART),

@@ -161,7 +161,7 @@ class Verifier:
         if beside is not None:
             made = made.behind(beside)
         attended = others + len(rows) if self._attends_row_by_row else count
-        return decode_batch(self.runner, made, attended)
+        return decode_batch(self.runner, made, attended, beside)
 
     def _on_device(self, rows: Sequence[RowInput]) -> DecodeRows:
         fields = torch.tensor(
