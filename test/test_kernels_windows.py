@@ -16,9 +16,11 @@ from unittest.mock import patch
 import pytest
 import torch
 import triton
-from attention_world import SHAPE, World, assert_close, exact_dot
+from attention_world import DTYPES, SHAPE, World, assert_close, exact_dot
 from jit_bodies import checks_in, for_hopper, needs_gpu, run_checks, run_in_interpreter
 
+from margingate.runtime.probe import attention_error
+from margingate.runtime.probe.attention_error import LayerKind, measure, spans_of
 from margingate_kernels import (
     PLAIN,
     Rules,
@@ -169,6 +171,25 @@ def check_a_plan_leaves_out_what_no_row_sees(device: str) -> None:
     assert all(len(each) <= bound for each, bound in zip(found, most))
 
 
+def check_what_a_start_measures(device: str) -> None:
+    """Well below the bound, with the same bits; one key less is seen, and so is no number."""
+    bound = {"cpu": 1e-3, "cuda": 8e-3}[device]
+    rules = Rules(40, 30.0, sinks(device, 1))
+    kind = LayerKind(1, 1, 64, 0.125, rules)
+    with patch.object(attention_error, "TAIL", 12):  # for the interpreter is slow
+        found = measure(kind, DTYPES[device], device, 120)
+        assert found.same_bits and found.error < 0.6 * bound, (kind, found)
+        short = rules._replace(window=39)
+        with patch.object(attention_error, "attention_reference", short_of(short)):
+            found = measure(kind, DTYPES[device], device, 120)
+    assert found.same_bits and found.error > 4 * bound, found
+
+
+def short_of(rules: Rules) -> Any:
+    """The oracle with other rules than it is given."""
+    return lambda q, k, v, scale, _: attention_checks.attention_reference(q, k, v, scale, rules)
+
+
 CHECKS = checks_in(globals())
 
 
@@ -235,6 +256,19 @@ def test_the_bound_of_a_windows_segments_is_reached_and_holds(window: int, head_
         most = max(segments(length) for length in range(1, tokens + 1))
         assert segments_of(tokens, head_size, window) >= most
     assert segments_of(2000, head_size, window) == most
+
+
+@pytest.mark.parametrize("window", [None, 1, 16, 128, 512, 4096])
+def test_a_start_looks_at_each_end_of_a_window(window: int | None) -> None:
+    length = (window or 0) + 330
+    spans = spans_of(window, length)
+    rows = {position for span in spans for position in range(*span)}
+    assert rows <= set(range(length)) and {0, 1, length - 1} <= rows
+    ends = [(window or 0) + left for left in (0, 64, 256)]  # a key, a tile and a segment
+    assert all({end - 1, end, end + 1} & set(range(length)) <= rows for end in ends)
+    for context in (1, 5):  # tokens
+        assert all(0 <= a < b <= context for a, b in spans_of(window, context))
+        assert spans_of(window, context)[-1][1] == context
 
 
 # ---- errors ------------------------------------------------------------------------------------

@@ -29,13 +29,18 @@ def window_of(layer: Any) -> int | None:
     return None if window is None or window < 0 else window
 
 
+def declared(layer: Any) -> Rules:
+    """What a layer asks for by its own attributes; sinks come with its calls."""
+    return Rules(window_of(layer), float(layer.logit_cap or 0.0))
+
+
 def rules_of(layer: Any, extras: Mapping[str, Any]) -> Rules:
     """What a layer asks for, with what SGLang's backend passes on.
 
     Raises:
         RuntimeError: something that the kernels do not do, or that is not the layer's own.
     """
-    rules = Rules(window_of(layer), float(layer.logit_cap or 0.0), extras.get("sinks"))
+    rules = declared(layer)._replace(sinks=extras.get("sinks"))
     window = extras.get("sliding_window_size", -1 if rules.window is None else rules.window)
     if extras.get("score_mod") is not None:
         raise RuntimeError("margingate: attention with a function of its own on scores")
