@@ -68,7 +68,7 @@ def columns_of(  # noqa: PLR0917
 
 @triton.jit
 def capped(scores: tl.tensor, squeeze: tl.float32) -> tl.tensor:
-    """Tanh of scores times `squeeze` / (2 log2 e), within 2**-22; no rounding is left open."""
+    """Tanh of scores times `squeeze` / (2 log2 e), within 2**-21; no rounding is left open."""
     powers = tl.exp2(scores * squeeze)
     return 1.0 - tl.div_rn(tl.full(scores.shape, 2.0, tl.float32), powers + 1.0)
 

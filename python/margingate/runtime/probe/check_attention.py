@@ -21,7 +21,7 @@ from margingate_kernels import Rules
 logger = logging.getLogger(__name__)
 
 # Of a row in a head: norm of the difference / norm of the oracle. A key that is left out of a
-# window of 4,096 is 0.016 or more; roundings of weights and results are 0.002 in bfloat16.
+# window of 4,096 is 0.016 or more; roundings of weights and of results take up to half of it.
 BOUND = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
