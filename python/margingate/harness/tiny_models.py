@@ -123,10 +123,10 @@ def fill(model: Any, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     buffers = [(n, b) for n, b in model.named_buffers() if n.endswith("correction_bias")]
     head = "embed_tokens" if model.config.tie_word_embeddings else "lm_head"
-    neutral = 0.0 if model.config.model_type.startswith("gemma") else 1.0  # they add one
+    gemma = model.config.model_type.startswith("gemma")
     for name, weight in sorted([*model.named_parameters(), *buffers]):
         if "norm" in name:
-            weight.data.fill_(neutral)
+            weight.data.fill_(_norm_of_gemma(name) if gemma else 1.0)
             continue
         scale = BIAS if weight.dim() == 1 else weight.shape[-1] ** -0.5
         if "embed_tokens" in name and head != "embed_tokens":
@@ -134,3 +134,12 @@ def fill(model: Any, seed: int) -> None:
         if head in name:
             scale *= LOGITS
         weight.data.normal_(0, scale, generator=generator)
+
+
+def _norm_of_gemma(name: str) -> float:
+    """The weight of a norm, to which Gemma adds one.
+
+    Norms behind a sublayer make it louder than the embedding: with a tied head a model that keeps
+    its input says it again.
+    """
+    return 3.0 if "post_" in name else 0.0
