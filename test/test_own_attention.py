@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
-from margingate.config import GateError
+from margingate.config import GateConfig, GateError
 from margingate.runtime.attention import fixed_split, invariant_attention, layer_rules
 from margingate.runtime.attention.invariant_attention import MOST_ROWS, OwnAttention, of
 from margingate.runtime.attention.layer_rules import unfit
 from margingate.runtime.probe import check_attention, check_prefill
 from margingate.runtime.probe.attention_error import Found
-from margingate.runtime.verify.verifier import RowInput, Verifier
+from margingate.runtime.verify.verifier import RowInput, Verifier, build
 from margingate_kernels import PLAIN, Rules, segments_of
 from margingate_kernels.attention import ARITHMETIC
 
@@ -636,3 +636,16 @@ def test_a_backend_of_sglangs_own_is_not_measured(monkeypatch: pytest.MonkeyPatc
 def test_the_prompt_that_is_compared_is_longer_than_a_window():
     layers = [make_layer(i, **changes) for i, changes in enumerate(GEMMA)]
     assert check_prefill.windows(torch.nn.ModuleList(layers)) == [127, 127, 127, 511]
+
+
+@pytest.mark.parametrize(("policy", "refused"), [("margin", True), ("observe", False)])
+def test_a_verifier_on_a_cpu_leaves_out_no_cap(policy: str, refused: bool):
+    """A study may look at margins, whatever the model has."""
+    runner = make_runner([make_layer(0, logit_cap=50.0)])
+    runner.attn_backend = TorchNativeAttnBackend()
+    config = GateConfig(fast_path="stock", policy=policy, rows=4)
+    if not refused:
+        assert build(runner, config).rows == 4
+        return
+    with pytest.raises(GateError, match="caps scores at 50 by TorchNativeAttnBackend"):
+        build(runner, config)
