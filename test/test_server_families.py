@@ -1,6 +1,6 @@
 """Families whose rows depend on their number and company on a CPU: same answers.
 
-Mixtures of experts and a vision model in float32, and a dense model in FP8.
+Mixtures of experts, windows and a vision model in float32, and a dense model in FP8.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from margingate.harness.tiny_models import FAMILIES, tiny_model
 
 TOKENS = 16  # of an answer
 DENSE = "qwen3"  # in FP8 with a scale a block, between layers in BF16
+WINDOWED, LONGER = "gemma3_text", 40  # tokens of an answer, so that its windows of 16 are passed
 ASK = {"return_logprob": True, "top_logprobs_num": 2}
 
 
@@ -53,11 +54,11 @@ def prompts(model: Path) -> list[Prompt]:
 
 
 @pytest.fixture(scope="module")
-def client(start, dtype) -> Client:
+def client(start, model: Path, dtype) -> Client:
     """Of a server that retracts a request in every few forwards; alone there is none to retract."""
     args = ("--gate-debug", "--gate-inject-faults")
     server = start(*dtype, *args, stock_path=False, env=retracting(5))
-    return Client(server.base_url, TOKENS)
+    return Client(server.base_url, LONGER if model.name.endswith(WINDOWED) else TOKENS)
 
 
 @pytest.fixture(scope="module")
