@@ -114,7 +114,14 @@ NAMES = {
 # Where a name stands for another class, or "" for none of SGLang's.
 IN_FILES = {
     "attention/fixed_split.py": {"backend": _TRITON},
-    "attention/invariant_attention.py": {"batch": _FORWARD, "backend": _TRITON, "layer": _LAYER},
+    "attention/invariant_attention.py": {
+        "batch": _FORWARD,
+        "backend": _TRITON,
+        "_backend": _TRITON,
+        "layer": _LAYER,
+        "metadata": "layers.attention.triton_backend.ForwardMetadata",
+    },
+    "attention/layer_rules.py": {"backend": _TRITON, "layer": _LAYER},
     "attention/verify_backend.py": {"backend": _TRITON},
     "client/detokenizer.py": {"manager": "managers.detokenizer_manager.DetokenizerManager"},
     "client/frontend.py": {"params": ""},

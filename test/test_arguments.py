@@ -599,6 +599,8 @@ def model_config(text: dict[str, Any] | None = None, **changes: Any) -> SimpleNa
         "is_generation": True,
         "attention_arch": SimpleNamespace(name="MHA"),
         "is_hybrid_swa": False,
+        "is_hybrid_swa_compress": False,
+        "has_attention_sinks": False,
         "is_encoder_decoder": False,
         "is_multimodal": False,
         "is_draft_model": False,
@@ -612,11 +614,7 @@ def model_config(text: dict[str, Any] | None = None, **changes: Any) -> SimpleNa
 WINDOWS = {"layer_types": ["sliding_attention", "full_attention"]}
 
 
-def test_windows_may_be_observed():
-    refused_models.refuse_model(model_config(WINDOWS), observes=True)
-
-
-@pytest.mark.parametrize("text", [{}, {"num_experts": 8}, {"layer_types": ["full_attention"]}])
+@pytest.mark.parametrize("text", [{}, {"num_experts": 8}, WINDOWS])
 def test_a_decoder_is_served_whatever_its_family(text):
     """Experts are refused by the operator that nobody knows, and by no name of a family."""
     refused_models.refuse_model(model_config(text))
@@ -628,8 +626,10 @@ def test_a_decoder_is_served_whatever_its_family(text):
         (model_config(is_generation=False), "does not generate text"),
         (model_config(attention_arch=SimpleNamespace(name="MLA")), "uses latent attention (MLA)"),
         (model_config(attention_arch=SimpleNamespace(name="SSM")), "keeps recurrent state"),
-        (model_config(is_hybrid_swa=True), "mixes full and sliding-window attention"),
-        (model_config(WINDOWS), "mixes full and sliding-window attention"),
+        (
+            model_config(is_hybrid_swa=True, has_attention_sinks=True),
+            "keeps the layers that see a window in a K/V pool of their own",
+        ),
         (model_config(is_encoder_decoder=True), "is an encoder-decoder"),
         (model_config(is_multimodal=True), "is multimodal"),
         (
@@ -646,6 +646,22 @@ def test_each_kind_of_model_is_refused_in_words(model, what):
     text = sentence(caught.value)
     assert text.startswith(f"--deterministic-gate does not serve this model yet, because it {what}")
     assert text.endswith(": serve it without the flag.")
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "has"),
+    [
+        ({}, {}, True),
+        ({"attention_chunk_size": 8192}, {}, False),
+        ({}, {"is_hybrid_swa_compress": True}, False),
+        ({}, {"has_attention_sinks": True}, False),
+        ({}, {"quantization": "mxfp4"}, False),
+    ],
+)
+def test_the_way_out_of_two_pools_is_named_where_there_is_one(text, changes, has):
+    with pytest.raises(GateError, match="in a K/V pool of their own: ") as caught:
+        refused_models.refuse_model(model_config(text, is_hybrid_swa=True, **changes))
+    assert ("use --disable-hybrid-swa-memory, so that" in str(caught.value)) is has
 
 
 def test_the_names_of_sglangs_attention_kinds_are_the_expected_ones():
@@ -744,7 +760,7 @@ def test_the_verifier_has_the_gates_kernels_beside_other_attention(
 ):
     from sglang.srt.model_executor.model_runner_components import attention_backend_setup
 
-    from margingate.runtime.attention import invariant_attention, verify_backend
+    from margingate.runtime.attention import layer_rules, verify_backend
 
     built = []
 
@@ -754,8 +770,12 @@ def test_the_verifier_has_the_gates_kernels_beside_other_attention(
         return backend_str
 
     monkeypatch.setattr(attention_backend_setup, "_build_full_attention_backend_from_str", build)
-    monkeypatch.setattr(invariant_attention, "unfit", lambda backend, runner: reason)
-    runner = SimpleNamespace(server_args=backends("cuda", decode), init_new_workspace=False)
+    monkeypatch.setattr(layer_rules, "unfit", lambda backend, runner: reason)
+    runner = SimpleNamespace(
+        server_args=backends("cuda", decode),
+        init_new_workspace=False,
+        model=SimpleNamespace(modules=list),
+    )
     assert verify_backend._attention(runner) == made[-1]
     assert built == made
     assert runner.init_new_workspace is False

@@ -33,6 +33,7 @@ class World:
             chunked_prefill_size=8192, max_prefill_tokens=16384, tp_size=1
         )
         self.max_req_len = SLOTS - 1
+        self.tp_worker = SimpleNamespace(model_runner=SimpleNamespace(model=torch.nn.Module()))
         self.model_config = SimpleNamespace(vocab_size=VOCABULARY)
         self.req_to_token_pool = SimpleNamespace(
             req_to_token=torch.zeros(8, SLOTS).int(), available_size=lambda: len(self.idle)

@@ -13,11 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
-from margingate.config import GateError
-from margingate.runtime.attention import fixed_split, invariant_attention
-from margingate.runtime.attention.invariant_attention import MOST_ROWS, OwnAttention, of, unfit
-from margingate.runtime.verify.verifier import RowInput, Verifier
-from margingate_kernels import segments_of
+from margingate.config import GateConfig, GateError
+from margingate.runtime.attention import fixed_split, invariant_attention, layer_rules
+from margingate.runtime.attention.invariant_attention import MOST_ROWS, OwnAttention, of
+from margingate.runtime.attention.layer_rules import unfit
+from margingate.runtime.probe import check_attention, check_prefill
+from margingate.runtime.probe.attention_error import Found
+from margingate.runtime.verify.verifier import RowInput, Verifier, build
+from margingate_kernels import PLAIN, Rules, segments_of
 from margingate_kernels.attention import ARITHMETIC
 
 HEADS, KV_HEADS, SIZE = 4, 2, 64
@@ -45,8 +48,12 @@ class TritonAttnBackend:
         out = torch.empty_like(q)
         keys = torch.zeros(POOL, KV_HEADS, SIZE)
         scratch = (None, None, None, self.max_kv_splits)
+        indptr, slots = forward_batch.indptr, forward_batch.slots
+        self.forward_metadata = SimpleNamespace(kv_indptr=indptr, kv_indices=slots)
+        if layer.sliding_window_size >= 0:  # SGLang's own lists for windows: not to be read
+            indptr = slots = None
         self.decode_attention_fwd(
-            *(q, keys, keys, out, forward_batch.indptr, forward_batch.slots, *scratch),
+            *(q, keys, keys, out, indptr, slots, *scratch),
             *(layer.scaling, 1.0, 1.0),
             logit_cap=layer.logit_cap,
             sinks=sinks,
@@ -61,7 +68,12 @@ class TritonAttnBackend:
         self.extend_attention_fwd(
             *(q, k, v, out, keys, keys, forward_batch.starts, None, None, mask, causal, None),
             *(forward_batch.longest, 1.0, 1.0, layer.scaling),
-            **{"logit_cap": layer.logit_cap, "sliding_window_size": -1, "sinks": None, **extras},
+            **{
+                "logit_cap": layer.logit_cap,
+                "sliding_window_size": layer.sliding_window_size,
+                "sinks": None,
+                **extras,
+            },
         )
         return out
 
@@ -131,17 +143,16 @@ def test_columns_that_are_latent_or_spread_do_not_fit(changes: dict[str, Any]):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"head_dim": 80}, "a head has 80 lanes"),
         ({"v_head_dim": 128}, "a head has 64 lanes"),
-        ({"num_heads": 34}, "more than 16 heads share"),
-        ({"logit_cap": 30.0}, "a cap, a window"),
-        ({"sliding_window_size": 128}, "a cap, a window"),
-        ({"is_cross_attention": True}, "a cap, a window"),
-        ({"attn_type": AttentionType.ENCODER_ONLY}, "a cap, a window"),
-        ({"attn_type": AttentionType.DECODER_BIDIRECTIONAL}, "a cap, a window"),
+        ({"logit_cap": 30.0, "logit_capping_method": "xai"}, "a cap that is no tanh"),
+        ({"is_cross_attention": True}, "a scale or a mask"),
+        ({"attn_type": AttentionType.ENCODER_ONLY}, "a scale or a mask"),
+        ({"attn_type": AttentionType.DECODER_BIDIRECTIONAL}, "a scale or a mask"),
+        ({"num_heads": 32}, "other heads than others"),
+        ({"head_dim": 128}, "other heads than others"),
         ({}, ""),
-        ({"num_heads": 32}, ""),
-        ({"head_dim": 128}, ""),
+        ({"logit_cap": 30.0}, ""),
+        ({"sliding_window_size": 128}, ""),
     ],
 )
 def test_one_layer_that_does_not_fit_is_enough(changes: dict[str, Any], reason: str):
@@ -151,14 +162,27 @@ def test_one_layer_that_does_not_fit_is_enough(changes: dict[str, Any], reason: 
     assert reason in found and bool(found) == bool(reason)
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"head_dim": 80}, "a head has 80 lanes"),
+        ({"num_heads": 34}, "more than 16 heads share"),
+        ({"num_heads": 32}, ""),
+        ({"head_dim": 128}, ""),
+        ({"head_dim": 256}, ""),
+    ],
+)
+def test_heads_that_do_not_fit(changes: dict[str, Any], reason: str):
+    found = unfit(TritonAttnBackend(), make_runner([make_layer(0, **changes)], device="cuda"))
+    assert reason in found and bool(found) == bool(reason)
+
+
 @pytest.mark.parametrize("changes", [{"k_scale": torch.ones(1)}, {"xai_temperature_len": 8}])
 def test_scales_and_temperatures_do_not_fit(changes: dict[str, Any]):
     layer = make_layer(0)
     for name, value in changes.items():
         setattr(layer, name, value)
-    assert "a cap, a window, a scale" in unfit(
-        TritonAttnBackend(), make_runner([layer], device="cuda")
-    )
+    assert "a scale or a mask" in unfit(TritonAttnBackend(), make_runner([layer], device="cuda"))
 
 
 # -- in place of the backend's
@@ -226,7 +250,8 @@ def test_a_forward_is_planned_once_and_all_its_layers_attend(kernels: Kernels):
     assert [len(indptr) for indptr, _ in kernels.plans] == [6, 4], "one plan a forward, cut to it"
     assert kernels.launched == 2 * ["plan_decode", "decode_attention", "decode_attention"]
     assert backend.calls == [("decode", True)] * 4
-    for (q, paged, scale, out, workspace), expected in zip(kernels.decodes, outs):
+    for (q, paged, scale, out, workspace, rules), expected in zip(kernels.decodes, outs):
+        assert rules == PLAIN
         assert out._base is expected and len(q) == len(out) == 5 and scale == 0.125
         assert len(paged.indptr) == 6 and paged.slots.tolist() == list(range(5))
         assert workspace is kernels.plans[0][1]
@@ -241,7 +266,7 @@ def test_a_larger_batch_has_another_workspace_and_the_first_stays(kernels: Kerne
     assert used == [first, first, larger, larger, largest, largest, first]
     assert len({id(each.segments.records) for each in used}) == 3
     assert len(larger.segments.firsts) - 1 == 2 * MOST_ROWS, "not another one for each row more"
-    for (_, workspace), (*_, used_by_first), (*_, used_by_second) in zip(
+    for (_, workspace), (*_, used_by_first, _), (*_, used_by_second, _) in zip(
         kernels.plans, kernels.decodes[::2], kernels.decodes[1::2]
     ):
         assert workspace is used_by_first is used_by_second
@@ -249,9 +274,9 @@ def test_a_larger_batch_has_another_workspace_and_the_first_stays(kernels: Kerne
 
 def test_the_workspace_has_rows_for_the_largest_graph(kernels: Kernels):
     _, own, _ = make(make_runner(graphs=MOST_ROWS + 8))
-    assert len(own._workspace.segments.firsts) - 1 == MOST_ROWS + 8
+    assert len(own._workspaces[None].segments.firsts) - 1 == MOST_ROWS + 8
     _, without, _ = make(make_runner(graphs=None))
-    assert len(without._workspace.segments.firsts) - 1 == MOST_ROWS
+    assert len(without._workspaces[None].segments.firsts) - 1 == MOST_ROWS
 
 
 @pytest.mark.parametrize(
@@ -260,7 +285,7 @@ def test_the_workspace_has_rows_for_the_largest_graph(kernels: Kernels):
 def test_rows_that_see_as_much_as_there_is_room_for_fit(context: int, pool: int, kernels: Kernels):
     """However they share it out: each may leave one segment nearly empty, and so may padding."""
     _, own, _ = make(make_runner(context=context, pool=pool))
-    capacity, rows = len(own._workspace.segments.records), MOST_ROWS
+    capacity, rows = len(own._workspaces[None].segments.records), MOST_ROWS
     assert own.room >= SEGMENT
     for length in (1, 2, 255, 256, 257, context):
         keys = min(length, context)
@@ -283,9 +308,9 @@ def test_rows_that_share_more_than_there_is_room_for_attend_some_at_a_time(kerne
             [2, 3, 4],
             [4, 5],
         ]
-        at = [given.storage_offset() for *_, given, _ in of_layer]
+        at = [given.storage_offset() for *_, given, _, _ in of_layer]
         assert at == [row * HEADS * SIZE for row in (0, 2, 4)]
-        assert all(given._base is out for *_, given, _ in of_layer)
+        assert all(given._base is out for *_, given, _, _ in of_layer)
     decode(backend, runner, 2, lengths=[length] * 2)
     assert len(kernels.decodes) == 8, "these have room"
 
@@ -311,17 +336,106 @@ def test_a_step_that_there_is_no_room_for_takes_no_graph(kernels: Kernels, caplo
 
 
 @pytest.mark.parametrize(
-    "extras",
-    [{"logit_cap": 30.0}, {"sinks": torch.ones(4)}, {"score_mod": abs}, {"sliding_window_size": 0}],
+    ("extras", "message"),
+    [
+        ({"logit_cap": 30.0}, "the cap 30.0, not 0.0"),
+        ({"score_mod": abs}, "a function of its own"),
+        ({"sliding_window_size": 0}, "the window 0, not None"),
+    ],
 )
-def test_what_the_kernels_do_not_do_raises(extras: dict[str, Any], kernels: Kernels):
+def test_what_is_not_the_layers_own_raises(extras: dict[str, Any], message: str, kernels: Kernels):
     backend, _, runner = make()
-    batch = prefill_batch()
-    with pytest.raises(RuntimeError, match="sinks, a cap or a window"):
-        extend(backend, runner, batch, **extras)
-    with pytest.raises(RuntimeError, match="sinks, a cap or a window"):
+    with pytest.raises(RuntimeError, match=message):
+        extend(backend, runner, prefill_batch(), **extras)
+    with pytest.raises(RuntimeError, match=message):
         backend.decode_attention_fwd(*[torch.zeros(1)] * 9, 1, 1.0, 1.0, 1.0, **extras)
     assert not kernels.decodes and not kernels.extends and not kernels.plans
+
+
+# -- layers with rules of their own
+
+
+GEMMA = tuple({"sliding_window_size": w} for w in (127, 127, -1, 127, 511, -1))
+
+
+def test_each_window_is_planned_once_before_the_first_layer_that_has_it(kernels: Kernels):
+    runner = make_runner([make_layer(i + 3, **changes) for i, changes in enumerate(GEMMA)])
+    backend, own, _ = make(runner)
+    decode(backend, runner, 5)
+    planned = [(len(indptr), workspace.window) for indptr, workspace in kernels.plans]
+    assert planned == [(6, 127), (6, None), (6, 511)]
+    one, two = ["plan_decode", "decode_attention"], ["decode_attention"]
+    assert kernels.launched == one + two + one + two + one + two
+    for (_, paged, _, _, workspace, rules), changes in zip(kernels.decodes, GEMMA):
+        window = changes["sliding_window_size"]
+        assert rules == Rules(None if window < 0 else window)
+        assert workspace.window == rules.window
+        assert paged.slots.tolist() == list(range(5)), "the list of all keys, not that of a window"
+    assert len({id(each[4].segments.means) for each in kernels.decodes}) == 1, "one room for sums"
+    assert len({id(each[4].segments.records) for each in kernels.decodes}) == 3
+    assert set(own.seen) == {3, 4, 5, 6, 7, 8} and own.seen[7] == Rules(511)
+
+
+def test_rows_that_attend_some_at_a_time_are_planned_for_each_layer(kernels: Kernels):
+    layers = [make_layer(i, **changes) for i, changes in enumerate(GEMMA[:3])]
+    runner = make_runner(layers, context=10**6, pool=900)
+    backend, own, _ = make(runner)
+    decode(backend, runner, 3, lengths=[own.room // 2 + 1] * 3)
+    assert kernels.launched == 3 * 3 * ["plan_decode", "decode_attention"]
+    assert [workspace.window for _, workspace in kernels.plans] == 3 * [127] + 3 * [127] + 3 * [
+        None
+    ]
+
+
+def test_layers_that_all_have_a_window_need_room_for_it_alone(kernels: Kernels):
+    layers = [make_layer(i, sliding_window_size=127) for i in range(2)]
+    _, own, _ = make(make_runner(layers, context=100_000, pool=10**6))
+    (workspace,) = own._workspaces.values()
+    assert len(workspace.segments.records) == MOST_ROWS * 2, "a window lies in two segments at most"
+    assert own.room >= MOST_ROWS * 100_000, "however long the rows are"
+
+
+def test_caps_and_sinks_go_to_both_kernels(kernels: Kernels):
+    runner = make_runner([make_layer(0, logit_cap=30.0), make_layer(1)])
+    backend, own, _ = make(runner)
+    sinks = torch.zeros(HEADS)
+    decode(backend, runner, 2, sinks=sinks)
+    extend(backend, runner, prefill_batch(), sinks=sinks)
+    assert [each[-1] for each in kernels.decodes] == [Rules(None, 30.0, sinks), Rules(sinks=sinks)]
+    assert kernels.extends[0][-1] == Rules(None, 30.0, sinks)
+    assert own.seen[0].cap == 30.0 and own.seen[1].sinks is sinks
+
+
+class TorchNativeAttnBackend:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("backend", "changes", "what"),
+    [
+        (TritonAttnBackend, {"sliding_window_size": 127}, "a layer that sees 128 tokens by Triton"),
+        (FlashInferAttnBackend, {"sliding_window_size": 127}, "sees 128 tokens by FlashInfer"),
+        (FlashInferAttnBackend, {"logit_cap": 50.0}, "caps scores at 50 by FlashInfer"),
+        (TorchNativeAttnBackend, {"logit_cap": 50.0}, "caps scores at 50 by TorchNative"),
+    ],
+)
+def test_windows_and_caps_that_only_sglang_could_serve_are_refused(backend, changes, what):
+    runner = make_runner([make_layer(0), make_layer(1, **changes)])
+    with pytest.raises(GateError, match=what):
+        fixed_split.fix_split(backend(), runner)
+
+
+def test_a_cpu_serves_windows():
+    runner = make_runner([make_layer(0), make_layer(1, sliding_window_size=127)])
+    fixed_split.fix_split(TorchNativeAttnBackend(), runner)
+
+
+def test_a_stock_decode_that_drops_a_key_of_each_window_is_refused():
+    layer_rules.refuse_short_windows(make_runner())
+    with pytest.raises(GateError, match="windows of 127, 511 keys before a token: use --gate-fast"):
+        layer_rules.refuse_short_windows(
+            make_runner([make_layer(i, **changes) for i, changes in enumerate(GEMMA)])
+        )
 
 
 def prefill_batch() -> SimpleNamespace:
@@ -342,7 +456,8 @@ def extend(backend: TritonAttnBackend, runner: Any, batch: Any, **extras: Any) -
 def test_a_prefill_is_told_whose_each_token_is(kernels: Kernels):
     backend, _, runner = make()
     out = extend(backend, runner, prefill_batch())
-    ((_, (keys, values, new, new_values), chunks, scale, given),) = kernels.extends
+    ((_, (keys, values, new, new_values), chunks, scale, given, rules),) = kernels.extends
+    assert rules == PLAIN
     assert given is out and keys is values and new is new_values and scale == 0.125
     assert len(keys) == POOL and len(new) == 5
     assert chunks.page_table is runner.req_to_token_pool.req_to_token
@@ -458,3 +573,79 @@ def test_a_backend_without_what_is_replaced_is_refused():
     del backend.extend_attention_fwd
     with pytest.raises(GateError, match="extend_attention_fwd, which SGLang"):
         OwnAttention(backend, make_runner())
+
+
+# -- checked at start
+
+
+def found_by_check(monkeypatch: pytest.MonkeyPatch, found: Found, layers: list[Any]) -> list[Any]:
+    """The kinds of layers that a start measures, which all give `found`."""
+    measured: list[Any] = []
+
+    def measure(kind: Any, dtype: Any, device: Any, longest: int) -> Found:
+        assert (dtype, device, longest) == (torch.bfloat16, "cpu", CONTEXT)
+        measured.append(kind)
+        return found
+
+    monkeypatch.setattr(check_attention, "measure", measure)
+    backend, _, runner = make(make_runner(layers))
+    check_attention.check(runner, backend)
+    return measured
+
+
+def test_a_start_measures_each_kind_of_layer_that_is_new(monkeypatch: pytest.MonkeyPatch):
+    right = Found(0.002, same_bits=True)
+    assert found_by_check(monkeypatch, right, [make_layer(0), make_layer(1)]) == []
+    layers = [make_layer(i, **changes) for i, changes in enumerate(GEMMA)]
+    layers.append(make_layer(6, logit_cap=30.0))
+    kinds = found_by_check(monkeypatch, right, layers)
+    assert [kind.rules for kind in kinds] == [Rules(127), Rules(511), Rules(cap=30.0)]
+    assert all((k.heads, k.kv_heads, k.head_size, k.scale) == (4, 2, 64, 0.125) for k in kinds)
+    wide = [make_layer(i, head_dim=256) for i in range(3)]
+    assert [kind.head_size for kind in found_by_check(monkeypatch, right, wide)] == [256]
+
+
+def test_sinks_that_a_layer_passed_are_measured():
+    sinks = torch.zeros(HEADS)
+    (kind,) = check_attention.kinds([make_layer(0), make_layer(1)], {1: Rules(sinks=sinks)})
+    assert kind.rules.sinks is sinks
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (
+            Found(0.02, same_bits=True),
+            "a window of 127 keys before a token with an error of 0.02",
+        ),
+        (Found(float("nan"), same_bits=True), "with an error of nan on this device, where 0.008"),
+        (Found(0.002, same_bits=False), "with other bits in decode than in prefill"),
+    ],
+)
+def test_attention_that_is_wrong_ends_the_start(monkeypatch, found: Found, message: str):
+    with pytest.raises(GateError, match=message):
+        found_by_check(monkeypatch, found, [make_layer(0, sliding_window_size=127)])
+
+
+def test_a_backend_of_sglangs_own_is_not_measured(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(check_attention, "measure", None)
+    runner = make_runner([make_layer(0, sliding_window_size=127)])
+    check_attention.check(runner, TritonAttnBackend())
+
+
+def test_the_prompt_that_is_compared_is_longer_than_a_window():
+    layers = [make_layer(i, **changes) for i, changes in enumerate(GEMMA)]
+    assert check_prefill.windows(torch.nn.ModuleList(layers)) == [127, 127, 127, 511]
+
+
+@pytest.mark.parametrize(("policy", "refused"), [("margin", True), ("observe", False)])
+def test_a_verifier_on_a_cpu_leaves_out_no_cap(policy: str, refused: bool):
+    """A study may look at margins, whatever the model has."""
+    runner = make_runner([make_layer(0, logit_cap=50.0)])
+    runner.attn_backend = TorchNativeAttnBackend()
+    config = GateConfig(fast_path="stock", policy=policy, rows=4)
+    if not refused:
+        assert build(runner, config).rows == 4
+        return
+    with pytest.raises(GateError, match="caps scores at 50 by TorchNativeAttnBackend"):
+        build(runner, config)

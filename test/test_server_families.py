@@ -1,6 +1,6 @@
 """Families whose rows depend on their number and company on a CPU: same answers.
 
-Mixtures of experts in float32, and a dense model in FP8.
+Mixtures of experts and windows in float32, and a dense model in FP8.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from margingate.harness.tiny_models import FAMILIES, tiny_model
 
 TOKENS = 16  # of an answer
 DENSE = "qwen3"  # in FP8 with a scale a block, between layers in BF16
+WINDOWED, LONGER = "gemma3_text", 40  # tokens of an answer, so that its windows of 16 are passed
 ASK = {"return_logprob": True, "top_logprobs_num": 2}
 
 
@@ -48,11 +49,11 @@ def prompts(model: Path) -> list[Prompt]:
 
 
 @pytest.fixture(scope="module")
-def client(start, dtype) -> Client:
+def client(start, dtype, model: Path) -> Client:
     """Of a server that retracts a request in every few forwards; alone there is none to retract."""
     args = ("--gate-debug", "--gate-inject-faults")
     server = start(*dtype, *args, stock_path=False, env=retracting(5))
-    return Client(server.base_url, TOKENS)
+    return Client(server.base_url, LONGER if model.name.endswith(WINDOWED) else TOKENS)
 
 
 @pytest.fixture(scope="module")

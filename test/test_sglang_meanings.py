@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.quantization import unquant
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.sampler import Sampler
@@ -28,6 +29,7 @@ from margingate.runtime.request.record import GateRequest
 from margingate.runtime.sampling import seeds
 from margingate.runtime.sampling.sampler import Sampling
 from margingate.runtime.schedule.stream import SettledStream
+from margingate_kernels import Rules, attention_reference
 
 # -- linear layers: two ways around the method that the gate hooks
 
@@ -280,3 +282,31 @@ def test_a_start_warms_no_sampling_up_before_the_gate_is_there():
 
     runner = SimpleNamespace(sample=sample, sampler=sample, forward=sample)
     assert ModelRunner.prewarm_sampling(cast(Any, runner)) is runner.sampling_prewarm_result
+
+
+# -- windows on a CPU
+
+
+@pytest.mark.parametrize("window", [None, 1, 15, 16, 200])
+def test_torch_native_decode_and_prefill_see_the_same_keys_of_a_window(window: int | None) -> None:
+    """SGLang's Triton decode leaves one out; a verifier on a CPU must not."""
+    length, prefix = 70, 40
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(length, 2, 16, generator=generator) for _ in range(3))
+    backend = cast(Any, object.__new__(TorchNativeAttnBackend))
+    table = torch.arange(length).repeat(length, 1)
+    common = {"scaling": 0.25, "sliding_window_size": window}
+    want = attention_reference(q, k, v, 0.25, Rules(window))
+    decoded = backend._run_sdpa_forward_decode(
+        *(q, torch.empty_like(q), k, v, table, torch.arange(length)),
+        torch.arange(1, length + 1),
+        **common,
+    )
+    assert torch.allclose(decoded.double(), want, atol=1e-5)
+    extended = backend._run_sdpa_forward_extend(
+        *(q[prefix:], torch.empty_like(q[prefix:]), k, v, table, torch.tensor([0])),
+        *(torch.tensor([length]), torch.tensor([prefix]), torch.tensor([length - prefix])),
+        causal=True,
+        **common,
+    )
+    assert torch.allclose(extended.double(), want[prefix:], atol=1e-5)

@@ -7,8 +7,9 @@ from margingate_kernels.attention import (
     decode_workspace,
     plan_decode,
     segments_of,
+    with_window,
 )
-from margingate_kernels.attention_checks import attention_reference
+from margingate_kernels.attention_checks import PLAIN, Rules, attention_reference
 from margingate_kernels.attention_prefill import Chunks, Columns, extend_attention
 from margingate_kernels.router import Routing, router_margin, router_margin_reference
 from margingate_kernels.seeded import Draws, SeededTop2, gumbel, seeded_top2
@@ -22,12 +23,14 @@ from margingate_kernels.top2 import (
 )
 
 __all__ = [
+    "PLAIN",
     "Chunks",
     "Columns",
     "DecodeWorkspace",
     "Draws",
     "Paged",
     "Routing",
+    "Rules",
     "SeededTop2",
     "Top2",
     "Top2Workspace",
@@ -45,4 +48,5 @@ __all__ = [
     "softmax_top2",
     "softmax_top2_reference",
     "top2_workspace",
+    "with_window",
 ]

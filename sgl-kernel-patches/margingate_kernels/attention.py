@@ -7,7 +7,8 @@ cached, and on hardware whose matrix unit sums a row alike in both kernels, whet
 or decoded (a server measures that at start).
 
 This is attention as it is in every decoder: grouped heads, causal, over paged keys and values of
-which a page holds one token. Sums are in float32.
+which a page holds one token, with or without a sliding window, a soft cap on scores and attention
+sinks. Sums are in float32.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from typing import NamedTuple
 import torch
 import triton
 
-from margingate_kernels import attention_triton
+from margingate_kernels import attention_decode_triton
 from margingate_kernels.attention_checks import (
+    PLAIN,
+    Rules,
     check_contiguous,
     check_head_size,
     check_heads,
+    check_rules,
     check_scale,
 )
 from margingate_kernels.overlap import launch_options
@@ -71,6 +75,7 @@ class DecodeWorkspace(NamedTuple):
     segments: Segments
     programs: int
     blocks: Blocks
+    window: int | None = None  # of the plan, as `Rules` has it
 
 
 class Paged(NamedTuple):
@@ -82,15 +87,19 @@ class Paged(NamedTuple):
     indptr: torch.Tensor  # int32 [rows + 1]: where each row's slots start
 
 
-def segments_of(tokens: int, head_size: int) -> int:
-    """Segments of a row that sees `tokens` keys, its own among them: 256 keys each, the last fewer.
+def segments_of(tokens: int, head_size: int, window: int | None = None) -> int:
+    """Segments of a row with `tokens` keys, its own among them: 256 keys each, the last fewer.
 
-    A decode workspace has to hold the sum of it over the rows of a batch.
+    A decode workspace has to hold the sum of it over the rows of a batch. A window may begin
+    anywhere in a segment, so with one it is the most that a row of up to so many keys has.
 
     Args:
         head_size: 64, 128 or 256; not checked here.
+        window: as `Rules` has it.
     """
-    return -(-tokens // blocks_for(head_size).segment)
+    segment = blocks_for(head_size).segment
+    every = -(-tokens // segment)
+    return every if window is None else min(every, -(-window // segment) + 1)
 
 
 def decode_workspace(
@@ -122,8 +131,24 @@ def decode_workspace(
     return DecodeWorkspace(buffers, sms * PROGRAMS_PER_SM, blocks_for(head_size))
 
 
+def with_window(workspace: DecodeWorkspace, window: int) -> DecodeWorkspace:
+    """A plan of its own for layers with this window, and the sums of `workspace`, which it shares.
+
+    Layers use them one after the other. Allocates the plan, 16 bytes a segment.
+
+    Args:
+        window: as `Rules` has it.
+    """
+    plan = (
+        torch.zeros_like(workspace.segments.firsts),
+        torch.zeros_like(workspace.segments.records),
+    )
+    segments = workspace.segments._replace(firsts=plan[0], records=plan[1])
+    return workspace._replace(segments=segments, window=window)
+
+
 def plan_decode(indptr: torch.Tensor, workspace: DecodeWorkspace) -> None:
-    """Cut a batch's rows into segments; once for all layers of a forward.
+    """Cut a batch's rows into segments; once for all layers of a forward that have its window.
 
     Neither allocates nor synchronises. Overwrites the workspace's plan. A batch of more segments
     than the workspace holds is not an error here, since only the device knows: the rows that do
@@ -142,22 +167,29 @@ def plan_decode(indptr: torch.Tensor, workspace: DecodeWorkspace) -> None:
         most = len(workspace.segments.firsts) - 1
         raise ValueError(f"indptr has {rows} rows; the workspace is for 1 to {most}.")
     segments = workspace.segments
-    attention_triton.plan[(rows,)](
+    attention_decode_triton.plan[(rows,)](
         indptr,
         segments.firsts,
         segments.records,
         rows,
         len(segments.records),
+        workspace.blocks.keys,
         workspace.blocks.segment,
+        workspace.window,
         triton.next_power_of_2(rows),
         **launch_options(indptr.device),
     )
 
 
-def decode_attention(
-    q: torch.Tensor, paged: Paged, scale: float, out: torch.Tensor, workspace: DecodeWorkspace
+def decode_attention(  # noqa: PLR0917
+    q: torch.Tensor,
+    paged: Paged,
+    scale: float,
+    out: torch.Tensor,
+    workspace: DecodeWorkspace,
+    rules: Rules = PLAIN,
 ) -> torch.Tensor:
-    """Attend each row to all of its keys, after `plan_decode` of the same `indptr`.
+    """Attend each row to its keys, after `plan_decode` of the same `indptr`.
 
     Neither allocates nor synchronises; may be captured into a CUDA graph. Overwrites the
     workspace's sums. Two rows may belong to one request.
@@ -172,13 +204,20 @@ def decode_attention(
             int32 [R + 1].
         scale: of the scores, above 0.
         out: as q; overwritten and returned.
+        rules: of the layer. Its window is that of the workspace.
 
     Raises:
         TypeError, ValueError: q, out or a buffer of a wrong dtype or shape, a scale that is not
-            above 0, an indptr of another length, gaps, or a workspace for other heads.
+            above 0, an indptr of another length, gaps, a workspace for other heads or another
+            window, or rules that no kernel follows.
     """
     check_heads(q, out, paged.k_buffer, paged.v_buffer)
     check_scale(scale)
+    check_rules(rules, q.shape[1])
+    if rules.window != workspace.window:
+        raise ValueError(
+            f"window is {rules.window}; the workspace is planned for {workspace.window}."
+        )
     if len(paged.indptr) != len(q) + 1:
         raise ValueError(f"indptr has {len(paged.indptr)} entries; {len(q)} rows need one more.")
     check_contiguous(slots=paged.slots, indptr=paged.indptr)
@@ -187,17 +226,29 @@ def decode_attention(
             f"the workspace is for [heads, head_size] {list(workspace.segments.means.shape[1:])}, "
             f"not {list(q.shape[1:])}."
         )
-    _launch_decode(q, paged, scale, out, workspace)
+    _launch_decode(q, paged, factors(scale, rules), out, workspace, rules)
     return out
 
 
-def _launch_decode(
-    q: torch.Tensor, paged: Paged, scale: float, out: torch.Tensor, workspace: DecodeWorkspace
+def factors(scale: float, rules: Rules) -> tuple[float, float | None]:
+    """What the kernels multiply by: `scale` and `squeeze` of `attention_triton.add_tile`."""
+    if not rules.cap:
+        return scale * LOG2_E, None
+    return rules.cap * LOG2_E, 2 * LOG2_E * scale / rules.cap
+
+
+def _launch_decode(  # noqa: PLR0917
+    q: torch.Tensor,
+    paged: Paged,
+    multiply: tuple[float, float | None],
+    out: torch.Tensor,
+    workspace: DecodeWorkspace,
+    rules: Rules,
 ) -> None:
     (rows, heads, head_size), kv_heads = q.shape, paged.k_buffer.shape[1]
     segments, blocks = workspace.segments, workspace.blocks
     capacity, early = len(segments.records), launch_options(q.device)
-    attention_triton.decode[(min(workspace.programs, capacity * kv_heads),)](
+    attention_decode_triton.decode[(min(workspace.programs, capacity * kv_heads),)](
         q,
         paged.k_buffer,
         paged.v_buffer,
@@ -205,7 +256,7 @@ def _launch_decode(
         *segments,
         rows,
         capacity,
-        scale * LOG2_E,
+        *multiply,
         q.stride(0),
         paged.k_buffer.stride(0),
         paged.v_buffer.stride(0),
@@ -215,15 +266,17 @@ def _launch_decode(
         blocks.decode.rows,
         blocks.keys,
         blocks.segment,
+        rules.window,
         num_warps=blocks.decode.warps,
         num_stages=blocks.decode.stages,
         **early,
     )
-    attention_triton.add_up[(rows, heads)](
+    attention_decode_triton.add_up[(rows, heads)](
         out,
         segments.firsts,
         segments.tops,
         segments.means,
+        rules.sinks,
         capacity,
         out.stride(0),
         heads,

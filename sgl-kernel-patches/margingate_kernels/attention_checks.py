@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -9,8 +11,20 @@ HEAD_SIZES = (64, 128, 256)
 MOST_GROUPED = 16  # heads that share a K/V head
 
 
+class Rules(NamedTuple):
+    """What a layer's attention does besides weighing all keys up to a row's own."""
+
+    window: int | None = None  # keys before its own that a row sees, 0 or more; None: all
+    cap: float = 0.0  # of scores, which become cap * tanh(score / cap); 0: none
+    sinks: torch.Tensor | None = None  # [heads], bfloat16, float16 or float32: of each head a
+    # score, neither scaled nor capped, of a key whose value is 0
+
+
+PLAIN = Rules()
+
+
 def attention_reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, rules: Rules = PLAIN
 ) -> torch.Tensor:
     """The oracle, in float64: causal attention of the last len(q) positions of one sequence.
 
@@ -28,8 +42,15 @@ def attention_reference(
     scores = torch.einsum("thd,phd->htp", q.double(), keys) * scale
     tokens, positions = scores.shape[1:]
     last = torch.arange(positions - tokens, positions, device=q.device)
-    seen = torch.arange(positions, device=q.device)[None, :] <= last[:, None]
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    ages = last[:, None] - torch.arange(positions, device=q.device)[None, :]
+    if rules.cap:
+        scores = rules.cap * (scores / rules.cap).tanh()
+    seen = (ages >= 0) & (ages <= (positions if rules.window is None else rules.window))
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if rules.sinks is not None:
+        sinks = rules.sinks.double()[:, None, None].expand(-1, tokens, 1)
+        scores = torch.cat([scores, sinks], -1)
+    weights = scores.softmax(-1)[..., :positions]
     return torch.einsum("htp,phd->thd", weights, values)
 
 
@@ -43,6 +64,23 @@ def check_scale(scale: float) -> None:
     """Raises ValueError."""
     if not scale > 0:
         raise ValueError(f"scale is {scale}; it must be above 0.")
+
+
+def check_rules(rules: Rules, heads: int) -> None:
+    """Raises TypeError or ValueError where the kernels cannot follow them with so many heads."""
+    if rules.window is not None and rules.window < 0:
+        raise ValueError(f"window is {rules.window}; it must be 0 or more, or None for all keys.")
+    if not rules.cap >= 0:
+        raise ValueError(f"cap is {rules.cap}; it must be above 0, or 0 for none.")
+    if rules.sinks is None:
+        return
+    if rules.sinks.dtype not in (*_DTYPES, torch.float32):
+        raise TypeError(f"sinks have dtype {rules.sinks.dtype}; cast them to float32.")
+    if rules.sinks.shape != (heads,):
+        raise ValueError(
+            f"sinks have shape {list(rules.sinks.shape)}; {heads} heads need one each."
+        )
+    check_contiguous(sinks=rules.sinks)
 
 
 def check_contiguous(**tensors: torch.Tensor) -> None:

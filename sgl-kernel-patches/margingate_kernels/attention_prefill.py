@@ -10,7 +10,14 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from margingate_kernels import attention, attention_prefill_triton, attention_triton
-from margingate_kernels.attention_checks import check_contiguous, check_heads, check_scale
+from margingate_kernels.attention_checks import (
+    PLAIN,
+    Rules,
+    check_contiguous,
+    check_heads,
+    check_rules,
+    check_scale,
+)
 
 
 class Chunks(NamedTuple):
@@ -32,10 +39,15 @@ class Columns(NamedTuple):
     v: torch.Tensor  # as k
 
 
-def extend_attention(
-    q: torch.Tensor, columns: Columns, chunks: Chunks, scale: float, out: torch.Tensor
+def extend_attention(  # noqa: PLR0917
+    q: torch.Tensor,
+    columns: Columns,
+    chunks: Chunks,
+    scale: float,
+    out: torch.Tensor,
+    rules: Rules = PLAIN,
 ) -> torch.Tensor:
-    """Attend the tokens of some chunks of prompts, each to its own and all earlier keys.
+    """Attend the tokens of some chunks of prompts, each to its own and earlier keys.
 
     Neither allocates nor synchronises.
 
@@ -51,13 +63,16 @@ def extend_attention(
         chunks: which tokens are whose, with the dtypes that are given there.
         scale: of the scores, above 0.
         out: as q; overwritten and returned. Tokens behind the last sequence are left alone.
+        rules: of the layer.
 
     Raises:
         TypeError, ValueError: q, out or a tensor of `columns` of a wrong dtype or shape, numbers of
-            sequences that disagree, gaps, or a scale that is not above 0.
+            sequences that disagree, gaps, a scale that is not above 0, or rules that no kernel
+            follows.
     """
     check_heads(q, out, columns.k_buffer, columns.v_buffer)
     check_scale(scale)
+    check_rules(rules, q.shape[1])
     own = (len(q), *columns.k_buffer.shape[1:])
     for name, tensor in (("k", columns.k), ("v", columns.v)):
         if tensor.shape != own or tensor.dtype != q.dtype:
@@ -80,12 +95,17 @@ def extend_attention(
     )
     if chunks.page_table.stride(1) != 1:
         raise ValueError("page_table has gaps along its positions; pass it contiguous.")
-    _launch_extend(q, columns, chunks, scale, out)
+    _launch_extend(q, columns, chunks, attention.factors(scale, rules), out, rules)
     return out
 
 
-def _launch_extend(
-    q: torch.Tensor, columns: Columns, chunks: Chunks, scale: float, out: torch.Tensor
+def _launch_extend(  # noqa: PLR0917
+    q: torch.Tensor,
+    columns: Columns,
+    chunks: Chunks,
+    multiply: tuple[float, float | None],
+    out: torch.Tensor,
+    rules: Rules,
 ) -> None:
     heads, head_size = q.shape[1:]
     blocks = attention.blocks_for(head_size)
@@ -104,7 +124,8 @@ def _launch_extend(
         chunks.table_rows,
         chunks.starts,
         chunks.prefix_lens,
-        scale * attention.LOG2_E,
+        rules.sinks,
+        *multiply,
         q.stride(0),
         out.stride(0),
         *(each.stride(0) for each in columns),
@@ -113,6 +134,7 @@ def _launch_extend(
         blocks.extend.rows,
         blocks.keys,
         blocks.segment,
+        rules.window,
         kind,
         num_warps=blocks.extend.warps,
         num_stages=blocks.extend.stages,

@@ -10,6 +10,7 @@ from margingate_kernels.attention_triton import (
     TILES,
     power_of_two,
     sum_tiles,
+    with_sink,
 )
 
 
@@ -21,6 +22,7 @@ def _segment(  # noqa: PLR0917
     queries: tl.tensor,
     positions: tl.tensor,
     first: tl.tensor,  # key
+    seen: tl.tensor,  # the tile from which on some row sees keys; of a WINDOW
     end: tl.tensor,
     slots: tl.tensor,
     k_at: tl.tensor,
@@ -28,25 +30,32 @@ def _segment(  # noqa: PLR0917
     row: tl.tensor,
     column: tl.tensor,
     scale: tl.float32,
+    squeeze: tl.float32,
     stride_k: tl.constexpr,
     stride_v: tl.constexpr,
     head_size: tl.constexpr,
     BLOCK_M: tl.constexpr,  # noqa: N803
     BLOCK_N: tl.constexpr,  # noqa: N803
     SEGMENT: tl.constexpr,  # noqa: N803
+    WINDOW: tl.constexpr,  # noqa: N803
     KIND: tl.constexpr,  # noqa: N803
     MASKED: tl.constexpr,  # noqa: N803
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Sum a segment up and add it to those before; not MASKED: all of it exists and is seen."""
+    """Sum a segment up and add it to those before; not MASKED: all exists, none is after a row."""
     last = first + SEGMENT
     if MASKED:
         last = tl.minimum(last, end)
+    if WINDOW is not None:
+        first = tl.maximum(first, seen)
     own_top, own_total, own_mean = sum_tiles(
         *(queries, positions, first, last, end, slots, k_at, v_at, row, column, scale),
-        *(stride_k, stride_v, head_size, BLOCK_M, BLOCK_N, KIND, MASKED),
+        *(squeeze, stride_k, stride_v, head_size, BLOCK_M, BLOCK_N, WINDOW, KIND, MASKED),
     )
     higher = tl.maximum(top, own_top)
-    before, now = power_of_two(top - higher), power_of_two(own_top - higher)
+    base = higher
+    if WINDOW is not None:  # a row may have seen nothing yet: -inf - -inf is no number
+        base = tl.where(higher == NEG_INF, 0.0, higher)
+    before, now = power_of_two(top - base), power_of_two(own_top - base)
     total = total * before + own_total * now
     return higher, total, mean * before[:, None] + own_mean * now[:, None]
 
@@ -66,7 +75,9 @@ def extend(  # noqa: PLR0917
     table_rows: tl.tensor,  # int64 [sequences]: rows of the page table
     starts: tl.tensor,  # [sequences + 1]: first token of each in q
     prefix_lens: tl.tensor,  # [sequences]: positions before the first of these tokens
-    scale: tl.float32,  # of the scores, times log2(e)
+    sinks: tl.tensor,  # [heads], or None
+    scale: tl.float32,  # of the scores, or of what `capped` leaves of them, times log2(e)
+    squeeze: tl.float32,  # see `capped`; None: no cap
     stride_q: tl.constexpr,  # elements from token to token
     stride_o: tl.constexpr,
     stride_k: tl.constexpr,  # from slot to slot
@@ -78,12 +89,13 @@ def extend(  # noqa: PLR0917
     BLOCK_M: tl.constexpr,  # noqa: N803
     BLOCK_N: tl.constexpr,  # noqa: N803
     SEGMENT: tl.constexpr,  # noqa: N803
+    WINDOW: tl.constexpr,  # noqa: N803
     KIND: tl.constexpr,  # noqa: N803
 ) -> None:
     """A program attends a block of one request's rows in one head.
 
     Segments of old keys come from the pool by slot; those of new keys alone from `k_new`, which
-    takes neither slots nor an address a key. Only the last ones need a mask.
+    takes neither slots nor an address a key. Only the last ones need a mask, or all with a window.
     """
     # The last blocks have most keys: they go first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -110,34 +122,48 @@ def extend(  # noqa: PLR0917
     cached = prefix // SEGMENT
     new = tl.minimum((prefix + SEGMENT - 1) // SEGMENT, count)
     seen = tl.maximum((prefix + block * BLOCK_M + 1) // SEGMENT, new)
+    visible, first, mixed, whole, last = 0, 0, cached, new, seen
+    if WINDOW is not None:  # of the earliest row; the others see none of it before theirs
+        visible = tl.maximum(prefix + block * BLOCK_M - WINDOW, 0) // BLOCK_N * BLOCK_N
+        first = visible // SEGMENT
+        mixed, whole, last = (
+            tl.maximum(mixed, first),
+            tl.maximum(new, first),
+            tl.maximum(seen, first),
+        )
     top = tl.full([BLOCK_M], NEG_INF, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     mean = tl.zeros([BLOCK_M, head_size], tl.float32)
-    for i in range(0, cached):
+    for i in range(first, cached):
         top, total, mean = _segment(
-            *(top, total, mean, queries, positions, i * SEGMENT, end, slots),
-            *(k_buffer + of, v_buffer + of, row, of, scale, stride_k, stride_v),
-            *(head_size, BLOCK_M, BLOCK_N, SEGMENT, PAGED, False),
+            *(top, total, mean, queries, positions, i * SEGMENT, visible, end, slots),
+            *(k_buffer + of, v_buffer + of),
+            *(row, of, scale, squeeze, stride_k, stride_v),
+            *(head_size, BLOCK_M, BLOCK_N, SEGMENT, WINDOW, PAGED, False),
         )
-    for i in range(cached, new):
+    for i in range(mixed, new):
         top, total, mean = _segment(
-            *(top, total, mean, queries, positions, i * SEGMENT, end, slots),
-            *(k_buffer + of, v_buffer + of, row, of, scale, stride_k, stride_v),
-            *(head_size, BLOCK_M, BLOCK_N, SEGMENT, PAGED, True),
+            *(top, total, mean, queries, positions, i * SEGMENT, visible, end, slots),
+            *(k_buffer + of, v_buffer + of),
+            *(row, of, scale, squeeze, stride_k, stride_v),
+            *(head_size, BLOCK_M, BLOCK_N, SEGMENT, WINDOW, PAGED, True),
         )
-    for i in range(new, seen):
+    for i in range(whole, seen):
         top, total, mean = _segment(
-            *(top, total, mean, queries, positions, i * SEGMENT, end, slots),
+            *(top, total, mean, queries, positions, i * SEGMENT, visible, end, slots),
             *(k_tiles if KIND == TILES else k_flat, v_tiles if KIND == TILES else v_flat),
-            *(row, of, scale, stride_k_new, stride_v_new),
-            *(head_size, BLOCK_M, BLOCK_N, SEGMENT, KIND, False),
+            *(row, of, scale, squeeze, stride_k_new, stride_v_new),
+            *(head_size, BLOCK_M, BLOCK_N, SEGMENT, WINDOW, KIND, False),
         )
-    for i in range(seen, count):
+    for i in range(last, count):
         top, total, mean = _segment(
-            *(top, total, mean, queries, positions, i * SEGMENT, end, slots),
-            *(k_flat, v_flat, row, of, scale, stride_k_new, stride_v_new),
-            *(head_size, BLOCK_M, BLOCK_N, SEGMENT, FLAT, True),
+            *(top, total, mean, queries, positions, i * SEGMENT, visible, end, slots),
+            *(k_flat, v_flat),
+            *(row, of, scale, squeeze, stride_k_new, stride_v_new),
+            *(head_size, BLOCK_M, BLOCK_N, SEGMENT, WINDOW, FLAT, True),
         )
+    if sinks is not None:
+        total = with_sink(total, top, tl.load(sinks + head))
     tl.store(
         out + tokens * stride_o + columns,
         (mean / total[:, None]).to(out.dtype.element_ty),

@@ -12,13 +12,10 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from margingate.errors import CliError
 from margingate.harness.embedded_model import MANIFEST, ensure_model
-
-if TYPE_CHECKING:
-    import torch
 
 SEED = 20
 LOGITS = 3.0  # their standard deviation, near that of a trained model
@@ -64,6 +61,14 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             **{"head_dim": 32, "num_key_value_heads": 4},
         },
         "qwen2_moe": {**_QWEN, "norm_topk_prob": False, "shared_expert_intermediate_size": 32},
+        # Windows so small that every answer leaves keys behind. SGLang ties its head always.
+        "gemma3_text": {
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "sliding_window": 16,
+            "query_pre_attn_scalar": 16,
+            "tie_word_embeddings": True,
+        },
     }
 )
 
@@ -100,7 +105,7 @@ def _write(family: str, folder: Path) -> None:
     donor = ensure_model("smollm2")
     own = json.loads((donor / "config.json").read_text())
     same = {name: own[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
-    config = AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family]}, **same)
+    config = AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family], **same})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     fill(model, SEED)
     model.save_pretrained(folder)  # by the names of checkpoints, an expert a tensor
@@ -111,23 +116,35 @@ def _write(family: str, folder: Path) -> None:
             shutil.copy(file, folder)
 
 
-def fill(model: torch.nn.Module, seed: int) -> None:
-    """Overwrites all weights: norms with one, the others at random, at a scale that layers keep.
+def fill(model: Any, seed: int) -> None:
+    """Overwrites all weights of a transformers model: norms with what leaves rows as they are, the
+    others at random, at a scale that layers keep.
 
     A matrix, or each matrix of a stack, has a standard deviation of its inputs' number ** -0.5,
-    embeddings have one, and the head has LOGITS times that of a matrix.
+    embeddings have one, and the head, or embeddings in its place, LOGITS times that of a matrix.
     """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     buffers = [(n, b) for n, b in model.named_buffers() if n.endswith("correction_bias")]
+    head = "embed_tokens" if model.config.tie_word_embeddings else "lm_head"
+    gemma = model.config.model_type.startswith("gemma")
     for name, weight in sorted([*model.named_parameters(), *buffers]):
         if "norm" in name:
-            weight.data.fill_(1.0)
+            weight.data.fill_(_norm_of_gemma(name) if gemma else 1.0)
             continue
         scale = BIAS if weight.dim() == 1 else weight.shape[-1] ** -0.5
-        if "embed_tokens" in name:
+        if "embed_tokens" in name and head != "embed_tokens":
             scale = 1.0
-        if "lm_head" in name:
+        if head in name:
             scale *= LOGITS
         weight.data.normal_(0, scale, generator=generator)
+
+
+def _norm_of_gemma(name: str) -> float:
+    """The weight of a norm, to which Gemma adds one.
+
+    Norms behind a sublayer make it louder than the embedding: with a tied head a model that keeps
+    its input says it again.
+    """
+    return 3.0 if "post_" in name else 0.0

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from margingate.config import GateError
-from margingate.runtime.attention import invariant_attention
+from margingate.runtime.attention import invariant_attention, layer_rules
 from margingate.runtime.compat.instance_patches import ON_FLASHINFER, check_instance
 
 logger = logging.getLogger(__name__)
@@ -27,13 +27,15 @@ def fix_split(backend: Any, runner: Any = None) -> None:
     of `runner`, which are faster and do the same for prefill; elsewhere a rule for its own.
 
     Raises:
-        GateError: a backend that this is not known of.
+        GateError: a backend that this is not known of, or that cannot do what a layer asks for.
     """
     name = type(backend).__name__
+    reason = "no model runner" if runner is None else layer_rules.unfit(backend, runner)
+    if runner is not None:
+        layer_rules.refuse_others(backend, runner)
     if name == "TorchNativeAttnBackend":
         return  # a loop over the rows, each with its own length
     if name == "TritonAttnBackend":
-        reason = "no model runner" if runner is None else invariant_attention.unfit(backend, runner)
         if reason:
             logger.info("margingate: SGLang's Triton attention with a fixed split: %s.", reason)
             _fix_triton(backend)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
 from margingate.config import GateError
+from margingate.runtime.attention.layer_rules import attention_layers, rules_of, window_of
 from margingate.runtime.compat import settings
 from margingate.runtime.compat.instance_patches import ON_TRITON, check_instance
 from margingate_kernels import (
@@ -23,18 +23,20 @@ from margingate_kernels import (
     Columns,
     DecodeWorkspace,
     Paged,
+    Rules,
     decode_attention,
     decode_workspace,
     extend_attention,
     plan_decode,
     segments_of,
+    with_window,
 )
 from margingate_kernels.attention import ARITHMETIC
-from margingate_kernels.attention_checks import HEAD_SIZES, MOST_GROUPED
 
 logger = logging.getLogger(__name__)
 
-DTYPES = (torch.bfloat16, torch.float16)
+Workspaces = Mapping[int | None, DecodeWorkspace]  # a plan for each window; they share their sums
+
 MOST_ROWS = 512  # of a batch, without making room for more
 SHARED = 2  # pools of tokens that a batch may see: what requests share is in the pool once
 
@@ -52,16 +54,21 @@ class OwnAttention:
         """
         for patch in ON_TRITON:
             check_instance(backend, patch)
-        layer = _layers(runner.model)[0]
-        self._heads, self._head_size = layer.tp_q_head_num, layer.qk_head_dim
-        self._first = min(each.layer_id for each in _layers(runner.model))
+        layers = attention_layers(runner.model)
+        self._heads, self._head_size = layers[0].tp_q_head_num, layers[0].qk_head_dim
+        self._first = first_with(layers)
+        self._start = min(self._first.values())  # the layer with which a forward begins
         self._page_table = runner.req_to_token_pool.req_to_token
         self._device = runner.device
-        self._longest = segments_of(runner.model_config.context_len, self._head_size)
+        self._context = segments_of(runner.model_config.context_len, self._head_size)
+        lengths = (runner.model_config.context_len, self._head_size)
+        self._longest = max(segments_of(*lengths, window) for window in self._first)
         self._pool = segments_of(runner.token_to_kv_pool.size, self._head_size)
         graphs = settings.view(runner.server_args).cuda_graph_config.decode.max_bs or 0
-        self._workspace = self._make_workspace(max(MOST_ROWS, graphs))
-        self._larger: DecodeWorkspace | None = None  # graphs hold addresses of the first
+        self._workspaces = self._make_workspaces(max(MOST_ROWS, graphs))
+        self._larger: Workspaces | None = None  # graphs hold addresses of the first
+        self.seen: dict[int, Rules] = {}  # what each layer asked for, by its number
+        self._backend = backend
         self._layer: Any = None
         self._batch: Any = None
         self._parts: list[slice] = []  # of the rows of the present decode forward
@@ -86,10 +93,11 @@ class OwnAttention:
     @property
     def room(self) -> int:
         """Tokens that the rows of a decode forward may see together, at the least."""
-        capacity, rows = len(self._workspace.segments.records), _rows(self._workspace)
+        any_plan = next(iter(self._workspaces.values()))
+        capacity, rows = len(any_plan.segments.records), _rows(self._workspaces)
         if capacity >= rows * self._longest:
-            return rows * self._longest * self._workspace.blocks.segment
-        return max(capacity - rows, 1) * self._workspace.blocks.segment
+            return rows * self._context * any_plan.blocks.segment
+        return max(capacity - rows, 1) * any_plan.blocks.segment
 
     def fits(self, batch: Any) -> bool:
         """Whether there is room for all that the rows of a decode batch see, as in a CUDA graph."""
@@ -98,17 +106,20 @@ class OwnAttention:
 
     def record(self) -> list[int]:
         """What the bits depend on."""
-        return [ARITHMETIC, self._workspace.blocks.keys, self._workspace.blocks.segment]
+        blocks = next(iter(self._workspaces.values())).blocks
+        return [ARITHMETIC, blocks.keys, blocks.segment]
 
-    def _make_workspace(self, rows: int) -> DecodeWorkspace:
+    def _make_workspaces(self, rows: int) -> Workspaces:
+        """Room for the layers that see most, and a plan for each window."""
         segments = min(rows * self._longest, SHARED * self._pool + self._longest + rows)
-        return decode_workspace(rows, segments, self._heads, self._head_size, self._device)
+        whole = decode_workspace(rows, segments, self._heads, self._head_size, self._device)
+        return {w: whole if w is None else with_window(whole, w) for w in self._first}
 
-    def _workspace_for(self, rows: int) -> DecodeWorkspace:
-        if rows <= _rows(self._workspace):
-            return self._workspace
+    def _workspaces_for(self, rows: int) -> Workspaces:
+        if rows <= _rows(self._workspaces):
+            return self._workspaces
         if self._larger is None or rows > _rows(self._larger):
-            self._larger = self._make_workspace(1 << (rows - 1).bit_length())
+            self._larger = self._make_workspaces(1 << (rows - 1).bit_length())
         return self._larger
 
     def _parts_of(self, batch: Any, rows: int) -> list[slice]:
@@ -122,15 +133,15 @@ class OwnAttention:
     ) -> torch.Tensor:
         """In place of the backend's: notes the layer, and lets the backend do the rest."""
         self._layer = layer
-        if layer.layer_id == self._first:
+        if layer.layer_id == self._start:
             self._parts = self._parts_of(forward_batch, forward_batch.batch_size)
         return self._decode(q, k, v, layer, forward_batch, *args, **kwargs)
 
     def forward_extend(
         self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """In place of the backend's: notes the batch, and lets the backend do the rest."""
-        self._batch = forward_batch
+        """In place of the backend's: notes layer and batch, and lets the backend do the rest."""
+        self._layer, self._batch = layer, forward_batch
         return self._extend(q, k, v, layer, forward_batch, *args, **kwargs)
 
     def _attend_rows(  # noqa: PLR0917
@@ -150,15 +161,19 @@ class OwnAttention:
         **extras: Any,
     ) -> None:
         """In place of the backend's decode kernel."""
-        _refuse(extras)
+        rules = self._rules(extras)
         self._ran["decode"] = True
-        workspace = self._workspace_for(len(q))
+        workspace = self._workspaces_for(len(q))[rules.window]
+        if rules.window is not None:  # SGLang's list for a window leaves out its first key
+            metadata = self._backend.forward_metadata
+            indptr, slots = metadata.kv_indptr, metadata.kv_indices
+        is_first = self._layer.layer_id == self._first[rules.window]
         for part in self._parts:
             its = indptr[part.start : part.stop + 1]
-            if self._layer.layer_id == self._first or len(self._parts) > 1:
+            if is_first or len(self._parts) > 1:
                 plan_decode(its, workspace)
             paged = Paged(k_buffer, v_buffer, slots, its)
-            decode_attention(q[part], paged, scale, out[part], workspace)
+            decode_attention(q[part], paged, scale, out[part], workspace, rules)
 
     def _attend_chunks(  # noqa: PLR0917
         self,
@@ -181,7 +196,7 @@ class OwnAttention:
         **extras: Any,
     ) -> None:
         """In place of the backend's extend kernel: all keys are in the pool by now."""
-        _refuse(extras)
+        rules = self._rules(extras)
         if mask is not None or not causal:
             raise RuntimeError("margingate: prefill attention with a mask of its own is not served")
         self._ran["prefill"] = True
@@ -193,15 +208,29 @@ class OwnAttention:
             batch.extend_prefix_lens,
             longest,
         )
-        extend_attention(q, Columns(k_buffer, v_buffer, k, v), chunks, scale, out)
+        extend_attention(q, Columns(k_buffer, v_buffer, k, v), chunks, scale, out, rules)
+
+    def _rules(self, extras: Mapping[str, Any]) -> Rules:
+        """Those of the present layer, with the sinks that it passes."""
+        rules = rules_of(self._layer, extras)
+        self.seen[self._layer.layer_id] = rules
+        return rules
 
 
 def _one_split(num_kv_splits: torch.Tensor, seq_lens: Any, uneven_batch: Any = None) -> None:
     num_kv_splits.fill_(1)
 
 
-def _rows(workspace: DecodeWorkspace) -> int:
-    return len(workspace.segments.firsts) - 1
+def first_with(layers: Sequence[Any]) -> dict[int | None, int]:
+    """The number of the first layer that has each window: the one before which it is planned."""
+    first: dict[int | None, int] = {}
+    for layer in sorted(layers, key=lambda each: int(each.layer_id)):
+        first.setdefault(window_of(layer), int(layer.layer_id))
+    return first
+
+
+def _rows(workspaces: Workspaces) -> int:
+    return len(next(iter(workspaces.values())).segments.firsts) - 1
 
 
 def parts(lengths: Sequence[int], room: float) -> Iterator[slice]:
@@ -236,53 +265,6 @@ def _warn_once(room: int) -> None:
         "are the same; a lower --max-running-requests avoids it.",
         room,
     )
-
-
-def unfit(backend: Any, runner: Any) -> str:
-    """Why the kernels cannot serve this backend and model; empty where they can."""
-    layers = _layers(runner.model)
-    if type(backend).__name__ != "TritonAttnBackend" or runner.device != "cuda":
-        return "the attention backend is not Triton's on CUDA"
-    if not layers:
-        return "the model has no attention layers that are known"
-    pool = runner.token_to_kv_pool
-    if runner.dtype not in DTYPES or getattr(pool, "store_dtype", None) != runner.dtype:
-        return "the K/V cache has not the model's dtype"
-    if getattr(backend, "use_mla", True) or getattr(backend, "dcp_size", 1) > 1:
-        return "columns are latent or spread over ranks"
-    return next(filter(None, map(_unfit_layer, layers)), "")
-
-
-def _unfit_layer(layer: Any) -> str:
-    if layer.qk_head_dim != layer.v_head_dim or layer.qk_head_dim not in HEAD_SIZES:
-        return f"a head has {layer.qk_head_dim} lanes, not one of {HEAD_SIZES}"
-    if layer.tp_q_head_num > MOST_GROUPED * layer.tp_k_head_num:
-        return f"more than {MOST_GROUPED} heads share a K/V head"
-    plain = (
-        not layer.logit_cap
-        and (layer.sliding_window_size is None or layer.sliding_window_size < 0)
-        and not layer.is_cross_attention
-        and layer.attn_type == AttentionType.DECODER
-        and layer.k_scale is None
-        and layer.xai_temperature_len <= 0
-    )
-    return "" if plain else "its attention has a cap, a window, a scale or a mask"
-
-
-def _layers(model: Any) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, RadixAttention)]
-
-
-def _refuse(extras: dict[str, Any]) -> None:
-    """Raises RuntimeError for what the kernels do not do; `unfit` has looked for it before."""
-    window = extras.get("sliding_window_size", -1)
-    if (
-        extras.get("logit_cap")
-        or extras.get("sinks") is not None
-        or extras.get("score_mod") is not None
-        or (window is not None and window >= 0)
-    ):
-        raise RuntimeError("margingate: attention with sinks, a cap or a window is not served")
 
 
 def of(backend: Any) -> OwnAttention | None:

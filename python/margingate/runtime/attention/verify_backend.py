@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from margingate.config import GateError
-from margingate.runtime.attention import invariant_attention
+from margingate.runtime.attention import layer_rules
 from margingate.runtime.attention.fixed_split import fix_split
 from margingate.runtime.compat import settings
 from margingate.runtime.compat.forward import captures
@@ -49,8 +49,10 @@ def build(runner: Any, rows: int) -> tuple[Any, Any]:
 def _attention(runner: Any) -> Any:
     """What verify passes attend with: what carries the gate's kernels, if they serve the model."""
     _, decode_name = settings.attention_backends(runner.server_args)
+    if decode_name == CARRIER:
+        layer_rules.refuse_short_windows(runner)
     backend = _instance(runner, CARRIER)
-    reason = invariant_attention.unfit(backend, runner)
+    reason = layer_rules.unfit(backend, runner)
     if not reason or decode_name == CARRIER:
         return backend
     logger.info("margingate: verify passes use %s's attention: %s.", decode_name, reason)

@@ -116,6 +116,7 @@ NO_EFFECT: _Group = {
     "load_balance_method num_reserved_decode_tokens prefill_decode_interval "
     "prefill_decode_interval_min_bs radix_eviction_policy_config "
     "_radix_eviction_policy_explicitly_set",
+    "models that keep windows in a K/V pool of their own are refused": "disable_hybrid_swa_memory",
     "SGLang reads it for draft models alone, or nowhere": "num_continuous_decode_steps",
     "where processes run and find each other": "nccl_port dist_timeout dist_init_addr node_rank "
     "base_gpu_id gpu_id_step numa_node host port fastapi_root_path grpc_port sidecar sidecar_args "
@@ -221,7 +222,7 @@ NO_EFFECT: _Group = {
     "shared_experts_tp_size enable_w4a4_mxfp4_megamoe deepep_v2_mode flashinfer_a2a_dispatch_type "
     "paged_experts_num_resident",
     "of attention with a state, a window or an index, models with which are refused": ""
-    "swa_full_tokens_ratio disable_hybrid_swa_memory dsa_prefill_backend dsa_decode_backend "
+    "swa_full_tokens_ratio dsa_prefill_backend dsa_decode_backend "
     "dsa_paged_mqa_logits_backend dsa_topk_backend mamba_backend enable_deepseek_v4_fp4_indexer "
     "max_mamba_cache_size mamba_ssm_dtype mamba_max_states_per_path mamba_cache_philox_rounds "
     "enable_mamba_cache_stochastic_rounding mamba_full_memory_ratio mamba_radix_cache_strategy "

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 
 SURFACE: Mapping[str, str] = {
     "configs.model_config.ModelConfig": ""
-    "attention_arch context_len hf_config hf_text_config hidden_size is_encoder_decoder "
-    "is_generation is_hybrid_swa is_multimodal model_path quantization vocab_size",
+    "attention_arch context_len has_attention_sinks hf_config hf_text_config hidden_size "
+    "is_encoder_decoder is_generation is_hybrid_swa is_hybrid_swa_compress is_multimodal "
+    "model_path quantization vocab_size",
     "constrained.base_grammar_backend.BaseGrammarObject": ""
     "accept_token allocate_vocab_mask apply_vocab_mask fill_vocab_mask is_terminated "
     "move_vocab_mask",
@@ -18,10 +19,11 @@ SURFACE: Mapping[str, str] = {
     "distributed.parallel_state.GroupCoordinator": "all_reduce rank_in_group world_size",
     "entrypoints.context.SimpleContext": "last_output",
     "entrypoints.engine.SchedulerInitResult": "scheduler_infos",
+    "layers.attention.triton_backend.ForwardMetadata": "kv_indices kv_indptr",
     "layers.attention.triton_backend.TritonAttnBackend": ""
     "dcp_size decode_attention_fwd device extend_attention_fwd forward_decode "
-    "forward_extend get_num_kv_splits init_forward_metadata max_context_len max_kv_splits "
-    "use_mla",
+    "forward_extend forward_metadata get_num_kv_splits init_forward_metadata max_context_len "
+    "max_kv_splits use_mla",
     "layers.logits_processor.LogitsProcessor": ""
     "_compute_lm_head final_logit_softcapping logit_scale",
     "layers.logits_processor.LogitsProcessorOutput": "next_token_logits",
@@ -34,7 +36,7 @@ SURFACE: Mapping[str, str] = {
     "layers.quantization.fp8.Fp8LinearMethod": ""
     "use_marlin use_mxfp8 w8a8_block_fp8_linear weight_block_size",
     "layers.radix_attention.RadixAttention": ""
-    "attn_type is_cross_attention k_scale layer_id logit_cap qk_head_dim "
+    "attn_type is_cross_attention k_scale layer_id logit_cap logit_capping_method qk_head_dim "
     "sliding_window_size tp_k_head_num tp_q_head_num tp_v_head_num v_head_dim "
     "xai_temperature_len",
     "managers.detokenizer_manager.DecodeStatus": "sent_offset",

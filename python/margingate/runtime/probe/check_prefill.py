@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from margingate.runtime.attention import layer_rules
 from margingate.runtime.compat import columns, settings
 from margingate.runtime.compat.ranks import agreed
 from margingate.runtime.probe import drawing, execute
@@ -26,7 +27,8 @@ from margingate.runtime.verify.verifier import RowInput, Verifier
 
 logger = logging.getLogger(__name__)
 
-LONGEST = 900  # tokens of the prompt that is compared
+LONGEST = 900  # tokens of the prompt that is compared, where no layer has a wider window
+BEHIND = 200  # tokens more than the widest window has
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,12 @@ def measure(scheduler: Any, verifier: Verifier, wanted: bool) -> Prefill:
     return found
 
 
+def windows(model: Any) -> list[int]:
+    """Those of its layers, in keys before a row's own."""
+    found = map(layer_rules.window_of, layer_rules.attention_layers(model))
+    return [window for window in found if window is not None]
+
+
 class _Check:
     """The prompt, and what it gives alone and in one."""
 
@@ -69,7 +77,10 @@ class _Check:
         chunk = args.chunked_prefill_size or -1
         self._most = chunk if chunk > 0 else args.max_prefill_tokens  # rows of a forward
         room = min(self._most, scheduler.max_req_len)
-        self._length = max(min(LONGEST, room * 2 // 3 - 4), 8)  # and the others fit beside it
+        longest = max(
+            [LONGEST, *(w + BEHIND for w in windows(scheduler.tp_worker.model_runner.model))]
+        )
+        self._length = max(min(longest, room * 2 // 3 - 4), 8)  # and the others fit beside it
         generator = torch.Generator().manual_seed(SEED)
         vocabulary = scheduler.model_config.vocab_size
         tokens = torch.randint(3, vocabulary, (3, self._length), generator=generator).tolist()

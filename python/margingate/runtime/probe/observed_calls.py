@@ -28,6 +28,7 @@ ROWS = 3  # of the step that is observed
 ROW_BY_ROW = {
     "VocabParallelEmbedding": "it copies a row of a table for each token",
     "Embedding": "it copies a row of a table for each token",
+    "Gemma3TextScaledWordEmbedding": "it copies a row, and multiplies it by a number",
     "RotaryEmbedding": "it multiplies element by element, by position",
 }
 

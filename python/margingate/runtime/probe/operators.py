@@ -245,7 +245,8 @@ def dense_operators(model: Any, seen: Mapping[int, Observed]) -> Iterator[Operat
     from sglang.srt.layers import layernorm
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
-    norms = (layernorm.RMSNorm, layernorm.GemmaRMSNorm, torch.nn.RMSNorm, torch.nn.LayerNorm)
+    of_gemma = (layernorm.GemmaRMSNorm, layernorm.Gemma3RMSNorm)
+    norms = (layernorm.RMSNorm, *of_gemma, torch.nn.RMSNorm, torch.nn.LayerNorm)
     for name, module in model.named_modules():
         call = seen.get(id(module), AS_WEIGHT)
         if not isinstance(call, ObservedCall):

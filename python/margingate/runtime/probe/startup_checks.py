@@ -7,7 +7,7 @@ from typing import Any
 
 from margingate.config import GateConfig
 from margingate.runtime.attention import invariant_attention
-from margingate.runtime.probe import check_decode, check_prefill
+from margingate.runtime.probe import check_attention, check_decode, check_prefill
 from margingate.runtime.probe.check_decode import CanonicalSteps
 from margingate.runtime.probe.check_prefill import Prefill
 from margingate.runtime.probe.startup import largest_rows
@@ -31,7 +31,8 @@ def run_checks(scheduler: Any, config: GateConfig) -> StartupChecks:
     Fixes what the attention kernels compute from here on.
 
     Raises:
-        GateError: the verifier's own rows depend on the padding beside them.
+        GateError: the verifier's own rows depend on the padding beside them, or the gate's
+            attention does not do what the model's layers ask for.
     """
     runner = scheduler.tp_worker.model_runner
     logprobs.as_log_softmax(runner.model)
@@ -46,6 +47,7 @@ def run_checks(scheduler: Any, config: GateConfig) -> StartupChecks:
     own = invariant_attention.of(made.backend)
     if own is not None:
         own.confirm(prefill=prefill.together)
+        check_attention.check(runner, made.backend)
     if prefill.as_decoded and decode is not None:
         decode.extend()
     return StartupChecks(made, decode, prefill)

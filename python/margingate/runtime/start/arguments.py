@@ -154,7 +154,7 @@ def _refuse_resolved(server_args: Any, config: GateConfig) -> None:
         refusals.refuse_fast_path(server_args, config)
         refused_models.refuse_column_type(server_args)
         model = settings.model_config(server_args)
-        refused_models.refuse_model(model, observes=config.policy == "observe")
+        refused_models.refuse_model(model)
         if config.calibration is not None:
             load_threshold(config.calibration, machine.describe(server_args), part="machine")
 

@@ -18,16 +18,21 @@ class ModelFamily:
 
     has: str  # ends "because it ..."
     matches: Callable[[Any], bool]  # of SGLang's ModelConfig
-    may_be_observed: bool = False  # whether margins alone may be looked at
+    way_out: str = "serve it without the flag"
 
     def said(self, model: Any) -> str:
         """What the model has, with its value."""
         return self.has.format(model=model)
 
 
-def _has_windows(model: Any) -> bool:
-    """Whether some layers see a window only; SGLang does not call all such models hybrid."""
-    return "sliding_attention" in (getattr(model.hf_text_config, "layer_types", None) or ())
+def _may_have_one_pool(model: Any) -> bool:
+    """Whether --disable-hybrid-swa-memory leaves nothing else that is known to be refused.
+
+    Layers with other head sizes fit no single pool, and no operator of the probe has sinks.
+    """
+    plain = not (model.is_hybrid_swa_compress or model.has_attention_sinks)
+    chunked = getattr(model.hf_text_config, "attention_chunk_size", None)
+    return bool(model.is_hybrid_swa and plain and not chunked and model.quantization is None)
 
 
 def _has_a_state(model: Any) -> bool:
@@ -36,12 +41,17 @@ def _has_a_state(model: Any) -> bool:
     return model.attention_arch.name not in ("MHA", "MLA") or mambaish_config(model) is not None
 
 
+_TWO_POOLS = "keeps the layers that see a window in a K/V pool of their own"
 # All others are served, dense ones and mixtures of experts, if the probe knows each operator.
 REFUSED_FAMILIES = (
     ModelFamily("does not generate text", lambda model: not model.is_generation),
     ModelFamily("uses latent attention (MLA)", lambda model: model.attention_arch.name == "MLA"),
-    ModelFamily("mixes full and sliding-window attention", lambda model: model.is_hybrid_swa),
-    ModelFamily("mixes full and sliding-window attention", _has_windows, may_be_observed=True),
+    ModelFamily(
+        _TWO_POOLS,
+        _may_have_one_pool,
+        "use --disable-hybrid-swa-memory, so that there is one pool, or serve it without the flag",
+    ),
+    ModelFamily(_TWO_POOLS, lambda model: model.is_hybrid_swa),
     ModelFamily("is an encoder-decoder", lambda model: model.is_encoder_decoder),
     ModelFamily("is multimodal", lambda model: model.is_multimodal),
     ModelFamily("keeps recurrent state (Mamba or linear attention)", _has_a_state),
@@ -52,17 +62,13 @@ REFUSED_FAMILIES = (
 )
 
 
-def refuse_model(model: Any, *, observes: bool = False) -> None:
-    """Check SGLang's ModelConfig. Raises GateError naming what the model has.
-
-    Args:
-        observes: margins are only looked at, as a study of a model with windows does.
-    """
+def refuse_model(model: Any) -> None:
+    """Check SGLang's ModelConfig. Raises GateError naming what the model has."""
     for family in REFUSED_FAMILIES:
-        if family.matches(model) and not (observes and family.may_be_observed):
+        if family.matches(model):
             raise GateError(
                 f"--deterministic-gate does not serve this model yet, because it "
-                f"{family.said(model)}: serve it without the flag."
+                f"{family.said(model)}: {family.way_out}."
             )
 
 

@@ -18,7 +18,7 @@ import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from margingate.config import GateConfig, GateError
-from margingate.runtime.attention import invariant_attention, verify_backend
+from margingate.runtime.attention import invariant_attention, layer_rules, verify_backend
 from margingate.runtime.compat.forward import DecodeRows, context, decode_batch, fence
 from margingate.runtime.request.sampling_params import Draw
 from margingate.runtime.sampling import logprobs
@@ -196,6 +196,8 @@ def build(model_runner: Any, config: GateConfig) -> Verifier:
             )
         return Verifier(model_runner, config.rows, graphs=graphs)
     if model_runner.device == "cpu" or config.policy == "observe":
+        if config.policy != "observe":
+            layer_rules.refuse_others(model_runner.attn_backend, model_runner)
         return Verifier(model_runner, config.rows)
     backend, graphs = verify_backend.build(model_runner, config.rows)
     return Verifier(model_runner, config.rows, graphs=graphs, backend=backend)

@@ -1,0 +1,159 @@
+"""How far the gate's attention kernels are from float64, on a made-up sequence around a window.
+
+Needs nothing of SGLang, so that Triton's interpreter runs it in the tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from margingate_kernels import (
+    Chunks,
+    Columns,
+    Paged,
+    Rules,
+    attention_reference,
+    decode_attention,
+    decode_workspace,
+    extend_attention,
+    plan_decode,
+    segments_of,
+    with_window,
+)
+
+SEED = 20261128
+TAIL = 70  # rows at the end of the sequence: two blocks of queries
+SLACK = 330  # positions behind the window: a segment, a tile and some more
+NOBODYS = 9  # slots that hold no numbers
+Span = tuple[int, int]  # positions from, to
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What layers that ask for the same have in common."""
+
+    heads: int
+    kv_heads: int
+    head_size: int
+    scale: float
+    rules: Rules
+
+    def __str__(self) -> str:
+        rules = self.rules
+        said = [f"{self.heads} heads of {self.head_size} lanes, {self.kv_heads} of keys"]
+        said += [f"a window of {rules.window} keys before a token"] if rules.window else []
+        said += [f"a cap of {rules.cap:g}"] if rules.cap else []
+        said += ["sinks"] if rules.sinks is not None else []
+        return ", ".join(said)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a kind of layer gives."""
+
+    error: float  # the largest of any row in any head; NaN where a result is none
+    same_bits: bool  # in decode and prefill, cut anywhere and in any company
+
+
+def measure(kind: LayerKind, dtype: torch.dtype, device: Any, longest: int) -> Found:
+    """Run both kernels on a made-up sequence of up to `longest` tokens. Allocates what it needs."""
+    made = _Sequence(kind, dtype, device, min((kind.rules.window or 0) + SLACK, longest))
+    spans = spans_of(kind.rules.window, made.length)
+    together = made.extend(spans)
+    alone = [made.extend([span])[0] for span in spans]
+    (start, end), middle = spans[-1], sum(spans[-1]) // 2
+    halves = [(a, b) for a, b in ((start, middle), (middle, end)) if a < b]
+    cut = [made.extend([half])[0] for half in halves]
+    rows = [position for span in spans for position in range(*span)]
+    decoded = made.decode(rows)
+    prefilled = torch.cat(together)
+    same = torch.equal(decoded, prefilled) and torch.equal(torch.cat(alone), prefilled)
+    same = same and torch.equal(torch.cat(cut), together[-1])
+    edges = sorted({edge for start, end in spans for edge in (start, end - 1)})
+    errors = [made.error(edge, prefilled[rows.index(edge)]) for edge in edges]
+    return Found(float(torch.tensor(errors).amax()), same)  # NaN where one of them is
+
+
+def spans_of(window: int | None, length: int) -> list[Span]:
+    """Positions to look at: the first, those where a window, a tile and a segment are left behind,
+    and the last."""
+    wanted = [(0, 8), (length - TAIL, length)]
+    wanted += [((window or 0) + first - 2, (window or 0) + first + 3) for first in (0, 64, 256)]
+    spans = {(max(start, 0), min(end, length)) for start, end in wanted}
+    return sorted((start, end) for start, end in spans if start < end)
+
+
+class _Sequence:
+    """A made-up sequence in a pool of its own."""
+
+    def __init__(self, kind: LayerKind, dtype: torch.dtype, device: Any, length: int) -> None:
+        self._kind, self.length = kind, length
+        generator = torch.Generator().manual_seed(SEED)
+
+        def random(tokens: int, heads: int) -> torch.Tensor:
+            numbers = torch.randn(tokens, heads, kind.head_size, generator=generator)
+            return numbers.to(device, dtype)
+
+        self._q = random(length, kind.heads)
+        self._k, self._v = (random(length + NOBODYS, kind.kv_heads) for _ in range(2))
+        order = torch.randperm(length + NOBODYS, generator=generator).to(device)
+        self._slots, others = order[:length], order[length:]
+        self._k[others] = self._v[others] = torch.nan
+        self._table = self._slots.to(torch.int32)[None]
+
+    def extend(self, spans: Sequence[Span]) -> list[torch.Tensor]:
+        """These positions as chunks of prompts in one forward."""
+        counts = [end - start for start, end in spans]
+        at = torch.cat([self._positions(range(*span)) for span in spans])
+        device = self._q.device
+        chunks = Chunks(
+            self._table,
+            torch.zeros(len(spans), dtype=torch.int64, device=device),
+            torch.tensor([0, *counts], device=device).cumsum(0).to(torch.int32),
+            torch.tensor([start for start, _ in spans], device=device),
+            max(counts),
+        )
+        columns = Columns(self._k, self._v, self._k[self._slots[at]], self._v[self._slots[at]])
+        out = torch.empty_like(self._q[at])
+        kind = self._kind
+        extend_attention(self._q[at], columns, chunks, kind.scale, out, kind.rules)
+        return list(out.split(counts))
+
+    def decode(self, rows: Sequence[int]) -> torch.Tensor:
+        """These positions as rows of one batch."""
+        kind, device = self._kind, self._q.device
+        window = kind.rules.window
+        most = sum(segments_of(row + 1, kind.head_size, window) for row in rows)
+        space = decode_workspace(len(rows), most, kind.heads, kind.head_size, device)
+        space = space if window is None else with_window(space, window)
+        indptr = torch.tensor([0, *(row + 1 for row in rows)], device=device).cumsum(0)
+        slots = torch.cat([self._slots[: row + 1] for row in rows])
+        paged = Paged(self._k, self._v, slots, indptr.to(torch.int32))
+        plan_decode(paged.indptr, space)
+        q = self._q[self._positions(rows)]
+        return decode_attention(q, paged, kind.scale, torch.empty_like(q), space, kind.rules)
+
+    def error(self, position: int, got: torch.Tensor) -> float:
+        """Of a row [heads, head_size]: the largest of its heads. A K/V head at a time, for room."""
+        kind, seen = self._kind, self._slots[: position + 1]
+        group = kind.heads // kind.kv_heads
+        worst = []
+        for i in range(kind.kv_heads):
+            part = slice(i * group, (i + 1) * group)
+            sinks = None if kind.rules.sinks is None else kind.rules.sinks[part]
+            want = attention_reference(
+                self._q[position : position + 1, part],
+                self._k[seen, i : i + 1],
+                self._v[seen, i : i + 1],
+                kind.scale,
+                kind.rules._replace(sinks=sinks),
+            )[0]
+            worst.append(((got[part].double() - want).norm(dim=-1) / want.norm(dim=-1)).amax())
+        return float(torch.stack(worst).amax())  # which is NaN where one of them is
+
+    def _positions(self, positions: Iterable[int]) -> torch.Tensor:
+        return torch.tensor(list(positions), device=self._q.device)
