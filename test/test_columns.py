@@ -121,7 +121,7 @@ class World:
         row = len(req.output_ids) + 1
         if row > 1:
             self._allocate(req, 1)
-        self.requests.ledger.emit(req.gate.key, flagged=flagged, canonical=row == 1)
+        self.requests.ledger.emit(req.gate.key, flagged=flagged, canonical=row == 1 and not flagged)
         req.gate.margins.append(1.0)
         req.gate.flags.append(flagged)
         req.output_ids.append(50 + row)
@@ -242,6 +242,22 @@ def test_whether_a_retracted_request_can_go_on_is_passed_on(monkeypatch, resumab
         assert said is resumable
     assert (req.gate.key in world.requests) is (known and resumable)
     assert (req.gate.kept is not None) is (known and resumable)
+
+
+@pytest.mark.parametrize(("flagged", "kept"), [(1, 0), (2, 1), (0, 3)])
+def test_log_probs_of_tokens_that_a_retraction_forgets_go_with_them(monkeypatch, flagged, kept):
+    """Of all of them too: what the next prefill appends is the first of the list."""
+    monkeypatch.setattr("margingate.runtime.sampling.constraints.follow", lambda *_: None)
+    world = World()
+    req = world.decoding(3, flagged=flagged, return_logprob=True)
+    req.logprob.output_token_logprobs_val[:] = [-1.0, -2.0, -3.0]
+    req.logprob.output_token_logprobs_idx[:] = [51, 52, 53]
+    assert retractions(world).release(lambda req: True, req)
+    assert list(req.output_ids) == req.logprob.output_token_logprobs_val == []
+    assert req.logprob.output_token_logprobs_idx == []
+    assert (req.gate.kept is None) is (kept == 0)
+    if kept:
+        assert req.gate.kept.logprobs["output_token_logprobs_val"] == [-1.0, -2.0, -3.0][:kept]
 
 
 def test_a_request_that_finds_no_room_is_released_as_sglang_asks():

@@ -57,6 +57,8 @@ class Retractions:
         if req.gate.kept is None and kept > 0:
             _set_aside(req, kept)
         req.output_ids = array("q")
+        for values in logprob_lists(req).values():
+            values.clear()
         req.full_untruncated_fill_ids = array("q")
         constraints.follow(req, self._penalties)
         req.gate.forget_rows(kept)
@@ -142,5 +144,3 @@ def _is_given_up(req: Any) -> bool:
 def _set_aside(req: Any, kept: int) -> None:
     lists = logprob_lists(req)
     req.gate.kept = Kept(req.output_ids[:kept], {n: v[:kept] for n, v in lists.items()})
-    for values in lists.values():
-        values.clear()
