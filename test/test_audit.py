@@ -247,7 +247,8 @@ class Server:
         canonical: tuple[int, ...] = (1, 1, 1),
         **more: Any,
     ) -> None:
-        gate = GateRequest("key", True, generation=2)
+        gate = GateRequest("key", True)
+        gate.begins(2, tokens=0)
         gate.margins, gate.canonical = array("f", [0.25, 0.5, 0.75]), bytearray(canonical)
         gate.draw = more.pop("draw", None)
         ids = array("q", output)

@@ -84,21 +84,22 @@ def test_a_checksum_does_not_ask_for_a_layout(weights):
 
 
 class Server:
-    """Weights that can be replaced, and a cache that may hold columns."""
+    """Weights that can be replaced, and forwards that see them."""
 
     def __init__(self, make: Callable[..., Any], **parts: Any) -> None:
-        self.weights, self.cached, self.read = "a" * 64, False, 0
+        self.weights, self.forwards, self.read = "a" * 64, 1, 0
         self.fingerprint = make(
-            {"files": {}, "plan": 1, **parts}, self._digest, lambda: not self.cached
+            {"files": {}, "plan": 1, **parts}, self._digest, lambda: self.forwards
         )
 
     def _digest(self) -> str:
         self.read += 1
         return self.weights
 
-    def update(self, weights: str, *, flushed: bool = True) -> None:
+    def update(self, weights: str) -> None:
+        self.forwards += 1
         self.weights = weights * 64
-        self.fingerprint.weights_changed(flushed=flushed)
+        assert self.fingerprint.weights_changed()
 
     def now(self) -> str | None:
         value: str | None = self.fingerprint.of()["fingerprint"]
@@ -130,7 +131,7 @@ def test_after_an_update_it_is_null_until_a_request_comes_and_then_another(serve
     }
     generation = server.fingerprint.admit()
     assert server.read == 2
-    assert server.fingerprint.of(generation) == {"fingerprint": server.now()}
+    assert server.fingerprint.of([generation]) == {"fingerprint": server.now()}
     assert server.now() not in (first, None)
     server.update("a")
     server.fingerprint.admit()
@@ -141,23 +142,24 @@ def test_a_request_that_saw_both_weights_has_none(server, fingerprint):
     generation = server.fingerprint.admit()
     server.update("b")
     crossed = {"fingerprint": None, "fingerprint_because": fingerprint.CROSSED}
-    assert server.fingerprint.of(generation) == crossed
+    assert server.fingerprint.of([generation]) == crossed
     newer = server.fingerprint.admit()
-    assert server.fingerprint.of(generation) == crossed
-    assert server.fingerprint.of(newer)["fingerprint"]
+    assert server.fingerprint.of([generation]) == crossed
+    assert server.fingerprint.of([generation, newer]) == crossed
+    assert server.fingerprint.of([newer]) == server.fingerprint.of()
+    assert server.fingerprint.of([newer])["fingerprint"]
 
 
-def test_columns_of_old_weights_leave_none_until_they_are_flushed(server, fingerprint):
-    server.cached = True
-    server.update("b", flushed=False)
-    generation = server.fingerprint.admit()
-    mixed = {"fingerprint": None, "fingerprint_because": fingerprint.MIXED}
-    assert server.fingerprint.of(generation) == mixed
-    server.update("c", flushed=False)
-    server.cached = False
-    assert server.fingerprint.of(server.fingerprint.admit())["fingerprint"]
-    server.cached = True  # columns of the new ones
-    assert server.fingerprint.of(server.fingerprint.admit())["fingerprint"]
+def test_the_parts_of_one_update_are_one_generation(server):
+    """A model comes in many parts, between a begin and an end; no forward sees what is between."""
+    first = server.fingerprint.admit()
+    server.update("b")
+    for updating in (True, True, False):
+        assert not server.fingerprint.weights_changed(updating=updating)
+    assert server.fingerprint.generation == server.fingerprint.admit() == first + 1
+    server.forwards += 1  # one that saw them
+    assert server.fingerprint.weights_changed()
+    assert server.fingerprint.generation == first + 2
 
 
 @pytest.mark.parametrize(
@@ -170,50 +172,6 @@ def test_without_a_promise_there_is_none_and_no_weights_are_read(fingerprint, pa
     assert server.now() is None
     assert server.fingerprint.of()["fingerprint_because"].startswith(because)
     assert server.read == 0
-
-
-@pytest.mark.parametrize(
-    ("received", "success", "generations", "flushed"),
-    [
-        ({"flush_cache": True}, True, 1, True),
-        ({"flush_cache": True}, False, 1, False),
-        ({"flush_cache": False}, True, 1, False),
-        ({"tags": ["weights"]}, True, 1, False),
-        ({"action": "reset_tensors"}, True, 1, False),
-        ({"action": "checksum"}, True, 0, False),
-    ],
-)
-def test_whatever_replaces_weights_is_noticed(
-    fingerprint, server, received, success, generations, flushed
-):
-    server.cached = True
-    updater = SimpleNamespace(_session=None)
-    idle = SimpleNamespace(
-        is_fully_idle=lambda ignore_waiting: True, weight_updater=updater, _engine_paused=False
-    )
-    result = SimpleNamespace(success=success)
-    ask = SimpleNamespace(**received)
-    found = fingerprint.weights_change(
-        server.fingerprint, idle, lambda manager, ask: result, None, ask
-    )
-    assert found is result
-    assert server.fingerprint.admit() == generations
-    assert (server.now() is None) is (generations == 1 and not flushed)
-
-
-def test_an_update_that_raises_is_noticed_too(fingerprint, server):
-    updater = SimpleNamespace(_session=None)
-    idle = SimpleNamespace(
-        is_fully_idle=lambda ignore_waiting: True, weight_updater=updater, _engine_paused=False
-    )
-
-    def fail(_manager: Any, _received: Any) -> None:
-        raise RuntimeError("half of them are in")
-
-    with pytest.raises(RuntimeError):
-        asked = SimpleNamespace(flush_cache=True)
-        fingerprint.weights_change(server.fingerprint, idle, fail, None, asked)
-    assert server.fingerprint.admit() == 1
 
 
 # Its parts

@@ -24,7 +24,7 @@ from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
-from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from margingate.config import GateConfig
@@ -49,6 +49,7 @@ class Column(NamedTuple):
 
     tokens: tuple[int, ...]
     canonical: bool
+    weights: frozenset[int]  # versions that it was computed by, itself or those before it
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -139,6 +140,20 @@ class World:
             self.ledger.verdict(row, match=True)
             self._compute(req, len(req.origin_input_ids) + row.index - 2, True)
 
+    def update(self) -> None:
+        """Other weights, while requests are where they are."""
+        version = self.tree.version + 1
+        waiting = [req for req in self.live if not req.kv.holds_kv]
+        for req in self.live:
+            if req in waiting:
+                self.tree.unlock(req.lock)
+            else:
+                req.gate.crosses(version, len(req.output_ids))
+        self.tree.part(version)
+        for req in waiting:  # SGLang matches anew in each turn
+            req.init_next_round_input(self.tree)
+            req.lock = self.tree.lock(req.last_node)
+
     def finish(self, req: Any, insert: bool = True, known: bool = True) -> None:
         if not known:
             self._forget(req)
@@ -184,7 +199,9 @@ class World:
         """One row of a forward: reads all columns before its own, and writes its own."""
         slots, tokens = self.slots(req, position + 1), self.tokens(req)[: position + 1]
         assert position >= req.kv.cache_protected_len, "a shared column is rewritten"
-        self.columns[slots[-1]] = Column(tokens, canonical)
+        before = [self.columns[slot].weights for slot in slots[:-1]]
+        weights = frozenset({self.tree.version}).union(*before)
+        self.columns[slots[-1]] = Column(tokens, canonical, weights)
 
     # -- what is to hold
 
@@ -205,6 +222,11 @@ class World:
                 assert path == self.slots(req, req.kv.cache_protected_len)
         for node, tokens, slots in self.nodes():
             self._check_columns(slots, tokens)
+            if self.is_current(node):
+                seen = {self.columns[slot].weights for slot in slots}
+                assert seen <= {frozenset({self.tree.version})}, "columns of other weights"
+            else:
+                assert self.tree.version > 0
             below = [req for req in self.live if self._is_behind(req.lock.node, node)]
             assert node.lock_ref == len(below), "a lock is nobody's, or missing"
         # Alone, a chunk that two share in part is split, and may lose one of its ends to others;
@@ -234,12 +256,18 @@ class World:
         """What a gated request may hit: the leaves of their namespace."""
         found = []
         for node, tokens, slots in self.nodes():
-            if node.key.extra_key == CACHE_NAMESPACE and not node.children:
+            gated = CACHE_NAMESPACE in node.key.extra_key
+            if gated and self.is_current(node) and not node.children:
                 found.append((tokens, slots))
         return found
 
     def shared(self) -> list[tuple[int, ...]]:
         return sorted(tokens for tokens, _ in self.gated_paths())
+
+    def is_current(self, node: Any) -> bool:
+        """Whether requests may hit it: it is of the weights in memory."""
+        version, *_ = node.key.extra_key.split(":")
+        return bool(int(version) == self.tree.version)
 
     def end(self) -> None:
         """With every request gone nothing is locked, and all slots can be had back."""
@@ -387,12 +415,65 @@ def test_requests_of_different_salts_share_nothing(world: World):
         world.finish(req)
 
 
+@pytest.mark.parametrize("world", [ALONE, ANSWERS], indirect=True)
+@pytest.mark.parametrize("gated", [True, False])
+def test_columns_of_replaced_weights_serve_nobody(world: World, gated: bool):
+    """Those that nobody holds go with the update, and those of a request that runs when it ends."""
+    world.answer(PROMPT, [True] * 3)
+    running = world.arrive(PROMPT, gated)
+    while not world.is_prefilled(running):
+        world.prefill(running)
+    world.update()
+    world.check()
+    held = running.kv.cache_protected_len
+    assert held >= 8 and world.tree.total_size() == held, "it computes on with its columns"
+    for _ in range(3):
+        world.decode(running)
+    late = world.arrive(PROMPT)
+    assert late.prefix_len == 0
+    while not world.is_prefilled(late):
+        world.prefill(late)
+    world.check()
+    shared = world.shared()
+    assert shared == [PROMPT[:8] if world.alone else PROMPT]
+    world.finish(running)
+    assert world.shared() == shared, "columns computed across the update stay out"
+    world.check()
+    other = world.arrive((*PROMPT, 1, 2))
+    assert other.prefix_len == late.kv.cache_protected_len
+    world.finish(late)
+    world.tree.evict(EvictParams(num_tokens=held))
+    assert all(world.is_current(node) for node, *_ in world.nodes()), "the old ones go first"
+
+
+@pytest.mark.parametrize("world", [TOGETHER], indirect=True)
+def test_a_prompt_whose_chunks_see_two_weights_adds_nothing(world: World):
+    req = world.arrive(PROMPT)
+    world.prefill(req, 4)
+    world.update()
+    world.prefill(req, 6)
+    world.check()
+    assert world.is_prefilled(req) and world.shared() == [] and req.kv.cache_protected_len == 4
+    world.finish(req)
+    assert world.shared() == []
+
+
+def test_no_two_namespaces_come_to_share_one(world: World):
+    """Whatever a client sends as extra_key, and whatever version it is sent under."""
+    found = set()
+    keys = (None, "", "1", "1:", "0", CACHE_NAMESPACE, f"1:{CACHE_NAMESPACE}")
+    for version in range(2):
+        world.tree.part(version)
+        found |= {world.tree._of_version(RadixKey(array("q", [1]), key)).extra_key for key in keys}
+    assert len(found) == 2 * len(keys)
+
+
 def test_sglang_calls_each_function_that_is_overridden(monkeypatch: pytest.MonkeyPatch):
     """One that it calls no more would be silent, and all columns would enter the tree."""
     layers = GateRadixCache.__mro__[: GateRadixCache.__mro__.index(RadixCache)]
     written = {name: it for layer in layers for name, it in vars(layer).items() if callable(it)}
     overridden = {name for name in written if hasattr(RadixCache, name) and name[:2] != "__"}
-    assert overridden == {"match_prefix", "checkpoint"}
+    assert overridden == {"match_prefix", "checkpoint", "insert", "touch_prefix"}
     called: list[str] = []
     for name in overridden:
         function = getattr(GateRadixCache, name)
@@ -407,8 +488,11 @@ def test_sglang_calls_each_function_that_is_overridden(monkeypatch: pytest.Monke
     world = World(ANSWERS)
     req = world.arrive(PROMPT)
     assert called == ["match_prefix"], "as it arrives"
+    called.clear()
+    common.touch_waiting_prefix(req, world.tree)
+    assert called == ["touch_prefix"], "as it waits"
     world.prefill(req)
-    assert "checkpoint" in called, "after its prefill"
+    assert {"checkpoint", "insert"} <= {*called}, "after its prefill"
     called.clear()
     world.finish(req)
     assert "checkpoint" in called, "as it ends"
@@ -525,7 +609,7 @@ class Step(NamedTuple):
 
 
 MOSTLY = st.sampled_from([True, True, True, False])
-KINDS = ("arrive", "arrive", "go on", "go on", "go on", "verify", "finish", "abort", "evict")
+KINDS = ("arrive", "go on", "go on", "go on", "verify", "finish", "abort", "evict", "update")
 STEPS = st.builds(
     Step,
     what=st.sampled_from(KINDS),
@@ -542,6 +626,9 @@ STEPS = st.builds(
 def take(world: World, step: Step) -> None:
     if step.what == "evict":
         world.tree.evict(EvictParams(num_tokens=4 * step.count))
+        return
+    if step.what == "update":
+        world.update()
         return
     if not world.live or (step.what == "arrive" and len(world.live) < REQUESTS):
         world.arrive(step.prompt, step.gated)

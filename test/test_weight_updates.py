@@ -1,26 +1,32 @@
 """Weights are not replaced under requests that wait, and a session of updates is one change."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.managers import io_struct
-from sglang.srt.managers.io_struct import BeginWeightUpdateReqInput, UpdateWeightFromDiskReqInput
+from sglang.srt.managers.io_struct import BeginWeightUpdateReqInput
 from sglang.srt.managers.schedule_batch import ReqKvInfo
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components import weight_updater
+from sglang.srt.utils.weight_versions import compute_weight_version_spans
 
+from margingate.config import GateConfig
+from margingate.runtime.compat import columns, weights
 from margingate.runtime.hooks import handlers
-from margingate.runtime.observe import fingerprint
-from margingate.runtime.observe.fingerprint import STALE, UPDATING, Fingerprint
+from margingate.runtime.observe.fingerprint import CROSSED, STALE, UPDATING, Fingerprint
+from margingate.runtime.request.open_requests import OpenRequests
+from margingate.runtime.request.record import GateRequest
+from margingate.runtime.schedule import weight_changes
 
 
 def scheduler(*, waiting: int = 0, running: int = 0, paused: bool = False) -> Any:
     """As much of one as SGLang's own flush looks at; with requests that wait or run."""
     made: Any = SimpleNamespace(
         weight_updater=SimpleNamespace(_session=None),
-        running_batch=SimpleNamespace(is_empty=lambda: not running),
+        running_batch=SimpleNamespace(is_empty=lambda: not running, reqs=[]),
         last_batch=None,
         chunked_req=None,
         enable_overlap=False,
@@ -60,7 +66,6 @@ KINDS = [
 )
 def test_an_update_whose_flush_sglang_would_refuse_changes_nothing(kind, more, state, flush, done):
     """It would replace the weights first. Requests that a pause retracted hold no columns."""
-    hashed: Any = SimpleNamespace(weights_changed=lambda **_: None)
     called = []
 
     def update(*_args):
@@ -68,7 +73,7 @@ def test_an_update_whose_flush_sglang_would_refuse_changes_nothing(kind, more, s
         return SimpleNamespace(success=True, message="")
 
     received = getattr(io_struct, f"{kind}Input")(flush_cache=flush, **more)
-    answer = fingerprint.weights_change(hashed, scheduler(**state), update, None, received)
+    answer = weight_changes.around(Gate(scheduler(**state)), update, None, received)
     assert answer.success == done and bool(called) == done
     if not done:
         assert (
@@ -77,42 +82,146 @@ def test_an_update_whose_flush_sglang_would_refuse_changes_nothing(kind, more, s
         )
 
 
-@pytest.mark.parametrize("success", [True, False])
-def test_a_flush_that_sglang_refuses_leaves_columns_of_the_old_weights(success):
-    told: list[Any] = []
-    hashed: Any = SimpleNamespace(weights_changed=lambda **named: told.append(named))
-    received = UpdateWeightFromDiskReqInput(model_path="here", flush_cache=True)
-    answer = SimpleNamespace(success=success, message="")
-    fingerprint.weights_change(hashed, scheduler(), lambda *_: answer, None, received)
-    assert told == [{"flushed": success, "updating": False}]
+class Gate:
+    """As much of the controller as an update asks for; each digest is another."""
 
-
-class Updater:
-    """SGLang's own begin and end over no runners, with the gate's hooks around them."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._session, self.tp_cpu_group = None, None
-        self.digests = 0
-        self.settled: list[int] = []
-        monkeypatch.setattr(weight_updater.torch.distributed, "barrier", lambda group: None)
-        gate = SimpleNamespace(
-            scheduler=SimpleNamespace(weight_updater=self),
-            fingerprint=Fingerprint({"a": 1}, self._digest, lambda: True),
-            verify_everything=lambda: self.settled.append(gate.fingerprint.generation),
-        )
-        monkeypatch.setattr(handlers, "_controller", gate)
-        self.fingerprint = gate.fingerprint
+    def __init__(self, of: Any, tree: Any = None) -> None:
+        self.scheduler, self.requests = of, OpenRequests(GateConfig(rows=8))
+        of.tree_cache = tree
+        self.in_flight = SimpleNamespace(batches=list)
+        self.forwards, self.digests = 1, 0
+        self.fingerprint = Fingerprint({"a": 1}, self._digest, lambda: self.forwards)
+        self.settled: list[int] = []  # generations that were in memory then
+        self.forwards += 1
 
     def _digest(self) -> str:
         self.digests += 1
         return f"weights {self.digests}"
+
+    def verify_everything(self) -> None:
+        self.settled.append(self.fingerprint.generation)
+
+
+@pytest.mark.parametrize(
+    ("received", "generations"),
+    [
+        ({"flush_cache": True}, 1),
+        ({"flush_cache": False}, 1),
+        ({"tags": ["weights"]}, 1),
+        ({"action": "reset_tensors"}, 1),
+        ({"action": "checksum"}, 0),
+    ],
+)
+@pytest.mark.parametrize("success", [True, False, None])
+def test_whatever_replaces_weights_is_noticed(received, generations, success):
+    """Failures too: half of them may be in."""
+
+    def update(_manager, _received):
+        if success is None:
+            raise RuntimeError("half of them are in")
+        return SimpleNamespace(success=success)
+
+    gate: Any = Gate(scheduler())
+    before = gate.fingerprint.of()
+    with pytest.raises(RuntimeError) if success is None else nullcontext():
+        found = weight_changes.around(gate, update, None, SimpleNamespace(**received))
+        assert found.success is success
+    assert gate.fingerprint.generation == gate.fingerprint.admit() == generations
+    assert (gate.fingerprint.of() != before) is bool(generations)
+    assert gate.settled == [0] * generations, "by the weights that emitted it"
+
+
+def request(output: list[int], *, holds: bool = True) -> Any:
+    kv = ReqKvInfo(req_pool_idx=1) if holds else ReqKvInfo()
+    record = GateRequest("a", True)
+    record.begins(0, 0)
+    found = SimpleNamespace(kv=kv, gate=record, output_ids=output, weight_version_events=[])
+    assert columns.holds(found) is holds
+    return found
+
+
+def updated(gate: Any) -> None:
+    done = SimpleNamespace(success=True)
+    weight_changes.around(gate, lambda *_: done, None, SimpleNamespace(flush_cache=False))
+
+
+def admitted(gate: Any, req: Any) -> None:
+    weight_changes.begun(gate, SimpleNamespace(can_run_list=[req]), req)
+
+
+def test_a_request_says_the_weights_that_computed_it():
+    """A running one sees both; one that waits, the new ones; one that ends at once, the old."""
+    gate: Any = Gate(scheduler(waiting=1))
+    running, chunked, ended = request([1, 2]), request([]), request([1, 2, 3])
+    gate.scheduler.running_batch = SimpleNamespace(reqs=[running, ended])
+    gate.scheduler.chunked_req = chunked
+    waits, retracted = request([], holds=False), request([], holds=False)
+    retracted.gate.kept = SimpleNamespace(tokens=[1, 2, 3])
+    updated(gate)
+    admitted(gate, waits)
+    admitted(gate, retracted)
+    assert (running.gate.generations(3), chunked.gate.generations(1)) == ([0, 1], [0, 1])
+    assert ended.gate.generations(3) == [0], "no token followed"
+    assert waits.gate.generations(3) == [1]
+    assert retracted.gate.generations(4) == [0, 1]
+    assert [each.gate.mixed for each in (running, chunked, waits, retracted)] == [1, 1, 0, 0]
+    assert [each.gate.stands for each in (running, chunked, waits, retracted)] == [2, 0, 0, 3]
+    assert gate.fingerprint.of(waits.gate.generations(3)) == gate.fingerprint.of()
+    assert gate.fingerprint.of(running.gate.generations(3))["fingerprint_because"] == CROSSED
+
+
+def test_a_request_is_not_begun_where_it_was_not_admitted():
+    gate: Any = Gate(scheduler())
+    waits, other = request([], holds=False), request([], holds=False)
+    updated(gate)
+    for admitted_ones in ([], [other]):
+        weight_changes.begun(gate, SimpleNamespace(can_run_list=admitted_ones), waits)
+    assert waits.gate.generations(1) == [0]
+
+
+def test_retracted_for_memory_after_an_update_in_place_its_columns_are_new_and_its_tokens_stand():
+    gate: Any = Gate(scheduler())
+    req = request([1, 2])
+    gate.scheduler.running_batch = SimpleNamespace(reqs=[req])
+    updated(gate)
+    req.output_ids += [3, 4]  # by new weights, on old columns
+    req.kv = ReqKvInfo()
+    admitted(gate, req)
+    assert (req.gate.mixed, req.gate.stands, req.gate.generations(5)) == (False, 4, [0, 1])
+
+
+def test_sglang_s_versions_of_output_that_the_gate_keeps_apart(monkeypatch):
+    """SGLang notes nothing where it sees no output: all would be of the new version."""
+    monkeypatch.setattr(weights, "get_serving", lambda: SimpleNamespace(weight_version="one"))
+    gate: Any = Gate(scheduler())
+    kept, waits = request([], holds=False), request([], holds=False)
+    kept.gate.kept, waits.gate.key = SimpleNamespace(tokens=[1, 2, 3]), "b"
+    for req in (kept, waits):
+        gate.requests.open(req)
+    for label in (None, "one", "two"):
+        weight_changes.relabelled(gate, label)
+    spans = compute_weight_version_spans(kept.weight_version_events, "two", 5)
+    assert [(s.version, s.start, s.end) for s in spans] == [("one", 0, 3), ("two", 3, 5)]
+    assert waits.weight_version_events == []
+
+
+class Updater(Gate):
+    """SGLang's own begin and end over no runners, with the gate's hooks around them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._session, self.tp_cpu_group = None, None
+        monkeypatch.setattr(weight_updater.torch.distributed, "barrier", lambda group: None)
+        made = scheduler()
+        made.weight_updater = self
+        super().__init__(made)
+        monkeypatch.setattr(handlers, "_controller", self)
 
     def _select_runners(self, _selector: str) -> list[Any]:
         return []
 
     def begin(self) -> Any:
         sglangs = weight_updater.SchedulerWeightUpdaterManager.begin_weight_update
-        return handlers.begin_weight_update(sglangs, self, BeginWeightUpdateReqInput())
+        return handlers.weights_change(sglangs, self, BeginWeightUpdateReqInput())
 
     def end(self) -> Any:
         sglangs = weight_updater.SchedulerWeightUpdaterManager.end_weight_update
@@ -127,13 +236,16 @@ def test_weights_that_change_without_a_word_between_begin_and_end_are_noticed(mo
     assert updater.begin().success and updater.settled == [first]
     within = updater.fingerprint.admit()
     assert updater.digests == 1 and within != first
-    assert updater.fingerprint.of(within)["fingerprint_because"] == UPDATING
+    assert updater.fingerprint.of([within])["fingerprint_because"] == UPDATING
+    updater.forwards += 1
     assert updater.end().success
     assert updater.fingerprint.of()["fingerprint_because"] == STALE
     after = updater.fingerprint.admit()
-    assert updater.digests == 2 and updater.fingerprint.of(after)["fingerprint"]
+    assert updater.digests == 2 and updater.fingerprint.of([after])["fingerprint"]
     assert updater.fingerprint.of() != before
-    assert updater.fingerprint.of(within)["fingerprint"] is None, "it was served across the change"
+    assert updater.fingerprint.of([within])["fingerprint"] is None, (
+        "it was served across the change"
+    )
 
 
 def test_a_session_that_is_open_already_stays_open(monkeypatch):

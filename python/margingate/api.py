@@ -80,6 +80,11 @@ RECORD = (
         "nothing is promised.",
     ),
     Entry("fingerprint_because", "only where `fingerprint` is `null`: why there is none"),
+    Entry(
+        "weight_generations",
+        "of the weights that computed it, in order: how often they had been replaced since the "
+        "start. Two where they were replaced meanwhile.",
+    ),
     Entry("guarantee", "`--gate-guarantee` of the server"),
     Entry("fast_path", "`--gate-fast-path` of the server"),
     Entry("policy", "`--gate-policy` of the server"),
@@ -119,6 +124,7 @@ SERVER = (
     Entry("fingerprint", "that of a request that would be admitted now"),
     Entry("fingerprint_because", "only where `fingerprint` is `null`: why there is none"),
     Entry("fingerprint_of", "the parts of the fingerprint, by which two servers can be compared"),
+    Entry("weight_generation", "how often the weights were replaced since the start"),
     Entry("guarantee", "`--gate-guarantee`"),
     Entry("policy", "`--gate-policy`"),
     Entry("fast_path", "`--gate-fast-path`"),

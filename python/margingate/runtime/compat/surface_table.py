@@ -67,7 +67,7 @@ SURFACE: Mapping[str, str] = {
     "can_run_list cur_rem_tokens rem_chunk_tokens rem_total_tokens running_batch",
     "managers.scheduler.Scheduler": ""
     "_add_request_to_queue _build_hisparse_decode_batch _engine_paused batch_result_processor "
-    "chunked_req enable_overlap future_map grammar_manager ipc_channels is_fully_idle "
+    "chunked_req enable_overlap forward_ct future_map grammar_manager ipc_channels is_fully_idle "
     "last_batch max_req_len metrics_collector metrics_reporter model_config "
     "output_streamer process_batch_result req_to_token_pool result_queue running_batch "
     "server_args spec_algorithm token_to_kv_pool_allocator tp_cpu_group tp_worker "

@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
 from sglang.srt.mem_cache.common import evict_from_tree_cache, release_kv_cache
-from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
 from margingate.runtime.compat import columns
 
@@ -16,8 +16,22 @@ from margingate.runtime.compat import columns
 class LimitedRadixCache(RadixCache):
     """The tree, where a subclass says how much of a request it takes in and gives out.
 
-    SGLang's own functions insert, lock and free, with a smaller length.
+    SGLang's own functions insert, lock and free, with a smaller length. All keys are those of one
+    version: what entered under another is never found again.
     """
+
+    version = 0
+
+    def part(self, version: int) -> None:
+        """Go on under another version. What no running request holds is given up at once."""
+        self.version = version
+        self.evict(EvictParams(num_tokens=self.evictable_size()))
+
+    def _of_version(self, key: RadixKey) -> RadixKey:
+        """The key in this version's namespace; no two namespaces come to share one."""
+        more = "" if key.extra_key is None else f":{key.extra_key}"
+        namespace = f"{self.version}{more}"
+        return RadixKey(key.token_ids, namespace, key.is_bigram, key.limit, key.cache_salt)
 
     def usable(self, req: Any, hit: int) -> int:
         """Of the columns that the tree has of a request's tokens, those that it may use.
@@ -33,12 +47,21 @@ class LimitedRadixCache(RadixCache):
 
     def match_prefix(self, params: MatchPrefixParams) -> Any:
         """As SGLang's; a hit ends where the request may use it."""
+        params = replace(params, key=self._of_version(params.key))
         match = super().match_prefix(params)
         hit = match.device_prefix_len
         usable = self.usable(params.req, hit)
         if usable == hit:
             return match
         return super().match_prefix(replace(params, key=params.key[:usable]))
+
+    def touch_prefix(self, key: RadixKey) -> None:
+        """As SGLang's: what a waiting request will hit counts as used now."""
+        super().touch_prefix(self._of_version(key))
+
+    def insert(self, params: InsertParams) -> Any:
+        """As SGLang's."""
+        return super().insert(replace(params, key=self._of_version(params.key)))
 
     def checkpoint(self, req: Any, *, up_to: int) -> None:
         """After a prefill forward, and as the request is released: insert what is shareable.

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang.srt.utils.weight_versions import truncate_weight_version_events
+from sglang.srt.runtime_context import get_serving
+from sglang.srt.utils.weight_versions import (
+    WeightVersionEvent,
+    truncate_weight_version_events,
+)
 
 
 def session_is_open(scheduler: Any) -> bool:
@@ -15,6 +19,17 @@ def session_is_open(scheduler: Any) -> bool:
 def may_flush(scheduler: Any) -> bool:
     """Whether SGLang would flush its cache now: while it is paused, requests may wait."""
     return bool(scheduler.is_fully_idle(ignore_waiting=scheduler._engine_paused))
+
+
+def is_another(label: str | None) -> bool:
+    """Whether SGLang takes this to be another version than the one in memory."""
+    return label is not None and label != get_serving().weight_version
+
+
+def note_version(req: Any, tokens: int) -> None:
+    """The first `tokens` of its output are of the version in memory, at the latest."""
+    event = WeightVersionEvent(old_version=get_serving().weight_version, num_output_tokens=tokens)
+    req.weight_version_events.append(event)
 
 
 def forget_versions(req: Any, kept: int) -> None:

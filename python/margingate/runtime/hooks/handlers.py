@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from margingate.runtime.observe import fingerprint, study
+from margingate.runtime.observe import study
 from margingate.runtime.request import aborts, admission, guard, lifecycle
 from margingate.runtime.request.in_flight import InFlight
 from margingate.runtime.request.record import is_gated
-from margingate.runtime.schedule import next_batch, server_info
+from margingate.runtime.schedule import next_batch, server_info, weight_changes
 from margingate.runtime.schedule.controller import GateController
 
 _controller: GateController | None = None  # None: the scheduler is being made
@@ -38,7 +38,6 @@ def request_init(_result: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
     """AFTER Req.__init__."""
     if _controller is not None:
         admission.attach(req, _controller.config)
-        req.gate.generation = _controller.fingerprint.admit()
 
 
 def add_request(_scheduler: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -96,7 +95,11 @@ def add_one_req(
 ) -> Any:
     """AROUND PrefillAdder.add_one_req."""
     gate = _gate()
-    return gate.admission.add_one_req(original, adder, req, has_chunked_req, truncation_align_size)
+    result = gate.admission.add_one_req(
+        original, adder, req, has_chunked_req, truncation_align_size
+    )
+    weight_changes.begun(gate, adder, req)
+    return result
 
 
 def add_chunked_req(original: Any, adder: Any, req: Any) -> Any:
@@ -185,14 +188,12 @@ def pause_generation(_scheduler: Any, _received: Any) -> None:
 
 def weights_change(original: Any, manager: Any, received: Any) -> Any:
     """AROUND what replaces weights in SchedulerWeightUpdaterManager."""
-    gate = _gate()
-    return fingerprint.weights_change(gate.fingerprint, gate.scheduler, original, manager, received)
+    return weight_changes.around(_gate(), original, manager, received)
 
 
-def begin_weight_update(original: Any, manager: Any, received: Any) -> Any:
-    """AROUND SchedulerWeightUpdaterManager.begin_weight_update: let nothing wait across it."""
-    _gate().verify_everything()
-    return weights_change(original, manager, received)
+def weight_version_change(_scheduler: Any, new_version: str | None) -> None:
+    """BEFORE Scheduler.record_weight_version_change."""
+    weight_changes.relabelled(_gate(), new_version)
 
 
 def init_info(result: dict[str, Any], *_args: Any) -> None:

@@ -258,12 +258,13 @@ RUNTIME_HOOKS = (
         "a failing plugin ends the server by itself",
     ),
     Hook(
-        _WEIGHTS + "begin_weight_update",
-        AROUND,
-        handlers.begin_weight_update,
-        "self recv_req",
-        "no row waits across an update of the weights, and no audit runs within one",
-        _CALLBACK,
+        _SCHEDULER + "record_weight_version_change",
+        BEFORE,
+        handlers.weight_version_change,
+        "self new_version",
+        "SGLang notes versions by output, and that of a retracted request is kept apart",
+        "SGLang lets plugins keep output of a retracted request",
+        Policy.OBSERVE,
     ),
     *(
         Hook(
@@ -271,11 +272,12 @@ RUNTIME_HOOKS = (
             AROUND,
             handlers.weights_change,
             "self recv_req",
-            "the fingerprint follows the weights",
-            "SGLang counts changes of weights",
+            "no row waits across a change of the weights; fingerprint and columns follow them",
+            "SGLang counts changes of weights, and keys its tree by them",
         )
         for name in (
-            *("update_weights_from_disk", "update_weights_from_distributed"),
+            *("begin_weight_update", "update_weights_from_disk"),
+            "update_weights_from_distributed",
             *("update_weights_from_tensor", "update_weights_from_ipc"),
             *("end_weight_update", "resume_memory_occupation", "check_weights"),
         )

@@ -99,7 +99,7 @@ class Auditor(Observer):
                 array("q", req.origin_input_ids),
                 array("q", req.output_ids_through_stop),
                 gate.draw,
-                gate.generation,
+                gate.weights[0].generation,  # if it saw others, none is the present one
                 # A draw's margin may have been computed in a batch that filters, and is not noted.
                 margins=gate.margins[:rows] if gate.draw is None else array("f"),
                 promised=bytes(gate.canonical[:rows]),

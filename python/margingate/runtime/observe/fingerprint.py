@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ import margingate
 from margingate.config import GateConfig
 from margingate.core.rowclass import RowPlan
 from margingate.runtime.attention import fixed_split
-from margingate.runtime.compat import machine, settings, settings_table, weights
+from margingate.runtime.compat import machine, settings, settings_table
 from margingate.runtime.compat.ranks import gathered
-from margingate.runtime.observe import weight_digest, weight_updates
+from margingate.runtime.observe import weight_digest
 from margingate.runtime.probe import cache, startup
 from margingate.runtime.probe.check_prefill import Prefill
 from margingate.runtime.verify.verifier import Verifier
@@ -58,13 +58,10 @@ LIBRARIES = (  # what reads requests and writes answers; those that compute are 
     *("jinja2", "openai-harmony", "llguidance", "xgrammar", "outlines", "outlines_core", "lark"),
     *("interegular", "msgspec", "partial-json-parser", "pydantic"),
 )
-LOOKS_ONLY = ("snapshot", "compare", "checksum")  # of SGLang's check_weights
-
 OBSERVED = "policy observe guarantees nothing"
 SIMULATED = "simulated verdicts guarantee nothing"
 STALE = "the weights were updated; it is computed with the next request"
 UPDATING = "the weights are being updated"
-MIXED = "the weights were updated with columns of the old ones cached: flush the cache"
 CROSSED = "the weights were updated while it was served"
 
 
@@ -72,19 +69,19 @@ class Fingerprint:
     """The hash of fixed parts and of the weights, which may be replaced in a running server."""
 
     def __init__(
-        self, parts: dict[str, Any], weights_now: Callable[[], str], no_columns: Callable[[], bool]
+        self, parts: dict[str, Any], weights_now: Callable[[], str], forwards: Callable[[], int]
     ) -> None:
         """Computes it.
 
         Args:
             parts: for JSON; a part that is None could not be told, and so there is no hash.
             weights_now: the digest of the weights in memory; may be a collective of all ranks.
-            no_columns: whether no prompt's columns are cached.
+            forwards: how many were launched so far.
         """
         self.parts = parts
-        self._weights_now, self._no_columns = weights_now, no_columns
+        self._weights_now, self._forwards = weights_now, forwards
         self._generation = 0
-        self._mixed = False
+        self._begun = forwards()  # forwards before those of this generation
         self._stale = True
         self._updating = False
         self._value = ""
@@ -92,33 +89,36 @@ class Fingerprint:
 
     @property
     def generation(self) -> int:
-        """Of the weights in memory: how often they may have been replaced."""
+        """Of the weights in memory: how often they may have been replaced between forwards."""
         return self._generation
 
-    def weights_changed(self, *, flushed: bool, updating: bool = False) -> None:
-        """The weights may be others now.
+    def weights_changed(self, *, updating: bool = False) -> bool:
+        """The weights may be others now. Returns whether that is another generation.
+
+        It is not where no forward was launched since the last change: nothing saw those weights,
+        and the parts of one update count once.
 
         Args:
-            flushed: no columns of the old ones are left.
             updating: they may change further without a word, until this is called again.
         """
-        self._generation += 1
         self._stale, self._updating = True, updating
-        self._mixed = not flushed and (self._mixed or not self._no_columns())
+        seen = self._forwards() != self._begun
+        self._begun = self._forwards()
+        self._generation += seen
+        return seen
 
     def admit(self) -> int:
-        """At a request's arrival, on every rank alike: catch up. Returns the weights' generation.
+        """Before a request's first column, on every rank alike: catch up. Returns the generation.
 
         Not at the update: that may be one of many, and memory may be gone between them.
         """
         if self._stale and not self._updating:
             self._refresh()
-        self._mixed = self._mixed and not self._no_columns()
         return self._generation
 
-    def of(self, generation: int | None = None) -> dict[str, str | None]:
-        """For the record of a request that was admitted at this generation; None: for now."""
-        crossed = generation is not None and generation != self._generation
+    def of(self, seen: Iterable[int] = ()) -> dict[str, str | None]:
+        """For the record of a request that saw these generations; none: for now."""
+        crossed = any(generation != self._generation for generation in seen)
         because = CROSSED if crossed else self._because()
         if because:
             return {"fingerprint": None, "fingerprint_because": because}
@@ -128,7 +128,7 @@ class Fingerprint:
         """Why there is none; empty where there is one."""
         if self._stale:
             return self._never() or (UPDATING if self._updating else STALE)
-        return self._never() or (MIXED if self._mixed else "")
+        return self._never()
 
     def _never(self) -> str:
         unknown = [name for name, part in self.parts.items() if part is None]
@@ -165,11 +165,8 @@ def make(scheduler: Any, config: GateConfig, verifier: Verifier, prefill: Prefil
         | {"backend": known["attention"], "longest": scheduler.max_req_len},
         "versions": versions | {"margingate": margingate.__version__},
     }
-    tree = scheduler.tree_cache
     return Fingerprint(
-        parts,
-        lambda: _weights(scheduler, runner.model),
-        lambda: not tree.evictable_size() and not tree.protected_size(),
+        parts, lambda: _weights(scheduler, runner.model), lambda: int(scheduler.forward_ct)
     )
 
 
@@ -277,22 +274,3 @@ def _hash(value: Any) -> str:
     """Of bytes as they are, of anything else as JSON."""
     text = json.dumps(value, sort_keys=True, default=str).encode()
     return hashlib.sha256(value if isinstance(value, bytes) else text).hexdigest()[:DIGITS]
-
-
-def weights_change(
-    fingerprint: Fingerprint, scheduler: Any, original: Any, manager: Any, received: Any
-) -> Any:
-    """Around what replaces weights in SchedulerWeightUpdaterManager, failures included."""
-    if getattr(received, "action", "") in LOOKS_ONLY:
-        return original(manager, received)
-    refused = weight_updates.refusal(scheduler, received)
-    if refused is not None:
-        return refused
-    flushed = False
-    try:
-        result = original(manager, received)
-        flushed = getattr(received, "flush_cache", False) and getattr(result, "success", False)
-        return result
-    finally:
-        updating = weights.session_is_open(scheduler)
-        fingerprint.weights_changed(flushed=flushed, updating=updating)

@@ -26,6 +26,11 @@ def refusal(scheduler: Any, received: Any) -> Any:
     )
 
 
+def looks_only(received: Any) -> bool:
+    """Whether it is SGLang's check_weights, asked to change nothing."""
+    return getattr(received, "action", "") in ("snapshot", "compare", "checksum")
+
+
 _ANSWERS: dict[type, type] = {
     io_struct.UpdateWeightFromDiskReqInput: io_struct.UpdateWeightFromDiskReqOutput,
     io_struct.UpdateWeightsFromDistributedReqInput: io_struct.UpdateWeightsFromDistributedReqOutput,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from margingate.config import GateConfig
 from margingate.runtime.request.sampling_params import Draw, Penalties
@@ -66,6 +66,13 @@ class ColumnsWanted:
     keep: bool
 
 
+class WeightsSeen(NamedTuple):
+    """Weights that were in memory while a request was computed."""
+
+    generation: int
+    tokens: int  # of its output that are from before
+
+
 @dataclass(slots=True)
 class GateRequest:
     """The gate's state of one request; SGLang's `Req` carries it as `req.gate`."""
@@ -90,11 +97,37 @@ class GateRequest:
     choices: list[tuple[Any, ...]] = field(default_factory=list)  # --gate-study: see study.force
     columns_wanted: ColumnsWanted | None = None  # --gate-study
     drift: dict[str, Any] | None = None  # --gate-study: of its columns from those kept
-    generation: int = 0  # of the weights it was admitted with
+    weights: list[WeightsSeen] = field(default_factory=list)  # in order
+    mixed: bool = False  # it holds columns of weights that were replaced
+    stands: int = 0  # tokens of replaced weights: the present ones have no say in them
     injected_first: int | None = None  # what prefill chose before a fault replaced it
     grammar_start: Any = None  # a copy of SGLang's grammar object before the first token
     failed: bool = False  # by an exception of ours: it is about to end, see guard
     grammar_failed: bool = False  # it could not be copied, walked or asked: see constraints
+
+    def begins(self, generation: int, tokens: int) -> None:
+        """Its columns are computed from the first on, by the weights of this generation.
+
+        `tokens`: of its output that it has already, and that are computed with again.
+        """
+        self.mixed = False
+        if not tokens:
+            self.weights.clear()
+        if not self.weights or self.weights[-1].generation != generation:
+            self.weights.append(WeightsSeen(generation, tokens))
+        self.stands = tokens if len(self.weights) > 1 else 0
+
+    def crosses(self, generation: int, tokens: int) -> None:
+        """It holds columns, and has `tokens` of its output, as the weights are replaced."""
+        self.mixed = True
+        self.weights.append(WeightsSeen(generation, tokens))
+        self.stands = tokens
+
+    def generations(self, tokens: int) -> list[int]:
+        """Of the weights that computed its columns or a token of its output of so many."""
+        return [
+            seen.generation for i, seen in enumerate(self.weights) if i == 0 or seen.tokens < tokens
+        ]
 
     def forget_rows(self, kept: int) -> None:
         """Drop what is known of the rows after the first `kept`."""

@@ -5,6 +5,9 @@ absolute grid of C tokens, a full chunk [kC, (k+1)C) has the same bits whoever c
 shorter chunk and decoded columns have not, and stay out of the tree. Where prefill was found to
 give a column the same bits in any forward, all of a prompt is shared; where decode does too, so is
 the canonical part of an answer.
+
+Columns of replaced weights serve nobody: the tree goes on under the next version, gated requests
+and others alike, and what a request computed across the change stays out.
 """
 
 from __future__ import annotations
@@ -50,8 +53,11 @@ class GateRadixCache(LimitedRadixCache):
 
     def shareable(self, req: Any, length: int) -> int:
         """Of a gated request: the full chunks of its prompt; at its end the canonical columns of
-        its answer too, where they have the bits of a prefill.
+        its answer too, where they have the bits of a prefill. Of one with columns of replaced
+        weights, none.
         """
+        if _is_mixed(req):
+            return 0
         if not is_gated(req):
             return length
         if req.gate.failed:  # its columns are its own: nothing says how they were computed
@@ -64,3 +70,8 @@ class GateRadixCache(LimitedRadixCache):
 
     def _grid(self, length: int) -> int:
         return length // self.chunk * self.chunk
+
+
+def _is_mixed(req: Any) -> bool:
+    gate = getattr(req, "gate", None)
+    return gate is not None and bool(gate.mixed)

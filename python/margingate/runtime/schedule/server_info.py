@@ -55,5 +55,6 @@ def internal_state(controller: GateController) -> dict[str, Any]:
         "audit": audit.report(controller.auditor.audits),
         "integrity": controller.integrity.report(),
         **controller.fingerprint.of(),
+        "weight_generation": controller.fingerprint.generation,
         "fingerprint_of": controller.fingerprint.parts,
     }

@@ -68,8 +68,10 @@ class SettledStream:
             if gate.key in self._requests and isinstance(req.finished_reason, FINISH_ABORT):
                 self._cut_to_settled(req)
             summary = gate.summary(self._config)
+            seen = gate.generations(len(req.output_ids))
+            summary["weight_generations"] = seen
             if gate.gated:
-                summary |= self._fingerprint.of(gate.generation)
+                summary |= self._fingerprint.of(seen)
             req.customized_info = {INFO_KEY: _WithLastToken([summary])}
         original(accumulator, req=req)
         if gate is not None:

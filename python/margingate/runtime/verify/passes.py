@@ -128,7 +128,7 @@ class Passes:
             return False
         with guard.request(req, "a verdict"):
             token: int = req.output_ids[row.index - 1]
-            return token == self._verdict(row, result).token
+            return row.index <= req.gate.stands or token == self._verdict(row, result).token
         return True
 
     def _failed(self, row: Row) -> Any:
@@ -152,11 +152,12 @@ class Passes:
         emitted = ledger.emitted(row.rid)
         # -1: an earlier row of this pass flipped, or it was retracted.
         token = req.output_ids[row.index - 1] if self._requests.is_current(row) else -1
-        outcome = ledger.verdict(row, token == result.token)
+        stands = row.index <= req.gate.stands  # other weights emitted it: only its column is new
+        outcome = ledger.verdict(row, stands or token == result.token)
         self._requests.judged(req, row, outcome, token, result.token)
         if outcome is Outcome.FLIP:
             self._flip(req, row.index, result, emitted)
-        elif outcome is Outcome.MATCH:
+        elif outcome is Outcome.MATCH and not stands:
             rollback.replace_logprobs(req, row.index, result)
         elif outcome is Outcome.MISSED:
             logger.warning(

@@ -108,7 +108,7 @@ class Retractions:
         if more and not rollback.extend_columns(self._scheduler, req, more):
             self._retract_again(batch, req)
             return False
-        if req.output_ids[0] != tokens[0]:
+        if req.output_ids[0] != tokens[0] and not req.gate.stands:
             req.gate.counts.missed += 1
             logger.warning(
                 "margingate: request %s chose another first token after a retraction: its prefill "
