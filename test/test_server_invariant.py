@@ -13,16 +13,20 @@ from checks import assert_clean, assert_same, forced
 from conftest import TOKENS
 from test_server_constraints import FORMS, PENALTIES
 
+from benchmark.robustness import trainer_rounds
 from margingate.cli.main import main
 from margingate.harness.client import Answer, Client, Prompt
-from margingate.harness.servers import slow_bfloat16
+from margingate.harness.servers import Server, slow_bfloat16
 
 
 @pytest.fixture(scope="module")
-def client(start) -> Client:
-    server = start(
-        *("--gate-debug", "--gate-inject-faults", "--gate-audit-rate", "1"), stock_path=False
-    )
+def server(start) -> Server:
+    options = ("--gate-debug", "--gate-inject-faults", "--gate-audit-rate", "1")
+    return start(*options, stock_path=False)
+
+
+@pytest.fixture(scope="module")
+def client(server) -> Client:
     return Client(server.base_url, TOKENS)
 
 
@@ -156,3 +160,14 @@ def test_margingate_check_passes(client, capsys, tmp_path):
     url = f"{client.base_url}/v1"
     assert main(["check", "--base-url", url, "--tokens", "16", "--prompts", str(file)]) == 0
     assert "Every answer was the same alone and in a batch." in capsys.readouterr().out
+
+
+def test_a_trainers_rounds(server, client, model, prompts):
+    """The weights are replaced five times under load; what must hold is said in the script."""
+    some = [Prompt(f"{i}", prompts[i % 8].input_ids[-24 - i // 8 :]) for i in range(16)]
+    trainer = trainer_rounds.Trainer(Client(client.base_url, 8), model)
+    found = trainer_rounds.run(trainer, some, 5, server.pid)
+    assert found["wrong"] == []
+    assert found["crossed"] >= 16 and found["repeated"] == 2
+    assert found["megabytes"][-1] <= found["megabytes"][1] + 48, found["megabytes"]
+    assert_clean(client)

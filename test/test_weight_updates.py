@@ -19,7 +19,7 @@ from margingate.runtime.hooks import handlers
 from margingate.runtime.observe.fingerprint import CROSSED, STALE, UPDATING, Fingerprint
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import GateRequest
-from margingate.runtime.schedule import weight_changes
+from margingate.runtime.schedule import next_batch, weight_changes
 
 
 def scheduler(*, waiting: int = 0, running: int = 0, paused: bool = False) -> Any:
@@ -203,6 +203,18 @@ def test_sglang_s_versions_of_output_that_the_gate_keeps_apart(monkeypatch):
     spans = compute_weight_version_spans(kept.weight_version_events, "two", 5)
     assert [(s.version, s.start, s.end) for s in spans] == [("one", 0, 3), ("two", 3, 5)]
     assert waits.weight_version_events == []
+
+
+def test_a_pause_finds_those_that_flipped_at_their_end_in_the_running_batch(monkeypatch):
+    """Else they would hold columns while SGLang retracts all others, and no flush could succeed."""
+    gate: Any = Gate(scheduler())
+    req = request([1, 2])
+    gate.verify_everything = lambda: gate.requests.mark_rejoining(req)
+    monkeypatch.setattr(handlers, "_controller", gate)
+    monkeypatch.setattr(next_batch.rollback, "rejoin", lambda _, running, reqs: [running, *reqs])
+    running = gate.scheduler.running_batch
+    handlers.pause_generation(None, None)
+    assert gate.scheduler.running_batch == [running, req] and not gate.requests.outside()
 
 
 class Updater(Gate):

@@ -98,7 +98,10 @@ class Trainer:
         before = self.client.gate_state()["steps"]
         with ThreadPoolExecutor(1) as pool:
             answers = pool.submit(self.sample, prompts)
-            while self.client.gate_state()["steps"] < before + len(prompts) and not answers.done():
+            while (
+                self.client.gate_state()["steps"] < before + len(prompts) // 2
+                and not answers.done()
+            ):
                 time.sleep(0.02)
             if mode is not None:
                 self.post("pause_generation", mode=mode)
@@ -152,6 +155,9 @@ class Record:
             if seen == [generation - 1, generation]:
                 self.crossed += 1
                 self.check(gate["fingerprint"] is None, f"{where}: a fingerprint for two weights")
+                self.check(
+                    self._begins(old, i, answer), f"{where}: tokens of old weights did not stand"
+                )
             elif seen == [generation]:
                 self.check(gate["fingerprint"] is not None, f"{where}: none for the new weights")
             else:
@@ -159,6 +165,15 @@ class Record:
                 whole = answer.meta["finish_reason"]["type"] != "abort"
                 same = essence(answer) == self.known[old][i]
                 self.check(same or not whole, f"{where}: not as under these weights before")
+
+    def _begins(self, old: int, i: int, answer: Answer) -> bool:
+        """Whether what SGLang says to be of the old weights is what they gave before."""
+        first, *others = answer.meta["weight_versions"]
+        end = first["end"]
+        return len(others) == 1 and all(
+            found[:end] == known[:end]
+            for found, known in zip(essence(answer), self.known[old][i], strict=True)
+        )
 
     def apart(self) -> None:
         """Versions differ in fingerprint and in answers, or all of this shows nothing."""

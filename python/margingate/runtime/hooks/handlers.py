@@ -183,7 +183,9 @@ def on_idle(_result: Any, scheduler: Any) -> None:
 
 def pause_generation(_scheduler: Any, _received: Any) -> None:
     """BEFORE Scheduler.pause_generation: let nothing wait across a pause."""
-    _gate().verify_everything()
+    gate = _gate()
+    gate.verify_everything()
+    next_batch.join(gate)
 
 
 def weights_change(original: Any, manager: Any, received: Any) -> Any:

@@ -34,6 +34,15 @@ def next_batch(controller: GateController, original: Any, running: Any, last: An
     return plan
 
 
+def join(controller: GateController) -> None:
+    """Between two steps: those that are to decode on are in SGLang's running batch, so that a
+    pause finds them there.
+    """
+    scheduler, requests = controller.scheduler, controller.requests
+    if requests.rejoining:
+        scheduler.running_batch = _rejoin(scheduler, scheduler.running_batch, requests)
+
+
 def launch(controller: GateController, batch: Any) -> None:
     """SGLang's next forward is that of this batch, if it is not None."""
     guard.launches(batch)
