@@ -60,7 +60,7 @@ def test_the_record_of_an_answer_has_the_keys_of_the_api():
     gated = GateRequest("key", True, drift={}).summary(config)
     assert [name for name in gated if name in names(api.COUNTS)] == names(api.COUNTS)
     ungated = GateRequest("key", False, "because").summary(replace(config, study=True))
-    beside = {"fingerprint", "fingerprint_because"}
+    beside = {"fingerprint", "fingerprint_because", "weight_generations"}
     assert {*gated, *ungated} | beside == {*names(api.RECORD), *names(api.COUNTS)}
 
 

@@ -222,6 +222,29 @@ def test_verdicts_on_rows_that_are_gone_take_nothing_back(gone: str, entered):
     assert len(entered) == 1
 
 
+def test_tokens_of_replaced_weights_stand_whatever_a_pass_says(monkeypatch):
+    """Sent or not, with their log-probs; the first token behind them is judged as ever."""
+    taken: list[tuple[str, int]] = []
+    monkeypatch.setattr(Passes, "_flip", lambda _s, _r, row, *_: taken.append(("flip", row)))
+    monkeypatch.setattr(
+        passes.rollback, "replace_logprobs", lambda _req, row, _: taken.append(("log-prob", row))
+    )
+    server = Server(1)
+    req = server.add("a", 6, 5)  # rows 2 to 5 are computed
+    req.output_ids, req.finished = list(range(100, 106)), lambda: False
+    req.gate.margins, req.gate.flags = [1.0] * 6, [False] * 6
+    req.gate.begins(0, tokens=0)
+    req.gate.crosses(1, tokens=3)
+    server.ledger.mark_sent("a", 2)
+    rows = server.requests.next_batch()
+    assert [row.index for row in rows] == [2, 3, 4, 5]
+    results = [RowResult(token, 1.0, None) for token in (7, 7, 103, 7)]
+    found = [server.passes.matches(*each) for each in zip(rows, results, strict=True)]
+    assert found == [True, True, True, False]
+    server.passes.enter(rows, results, now(), "full")
+    assert taken == [("log-prob", 4), ("flip", 5)] and req.gate.counts.missed == 0
+
+
 def test_a_result_without_a_pass_lands_nothing(entered):
     server = Server(1)
     server.merged.process_results(SimpleNamespace(logits_output=None))

@@ -37,7 +37,7 @@ def run_benchmark(name: str, *arguments: str) -> subprocess.CompletedProcess[str
     return run("-m", f"benchmark.{name}", *arguments)
 
 
-@pytest.mark.parametrize("name", ["openai_client", "evaluation", "frontend_program"])
+@pytest.mark.parametrize("name", ["openai_client", "evaluation", "frontend_program", "trainer"])
 def test_an_example_without_a_server_is_one_sentence_and_status_2(name):
     done = run(f"examples/{name}.py", "--base-url", NOWHERE)
     said = done.stderr.splitlines()[-1]

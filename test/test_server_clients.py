@@ -71,6 +71,11 @@ def test_completions(client, prompts, alone):
         ("openai_client", ["--tokens", "12"], "alone, in a batch, streamed: the same"),
         ("frontend_program", ["--tokens", "8"], "'because': 'deterministic is false'"),
         ("evaluation", ["--questions", "5", "--tokens", "16"], "\nidentical"),
+        (
+            "trainer",
+            ["--steps", "1", "--group", "2", "--tokens", "6", "--layers", "1"],
+            "\nthe first weights again: 8 of 8 samples as at first\neach sample has",
+        ),
     ],
 )
 def test_an_example_runs_as_it_stands(client, name, options, said):

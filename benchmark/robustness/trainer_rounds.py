@@ -4,12 +4,12 @@
 
 Starts a gated server of the embedded SmolLM2. In each round it sends greedy and seeded requests,
 pauses the server while they run (in place, retracting, aborting, or not at all), replaces weights
-(from disk, or from tensors within a session; with and without a flush) and asks them again. A few
-versions of the weights take turns, so that each comes back. Every answer must come, say the
-generations of the weights that computed it, and have the fingerprint of its weights, or none if it
-saw two; answers under one version must have the same tokens and log-probs whenever it is in memory,
-and those under two versions must differ. Memory of the server's processes is read after each round.
-Ends with status 1 if anything of it does not hold.
+(from disk, or within a session from tensors or by a broadcast; with and without a flush) and asks
+them again. A few versions of the weights take turns, so that each comes back. Every answer must
+come, say the generations of the weights that computed it, and have the fingerprint of its weights,
+or none if it saw two. Answers under one version must have the same tokens and log-probs whenever it
+is in memory, and those under two versions must differ. Memory of the server's processes is read
+after each round. Ends with status 1 if anything of it does not hold.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from benchmark.bench.machine import environment
 from margingate.harness.client import Answer, Client, Prompt, chat_prompts, read_prompts
 from margingate.harness.defaults import PROMPTS
 from margingate.harness.embedded_model import ensure_model
-from margingate.harness.servers import launch
+from margingate.harness.servers import free_port, launch
 
 VERSIONS = (0, 1, 2, 0, 3)  # of the weights by round, over and over; 0: those of the files
 NAMES = ("model.layers.0.input_layernorm.weight", "model.norm.weight")  # columns and logits change
@@ -62,7 +62,7 @@ class Trainer:
 
     def __init__(self, client: Client, model: Path) -> None:
         self.client, self.model = client, model
-        self.label = 0
+        self.label, self._group = 0, None
 
     def post(self, path: str, **body: Any) -> dict[str, Any]:
         """Raises RuntimeError unless the server did it."""
@@ -78,21 +78,56 @@ class Trainer:
         params = {p.name: {**draws[i % 2], "sampling_seed": i} for i, p in enumerate(prompts)}
         return self.client.together(prompts, params=params, return_logprob=True)
 
-    def update(self, version: int, *, flush: bool, disk: bool) -> None:
-        """Put a version of the weights in memory; `disk`: where it is that of the files."""
+    def update(self, version: int, *, flush: bool) -> None:
+        """Put a version of the weights in memory, by one way and the next time by another."""
         self.label += 1
         more = {"weight_version": f"{self.label}: {version}", "flush_cache": flush}
-        if disk and version == 0:
+        if version == 0 and self.label % 2:
             self.post("update_weights_from_disk", model_path=str(self.model), **more)
             return
-        content = pickle.dumps(named_tensors(self.model, version))
-        payload = [base64.b64encode(content).decode()]
+        tensors = named_tensors(self.model, version)
         self.post("begin_weight_update")
-        self.post("update_weights_from_tensor", serialized_named_tensors=payload, **more)
+        if self.label % 2:
+            self._broadcast(tensors, more)
+        else:
+            content = base64.b64encode(pickle.dumps(tensors)).decode()
+            self.post("update_weights_from_tensor", serialized_named_tensors=[content], **more)
         self.post("end_weight_update")
 
+    def _broadcast(self, tensors: list[tuple[str, torch.Tensor]], more: dict[str, Any]) -> None:
+        """By a process group that has the server as its second rank."""
+        with ThreadPoolExecutor(1) as pool:
+            if self._group is None:
+                self._group = self._joined(pool)
+            described = {
+                "names": [name for name, _ in tensors],
+                "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
+                "shapes": [list(tensor.shape) for _, tensor in tensors],
+            }
+            done = pool.submit(self.post, "update_weights_from_distributed", **described, **more)
+            for _, tensor in tensors:
+                torch.distributed.broadcast(tensor, src=0, group=self._group)
+            done.result()
+
+    def _joined(self, pool: ThreadPoolExecutor) -> Any:
+        from sglang.srt.utils import init_custom_process_group
+
+        port, name = free_port(), "weight_update_group"
+        place = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1}
+        asked = {**place, "world_size": 2, "group_name": name, "backend": "gloo"}
+        joined = pool.submit(self.post, "init_weights_update_group", **asked)
+        group = init_custom_process_group(
+            backend="gloo",
+            init_method=f"tcp://127.0.0.1:{port}",
+            world_size=2,
+            rank=0,
+            group_name=name,
+        )
+        joined.result()
+        return group
+
     def update_under_load(
-        self, prompts: Sequence[Prompt], version: int, mode: str | None, *, disk: bool
+        self, prompts: Sequence[Prompt], version: int, mode: str | None
     ) -> list[Answer]:
         """The answers to requests that run while the weights are replaced."""
         before = self.client.gate_state()["steps"]
@@ -106,7 +141,7 @@ class Trainer:
             if mode is not None:
                 self.post("pause_generation", mode=mode)
             try:
-                self.update(version, flush=FLUSHED[mode], disk=disk)
+                self.update(version, flush=FLUSHED[mode])
             finally:
                 if mode is not None:
                     self.post("continue_generation")
@@ -194,7 +229,7 @@ def run(trainer: Trainer, prompts: Sequence[Prompt], rounds: int, pid: int) -> d
     for i in range(1, rounds + 1):
         old, version = version, VERSIONS[i % len(VERSIONS)]
         mode, where = MODES[(i - 1) % len(MODES)], f"round {i}"
-        answers = trainer.update_under_load(prompts, version, mode, disk=i % 2 == 1)
+        answers = trainer.update_under_load(prompts, version, mode)
         generation += 1
         record.under_load(old, answers, generation, f"{where}, {mode}")
         record.pure(version, generation, trainer.sample(prompts), f"{where}, after {mode}")
