@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from sglang.srt.disaggregation.utils import DisaggregationMode
@@ -19,7 +19,8 @@ from margingate.runtime.hooks import handlers
 from margingate.runtime.observe.fingerprint import CROSSED, STALE, UPDATING, Fingerprint
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import GateRequest
-from margingate.runtime.schedule import next_batch, weight_changes
+from margingate.runtime.schedule import next_batch
+from margingate.runtime.schedule.weight_changes import WeightChanges
 
 
 def scheduler(*, waiting: int = 0, running: int = 0, paused: bool = False) -> Any:
@@ -73,7 +74,7 @@ def test_an_update_whose_flush_sglang_would_refuse_changes_nothing(kind, more, s
         return SimpleNamespace(success=True, message="")
 
     received = getattr(io_struct, f"{kind}Input")(flush_cache=flush, **more)
-    answer = weight_changes.around(Gate(scheduler(**state)), update, None, received)
+    answer = Gate(scheduler(**state)).weights.around(update, None, received)
     assert answer.success == done and bool(called) == done
     if not done:
         assert (
@@ -93,6 +94,9 @@ class Gate:
         self.fingerprint = Fingerprint({"a": 1}, self._digest, lambda: self.forwards)
         self.settled: list[int] = []  # generations that were in memory then
         self.forwards += 1
+        self.weights = WeightChanges(
+            of, self.requests, cast(Any, self.in_flight), self.fingerprint, self.verify_everything
+        )
 
     def _digest(self) -> str:
         self.digests += 1
@@ -124,7 +128,7 @@ def test_whatever_replaces_weights_is_noticed(received, generations, success):
     gate: Any = Gate(scheduler())
     before = gate.fingerprint.of()
     with pytest.raises(RuntimeError) if success is None else nullcontext():
-        found = weight_changes.around(gate, update, None, SimpleNamespace(**received))
+        found = gate.weights.around(update, None, SimpleNamespace(**received))
         assert found.success is success
     assert gate.fingerprint.generation == gate.fingerprint.admit() == generations
     assert (gate.fingerprint.of() != before) is bool(generations)
@@ -142,11 +146,11 @@ def request(output: list[int], *, holds: bool = True) -> Any:
 
 def updated(gate: Any) -> None:
     done = SimpleNamespace(success=True)
-    weight_changes.around(gate, lambda *_: done, None, SimpleNamespace(flush_cache=False))
+    gate.weights.around(lambda *_: done, None, SimpleNamespace(flush_cache=False))
 
 
 def admitted(gate: Any, req: Any) -> None:
-    weight_changes.begun(gate, SimpleNamespace(can_run_list=[req]), req)
+    gate.weights.begun(SimpleNamespace(can_run_list=[req]), req)
 
 
 def test_a_request_says_the_weights_that_computed_it():
@@ -175,7 +179,7 @@ def test_a_request_is_not_begun_where_it_was_not_admitted():
     waits, other = request([], holds=False), request([], holds=False)
     updated(gate)
     for admitted_ones in ([], [other]):
-        weight_changes.begun(gate, SimpleNamespace(can_run_list=admitted_ones), waits)
+        gate.weights.begun(SimpleNamespace(can_run_list=admitted_ones), waits)
     assert waits.gate.generations(1) == [0]
 
 
@@ -199,7 +203,7 @@ def test_sglang_s_versions_of_output_that_the_gate_keeps_apart(monkeypatch):
     for req in (kept, waits):
         gate.requests.open(req)
     for label in (None, "one", "two"):
-        weight_changes.relabelled(gate, label)
+        gate.weights.relabelled(label)
     spans = compute_weight_version_spans(kept.weight_version_events, "two", 5)
     assert [(s.version, s.start, s.end) for s in spans] == [("one", 0, 3), ("two", 3, 5)]
     assert waits.weight_version_events == []

@@ -12,7 +12,7 @@ from margingate.runtime.observe import study
 from margingate.runtime.request import aborts, admission, guard, lifecycle
 from margingate.runtime.request.in_flight import InFlight
 from margingate.runtime.request.record import is_gated
-from margingate.runtime.schedule import next_batch, server_info, weight_changes
+from margingate.runtime.schedule import next_batch, server_info
 from margingate.runtime.schedule.controller import GateController
 
 _controller: GateController | None = None  # None: the scheduler is being made
@@ -98,7 +98,7 @@ def add_one_req(
     result = gate.admission.add_one_req(
         original, adder, req, has_chunked_req, truncation_align_size
     )
-    weight_changes.begun(gate, adder, req)
+    gate.weights.begun(adder, req)
     return result
 
 
@@ -190,12 +190,12 @@ def pause_generation(_scheduler: Any, _received: Any) -> None:
 
 def weights_change(original: Any, manager: Any, received: Any) -> Any:
     """AROUND what replaces weights in SchedulerWeightUpdaterManager."""
-    return weight_changes.around(_gate(), original, manager, received)
+    return _gate().weights.around(original, manager, received)
 
 
 def weight_version_change(_scheduler: Any, new_version: str | None) -> None:
     """BEFORE Scheduler.record_weight_version_change."""
-    weight_changes.relabelled(_gate(), new_version)
+    _gate().weights.relabelled(new_version)
 
 
 def init_info(result: dict[str, Any], *_args: Any) -> None:

@@ -22,6 +22,7 @@ from margingate.runtime.sampling import constraints, penalties, router_margins
 from margingate.runtime.sampling.sampler import Sampling
 from margingate.runtime.schedule.prefill_admission import Admission
 from margingate.runtime.schedule.stream import SettledStream
+from margingate.runtime.schedule.weight_changes import WeightChanges
 from margingate.runtime.verify import rollback
 from margingate.runtime.verify.merged_passes import MergedPasses
 from margingate.runtime.verify.passes import Passes
@@ -67,6 +68,9 @@ class GateController:
         )
         self.admission = Admission(checks.prefill, config.prefill_chunk)
         self.fingerprint = fingerprint.make(scheduler, config, checks.verifier, checks.prefill)
+        self.weights = WeightChanges(
+            scheduler, requests, self.in_flight, self.fingerprint, self.verify_everything
+        )
         self.output = SettledStream(config, requests, self.retractions, self.fingerprint)
         self.auditor = Auditor(scheduler, config, checks, requests, self.fingerprint)
         self.integrity = integrity.Reports(scheduler, requests, self.in_flight)
