@@ -160,24 +160,23 @@ def scored(server: Server, samples: list[Sample], *, at_once: bool) -> list[list
     return [[value for value, *_ in values[1:]] for values in found]
 
 
+@torch.no_grad()
 def compare(trainer: Trainer, samples: list[Sample]) -> None:
     """Print how far other ways to the same log-probs are from those that came with the samples."""
-    with torch.no_grad():
-        exact = [logprobs(trainer.model, s).tolist() for s in samples]
-        rounded = AutoModelForCausalLM.from_pretrained(
-            trainer.model.name_or_path, dtype=torch.bfloat16
-        )
-        rounded.load_state_dict(trainer.weights(), strict=False)
-        ways = {
-            "the server, prompt and answer, one by one": scored(
-                trainer.server, samples, at_once=False
-            ),
-            "the server, prompt and answer, all at once": scored(
-                trainer.server, samples, at_once=True
-            ),
-            "Transformers in bfloat16": [logprobs(rounded, s).tolist() for s in samples],
-            "Transformers in float32": exact,
-        }
+    server, folder = trainer.server, trainer.model.name_or_path
+    sent = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    sent.load_state_dict(trainer.weights(), strict=False)
+    ways = {
+        "the server, prompt and answer, one by one": scored(server, samples, at_once=False),
+        "the server, prompt and answer, all at once": scored(server, samples, at_once=True),
+        "Transformers in bfloat16": [logprobs(sent, s).tolist() for s in samples],
+        "Transformers in float32, weights as sent": [
+            logprobs(sent.float(), s).tolist() for s in samples
+        ],
+        "Transformers in float32, the trainer's own weights": [
+            logprobs(trainer.model, s).tolist() for s in samples
+        ],
+    }
     print("\n| log-probs of the samples against | tokens | equal | mean distance | largest |")
     print("|---|---|---|---|---|")
     ours = torch.tensor([value for s in samples for value in s.logprobs], dtype=torch.float64)
