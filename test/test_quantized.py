@@ -189,6 +189,8 @@ def config(**more: Any) -> SimpleNamespace:
         is_generation=True,
         attention_arch=SimpleNamespace(name="MHA"),
         is_hybrid_swa=False,
+        is_hybrid_swa_compress=False,
+        has_attention_sinks=False,
         is_encoder_decoder=False,
         is_multimodal=False,
         hf_text_config=text,
