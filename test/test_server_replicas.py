@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from checks import assert_clean, assert_metrics, forced
-from test_server_families import FLOAT32, changed
+from test_server_families import changed
 
 from margingate.cli.main import main
 from margingate.harness.client import Client, Prompt, chat_prompts, read_prompts
@@ -31,7 +31,7 @@ def prompts(model: Path) -> list[Prompt]:
 def test_replicas_answer_alike(start, prompts, tmp_path, capsys):
     args = ("--dp-size", "2", "--gate-debug", "--gate-inject-faults", "--enable-metrics")
     env = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
-    server = start(*FLOAT32, *args, stock_path=False, env=env)
+    server = start("--dtype", "float32", *args, stock_path=False, env=env)
     client = Client(server.base_url, TOKENS)
     by_replica = [client.alone(prompts, routed_dp_rank=replica, **ASK) for replica in range(2)]
     assert [{a.meta["dp_rank"] for a in answers} for answers in by_replica] == [{0}, {1}]
