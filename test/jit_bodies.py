@@ -28,6 +28,29 @@ def checks_in(names: Mapping[str, Any]) -> dict[str, Check]:
     }
 
 
+def jit_tests(checks: Mapping[str, Check], file: str, **environment: str) -> tuple[Any, Any, Any]:
+    """The fixture `interpreted` of a test module, and its tests of each check: in the interpreter,
+    and on a GPU.
+
+    environment: of the process with the interpreter.
+    """
+
+    @pytest.fixture(scope="module")
+    def interpreted() -> dict[str, str]:
+        return run_in_interpreter(file, **environment)
+
+    @pytest.mark.parametrize("name", checks)
+    def in_interpreter(name: str, interpreted: dict[str, str]) -> None:
+        assert interpreted[name] == "ok", interpreted[name]
+
+    @pytest.mark.parametrize("name", checks)
+    @needs_gpu
+    def on_gpu(name: str) -> None:
+        checks[name]("cuda")
+
+    return interpreted, in_interpreter, on_gpu
+
+
 def run_in_interpreter(file: str, **environment: str) -> dict[str, str]:
     """Run a test file as a script, which prints what `run_checks` returns; that."""
     chosen = {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path), **environment}

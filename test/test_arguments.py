@@ -663,6 +663,21 @@ def test_the_way_out_of_two_pools_is_named_where_there_is_one(text, changes, has
     assert ("use --disable-hybrid-swa-memory, so that" in str(caught.value)) is has
 
 
+def test_what_is_quantized_otherwise_is_refused_with_what_would_do():
+    plain = model_config().hf_config
+    rounded = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    blocks = SimpleNamespace(**vars(plain), quantization_config=rounded)
+    refused_models.refuse_model(model_config(quantization="fp8", hf_config=blocks))
+    refused_models.refuse_model(model_config(quantization=None, hf_config=plain))
+    for model in (
+        model_config(quantization="awq", hf_config=plain),
+        model_config(quantization="fp8", hf_config=plain),  # by the server, with a scale a tensor
+        model_config({"num_experts": 8}, quantization="fp8", hf_config=blocks),
+    ):
+        with pytest.raises(GateError, match="weight_block_size"):
+            refused_models.refuse_model(model)
+
+
 def test_the_names_of_sglangs_attention_kinds_are_the_expected_ones():
     from sglang.srt.configs.model_config import AttentionArch
 

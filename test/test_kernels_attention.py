@@ -25,9 +25,9 @@ from jit_bodies import (
     checks_in,
     for_hopper,
     hopper_ptx,
+    jit_tests,
     needs_gpu,
     run_checks,
-    run_in_interpreter,
 )
 
 from margingate_kernels import (
@@ -229,21 +229,9 @@ CHECKS = checks_in(globals())
 # ---- the jit bodies ----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, str]:
-    threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # small matrices
-    return run_in_interpreter(__file__, **threads)
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_jit_bodies_in_interpreter(name: str, interpreted: dict[str, str]) -> None:
-    assert interpreted[name] == "ok", interpreted[name]
-
-
-@pytest.mark.parametrize("name", CHECKS)
-@needs_gpu
-def test_jit_bodies_on_gpu(name: str) -> None:
-    CHECKS[name]("cuda")
+interpreted, test_jit_bodies_in_interpreter, test_jit_bodies_on_gpu = jit_tests(
+    CHECKS, __file__, OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1"
+)
 
 
 @needs_gpu

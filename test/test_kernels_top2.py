@@ -18,9 +18,9 @@ from jit_bodies import (
     captured,
     checks_in,
     hopper_ptx,
+    jit_tests,
     needs_gpu,
     run_checks,
-    run_in_interpreter,
 )
 
 from margingate_kernels import (
@@ -238,20 +238,7 @@ CHECKS = checks_in(globals())
 # ---- the jit body ------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, str]:
-    return run_in_interpreter(__file__)
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_jit_body_in_interpreter(name: str, interpreted: dict[str, str]) -> None:
-    assert interpreted[name] == "ok", interpreted[name]
-
-
-@pytest.mark.parametrize("name", CHECKS)
-@needs_gpu
-def test_jit_body_on_gpu(name: str) -> None:
-    CHECKS[name]("cuda")
+interpreted, test_jit_body_in_interpreter, test_jit_body_on_gpu = jit_tests(CHECKS, __file__)
 
 
 @needs_gpu

@@ -17,7 +17,7 @@ import pytest
 import torch
 import triton
 from attention_world import DTYPES, SHAPE, World, assert_close, exact_dot
-from jit_bodies import checks_in, for_hopper, needs_gpu, run_checks, run_in_interpreter
+from jit_bodies import checks_in, for_hopper, jit_tests, run_checks
 
 from margingate.runtime.probe import attention_error
 from margingate.runtime.probe.attention_error import LayerKind, measure, spans_of
@@ -193,21 +193,9 @@ def short_of(rules: Rules) -> Any:
 CHECKS = checks_in(globals())
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, str]:
-    threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    return run_in_interpreter(__file__, **threads)
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_jit_bodies_in_interpreter(name: str, interpreted: dict[str, str]) -> None:
-    assert interpreted[name] == "ok", interpreted[name]
-
-
-@pytest.mark.parametrize("name", CHECKS)
-@needs_gpu
-def test_jit_bodies_on_gpu(name: str) -> None:
-    CHECKS[name]("cuda")
+interpreted, test_jit_bodies_in_interpreter, test_jit_bodies_on_gpu = jit_tests(
+    CHECKS, __file__, OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1"
+)
 
 
 # ---- without any kernel ------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from margingate.config import GateConfig, GateError
 from margingate.runtime.attention import fixed_split, invariant_attention, layer_rules
 from margingate.runtime.attention.invariant_attention import MOST_ROWS, OwnAttention, of
 from margingate.runtime.attention.layer_rules import unfit
-from margingate.runtime.probe import check_attention, check_prefill
+from margingate.runtime.probe import check_attention
 from margingate.runtime.probe.attention_error import Found
 from margingate.runtime.verify.verifier import RowInput, Verifier, build
 from margingate_kernels import PLAIN, Rules, segments_of
@@ -635,7 +635,7 @@ def test_a_backend_of_sglangs_own_is_not_measured(monkeypatch: pytest.MonkeyPatc
 
 def test_the_prompt_that_is_compared_is_longer_than_a_window():
     layers = [make_layer(i, **changes) for i, changes in enumerate(GEMMA)]
-    assert check_prefill.windows(torch.nn.ModuleList(layers)) == [127, 127, 127, 511]
+    assert layer_rules.windows_of(torch.nn.ModuleList(layers)) == [127, 127, 127, 511]
 
 
 @pytest.mark.parametrize(("policy", "refused"), [("margin", True), ("observe", False)])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,10 +19,8 @@ from margingate.runtime.probe import execute
 from margingate.runtime.probe.classes import RowDependenceError, probe_operator
 from margingate.runtime.probe.observed_calls import ObservedCall, observing
 from margingate.runtime.probe.operators import Quantized, dense_operators
-from margingate.runtime.start.refused_models import refuse_model
 
 CALL = ObservedCall(dtype=torch.float32)
-BLOCKS = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
 
 
 class Method(Fp8LinearMethod):
@@ -180,35 +176,3 @@ def test_calls_stay_within_the_plan(monkeypatch):
     counts.clear()
     model(x)
     assert counts == [(64, 11), (128, 11)]
-
-
-def config(**more: Any) -> SimpleNamespace:
-    """SGLang's ModelConfig, as far as a refusal reads it."""
-    text = SimpleNamespace(layer_types=None, **more.pop("text", {}))
-    return SimpleNamespace(
-        is_generation=True,
-        attention_arch=SimpleNamespace(name="MHA"),
-        is_hybrid_swa=False,
-        is_hybrid_swa_compress=False,
-        has_attention_sinks=False,
-        is_encoder_decoder=False,
-        is_multimodal=False,
-        hf_text_config=text,
-        **more,
-    )
-
-
-def test_what_is_quantized_otherwise_is_refused_with_what_would_do(monkeypatch):
-    from sglang.srt.configs import hybrid_arch
-
-    monkeypatch.setattr(hybrid_arch, "mambaish_config", lambda _model: None)
-    blocks = SimpleNamespace(quantization_config=BLOCKS)
-    refuse_model(config(quantization="fp8", hf_config=blocks))
-    refuse_model(config(quantization=None, hf_config=SimpleNamespace()))
-    refused = partial(pytest.raises, GateError, match="weight_block_size")
-    with refused():
-        refuse_model(config(quantization="awq", hf_config=SimpleNamespace()))
-    with refused():  # rounded by the server, with a scale a tensor
-        refuse_model(config(quantization="fp8", hf_config=SimpleNamespace()))
-    with refused():
-        refuse_model(config(quantization="fp8", hf_config=blocks, text={"num_experts": 8}))

@@ -29,6 +29,12 @@ def window_of(layer: Any) -> int | None:
     return None if window is None or window < 0 else window
 
 
+def windows_of(model: Any) -> list[int]:
+    """Those of a model's layers, in keys before a row's own."""
+    found = map(window_of, attention_layers(model))
+    return [window for window in found if window is not None]
+
+
 def declared(layer: Any) -> Rules:
     """What a layer asks for by its own attributes; sinks come with its calls."""
     return Rules(window_of(layer), float(layer.logit_cap or 0.0))
@@ -110,9 +116,7 @@ def refuse_others(backend: Any, runner: Any) -> None:
 
 def refuse_short_windows(runner: Any) -> None:
     """Windows of a server that decodes by SGLang's Triton kernel. Raises GateError."""
-    found = map(window_of, attention_layers(runner.model))
-    windows = {window for window in found if window is not None}
-    if windows:
+    if windows := set(windows_of(runner.model)):
         raise GateError(
             "--gate-fast-path is stock, but SGLang's Triton decode leaves out the first key of "
             f"each window, and this model has windows of {', '.join(map(str, sorted(windows)))} "

@@ -62,12 +62,6 @@ def measure(scheduler: Any, verifier: Verifier, wanted: bool) -> Prefill:
     return found
 
 
-def windows(model: Any) -> list[int]:
-    """Those of its layers, in keys before a row's own."""
-    found = map(layer_rules.window_of, layer_rules.attention_layers(model))
-    return [window for window in found if window is not None]
-
-
 class _Check:
     """The prompt, and what it gives alone and in one."""
 
@@ -77,9 +71,8 @@ class _Check:
         chunk = args.chunked_prefill_size or -1
         self._most = chunk if chunk > 0 else args.max_prefill_tokens  # rows of a forward
         room = min(self._most, scheduler.max_req_len)
-        longest = max(
-            [LONGEST, *(w + BEHIND for w in windows(scheduler.tp_worker.model_runner.model))]
-        )
+        windows = layer_rules.windows_of(scheduler.tp_worker.model_runner.model)
+        longest = max([LONGEST, *(window + BEHIND for window in windows)])
         self._length = max(min(longest, room * 2 // 3 - 4), 8)  # and the others fit beside it
         generator = torch.Generator().manual_seed(SEED)
         vocabulary = scheduler.model_config.vocab_size

@@ -61,7 +61,9 @@ def _plan_for(layer: Any, rows: int) -> RowPlan | None:
 
 
 def apply_linear(original: Any, method: Any, layer: Any, x: torch.Tensor, bias: Any = None) -> Any:
-    """AROUND UnquantizedLinearMethod.apply: stay within the operator's class of row counts."""
+    """AROUND UnquantizedLinearMethod.apply, and that of a quantized layer's method: stay within the
+    operator's class of row counts.
+    """
     plan = _plan_for(layer, x.shape[0]) if x.dim() == 2 else None
     if plan is None:
         return original(method, layer, x, bias)
@@ -121,7 +123,7 @@ def redirect(operators: Mapping[str, Sequence[Operator]], planned: Mapping[int, 
         elif id(module) in planned and isinstance(operator, Quantized):
             method = module.quant_method
             instance_patches.check_instance(method, instance_patches.ON_QUANTIZED)
-            method.apply = partial(apply_quantized, module, method.apply)
+            method.apply = partial(apply_linear, type(method).apply, method)
 
 
 def apply_plain(original: Any, module: Any, x: torch.Tensor) -> torch.Tensor:
@@ -131,16 +133,6 @@ def apply_plain(original: Any, module: Any, x: torch.Tensor) -> torch.Tensor:
         unplanned: torch.Tensor = original(x)
         return unplanned
     return run_in_class(plan, x, original)
-
-
-def apply_quantized(
-    planned: Any, original: Any, layer: Any, x: torch.Tensor, bias: Any = None
-) -> Any:
-    """Around the `apply` of a quantized layer's method, which layers may share."""
-    plan = _plan_for(layer, x.shape[0]) if layer is planned and x.dim() == 2 else None
-    if plan is None:
-        return original(layer, x, bias)
-    return run_in_class(plan, x, lambda piece: original(layer, piece, bias))
 
 
 def apply_experts(original: Any, module: Any, dispatch_output: Any) -> Any:

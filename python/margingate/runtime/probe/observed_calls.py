@@ -140,34 +140,27 @@ def observing(model: Any, rows: int) -> Iterator[dict[int, Observed]]:
             several = len(tensors) > 1
             seen[id(module)] = observed(tensors[0], module.weight, rows, residual=several)
 
-    apply = UnquantizedLinearMethod.apply
-
-    def applied(method: Any, layer: Any, x: torch.Tensor, bias: Any = None) -> Any:
-        seen[id(layer)] = observed(x, layer.weight, rows, bias=bias is not None)
-        return apply(method, layer, x, bias)
-
     with ExitStack() as stack:
         for module in model.modules():
-            linear = isinstance(getattr(module, "quant_method", None), UnquantizedLinearMethod)
-            if quantization.is_fp8_block_layer(module):
-                linear = True
-                stack.enter_context(_noting(module, seen, rows))
-            if hasattr(module, "weight") and not linear and not any(module.children()):
+            method = getattr(module, "quant_method", None)
+            if isinstance(method, UnquantizedLinearMethod) or quantization.is_fp8_block_layer(
+                module
+            ):
+                stack.enter_context(_noting(method, seen, rows))
+            elif hasattr(module, "weight") and not any(module.children()):
                 stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
         for name, module in (*routers(model), *experts(model)):
             routed = partial(_routed, seen, (name, rows))
             stack.callback(module.register_forward_pre_hook(routed, with_kwargs=True).remove)
         if gates := fused_gate.gates(model):
             stack.enter_context(fused_gate.replaced(_gated(seen, gates, rows)))
-        UnquantizedLinearMethod.apply = applied
-        stack.callback(setattr, UnquantizedLinearMethod, "apply", apply)
         yield seen
 
 
 @contextmanager
-def _noting(layer: Any, seen: dict[int, Observed], rows: int) -> Iterator[None]:
-    """Fills `seen` for a quantized layer, where its method is applied to it."""
-    method, apply = layer.quant_method, layer.quant_method.apply
+def _noting(method: Any, seen: dict[int, Observed], rows: int) -> Iterator[None]:
+    """Fills `seen` for linear layers, where their method is applied to them."""
+    apply, own = method.apply, vars(method).get("apply")
 
     def applied(called: Any, x: torch.Tensor, bias: Any = None) -> Any:
         if not isinstance(x, torch.Tensor):
@@ -182,7 +175,9 @@ def _noting(layer: Any, seen: dict[int, Observed], rows: int) -> Iterator[None]:
     try:
         yield
     finally:
-        method.apply = apply
+        del method.apply
+        if own is not None:  # layers share it
+            method.apply = own
 
 
 def _routed(
