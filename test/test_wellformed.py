@@ -119,6 +119,13 @@ def test_an_object_without_parameters_is_left_alone():
     validate_one_request(MANAGER, SimpleNamespace(sampling_params=None), None)
 
 
+def test_a_prompt_without_tokens():
+    """An empty text, of which a tokenizer without a first token makes nothing."""
+    obj = SimpleNamespace(sampling_params={})
+    with pytest.raises(ValueError, match=r"the prompt has no tokens: send a text"):
+        validate_one_request(MANAGER, obj, [])
+
+
 @pytest.mark.parametrize("name", ["max_tokens", "is_normalized"])
 def test_an_unknown_parameter_is_named(name):
     obj = SimpleNamespace(sampling_params={"temperature": 0, name: 5})

@@ -32,7 +32,9 @@ from margingate.harness.client import Prompt
 from margingate.harness.servers import ServerError, launch
 
 SERVERS: dict[str, tuple[str, ...]] = {
+    "stock-default": (),
     "stock": ("--attention-backend", "flashinfer"),
+    "sglang-deterministic-default": ("--enable-deterministic-inference",),
     "gate": (GATE,),
     "exact": (GATE, "--gate-guarantee", "exact"),
     "gate-stock-path": (*STOCK_PATH, "--gate-threshold", "0.5"),

@@ -58,6 +58,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--prefills", nargs="*", type=int, default=[], help="tokens of a prompt")
     parser.add_argument("--prefill-graphs", action="store_true", help="as SGLang has them")
+    parser.add_argument("--tp-size", type=int, default=1, help="GPUs of each engine")
     return parser.parse_args()
 
 
@@ -127,6 +128,8 @@ def serve(args: argparse.Namespace) -> None:
     options = dict(MODES[args.one.partition("@")[0]])
     if args.prefill_graphs:
         options["cuda_graph_backend_prefill"] = None
+    if args.tp_size > 1:
+        options["tp_size"] = args.tp_size
     engine = engines.start(args.model, args.kv_tokens, max(args.batches), **options)
     engines.serve(engine, partial(measure, args=args))
     if state := engines.gate_state(engine):

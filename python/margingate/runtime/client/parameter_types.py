@@ -8,7 +8,7 @@ it the requests of all others: `max_new_tokens` 1.5 did, and a `logit_bias` that
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sized
 from numbers import Integral, Real
 from typing import Any
 
@@ -165,7 +165,20 @@ def not_overrides(overrides: Any) -> str:
     return "positional_embed_overrides are tensors, which cannot come as JSON: drop them."
 
 
-def validate_one_request(manager: Any, obj: Any, _input_ids: Any) -> None:
+def no_tokens(input_ids: Sized | None) -> str:
+    """The sentence for a prompt that its tokenizer makes nothing of, or an empty one.
+
+    SGLang refuses an empty list of token ids itself. A forward over no rows ends its scheduler.
+
+    Args:
+        input_ids: of the prompt; None where it comes as embeddings.
+    """
+    if input_ids is None or len(input_ids):
+        return ""
+    return "the prompt has no tokens: send a text that is not empty, or token ids."
+
+
+def validate_one_request(manager: Any, obj: Any, input_ids: Sized | None) -> None:
     """BEFORE TokenizerManager._validate_one_request. Raises ValueError: HTTP 400."""
     params = obj.sampling_params or {}
     sentence = (
@@ -174,6 +187,7 @@ def validate_one_request(manager: Any, obj: Any, _input_ids: Any) -> None:
         or out_of_range(getattr(obj, "top_logprobs_num", None), manager.model_config.vocab_size)
         or request_table.unseen(obj)
         or not_overrides(getattr(obj, "positional_embed_overrides", None))
+        or no_tokens(input_ids)
     )
     if sentence:
         raise ValueError(sentence)
