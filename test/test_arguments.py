@@ -635,7 +635,6 @@ def test_a_decoder_is_served_whatever_its_family(text):
             model_config(linear_attn_registry_result=(object(), object())),
             "keeps recurrent state (Mamba or linear attention)",
         ),
-        (model_config(quantization="awq"), "is quantized (awq)"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -667,15 +666,22 @@ def test_what_is_quantized_otherwise_is_refused_with_what_would_do():
     plain = model_config().hf_config
     rounded = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     blocks = SimpleNamespace(**vars(plain), quantization_config=rounded)
-    refused_models.refuse_model(model_config(quantization="fp8", hf_config=blocks))
-    refused_models.refuse_model(model_config(quantization=None, hf_config=plain))
+    static = SimpleNamespace(**vars(plain), quantization_config={"activation_scheme": "static"})
+    experts = {"num_experts": 8}
     for model in (
-        model_config(quantization="awq", hf_config=plain),
-        model_config(quantization="fp8", hf_config=plain),  # by the server, with a scale a tensor
-        model_config({"num_experts": 8}, quantization="fp8", hf_config=blocks),
+        model_config(quantization=None, hf_config=plain),
+        model_config(quantization="fp8", hf_config=blocks),
+        model_config(quantization="fp8", hf_config=plain),  # by the server: a scale a row of inputs
+        model_config(quantization="w8a8_fp8", hf_config=plain),
+        model_config(experts, quantization="fp8", hf_config=blocks),
+        model_config(experts, quantization="fp8", hf_config=static),
+        model_config(experts, quantization="compressed-tensors", hf_config=plain),
     ):
-        with pytest.raises(GateError, match="weight_block_size"):
-            refused_models.refuse_model(model)
+        refused_models.refuse_model(model)
+    with pytest.raises(GateError, match="by one scale for all rows.*: use a checkpoint with a wei"):
+        refused_models.refuse_model(model_config(experts, quantization="fp8", hf_config=plain))
+    with pytest.raises(GateError, match=r"quantized \(awq\), of which.*: use a checkpoint in BF16"):
+        refused_models.refuse_model(model_config(quantization="awq", hf_config=plain))
 
 
 def test_the_names_of_sglangs_attention_kinds_are_the_expected_ones():
@@ -685,7 +691,7 @@ def test_the_names_of_sglangs_attention_kinds_are_the_expected_ones():
 
 
 def test_a_quantized_model_is_refused_when_it_is_loaded(prepare):
-    assert "because it is quantized (fp8)" in exits(prepare, GATE, "--quantization", "fp8")
+    assert "because it is quantized (mxfp8)" in exits(prepare, GATE, "--quantization", "mxfp8")
 
 
 # The launcher asks its schedulers

@@ -8,13 +8,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sglang.srt.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8
 from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
+from sglang.srt.layers.quantization.w8a8_fp8 import W8A8Fp8LinearMethod
 
 from benchmark.models.fp8_blocks import BLOCK, from_blocks, to_blocks
 from margingate.config import GateError
 from margingate.core.rowclass import RowPlan
 from margingate.runtime.compat import quantization
-from margingate.runtime.compat.host_fp8 import block_fp8_linear, round_to_fp8
+from margingate.runtime.compat.host_fp8 import block_fp8_linear, round_to_fp8, scaled_fp8_linear
 from margingate.runtime.probe import execute
 from margingate.runtime.probe.classes import RowDependenceError, probe_operator
 from margingate.runtime.probe.observed_calls import ObservedCall, observing
@@ -108,11 +110,60 @@ def test_marlin_and_microscaled_layers_are_not_taken_for_it():
     for name in ("use_marlin", "use_mxfp8"):
         layer = Layer(8, 128)
         setattr(layer.quant_method, name, True)
-        assert not quantization.is_fp8_block_layer(layer)
-    layer = Layer(8, 128)
-    layer.quant_method.weight_block_size = None
-    assert not quantization.is_fp8_block_layer(layer)
-    assert not quantization.is_fp8_block_layer(torch.nn.Linear(1, 1))
+        assert not quantization.is_fp8_layer(layer)
+    assert not quantization.is_fp8_layer(torch.nn.Linear(1, 1))
+
+
+class Channels(torch.nn.Module):
+    """A layer with a scale a channel, its weight as SGLang keeps it: transposed."""
+
+    def __init__(self, outputs: int, columns: int, *, scheme: bool = False) -> None:
+        super().__init__()
+        drawn = torch.randn(outputs, columns, generator=torch.Generator().manual_seed(outputs))
+        scales = drawn.abs().amax(-1, keepdim=True) / 448
+        rounded = (drawn / scales).to(torch.float8_e4m3fn)
+        self.weight = torch.nn.Parameter(rounded.t(), requires_grad=False)
+        self.weight_scale = torch.nn.Parameter(scales, requires_grad=False)
+        self.input_scale = None
+        if scheme:
+            self.scheme = object.__new__(CompressedTensorsW8A8Fp8)
+            self.scheme.weight_block_size = None
+        self.quant_method = object.__new__(W8A8Fp8LinearMethod)
+        self.quant_method.apply = lambda layer, x, bias=None: scaled_fp8_linear(
+            x, layer.weight, layer.weight_scale, layer.input_scale, bias=bias
+        )
+
+
+@pytest.mark.parametrize("scheme", [False, True])
+def test_a_layer_with_scales_of_channels_is_an_operator_of_its_outputs_and_inputs(scheme):
+    layer = Channels(48, 128, scheme=scheme)
+    assert quantization.is_fp8_layer(layer)
+    seen = ObservedCall(width=128, dtype=torch.float32)
+    (found,) = dense_operators(torch.nn.ModuleList([layer]), {id(layer): seen})
+    assert isinstance(found, Quantized) and found.shape == (48, 128)
+    named = "CompressedTensorsW8A8Fp8" if scheme else "W8A8Fp8LinearMethod"
+    assert f"{named} None [48, 1] torch.float32" in found.signature
+    sample = found.sample(3)
+    assert sample.shape == (3, 128) and found.run(sample).shape == (3, 48)
+    assert len(found.company(sample, 1, 2)) == 1
+    layer.input_scale = torch.tensor(0.01)
+    assert "a given scale" in found.signature
+
+
+@given(st.integers(1, 40), st.integers(1, 300), st.integers(1, 60), st.booleans(), st.booleans())
+def test_the_hosts_product_by_channels(rows, columns, outputs, biased, is_given):
+    """A row's scale is its own, or the checkpoint's."""
+    layer = Channels(outputs, columns)
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+    scale = torch.tensor(0.02) if is_given else x.abs().amax(-1, keepdim=True) / 448
+    rounded = (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).double() * scale
+    weight = layer.weight.double().T * layer.weight_scale
+    bias = torch.arange(outputs).float() if biased else None
+    found = scaled_fp8_linear(
+        x, layer.weight, layer.weight_scale, scale if is_given else None, bias=bias
+    )
+    expected = rounded @ weight.T + (0 if bias is None else bias)
+    assert torch.allclose(found.double(), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_a_scale_that_rows_share_is_found():

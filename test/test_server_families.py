@@ -1,6 +1,6 @@
 """Families whose rows depend on their number and company on a CPU: same answers.
 
-Mixtures of experts, windows and a vision model in float32, and a dense model in FP8.
+Mixtures of experts, windows and a vision model in float32; a dense model and a mixture in FP8.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from margingate.harness.servers import retracting
 from margingate.harness.tiny_models import FAMILIES, tiny_model
 
 TOKENS = 16  # of an answer
-DENSE = "qwen3"  # in FP8 with a scale a block, between layers in BF16
+IN_BLOCKS = ("qwen3", "qwen3_moe-blocks")  # in FP8 with a scale a block, between layers in BF16
 WINDOWED, LONGER = "gemma3_text", 40  # tokens of an answer, so that its windows of 16 are passed
 ASK = {"return_logprob": True, "top_logprobs_num": 2}
 
@@ -33,7 +33,7 @@ ASK = {"return_logprob": True, "top_logprobs_num": 2}
 def model(request: pytest.FixtureRequest, run_folder: Path, tmp_path_factory) -> Path:
     """In place of SmolLM2: a family's tiny model, so a server of each, one after the other."""
     folder = tiny_model(request.param, run_folder)
-    if request.param != DENSE:
+    if request.param not in IN_BLOCKS:
         return folder
     rounded = tmp_path_factory.mktemp("model") / "fp8"
     fp8_blocks.make(folder, rounded)
@@ -139,7 +139,7 @@ def with_image(params: dict[str, object]) -> dict[str, object]:
     return {"text": text, "image_data": image, "sampling_params": params}
 
 
-@pytest.mark.parametrize("model", ["mixtral", DENSE], indirect=True, scope="module")
+@pytest.mark.parametrize("model", ["mixtral", *IN_BLOCKS], indirect=True, scope="module")
 def test_the_stock_server_does_not_pass(start, dtype, prompts):
     """The control, by the same comparison: what it answers alone it repeats, but not in a batch."""
     client = Client(start(*dtype, gate=False).base_url, TOKENS)

@@ -36,10 +36,16 @@ _COMMON = MappingProxyType(
 _QWEN = MappingProxyType(
     {"num_experts": 8, "moe_intermediate_size": 32, "decoder_sparse_step": 1, "mlp_only_layers": []}
 )
-# By the configuration's model_type: what it has beside _COMMON.
+# By the configuration's model_type, and behind a dash what sets it apart from another of that type:
+# what it has beside _COMMON.
 FAMILIES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "qwen3_moe": {**_QWEN, "norm_topk_prob": True},
+        # Sizes that FP8 blocks of 128 x 128 divide, for `benchmark.models.fp8_blocks`.
+        "qwen3_moe-blocks": {
+            **{**_QWEN, "norm_topk_prob": True, "hidden_size": 128, "moe_intermediate_size": 128},
+            **{"head_dim": 32, "num_key_value_heads": 4},
+        },
         "mixtral": {"num_local_experts": 8},
         "glm4_moe": {
             # torch takes sigmoids by vectors of up to 32, and those left over one by one, in other
@@ -55,8 +61,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "partial_rotary_factor": 0.5,
             "use_qk_norm": True,
         },
-        # No mixture: sizes that FP8 blocks of 128 x 128 divide, for `benchmark.models.fp8_blocks`.
-        "qwen3": {
+        "qwen3": {  # no mixture; of such sizes too
             **dict.fromkeys(("hidden_size", "intermediate_size"), 128),
             **{"head_dim": 32, "num_key_value_heads": 4},
         },
@@ -165,7 +170,8 @@ def _text_config(family: str, same: Mapping[str, Any]) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     own = {**_COMMON, **FAMILIES[family]}
-    return AutoModelForCausalLM, AutoConfig.for_model(family, **own, **same)
+    kind = family.partition("-")[0]
+    return AutoModelForCausalLM, AutoConfig.for_model(kind, **own, **same)
 
 
 def _vision_config(

@@ -1,8 +1,15 @@
-"""Linear layers in FP8 with a scale a block of weights, in torch operators, for a CPU."""
+"""Layers and experts in FP8 in torch operators, for a CPU.
+
+The names of the arguments are SGLang's, and products are in float32. Activations are rounded to FP8
+with a scale for each row, or for each row and group of columns.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.nn.functional import silu
 
 _FP8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_FP8).max
@@ -18,10 +25,7 @@ def block_fp8_linear(
     input_scale: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What SGLang's Triton kernel for such layers computes, with products in float32.
-
-    The names of the arguments are SGLang's. Activations are rounded to FP8 with a scale for each
-    row and group of columns.
+    """What SGLang's Triton kernel for layers with a scale a block of weights computes.
 
     Args:
         input: [..., columns]; not changed.
@@ -40,6 +44,98 @@ def block_fp8_linear(
     if bias is not None:
         products += bias
     return products.to(input.dtype).view(*input.shape[:-1], len(weight))
+
+
+def scaled_fp8_linear(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    input_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    **_unused: Any,
+) -> torch.Tensor:
+    """What SGLang computes for layers with a scale a channel, or one for all of the weight.
+
+    Args:
+        input: [..., columns]; not changed.
+        weight: float8_e4m3fn [columns, outputs].
+        weight_scale: float32, one or one an output.
+        input_scale: one for all activations, where the checkpoint gives it.
+        bias: [outputs].
+
+    Returns:
+        [..., outputs] in the dtype of `input`.
+    """
+    assert input.dtype != _FP8, "inputs in FP8 are made by kernels that a host has not"
+    products = _rounded(input.reshape(-1, input.shape[-1]), input_scale) @ weight.float()
+    products *= weight_scale.float().view(-1)
+    if bias is not None:
+        products += bias
+    return products.to(input.dtype).view(*input.shape[:-1], weight.shape[1])
+
+
+def fp8_experts(
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    topk_output: Any,
+    moe_runner_config: Any,
+    *,
+    w1_scale: torch.Tensor,
+    w2_scale: torch.Tensor,
+    a1_scale: torch.Tensor | None = None,
+    a2_scale: torch.Tensor | None = None,
+    block_shape: list[int] | None = None,
+    **_unused: Any,
+) -> torch.Tensor:
+    """What SGLang's fused Triton kernels for experts in FP8 compute, expert by expert.
+
+    Args:
+        hidden_states: [rows, hidden]; not changed.
+        w1: float8_e4m3fn [experts, 2 x inner, hidden], gate and up.
+        w2: float8_e4m3fn [experts, hidden, inner].
+        topk_output: weights and ids of each row's experts, and the router's logits.
+        w1_scale, w2_scale: for each expert, by blocks, by outputs or one.
+        a1_scale, a2_scale: one for all activations, where the checkpoint gives it.
+        block_shape: rows and columns of a block.
+
+    Returns:
+        [rows, hidden] in the dtype of `hidden_states`.
+    """
+    assert moe_runner_config.activation == "silu", "no other activation is written for a host"
+    weights, ids, _ = topk_output
+    result = torch.zeros(hidden_states.shape, dtype=torch.float32)
+    for expert in ids.unique().tolist():
+        rows, place = (ids == expert).nonzero(as_tuple=True)
+        gate_up = _product(
+            hidden_states[rows], (w1[expert], w1_scale[expert]), a1_scale, block_shape
+        )
+        gate, up = gate_up.chunk(2, dim=-1)
+        inner = silu(gate.float()).to(gate.dtype) * up
+        outputs = _product(inner, (w2[expert], w2_scale[expert]), a2_scale, block_shape)
+        result[rows] += outputs.float() * weights[rows, place, None].float()
+    scale = moe_runner_config.routed_scaling_factor
+    return (result if scale is None else result * scale).to(hidden_states.dtype)
+
+
+def _product(
+    x: torch.Tensor,
+    scaled: tuple[torch.Tensor, torch.Tensor],
+    given: torch.Tensor | None,
+    block_size: list[int] | None,
+) -> torch.Tensor:
+    """Rows by the weight [outputs, columns] and the scales in `scaled`."""
+    weight, scales = scaled
+    if block_size is None:
+        return scaled_fp8_linear(x, weight.T, scales, given)
+    return block_fp8_linear(input=x, weight=weight, block_size=block_size, weight_scale=scales)
+
+
+def _rounded(rows: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
+    """In float32, as FP8 times a scale has it: the given one, or one for each row."""
+    if given is None:
+        return round_to_fp8(rows, rows.shape[1])
+    return (rows.float() / given).clamp(-_LARGEST, _LARGEST).to(_FP8).float() * given
 
 
 def round_to_fp8(x: torch.Tensor, group: int) -> torch.Tensor:

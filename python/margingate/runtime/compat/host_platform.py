@@ -10,7 +10,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
-from margingate.runtime.compat.host_fp8 import block_fp8_linear
+from margingate.runtime.compat.host_fp8 import block_fp8_linear, fp8_experts, scaled_fp8_linear
 
 
 def gate_shared_expert(
@@ -64,18 +64,25 @@ class HostPlatform(CpuDeviceMixin, SRTPlatform):
         return ProfilerActivity.CPU
 
     def init_backend(self) -> None:
-        """Put torch operators in place of two Triton kernels.
+        """Put torch operators in place of Triton kernels and of what launches them.
 
         One is launched by Qwen's shared experts. It is replaced in the function that launches it,
         which both public ones look up in their module: whoever imported those by name, or has put
-        a hook around them, gets the torch operator too. The other serves FP8 layers with scales
-        for blocks, which look it up when they are made.
+        a hook around them, gets the torch operator too. The others serve layers and experts in
+        FP8: each is replaced where it is looked up.
         """
         from sglang.kernels.ops.elementwise import elementwise
-        from sglang.srt.layers.quantization import fp8_utils
+        from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
+        from sglang.srt.layers.quantization import fp8, fp8_utils, w8a8_fp8
+        from sglang.srt.layers.quantization.compressed_tensors.schemes import (
+            compressed_tensors_w8a8_fp8,
+        )
 
         elementwise._launch_fused_gate_sigmoid_mul = gate_shared_expert
         fp8_utils.triton_w8a8_block_fp8_linear = block_fp8_linear
+        for module in (fp8, w8a8_fp8, compressed_tensors_w8a8_fp8):
+            module.apply_fp8_linear = scaled_fp8_linear
+        fused_moe.fused_experts = fp8_experts
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Replace defaults that need kernels which are not in the PyPI build, or a GPU."""

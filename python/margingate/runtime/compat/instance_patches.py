@@ -83,15 +83,22 @@ ON_GATES = (
         _PLANNED,
     ),
 )
-ON_QUANTIZED = InstancePatch(
-    "layers.quantization.fp8.Fp8LinearMethod",
-    "apply",
-    "keeps a layer in FP8 within one class of row counts",
-    "SGLang's FP8 layers are batch-invariant at this cost",
+ON_QUANTIZED = tuple(
+    InstancePatch(
+        f"layers.quantization.{method}",
+        "apply",
+        "keeps a layer in FP8 within one class of row counts",
+        "SGLang's FP8 layers are batch-invariant at this cost",
+    )
+    for method in (
+        "fp8.Fp8LinearMethod",
+        "w8a8_fp8.W8A8Fp8LinearMethod",
+        "compressed_tensors.compressed_tensors.CompressedTensorsLinearMethod",
+    )
 )
 INSTANCE_PATCHES = (
     *(*ON_TRITON, *ON_FLASHINFER, ON_LOGPROBS, ON_DUAL_GEMM),
-    *(ON_EXPERTS, *ON_GATES, ON_QUANTIZED, *ON_ENGINE),
+    *(ON_EXPERTS, *ON_GATES, *ON_QUANTIZED, *ON_ENGINE),
 )
 
 

@@ -12,7 +12,7 @@ from margingate.runtime.attention import invariant_attention
 from margingate.runtime.compat.server_args import gate_config
 from margingate.runtime.hooks import handlers, registry
 from margingate.runtime.hooks.registry import AFTER, AROUND, BEFORE, Hook
-from margingate.runtime.probe import all_reduce, execute, startup
+from margingate.runtime.probe import all_reduce, execute, expert_tiles, startup
 from margingate.runtime.request.guard import Policy
 from margingate.runtime.sampling import router_margins
 
@@ -49,6 +49,15 @@ INVARIANT_HOOKS = (
         "self hidden_states lm_head embedding_bias out",
         "keeps lm_head within one class of row counts",
         "SGLang's linear layers are batch-invariant at this cost",
+    ),
+    Hook(
+        "layers.moe.moe_runner.triton_utils.fused_moe.try_get_optimal_moe_config",
+        AROUND,
+        expert_tiles.tuned_tiles,
+        "w1_shape w2_shape top_k dtype M is_marlin block_shape per_channel_quant "
+        "return_down_config",
+        "gives experts in FP8 large tiles at all row counts, whose rows have the same bits",
+        "SGLang's FP8 experts are batch-invariant at this cost",
     ),
     Hook(
         "distributed.parallel_state.GroupCoordinator.all_reduce",

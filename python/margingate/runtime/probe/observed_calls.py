@@ -143,9 +143,7 @@ def observing(model: Any, rows: int) -> Iterator[dict[int, Observed]]:
     with ExitStack() as stack:
         for module in model.modules():
             method = getattr(module, "quant_method", None)
-            if isinstance(method, UnquantizedLinearMethod) or quantization.is_fp8_block_layer(
-                module
-            ):
+            if isinstance(method, UnquantizedLinearMethod) or quantization.is_fp8_layer(module):
                 stack.enter_context(_noting(method, seen, rows))
             elif hasattr(module, "weight") and not any(module.children()):
                 stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)

@@ -151,6 +151,10 @@ class Quantized(Linear):
         return None
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        return quantization.shape(self.module)
+
+    @property
     def signature(self) -> str:
         return f"{super().signature} {quantization.describe(self.module)}"
 
@@ -253,7 +257,7 @@ def dense_operators(model: Any, seen: Mapping[int, Observed]) -> Iterator[Operat
             continue
         if isinstance(getattr(module, "quant_method", None), UnquantizedLinearMethod):
             yield Linear(name, module, call)
-        elif quantization.is_fp8_block_layer(module):
+        elif quantization.is_fp8_layer(module):
             yield Quantized(name, module, call)
         elif isinstance(module, norms) and isinstance(module.weight, torch.Tensor):
             yield Norm(name, module, call)

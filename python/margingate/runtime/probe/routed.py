@@ -4,21 +4,24 @@ A row of experts carries its routing: which experts it goes to, with which weigh
 expert's product are those that chose it, so neighbours decide their number, and the number of rows
 of the forward alone says nothing of it. Hence the samples: some rows choose at random, some all
 the same experts, and one has an expert for itself; and each row count is also tried with a row
-whose neighbours all choose its experts, and with one whose neighbours choose none of them.
+whose neighbours all choose its experts, and with one whose neighbours choose none of them. Experts
+in FP8 round their inputs: there the neighbours are much larger too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, ClassVar
 
 import torch
 
+from margingate.runtime.compat import quantization
 from margingate.runtime.compat.routers import routed_experts
 from margingate.runtime.probe import fused_gate
 from margingate.runtime.probe.observed_calls import Observed, ObservedRows, chosen_of
-from margingate.runtime.probe.operators import SEED, Inputs, Operator, normal_rows
+from margingate.runtime.probe.operators import LOUD, SEED, Inputs, Operator, normal_rows
 
 CROWD = 4  # every so many rows of a sample, one chooses the same experts as all such rows
 SATURATING = 16.0  # times the usual scale of a router's scores
@@ -149,12 +152,18 @@ class Experts(Routed):
         return call_experts(self.module.run_moe_core, inputs.clone())
 
     def company(self, sample: Inputs, row: int, count: int) -> list[tuple[Inputs, int]]:
-        """Among rows that all choose its experts; among rows that choose none of them."""
+        """Among rows that all choose its experts; among rows that choose none of them.
+
+        And among both where they are much larger, if the experts round them: a scale that they
+        share would round the row away.
+        """
         place, one = row % count, sample[row : row + 1]
         hidden, weights, ids, *more = sample[self._indices(count) % len(sample)].parts
+        sizes = (1, LOUD) if quantization.are_rounded(self.module) else (1,)
+        choices = (one.parts[2].expand(count, -1), self._others(one.parts[2][0], count))
         found: list[tuple[Inputs, int]] = []
-        for choices in (one.parts[2].expand(count, -1), self._others(one.parts[2][0], count)):
-            beside = Rows((hidden, weights, choices.to(ids), *more))
+        for size, chosen in product(sizes, choices):
+            beside = Rows((hidden * size, weights, chosen.to(ids), *more))
             found.append((together(beside[:place], one, beside[place + 1 :]), place))
         return found
 
@@ -178,6 +187,8 @@ class Experts(Routed):
         values = [str(getattr(config, name, None)) for name in CONFIGURED]
         biased = getattr(module, "w13_weight_bias", None) is not None
         said = f"{type(module.quant_method).__name__} {module.w13_weight.dtype} {' '.join(values)}"
+        if quantization.are_rounded(module):
+            said += f" {quantization.describe_experts(module)}"
         return f"{super().signature} {list(module.w2_weight.shape)} {said}{' biased' * biased}"
 
     def _routed(self, ids: torch.Tensor) -> Rows:
@@ -241,9 +252,12 @@ def call_experts(run_moe_core: Any, rows: Rows) -> torch.Tensor:
 
 
 def routed_operators(model: Any, seen: Mapping[int, Observed]) -> Iterator[Operator]:
-    """Routers, experts and gates of shared experts that a forward was seen to call."""
+    """Routers, gates of shared experts, and experts of a known kind, that a forward called."""
     kinds = {"TopK": Router, "Linear": SharedGate}
     for name, module in model.named_modules():
         call = seen.get(id(module))
-        if isinstance(call, ObservedRows):
-            yield kinds.get(type(module).__name__, Experts)(name, module, call)
+        kind = kinds.get(type(module).__name__, Experts)
+        if isinstance(call, ObservedRows) and (
+            kind is not Experts or quantization.are_known(module)
+        ):
+            yield kind(name, module, call)

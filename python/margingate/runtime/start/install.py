@@ -48,6 +48,7 @@ def init(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) 
         register_radix_cache_backend(RADIX_BACKEND, radix.build)
     original(self, server_args, *args, **kwargs)
     refused_models.refuse_columns(self.tp_worker.model_runner)
+    refused_models.refuse_shared_scales(self.tp_worker.model_runner.model)
     checks = run_checks(self, config)
     quantized = self.tp_worker.model_runner.model_config.quantization is not None
     targets = firing.at_start(config, ranks=ranks.tp_size(self), quantized=quantized)

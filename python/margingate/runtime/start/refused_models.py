@@ -10,6 +10,7 @@ import torch
 
 from margingate.config import GateError
 from margingate.runtime.compat import quantization, settings, vision
+from margingate.runtime.compat.routers import experts
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ def _has_a_state(model: Any) -> bool:
     return model.attention_arch.name not in ("MHA", "MLA") or mambaish_config(model) is not None
 
 
+_SHARED = "rounds the inputs of experts in {} to FP8 by one scale for all rows of a forward"
+_BY_ROW = (
+    "use a checkpoint with a weight_block_size, or with a scale for each channel of weights and "
+    "each token (compressed-tensors), or serve it without the flag"
+)
 _TWO_POOLS = "keeps the layers that see a window in a K/V pool of their own"
 # All others are served, dense ones and mixtures of experts, if the probe knows each operator.
 REFUSED_FAMILIES = (
@@ -59,9 +65,11 @@ REFUSED_FAMILIES = (
     ),
     ModelFamily("keeps recurrent state (Mamba or linear attention)", _has_a_state),
     ModelFamily(
-        "is quantized ({model.quantization}) and no dense model in FP8 with a weight_block_size",
-        lambda model: model.quantization is not None and not quantization.has_fp8_blocks(model),
+        "is quantized ({model.quantization}), of which only FP8 is known",
+        lambda model: model.quantization is not None and not quantization.is_known(model),
+        "use a checkpoint in BF16 or in FP8, or serve it without the flag",
     ),
+    ModelFamily(_SHARED.format("the model"), quantization.shares_scales, _BY_ROW),
 )
 
 
@@ -72,6 +80,16 @@ def refuse_model(model: Any) -> None:
             raise GateError(
                 f"--deterministic-gate does not serve this model yet, because it "
                 f"{family.said(model)}: {family.way_out}."
+            )
+
+
+def refuse_shared_scales(model: Any) -> None:
+    """Check a loaded model. Raises GateError naming experts whose rows share a scale."""
+    for name, module in experts(model):
+        if quantization.are_known(module) and quantization.rounding(module) == quantization.BATCH:
+            raise GateError(
+                f"--deterministic-gate does not serve this model yet, because it "
+                f"{_SHARED.format(name)}: {_BY_ROW}."
             )
 
 

@@ -221,7 +221,7 @@ _REFUSALS = (
     Refusal(
         lambda a: a.moe_runner_backend not in ("auto", "triton"),
         "--moe-runner-backend",
-        "its kernels are tuned after the experts were measured",
+        "its kernels, or the layout of their rows, are chosen after the experts were measured",
         "use triton",
     ),
     _dropped("enable_eplb", _REPLACED),
