@@ -10,6 +10,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
+from margingate.runtime.compat import host_marlin
 from margingate.runtime.compat.host_fp8 import block_fp8_linear
 
 
@@ -69,13 +70,15 @@ class HostPlatform(CpuDeviceMixin, SRTPlatform):
         One is launched by Qwen's shared experts. It is replaced in the function that launches it,
         which both public ones look up in their module: whoever imported those by name, or has put
         a hook around them, gets the torch operator too. The other serves FP8 layers with scales
-        for blocks, which look it up when they are made.
+        for blocks, which look it up when they are made. What serves AWQ and GPTQ is in
+        `host_marlin`.
         """
         from sglang.kernels.ops.elementwise import elementwise
         from sglang.srt.layers.quantization import fp8_utils
 
         elementwise._launch_fused_gate_sigmoid_mul = gate_shared_expert
         fp8_utils.triton_w8a8_block_fp8_linear = block_fp8_linear
+        host_marlin.install()
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Replace defaults that need kernels which are not in the PyPI build, or a GPU."""

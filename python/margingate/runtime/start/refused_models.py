@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from margingate.config import GateError
-from margingate.runtime.compat import quantization, settings, vision
+from margingate.runtime.compat import marlin, quantization, settings, vision
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,10 @@ def _has_a_state(model: Any) -> bool:
     return model.attention_arch.name not in ("MHA", "MLA") or mambaish_config(model) is not None
 
 
+def _is_rounded_as_known(model: Any) -> bool:
+    return quantization.has_fp8_blocks(model) or marlin.is_served(model)
+
+
 _TWO_POOLS = "keeps the layers that see a window in a K/V pool of their own"
 # All others are served, dense ones and mixtures of experts, if the probe knows each operator.
 REFUSED_FAMILIES = (
@@ -59,8 +63,9 @@ REFUSED_FAMILIES = (
     ),
     ModelFamily("keeps recurrent state (Mamba or linear attention)", _has_a_state),
     ModelFamily(
-        "is quantized ({model.quantization}) and no dense model in FP8 with a weight_block_size",
-        lambda model: model.quantization is not None and not quantization.has_fp8_blocks(model),
+        "is quantized ({model.quantization}) and no dense model in FP8 with a weight_block_size or "
+        "with packed weights for Marlin (AWQ, GPTQ, compressed-tensors)",
+        lambda model: model.quantization is not None and not _is_rounded_as_known(model),
     ),
 )
 
