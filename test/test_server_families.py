@@ -1,6 +1,7 @@
 """Families whose rows depend on their number and company on a CPU: same answers.
 
-Mixtures of experts, windows and a vision model in float32; a dense model and a mixture in FP8.
+Mixtures of experts, windows and a vision model in float32; a dense model in FP8 and in 4 bits, and a
+mixture in FP8.
 """
 
 from __future__ import annotations
@@ -17,33 +18,37 @@ import requests
 from checks import assert_clean, forced
 from PIL import Image
 
-from benchmark.models import fp8_blocks
+from benchmark.models import four_bits, fp8_blocks
 from margingate.harness.client import Answer, Client, Prompt, chat_prompts, read_prompts
 from margingate.harness.defaults import PROMPTS
 from margingate.harness.servers import retracting
 from margingate.harness.tiny_models import FAMILIES, tiny_model
 
 TOKENS = 16  # of an answer
-IN_BLOCKS = ("qwen3", "qwen3_moe-blocks")  # in FP8 with a scale a block, between layers in BF16
+DENSE = "qwen3"
+IN_BLOCKS = (DENSE, "qwen3_moe-blocks")  # in FP8 with a scale a block, between layers in BF16
+PACKED, GROUP = ("gptq", "awq"), 32  # the dense model in 4 bits; inputs that share a scale
 WINDOWED, LONGER = "gemma3_text", 40  # tokens of an answer, so that its windows of 16 are passed
 ASK = {"return_logprob": True, "top_logprobs_num": 2}
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES, "qwen3_vl"])
+@pytest.fixture(scope="module", params=[*FAMILIES, *PACKED, "qwen3_vl"])
 def model(request: pytest.FixtureRequest, run_folder: Path, tmp_path_factory) -> Path:
     """In place of SmolLM2: a family's tiny model, so a server of each, one after the other."""
-    folder = tiny_model(request.param, run_folder)
-    if request.param not in IN_BLOCKS:
-        return folder
-    rounded = tmp_path_factory.mktemp("model") / "fp8"
-    fp8_blocks.make(folder, rounded)
-    return rounded
+    packed = request.param in PACKED
+    folder = tiny_model(DENSE if packed else request.param, run_folder)
+    rounded = tmp_path_factory.mktemp("model") / (request.param if packed else "fp8")
+    if packed:
+        four_bits.make(request.param, folder, rounded, GROUP)
+    elif request.param in IN_BLOCKS:
+        fp8_blocks.make(folder, rounded)
+    return rounded if rounded.exists() else folder
 
 
 @pytest.fixture(scope="module")
 def dtype(model: Path) -> tuple[str, str]:
-    """What a server of this model is started with; SGLang has no FP8 layers in float32."""
-    return ("--dtype", "bfloat16" if model.name == "fp8" else "float32")
+    """What a server of this model is started with; SGLang has no rounded layers in float32."""
+    return ("--dtype", "bfloat16" if model.name in ("fp8", *PACKED) else "float32")
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +144,7 @@ def with_image(params: dict[str, object]) -> dict[str, object]:
     return {"text": text, "image_data": image, "sampling_params": params}
 
 
-@pytest.mark.parametrize("model", ["mixtral", *IN_BLOCKS], indirect=True, scope="module")
+@pytest.mark.parametrize("model", ["mixtral", *IN_BLOCKS, PACKED[0]], indirect=True, scope="module")
 def test_the_stock_server_does_not_pass(start, dtype, prompts):
     """The control, by the same comparison: what it answers alone it repeats, but not in a batch."""
     client = Client(start(*dtype, gate=False).base_url, TOKENS)

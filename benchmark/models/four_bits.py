@@ -10,6 +10,7 @@ the order of the inputs. Embeddings, head and routers stay as they are. Marlin w
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -40,11 +41,19 @@ def main() -> None:
     checkpoints.add_folders(parser)
     parser.add_argument("--group", type=int, default=128, help="inputs that share a scale")
     args = parser.parse_args()
-    config, tensors = checkpoints.read(args.source)
-    method = {"quant_method": args.format, "bits": BITS, "group_size": args.group}
-    config["quantization_config"] = method | FORMATS[args.format]
-    made = quantized(tensors, args.format, args.group)
-    checkpoints.write(args.folder, args.source, config, made)
+    make(args.format, args.source, args.folder, args.group)
+
+
+def make(form: str, source: Path, folder: Path, group: int) -> None:
+    """`folder`, of the model in `source`. SystemExit where sizes do not fit."""
+    config, tensors = checkpoints.read(source)
+    config["quantization_config"] = method(form, group)
+    checkpoints.write(folder, source, config, quantized(tensors, form, group))
+
+
+def method(form: str, group: int) -> dict[str, Any]:
+    """What a configuration says of such weights."""
+    return {"quant_method": form, "bits": BITS, "group_size": group} | FORMATS[form]
 
 
 def quantized(tensors: Tensors, form: str, group: int) -> Tensors:

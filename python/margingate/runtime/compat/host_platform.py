@@ -10,6 +10,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
+from margingate.runtime.compat import host_marlin
 from margingate.runtime.compat.host_fp8 import block_fp8_linear, fp8_experts, scaled_fp8_linear
 
 
@@ -69,7 +70,7 @@ class HostPlatform(CpuDeviceMixin, SRTPlatform):
         One is launched by Qwen's shared experts. It is replaced in the function that launches it,
         which both public ones look up in their module: whoever imported those by name, or has put
         a hook around them, gets the torch operator too. The others serve layers and experts in
-        FP8: each is replaced where it is looked up.
+        FP8: each is replaced where it is looked up. What serves AWQ and GPTQ is in `host_marlin`.
         """
         from sglang.kernels.ops.elementwise import elementwise
         from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
@@ -83,6 +84,7 @@ class HostPlatform(CpuDeviceMixin, SRTPlatform):
         for module in (fp8, w8a8_fp8, compressed_tensors_w8a8_fp8):
             module.apply_fp8_linear = scaled_fp8_linear
         fused_moe.fused_experts = fp8_experts
+        host_marlin.install()
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Replace defaults that need kernels which are not in the PyPI build, or a GPU."""

@@ -96,9 +96,21 @@ ON_QUANTIZED = tuple(
         "compressed_tensors.compressed_tensors.CompressedTensorsLinearMethod",
     )
 )
+ON_MARLIN = tuple(
+    InstancePatch(
+        f"layers.quantization.{owner}",
+        "apply",
+        "keeps a layer that Marlin multiplies by within one class of row counts",
+        "SGLang's Marlin kernels are batch-invariant at this cost",
+    )
+    for owner in (
+        "awq.awq.AWQLinearMethod",
+        "gptq.gptq.GPTQMarlinLinearMethod",
+    )
+)
 INSTANCE_PATCHES = (
     *(*ON_TRITON, *ON_FLASHINFER, ON_LOGPROBS, ON_DUAL_GEMM),
-    *(ON_EXPERTS, *ON_GATES, *ON_QUANTIZED, *ON_ENGINE),
+    *(ON_EXPERTS, *ON_GATES, *ON_QUANTIZED, *ON_MARLIN, *ON_ENGINE),
 )
 
 

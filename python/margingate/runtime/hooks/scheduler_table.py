@@ -10,6 +10,7 @@ what `--gate-study` reads, in a forward whose requests it does not see.
 
 from __future__ import annotations
 
+from margingate.runtime.compat import marlin
 from margingate.runtime.hooks import handlers
 from margingate.runtime.hooks.path_hooks import INVARIANT_HOOKS, ROUTER_HOOKS, STOCK_HOOKS
 from margingate.runtime.hooks.registry import AFTER, AROUND, BEFORE, Hook
@@ -72,6 +73,14 @@ RUNTIME_HOOKS = (
         "tokens and margins from the final logits; SGLang need not rank a greedy batch's again",
         "the sampler returns margins",
         Policy.FORWARD,
+    ),
+    Hook(
+        "layers.quantization.marlin_utils.should_use_atomic_add_reduce",
+        AFTER,
+        marlin.without_atomic_adds,
+        "m n k device dtype",
+        "layers in AWQ and GPTQ add their partial sums in one order",
+        "SGLang's Marlin kernels use no atomic adds",
     ),
     Hook(
         "model_executor.model_runner.ModelRunner.sample",

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from margingate.config import GateError
-from margingate.runtime.compat import quantization, vision
+from margingate.runtime.compat import marlin, quantization, vision
 from margingate.runtime.compat.routers import experts, routers
 from margingate.runtime.probe import fused_gate
 
@@ -143,7 +143,8 @@ def observing(model: Any, rows: int) -> Iterator[dict[int, Observed]]:
     with ExitStack() as stack:
         for module in model.modules():
             method = getattr(module, "quant_method", None)
-            if isinstance(method, UnquantizedLinearMethod) or quantization.is_fp8_layer(module):
+            rounded = quantization.is_fp8_layer(module) or marlin.is_layer(module)
+            if isinstance(method, UnquantizedLinearMethod) or rounded:
                 stack.enter_context(_noting(method, seen, rows))
             elif hasattr(module, "weight") and not any(module.children()):
                 stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
@@ -166,7 +167,8 @@ def _noting(method: Any, seen: dict[int, Observed], rows: int) -> Iterator[None]
                 f"--deterministic-gate saw a {type(called).__name__} called with inputs that were "
                 "rounded elsewhere: it cannot be measured; serve this model without the flag."
             )
-        seen[id(called)] = observed(x, called.weight, rows, bias=bias is not None)
+        weight = marlin.scales(called) if marlin.is_layer(called) else called.weight
+        seen[id(called)] = observed(x, weight, rows, bias=bias is not None)
         return apply(called, x, bias)
 
     method.apply = applied

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from margingate.runtime.compat import quantization, vision
+from margingate.runtime.compat import marlin, quantization, vision
 from margingate.runtime.probe.observed_calls import AS_WEIGHT, Observed, ObservedCall
 
 HEAD = "lm_head"
@@ -102,15 +102,24 @@ class Layer(Operator):
 
     call: ObservedCall = AS_WEIGHT
 
+    @property
+    def like(self) -> torch.Tensor:
+        """Of the dtype of its inputs, where nothing else was seen, and on their device."""
+        found: torch.Tensor = self.module.weight
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        return self.like.device
+
     def sample(self, rows: int) -> torch.Tensor:
-        weight = self.module.weight
-        width = int(self.call.width or weight.shape[-1])
-        like = torch.empty(0, dtype=self.call.dtype or weight.dtype, device=weight.device)
+        width = int(self.call.width or self.shape[-1])
+        like = torch.empty(0, dtype=self.call.dtype or self.like.dtype, device=self.device)
         return normal_rows(rows, width, like)
 
     @property
     def signature(self) -> str:
-        return f"{super().signature} {self.module.weight.dtype}{self.call}"
+        return f"{super().signature} {self.like.dtype}{self.call}"
 
 
 @dataclass(frozen=True)
@@ -155,8 +164,36 @@ class Quantized(Linear):
         return quantization.shape(self.module)
 
     @property
+    def described(self) -> str:
+        """What chooses its kernels."""
+        return quantization.describe(self.module)
+
+    @property
     def signature(self) -> str:
-        return f"{super().signature} {quantization.describe(self.module)}"
+        return f"{super().signature} {self.described}"
+
+
+@dataclass(frozen=True)
+class Packed(Quantized):
+    """A linear layer that Marlin unpacks the weights of; its inputs stay as they are.
+
+    Above some row count Marlin's blocks share out the sums over inputs by where a row is.
+    """
+
+    kind: ClassVar[str] = "packed linear"
+    is_capped: ClassVar[bool] = True
+
+    @property
+    def like(self) -> torch.Tensor:
+        return marlin.scales(self.module)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return marlin.shape(self.module)
+
+    @property
+    def described(self) -> str:
+        return marlin.describe(self.module)
 
 
 @dataclass(frozen=True)
@@ -259,6 +296,8 @@ def dense_operators(model: Any, seen: Mapping[int, Observed]) -> Iterator[Operat
             yield Linear(name, module, call)
         elif quantization.is_fp8_layer(module):
             yield Quantized(name, module, call)
+        elif marlin.is_layer(module):
+            yield Packed(name, module, call)
         elif isinstance(module, norms) and isinstance(module.weight, torch.Tensor):
             yield Norm(name, module, call)
         elif type(module).__name__ in PLAIN_LAYERS:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from margingate.config import GateError
-from margingate.runtime.compat import quantization, settings, vision
+from margingate.runtime.compat import marlin, quantization, settings, vision
 from margingate.runtime.compat.routers import experts
 
 
@@ -47,6 +47,12 @@ _BY_ROW = (
     "use a checkpoint with a weight_block_size, or with a scale for each channel of weights and "
     "each token (compressed-tensors), or serve it without the flag"
 )
+
+
+def _is_quantized_as_known(model: Any) -> bool:
+    return quantization.is_known(model) or marlin.is_served(model)
+
+
 _TWO_POOLS = "keeps the layers that see a window in a K/V pool of their own"
 # All others are served, dense ones and mixtures of experts, if the probe knows each operator.
 REFUSED_FAMILIES = (
@@ -65,8 +71,9 @@ REFUSED_FAMILIES = (
     ),
     ModelFamily("keeps recurrent state (Mamba or linear attention)", _has_a_state),
     ModelFamily(
-        "is quantized ({model.quantization}), of which only FP8 is known",
-        lambda model: model.quantization is not None and not quantization.is_known(model),
+        "is quantized ({model.quantization}), of which only FP8 is known, and dense models with packed "
+        "weights for Marlin (AWQ, GPTQ, compressed-tensors)",
+        lambda model: model.quantization is not None and not _is_quantized_as_known(model),
         "use a checkpoint in BF16 or in FP8, or serve it without the flag",
     ),
     ModelFamily(_SHARED.format("the model"), quantization.shares_scales, _BY_ROW),
