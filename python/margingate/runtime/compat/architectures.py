@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-# SGLang's name of CPU attention that knows sinks; on the host it is `HostAttention`.
-SINKS_ON_HOST = "intel_amx"
-
 
 def architectures(args: Any) -> tuple[str, ...]:
     """Names of model classes that the named model asks for; none where its config is not to be

@@ -16,25 +16,45 @@ def attends_row_by_row(backend: Any) -> bool:
     return any(each.__name__ == TORCH_NATIVE for each in type(backend).__mro__)
 
 
+def torch_attention(runner: Any) -> TorchNativeAttnBackend:
+    """SGLang's torch-native attention, and for a model with sinks one that knows them."""
+    sinks = runner.model_config.has_attention_sinks
+    return HostAttention(runner) if sinks else TorchNativeAttnBackend(runner)
+
+
 class HostAttention(TorchNativeAttnBackend):
     """SGLang's torch-native attention with sinks, which it leaves out.
 
     One function serves decode and prefill, a request at a time, in float32.
     """
 
-    def forward_extend(
-        self, q: Any, k: Any, v: Any, layer: Any, batch: Any, save_kv_cache: bool = True, **more: Any
+    def forward_extend(  # noqa: PLR0917
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **more: Any,
     ) -> torch.Tensor:
         """Rows of prompts. Writes their columns; sinks [heads] come with the call."""
-        counts = batch.extend_seq_lens.tolist()
-        return self._attend(q, k, v, layer, batch, counts, save=save_kv_cache, **more)
+        counts = forward_batch.extend_seq_lens.tolist()
+        return self._attend(q, k, v, layer, forward_batch, counts, save=save_kv_cache, **more)
 
-    def forward_decode(
-        self, q: Any, k: Any, v: Any, layer: Any, batch: Any, save_kv_cache: bool = True, **more: Any
+    def forward_decode(  # noqa: PLR0917
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **more: Any,
     ) -> torch.Tensor:
         """A row a request, as `forward_extend`."""
-        counts = [1] * len(batch.seq_lens)
-        return self._attend(q, k, v, layer, batch, counts, save=save_kv_cache, **more)
+        counts = [1] * len(forward_batch.seq_lens)
+        return self._attend(q, k, v, layer, forward_batch, counts, save=save_kv_cache, **more)
 
     def _attend(  # noqa: PLR0917
         self,
@@ -53,10 +73,10 @@ class HostAttention(TorchNativeAttnBackend):
             where = KVWriteLoc(batch.out_cache_loc, self.swa_out_cache_loc)
             pool.set_kv_buffer(layer, where, k, v)
         keys, values = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
-        rows = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        rows = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out, first = torch.zeros_like(rows), 0
         lengths, requests = batch.seq_lens.tolist(), batch.req_pool_indices.tolist()
-        for count, length, request in zip(counts, lengths, requests, strict=True):
+        for count, length, request in zip(counts, lengths, requests, strict=False):
             seen, own = slots[request, :length].long(), slice(first, first + count)
             given = attend(
                 *(rows[own], keys[seen], values[seen], layer.scaling),
@@ -68,7 +88,7 @@ class HostAttention(TorchNativeAttnBackend):
         return out.view(len(out), -1)
 
 
-def attend(  # noqa: PLR0917
+def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,

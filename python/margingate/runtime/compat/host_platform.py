@@ -10,8 +10,10 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
-from margingate.runtime.compat.architectures import SINKS_ON_HOST, has_sinks
+from margingate.runtime.compat.architectures import has_sinks
 from margingate.runtime.compat.host_fp8 import block_fp8_linear
+
+AMX = "intel_amx"  # SGLang's kernels for CPUs, which are in a build of their own
 
 
 def gate_shared_expert(
@@ -65,29 +67,28 @@ class HostPlatform(CpuDeviceMixin, SRTPlatform):
         return ProfilerActivity.CPU
 
     def init_backend(self) -> None:
-        """Put torch operators in place of two Triton kernels, and of attention with sinks.
+        """Put torch operators in place of two Triton kernels, and give attention its sinks.
 
         One is launched by Qwen's shared experts. It is replaced in the function that launches it,
         which both public ones look up in their module: whoever imported those by name, or has put
         a hook around them, gets the torch operator too. The other serves FP8 layers with scales
-        for blocks, which look it up when they are made. SGLang's attention with sinks for CPUs is
-        in a build of its own; by its name models with sinks get `HostAttention`.
+        for blocks, which look it up when they are made.
         """
         from sglang.kernels.ops.elementwise import elementwise
         from sglang.srt.layers.attention import attention_registry
         from sglang.srt.layers.quantization import fp8_utils
 
-        from margingate.runtime.compat.host_attention import HostAttention
+        from margingate.runtime.compat.host_attention import torch_attention
 
-        attention_registry.ATTENTION_BACKENDS[SINKS_ON_HOST] = HostAttention
+        attention_registry.ATTENTION_BACKENDS["torch_native"] = torch_attention
         elementwise._launch_fused_gate_sigmoid_mul = gate_shared_expert
         fp8_utils.triton_w8a8_block_fp8_linear = block_fp8_linear
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Replace defaults that need kernels which are not in the PyPI build, or a GPU."""
-        if server_args.attention_backend in (None, SINKS_ON_HOST):
-            sinks = has_sinks(server_args)
-            server_args.attention_backend = SINKS_ON_HOST if sinks else "torch_native"
+        if server_args.attention_backend in (None, AMX):
+            # For gpt-oss SGLang asks for a backend with sinks first, and then takes torch_native.
+            server_args.attention_backend = AMX if has_sinks(server_args) else "torch_native"
         if server_args.grammar_backend is None:  # SGLang's default applies masks on a GPU only
             server_args.grammar_backend = "llguidance"
         if not server_args.enable_torch_compile:

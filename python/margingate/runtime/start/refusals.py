@@ -7,7 +7,6 @@ from typing import Any
 
 from margingate.config import GateConfig, GateError
 from margingate.runtime.compat import machine, release, settings, settings_table
-from margingate.runtime.compat.architectures import SINKS_ON_HOST
 from margingate.runtime.start.refused_settings import SERVER_REFUSALS
 
 _REPLACES = "replaces parts that it patches"
@@ -112,7 +111,7 @@ def refuse_grammars(args: Any) -> None:
 
 
 # An instance of each with a K/V split that depends on the length alone is what verifies.
-INVARIANT_ATTENTION = ("torch_native", SINKS_ON_HOST, "triton", "flashinfer")
+INVARIANT_ATTENTION = ("torch_native", "triton", "flashinfer")
 
 
 def refuse_fast_path(server_args: Any, config: GateConfig) -> None:
