@@ -37,8 +37,10 @@ import triton
 
 from benchmark.bench.gpu_timing import bandwidth, microseconds
 from margingate_kernels import (
+    PLAIN,
     Chunks,
     Columns,
+    Rules,
     attention,
     attention_reference,
     extend_attention,
@@ -167,17 +169,17 @@ def layer_us(call: Callable[[int], Any]) -> float:
 class Pool:
     """K/V pools of random numbers, and rows of slots in them."""
 
-    def __init__(self, heads: int, kv_heads: int, head_size: int) -> None:
+    def __init__(self, heads: int, kv_heads: int, head_size: int, tokens: int = POOL) -> None:
         self.heads, self.kv_heads, self.head_size = heads, kv_heads, head_size
-        self.scale = head_size**-0.5
-        shape = (POOL, kv_heads, head_size)
+        self.scale, self.tokens = head_size**-0.5, tokens
+        shape = (tokens, kv_heads, head_size)
         self.k, self.v = (torch.randn(shape, device="cuda", dtype=BF16) for _ in range(2))
-        self.order = torch.randperm(POOL, device="cuda").to(torch.int32)
+        self.order = torch.randperm(tokens, device="cuda").to(torch.int32)
 
     def table(self, requests: int, tokens: int, layer: int = 0) -> torch.Tensor:
         """Page table [requests, tokens]; requests share slots only where the pool is too small."""
         at = torch.arange(requests * tokens, device="cuda")
-        at = (at + layer * requests * tokens) % POOL
+        at = (at + layer * requests * tokens) % self.tokens
         return self.order[at].view(requests, tokens).contiguous()
 
     def queries(self, tokens: int) -> torch.Tensor:
@@ -208,23 +210,30 @@ def indptr_of(requests: int, tokens: int) -> torch.Tensor:
     return (torch.arange(requests + 1, device="cuda") * tokens).to(torch.int32)
 
 
-def time_decode(pool: Pool, rows: int, tokens: int) -> float:
+def time_decode(pool: Pool, rows: int, tokens: int, rules: Rules = PLAIN) -> float:
     indptr = indptr_of(rows, tokens)
     tables = [pool.table(rows, tokens, i).flatten().long() for i in range(CALLS)]
     queries = [pool.queries(rows) for _ in range(CALLS)]
     out = torch.empty_like(queries[0])
-    segments = rows * attention.segments_of(tokens, pool.head_size)
-    space = attention.decode_workspace(rows, segments, pool.heads, pool.head_size, "cuda")
+    space = space_for(pool, [tokens] * rows, rules)
     attention.plan_decode(indptr, space)
 
     def call(i: int) -> None:
         paged = attention.Paged(pool.k, pool.v, tables[i], indptr)
-        attention.decode_attention(queries[i], paged, pool.scale, out, space)
+        attention.decode_attention(queries[i], paged, pool.scale, out, space, rules)
 
     return layer_us(call)
 
 
-def time_extend(pool: Pool, requests: int, tokens: int, cached: int) -> float:
+def space_for(pool: Pool, lengths: Sequence[int], rules: Rules) -> attention.DecodeWorkspace:
+    """Room for a decode batch of rows with so many keys."""
+    size, window = pool.head_size, rules.window
+    segments = sum(attention.segments_of(length, size, window) for length in lengths)
+    space = attention.decode_workspace(len(lengths), segments, pool.heads, size, "cuda")
+    return space if window is None else attention.with_window(space, window)
+
+
+def time_extend(pool: Pool, requests: int, tokens: int, cached: int, rules: Rules = PLAIN) -> float:
     rows = torch.arange(requests, device="cuda")
     chunks = Chunks(
         pool.table(requests, cached + tokens),
@@ -236,7 +245,7 @@ def time_extend(pool: Pool, requests: int, tokens: int, cached: int) -> float:
     queries = pool.queries(requests * tokens)
     columns = pool.columns(chunks.page_table[:, cached:].flatten())
     out = torch.empty_like(queries)
-    return layer_us(lambda _: extend_attention(queries, columns, chunks, pool.scale, out))
+    return layer_us(lambda _: extend_attention(queries, columns, chunks, pool.scale, out, rules))
 
 
 def flashinfer_space() -> torch.Tensor:
@@ -314,7 +323,11 @@ def error(found: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def extend_rows(
-    pool: Pool, table: torch.Tensor, queries: torch.Tensor, pieces: list[tuple[int, int, int]]
+    pool: Pool,
+    table: torch.Tensor,
+    queries: torch.Tensor,
+    pieces: list[tuple[int, int, int]],
+    rules: Rules = PLAIN,
 ) -> torch.Tensor:
     """In one forward, the positions from a to b of sequences (row of the table, a, b)."""
     rows, begins = (torch.tensor([piece[i] for piece in pieces], device="cuda") for i in (0, 1))
@@ -322,22 +335,26 @@ def extend_rows(
     starts = torch.tensor([0, *counts], device="cuda").cumsum(0)
     chunks = Chunks(table, rows, starts, begins, max(counts))
     columns = pool.columns(torch.cat([table[i, a:b] for i, a, b in pieces]))
-    return extend_attention(queries, columns, chunks, pool.scale, torch.empty_like(queries))
+    out = torch.empty_like(queries)
+    return extend_attention(queries, columns, chunks, pool.scale, out, rules)
 
 
 def decode_rows(
-    pool: Pool, slots: torch.Tensor, queries: torch.Tensor, rows: torch.Tensor
+    pool: Pool,
+    slots: torch.Tensor,
+    queries: torch.Tensor,
+    rows: torch.Tensor,
+    rules: Rules = PLAIN,
 ) -> torch.Tensor:
     """The rows at these positions, each as a request of its own in one decode batch."""
     counts = [row + 1 for row in rows.tolist()]
     indptr = torch.tensor([0, *counts], device="cuda").cumsum(0).to(torch.int32)
     flat = torch.cat([slots[:count] for count in counts]).long()
-    segments = sum(attention.segments_of(count, pool.head_size) for count in counts)
-    space = attention.decode_workspace(len(rows), segments, pool.heads, pool.head_size, "cuda")
+    space = space_for(pool, counts, rules)
     attention.plan_decode(indptr, space)
     q = queries[rows]
     paged = attention.Paged(pool.k, pool.v, flat, indptr)
-    return attention.decode_attention(q, paged, pool.scale, torch.empty_like(q), space)
+    return attention.decode_attention(q, paged, pool.scale, torch.empty_like(q), space, rules)
 
 
 if __name__ == "__main__":

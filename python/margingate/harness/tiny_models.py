@@ -20,6 +20,7 @@ from margingate.harness.embedded_model import MANIFEST, ensure_model
 SEED = 20
 LOGITS = 3.0  # their standard deviation, near that of a trained model
 BIAS = 0.1  # the standard deviation of biases
+SINKS = 2.0  # of attention sinks: some take nearly nothing of a row, some most
 _COMMON = MappingProxyType(
     {
         "hidden_size": 64,
@@ -73,6 +74,21 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "sliding_window": 16,
             "query_pre_attn_scalar": 16,
             "tie_word_embeddings": True,
+        },
+        # Sinks, and a window on every other layer; experts and router have biases.
+        "gpt_oss": {
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 16,
+            "intermediate_size": 32,
+            "num_local_experts": 8,
+            "swiglu_limit": 7.0,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 32.0,
+                "original_max_position_embeddings": 64,
+            },
         },
     }
 )
@@ -232,6 +248,8 @@ def fill(model: Any, seed: int) -> None:
             weight.data.fill_(_norm_of_gemma(name) if gemma else 1.0)
             continue
         scale = BIAS if weight.dim() == 1 else weight.shape[-1] ** -0.5
+        if name.endswith("sinks"):
+            scale = SINKS
         if "embed_tokens" in name and head != "embed_tokens":
             scale = 1.0
         if head in name:

@@ -9,6 +9,7 @@ import torch
 
 from margingate.config import GateError
 from margingate.runtime.attention import invariant_attention, layer_rules
+from margingate.runtime.compat.host_attention import attends_row_by_row
 from margingate.runtime.compat.instance_patches import ON_FLASHINFER, check_instance
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ def fix_split(backend: Any, runner: Any = None) -> None:
     reason = "no model runner" if runner is None else layer_rules.unfit(backend, runner)
     if runner is not None:
         layer_rules.refuse_others(backend, runner)
-    if name == "TorchNativeAttnBackend":
+    if attends_row_by_row(backend):
         return  # a loop over the rows, each with its own length
     if name == "TritonAttnBackend":
         if reason:

@@ -12,6 +12,7 @@ import torch
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
 from margingate.config import GateError
+from margingate.runtime.compat.host_attention import attends_row_by_row
 from margingate_kernels import Rules
 from margingate_kernels.attention_checks import HEAD_SIZES, MOST_GROUPED
 
@@ -103,7 +104,7 @@ def refuse_others(backend: Any, runner: Any) -> None:
     """
     reason, name = unfit(backend, runner), type(backend).__name__
     for layer in attention_layers(runner.model) if reason else ():
-        window = None if name == "TorchNativeAttnBackend" else window_of(layer)
+        window = None if attends_row_by_row(backend) else window_of(layer)
         has = f"sees {window + 1} tokens" if window is not None else ""
         has = f"caps scores at {layer.logit_cap:g}" if layer.logit_cap else has
         if has:

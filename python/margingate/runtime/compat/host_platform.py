@@ -11,7 +11,10 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
 from margingate.runtime.compat import host_marlin
+from margingate.runtime.compat.architectures import has_sinks
 from margingate.runtime.compat.host_fp8 import block_fp8_linear, fp8_experts, scaled_fp8_linear
+
+AMX = "intel_amx"  # SGLang's kernels for CPUs, which are in a build of their own
 
 
 def gate_shared_expert(
@@ -65,7 +68,7 @@ class HostPlatform(CpuDeviceMixin, SRTPlatform):
         return ProfilerActivity.CPU
 
     def init_backend(self) -> None:
-        """Put torch operators in place of Triton kernels and of what launches them.
+        """Put torch operators in place of Triton kernels, and give attention its sinks.
 
         One is launched by Qwen's shared experts. It is replaced in the function that launches it,
         which both public ones look up in their module: whoever imported those by name, or has put
@@ -73,12 +76,16 @@ class HostPlatform(CpuDeviceMixin, SRTPlatform):
         FP8: each is replaced where it is looked up. What serves AWQ and GPTQ is in `host_marlin`.
         """
         from sglang.kernels.ops.elementwise import elementwise
+        from sglang.srt.layers.attention import attention_registry
         from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
         from sglang.srt.layers.quantization import fp8, fp8_utils, w8a8_fp8
         from sglang.srt.layers.quantization.compressed_tensors.schemes import (
             compressed_tensors_w8a8_fp8,
         )
 
+        from margingate.runtime.compat.host_attention import torch_attention
+
+        attention_registry.ATTENTION_BACKENDS["torch_native"] = torch_attention
         elementwise._launch_fused_gate_sigmoid_mul = gate_shared_expert
         fp8_utils.triton_w8a8_block_fp8_linear = block_fp8_linear
         for module in (fp8, w8a8_fp8, compressed_tensors_w8a8_fp8):
@@ -88,8 +95,9 @@ class HostPlatform(CpuDeviceMixin, SRTPlatform):
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Replace defaults that need kernels which are not in the PyPI build, or a GPU."""
-        if server_args.attention_backend in (None, "intel_amx"):
-            server_args.attention_backend = "torch_native"
+        if server_args.attention_backend in (None, AMX):
+            # For gpt-oss SGLang asks for a backend with sinks first, and then takes torch_native.
+            server_args.attention_backend = AMX if has_sinks(server_args) else "torch_native"
         if server_args.grammar_backend is None:  # SGLang's default applies masks on a GPU only
             server_args.grammar_backend = "llguidance"
         if not server_args.enable_torch_compile:

@@ -27,6 +27,17 @@ def routers(model: Any) -> list[tuple[str, Any]]:
     return [each for each in model.named_modules() if isinstance(each[1], TopK)]
 
 
+def use_linear_kernels(model: Any) -> None:
+    """Let the routers of gpt-oss be linear layers in forwards of any size.
+
+    A kernel of few rows would take their weights at up to 128 rows, past the method that is
+    measured and kept to row counts. Mutates the modules.
+    """
+    for module in model.modules():
+        if getattr(module, "_use_tinygemm", False):
+            module._use_tinygemm = False
+
+
 def experts(model: Any) -> list[tuple[str, Any]]:
     """SGLang's FusedMoE modules, by name."""
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE

@@ -18,10 +18,9 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
 from margingate.runtime.compat.forward import context, plan_slots
+from margingate.runtime.compat.host_attention import attends_row_by_row
 from margingate.runtime.probe.classes import SEED, Finding, Rows, classify, refusing, sample_rows
 from margingate.runtime.verify.verifier import RowInput, Verifier, scratch_rows
-
-BACKENDS = ("TorchNativeAttnBackend",)
 
 
 def probe_attention(runner: Any, counts: Sequence[int]) -> list[Finding]:
@@ -30,7 +29,7 @@ def probe_attention(runner: Any, counts: Sequence[int]) -> list[Finding]:
     Writes the slots 1 to sample_rows(counts) of that layer, which must be free.
     """
     layers = [m for m in runner.model.modules() if isinstance(m, RadixAttention)]
-    if type(runner.attn_backend).__name__ not in BACKENDS or not layers:
+    if not attends_row_by_row(runner.attn_backend) or not layers:
         return []
     shape = (layers[0].tp_q_head_num, layers[0].tp_k_head_num, layers[0].qk_head_dim)
     findings = []

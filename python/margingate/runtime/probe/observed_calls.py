@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from sglang.srt.layers.radix_attention import RadixAttention
 
 from margingate.config import GateError
 from margingate.runtime.compat import marlin, quantization, vision
@@ -31,6 +32,8 @@ ROW_BY_ROW = {
     "Gemma3TextScaledWordEmbedding": "it copies a row, and multiplies it by a number",
     "RotaryEmbedding": "it multiplies element by element, by position",
 }
+# A number a head, which a module hands to its attention: that is checked with them.
+SINKS = "sinks"
 
 
 @dataclass(frozen=True)
@@ -253,6 +256,8 @@ def refuse_unmeasured(model: Any, measured: set[int]) -> None:
     """
     for name, module in vision.text_modules(model):
         own = dict(module.named_parameters(recurse=False))
+        if any(isinstance(each, RadixAttention) for each in module.children()):
+            own.pop(SINKS, None)
         if own and id(module) not in measured and type(module).__name__ not in ROW_BY_ROW:
             raise GateError(
                 f"--deterministic-gate cannot measure {name or 'the model'}, a "

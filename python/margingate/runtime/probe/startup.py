@@ -18,6 +18,7 @@ import torch
 from margingate.config import GateConfig, GateError
 from margingate.runtime.attention import fixed_split, invariant_attention
 from margingate.runtime.compat import ranks, replicas, settings
+from margingate.runtime.compat.routers import use_linear_kernels
 from margingate.runtime.compat.server_args import gate_config
 from margingate.runtime.probe import (
     all_reduce,
@@ -67,6 +68,7 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     decoded = largest_rows(runner.device)
     fixed_split.fix_split(runner.attn_backend, runner)
     config = gate_config(runner.server_args)
+    use_linear_kernels(runner.model)
     seen = observe(runner)
     operators = classes.groups(runner.model, seen)
     refuse_unknown(runner.model, operators, seen)

@@ -14,9 +14,10 @@ from typing import Any
 
 from margingate.config import GateConfig, GateError, load_threshold, make_config, option_name
 from margingate.runtime.compat import machine, release, settings
+from margingate.runtime.compat.architectures import has_sinks
 from margingate.runtime.compat.server_args import ATTRIBUTE, RADIX_BACKEND, gate_config
 from margingate.runtime.observe import event_socket
-from margingate.runtime.start import refusals, refused_models
+from margingate.runtime.start import one_pool, refusals, refused_models
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +136,10 @@ def _prepare(server_args: Any, config: GateConfig) -> GateConfig:
         boundary_reduction="ar",
         enable_lean_attention=False,
     )
+    one_pool.choose(server_args)
+    if given.moe_runner_backend == "auto" and has_sinks(given):
+        # SGLang would take triton_kernels, whose routing is none of rows.
+        settings.choose(server_args, moe_runner_backend="triton")
     if not given.disable_radix_cache:
         settings.choose(server_args, radix_cache_backend=RADIX_BACKEND)
     return config

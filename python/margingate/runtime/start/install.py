@@ -21,7 +21,7 @@ from margingate.runtime.probe.startup_checks import run_checks
 from margingate.runtime.request.observer import Observer
 from margingate.runtime.schedule import radix, server_info
 from margingate.runtime.schedule.controller import GateController
-from margingate.runtime.start import arguments, refused_models, replicas_alike
+from margingate.runtime.start import arguments, one_pool, refused_models, replicas_alike
 from margingate.runtime.start.engine import gate_to_launch
 from margingate.runtime.verify import delay
 
@@ -49,6 +49,7 @@ def init(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) 
     original(self, server_args, *args, **kwargs)
     refused_models.refuse_columns(self.tp_worker.model_runner)
     refused_models.refuse_shared_scales(self.tp_worker.model_runner.model)
+    one_pool.log_room(self.tp_worker.model_runner)
     checks = run_checks(self, config)
     quantized = self.tp_worker.model_runner.model_config.quantization is not None
     targets = firing.at_start(config, ranks=ranks.tp_size(self), quantized=quantized)

@@ -10,6 +10,7 @@ import torch
 
 from margingate.config import GateError
 from margingate.runtime.compat import marlin, quantization, settings, vision
+from margingate.runtime.compat.architectures import has_two_pools
 from margingate.runtime.compat.routers import experts
 
 
@@ -26,14 +27,14 @@ class ModelFamily:
         return self.has.format(model=model)
 
 
-def _may_have_one_pool(model: Any) -> bool:
-    """Whether --disable-hybrid-swa-memory leaves nothing else that is known to be refused.
+def _fits_no_single_pool(model: Any) -> bool:
+    """Whether the one pool that the gate asks for would not hold all layers, or not serve them.
 
-    Layers with other head sizes fit no single pool, and no operator of the probe has sinks.
+    Layers with other head sizes fit no single pool; a chunk that starts anew is no window.
     """
-    plain = not (model.is_hybrid_swa_compress or model.has_attention_sinks)
     chunked = getattr(model.hf_text_config, "attention_chunk_size", None)
-    return bool(model.is_hybrid_swa and plain and not chunked and model.quantization is None)
+    other = model.is_hybrid_swa_compress or chunked
+    return bool(model.is_hybrid_swa or (other and has_two_pools(model)))
 
 
 def _has_a_state(model: Any) -> bool:
@@ -53,17 +54,14 @@ def _is_quantized_as_known(model: Any) -> bool:
     return quantization.is_known(model) or marlin.is_served(model)
 
 
-_TWO_POOLS = "keeps the layers that see a window in a K/V pool of their own"
 # All others are served, dense ones and mixtures of experts, if the probe knows each operator.
 REFUSED_FAMILIES = (
     ModelFamily("does not generate text", lambda model: not model.is_generation),
     ModelFamily("uses latent attention (MLA)", lambda model: model.attention_arch.name == "MLA"),
     ModelFamily(
-        _TWO_POOLS,
-        _may_have_one_pool,
-        "use --disable-hybrid-swa-memory, so that there is one pool, or serve it without the flag",
+        "keeps the layers that see a window in a K/V pool of their own, and one pool does not do",
+        _fits_no_single_pool,
     ),
-    ModelFamily(_TWO_POOLS, lambda model: model.is_hybrid_swa),
     ModelFamily("is an encoder-decoder", lambda model: model.is_encoder_decoder),
     ModelFamily(
         f"is multimodal and none of {vision.SERVED}, whose text is served",

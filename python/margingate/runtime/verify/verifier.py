@@ -20,6 +20,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from margingate.config import GateConfig, GateError
 from margingate.runtime.attention import invariant_attention, layer_rules, verify_backend
 from margingate.runtime.compat.forward import DecodeRows, context, decode_batch, fence
+from margingate.runtime.compat.host_attention import attends_row_by_row
 from margingate.runtime.request.sampling_params import Draw
 from margingate.runtime.sampling import logprobs
 from margingate.runtime.sampling.constraints import Constraint
@@ -77,7 +78,7 @@ class Verifier:
         self._page_table = model_runner.req_to_token_pool.req_to_token
         # SGLang's torch-native attention loops over the rows it is told of; padding rows are
         # there for the GEMMs, whose bits depend on the number of rows, and need no attention.
-        self._attends_row_by_row = type(self.backend).__name__ == "TorchNativeAttnBackend"
+        self._attends_row_by_row = attends_row_by_row(self.backend)
 
     def run(self, rows: Sequence[RowInput]) -> list[RowResult]:
         """Verify 1 to `self.rows` rows; those of one request adjacent, positions ascending.

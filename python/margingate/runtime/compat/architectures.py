@@ -1,0 +1,38 @@
+"""What a checkpoint is, as its config.json says, before SGLang has decided anything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def architectures(args: Any) -> tuple[str, ...]:
+    """Names of model classes that the named model asks for; none where its config is not to be
+    read, which SGLang then says."""
+    from transformers import PretrainedConfig
+
+    path = str(getattr(args, "model_path", None) or "")
+    if path.lower() in ("", "none", "dummy"):
+        return ()
+    try:
+        found, _ = PretrainedConfig.get_config_dict(path, revision=args.revision)
+    except (OSError, ValueError):
+        return ()
+    return tuple(found.get("architectures") or ())
+
+
+def has_sinks(args: Any) -> bool:
+    """Whether the named model is one of those with attention sinks, as gpt-oss."""
+    from sglang.srt.configs.model_config import SWA_SINK_ARCHS
+
+    return not SWA_SINK_ARCHS.isdisjoint(architectures(args))
+
+
+def has_two_pools(model: Any) -> bool:
+    """Whether SGLang would keep layers with a window in a K/V pool of their own.
+
+    Args:
+        model: SGLang's ModelConfig, which says so itself unless one pool was asked for.
+    """
+    from sglang.srt.configs.model_config import is_hybrid_swa_model
+
+    return bool(is_hybrid_swa_model(model.hf_config.architectures, model.hf_text_config))
