@@ -4,10 +4,10 @@
         --prompts ../shared/data/gsm8k.jsonl --out harness.json
 
 Two tasks are made of a file of prompts: one that is scored by log-likelihoods (which of four last
-sentences belongs to a text) and one that generates (the last sentence itself). lm_eval asks the
-gated server one by one and with many requests at once, and both again with what is cached; then the
-stock one. All of its files are held to those of the first run: log-likelihoods by every digit,
-answers by every letter, and the table of results. Ends with status 1 if the gated server's differ.
+sentences belongs to a text) and one that generates (the last sentence itself). lm_eval asks each
+server one by one and with many requests at once, the gated one twice. Its files are held to those
+of the first run with that server: log-likelihoods by every digit, answers by every letter, and the
+table of results. Ends with status 1 if the gated server's differ.
 
 lm_eval stays out of SGLang's environment: python -m venv /tmp/lm-eval, and in it
 pip install "lm-eval[api]" transformers. Nothing is downloaded.
@@ -197,23 +197,19 @@ def _answers(found: Found) -> list[str]:
     return [str(line["resps"]) for line in found.samples["gate_generate"]]
 
 
-def run(args: argparse.Namespace, tasks: Path) -> dict[str, Any]:
-    """All runs of all servers, each held to the very first."""
+def run(args: argparse.Namespace, tasks: Path, name: str) -> dict[str, Any]:
+    """All runs of one server, each held to the first of them."""
     reference: Found | None = None
     record: dict[str, Any] = {}
-    for name in args.servers:
-        log = tasks / f"{name}.log"
-        with launch(args.model, log, *args.server_args, gate=name == "gated") as server:
-            for number in range(ROUNDS[name]):
-                for at_once in (1, args.at_once):
-                    found = evaluate(args, server, tasks, at_once)
-                    reference = reference or found
-                    key = f"{name}, {at_once} at once" + (", again" if number else "")
-                    record[key] = {**compare(reference, found), "metrics": metrics(found)}
-                    print(key, record[key], flush=True)
-            if name == "gated":
-                record["gate"] = gate(Client(server.base_url, 1))
-    return record
+    with launch(args.model, tasks / f"{name}.log", *args.server_args, gate=name == "gated") as up:
+        for number in range(ROUNDS[name]):
+            for at_once in (1, args.at_once):
+                found = evaluate(args, up, tasks, at_once)
+                reference = reference or found
+                key = f"{at_once} at once" + (", again" if number else "")
+                record[key] = {**compare(reference, found), "metrics": metrics(found)}
+                print(f"{name}, {key}:", record[key], flush=True)
+        return {"runs": record, **(gate(Client(up.base_url, 1)) if name == "gated" else {})}
 
 
 def metrics(found: Found) -> dict[str, float]:
@@ -240,11 +236,11 @@ def main() -> int:
     except (OSError, ValueError) as error:
         sys.exit(f"--prompts: {error}")
     write_tasks(tasks, docs, args.tokens)
-    record = run(args, tasks)
     head = {**environment(), "documents": args.documents, "tokens": args.tokens}
-    args.out.write_text(json.dumps({**head, "runs": record}, indent=1) + "\n")
-    gated = [found for key, found in record.items() if key.startswith("gated")]
-    return int(any(not same(found) for found in gated))
+    record = {name: run(args, tasks, name) for name in args.servers}
+    args.out.write_text(json.dumps({**head, "servers": record}, indent=1) + "\n")
+    gated = record.get("gated", {"runs": {}})["runs"].values()
+    return int(not all(map(same, gated)))
 
 
 def same(found: dict[str, Any]) -> bool:

@@ -174,7 +174,7 @@ def counted(difference: dict[str, Any]) -> dict[str, Any]:
 
 
 def sound(record: dict[str, Any], servers: int) -> bool:
-    """Whether all of a gated mode's servers came up, and no score depends on how it was computed."""
+    """Whether a gated mode's servers all came up, and no score depends on how it was computed."""
     for server in record.values():
         held = ["first", "decoded"] if server["scores"] == "as_decoded" else ["first"]
         for found in server["runs"].values():
