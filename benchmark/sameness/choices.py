@@ -53,6 +53,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--n", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="of asking")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("server_args", nargs="*", help="for the server, after --")
     return parser.parse_args()
@@ -175,11 +176,11 @@ def compare(reference: Found, found: Found) -> dict[str, int]:
     return {"of": len(pairs), "same": sum(one == other for one, other in pairs)}
 
 
-def run(asker: Asker) -> tuple[Found, dict[str, dict[str, Any]]]:
+def run(asker: Asker, ways: Sequence[str]) -> tuple[Found, dict[str, dict[str, Any]]]:
     """The first run, and of each run how many choices are as in it."""
     reference: Found = []
     record = {}
-    for way in WAYS:
+    for way in ways:
         for name in (way, f"{way}, {STREAMED}"):
             began = time.monotonic()
             found = asker.run(name)
@@ -197,7 +198,7 @@ def main() -> int:
     log = Path(tempfile.mkdtemp(prefix="margingate-")) / "choices.log"
     with launch(model, log, *args.server_args, gate=True) as server:
         client = Client(server.base_url, args.tokens)
-        reference, runs = run(Asker(client, prompts, args))
+        reference, runs = run(Asker(client, prompts, args), args.ways)
         state = client.gate_state()
     apart = sum(len({choice.tokens for choice in found}) == args.n for found in reference)
     wanted = [[choice_seed(1000 + i, j) for j in range(args.n)] for i in range(len(prompts))]

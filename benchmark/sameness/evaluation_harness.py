@@ -22,7 +22,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +93,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=24, help="generated for a document, at most")
     parser.add_argument("--at-once", type=int, default=32)
     parser.add_argument("--servers", nargs="+", choices=ROUNDS, default=list(ROUNDS))
+    parser.add_argument(
+        "--files", type=Path, help="folder that keeps lm_eval's; runs that it has are not repeated"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("server_args", nargs="*", help="for every server, after --")
     return parser.parse_args()
@@ -132,8 +134,10 @@ def write_tasks(folder: Path, docs: Sequence[dict[str, Any]], tokens: int) -> No
         (folder / f"{name}.yaml").write_text(filled)
 
 
-def evaluate(args: argparse.Namespace, server: Server, tasks: Path, at_once: int) -> Found:
-    """lm_eval's files of one run; raises RuntimeError where it fails, with its last line."""
+def evaluate(
+    args: argparse.Namespace, server: Server, tasks: Path, at_once: int, out: Path
+) -> None:
+    """Have lm_eval write its files of one run; raises RuntimeError where it fails."""
     asked = {
         "model": args.model,
         "base_url": f"{server.base_url}/v1/completions",
@@ -141,21 +145,17 @@ def evaluate(args: argparse.Namespace, server: Server, tasks: Path, at_once: int
         "max_retries": 1,
         "tokenizer_backend": "huggingface",
     }
-    with tempfile.TemporaryDirectory() as out:
-        command = [args.lm_eval, "run", "--model", "local-completions", "--tasks", *TASKS]
-        command += ["--model_args", ",".join(f"{name}={value}" for name, value in asked.items())]
-        command += ["--include_path", str(tasks), "--output_path", out, "--log_samples"]
-        began = time.monotonic()
-        done = subprocess.run(
-            command, check=False, capture_output=True, text=True, env={**os.environ, **OFFLINE}
-        )
-        if done.returncode != 0:
-            said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-            raise RuntimeError(f"{args.lm_eval} ended with {done.returncode}: {said[:300]}")
-        return read(Path(out), time.monotonic() - began)
+    command = [args.lm_eval, "run", "--model", "local-completions", "--tasks", *TASKS]
+    command += ["--model_args", ",".join(f"{name}={value}" for name, value in asked.items())]
+    command += ["--include_path", str(tasks), "--output_path", str(out), "--log_samples"]
+    env = {**os.environ, **OFFLINE}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=env)
+    if done.returncode != 0:
+        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        raise RuntimeError(f"{args.lm_eval} ended with {done.returncode}: {said[:300]}")
 
 
-def read(out: Path, seconds: float) -> Found:
+def read(out: Path) -> Found:
     """What lies in lm_eval's folder; documents in their own order."""
     (table,) = out.rglob("results_*.json")
     samples = {}
@@ -163,7 +163,8 @@ def read(out: Path, seconds: float) -> Found:
         (file,) = out.rglob(f"samples_{task}_*.jsonl")
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         samples[task] = sorted(lines, key=lambda line: line["doc_id"])
-    return Found(samples, json.loads(table.read_text())["results"], seconds)
+    said = json.loads(table.read_text())
+    return Found(samples, said["results"], float(said["total_evaluation_time_seconds"]))
 
 
 def compare(reference: Found, other: Found) -> dict[str, Any]:
@@ -204,9 +205,12 @@ def run(args: argparse.Namespace, tasks: Path, name: str) -> dict[str, Any]:
     with launch(args.model, tasks / f"{name}.log", *args.server_args, gate=name == "gated") as up:
         for number in range(ROUNDS[name]):
             for at_once in (1, args.at_once):
-                found = evaluate(args, up, tasks, at_once)
-                reference = reference or found
                 key = f"{at_once} at once" + (", again" if number else "")
+                out = args.files / f"{name}, {key}"
+                if not list(out.rglob("results_*.json")):
+                    evaluate(args, up, tasks, at_once, out)
+                found = read(out)
+                reference = reference or found
                 record[key] = {**compare(reference, found), "metrics": metrics(found)}
                 print(f"{name}, {key}:", record[key], flush=True)
         return {"runs": record, **(gate(Client(up.base_url, 1)) if name == "gated" else {})}
@@ -231,6 +235,7 @@ def main() -> int:
     args = arguments()
     args.model = args.model or str(ensure_model("smollm2"))
     tasks = Path(tempfile.mkdtemp(prefix="margingate-lm-eval-"))
+    args.files = args.files or tasks / "files"
     try:
         docs = documents(args.prompts, args.documents)
     except (OSError, ValueError) as error:
