@@ -198,10 +198,9 @@ def _answers(found: Found) -> list[str]:
     return [str(line["resps"]) for line in found.samples["gate_generate"]]
 
 
-def run(args: argparse.Namespace, tasks: Path, name: str) -> dict[str, Any]:
-    """All runs of one server, each held to the first of them."""
+def run(args: argparse.Namespace, tasks: Path, name: str, runs: dict[str, Any]) -> dict[str, Any]:
+    """All runs of one server into `runs`, each held to the first of them; what its gate says."""
     reference: Found | None = None
-    record: dict[str, Any] = {}
     with launch(args.model, tasks / f"{name}.log", *args.server_args, gate=name == "gated") as up:
         for number in range(ROUNDS[name]):
             for at_once in (1, args.at_once):
@@ -211,9 +210,9 @@ def run(args: argparse.Namespace, tasks: Path, name: str) -> dict[str, Any]:
                     evaluate(args, up, tasks, at_once, out)
                 found = read(out)
                 reference = reference or found
-                record[key] = {**compare(reference, found), "metrics": metrics(found)}
-                print(f"{name}, {key}:", record[key], flush=True)
-        return {"runs": record, **(gate(Client(up.base_url, 1)) if name == "gated" else {})}
+                runs[key] = {**compare(reference, found), "metrics": metrics(found)}
+                print(f"{name}, {key}:", runs[key], flush=True)
+        return gate(Client(up.base_url, 1)) if name == "gated" else {}
 
 
 def metrics(found: Found) -> dict[str, float]:
@@ -242,8 +241,12 @@ def main() -> int:
         sys.exit(f"--prompts: {error}")
     write_tasks(tasks, docs, args.tokens)
     head = {**environment(), "documents": args.documents, "tokens": args.tokens}
-    record = {name: run(args, tasks, name) for name in args.servers}
-    args.out.write_text(json.dumps({**head, "servers": record}, indent=1) + "\n")
+    record: dict[str, dict[str, Any]] = {name: {"runs": {}} for name in args.servers}
+    try:
+        for name in args.servers:
+            record[name] |= run(args, tasks, name, record[name]["runs"])
+    finally:
+        args.out.write_text(json.dumps({**head, "servers": record}, indent=1) + "\n")
     gated = record.get("gated", {"runs": {}})["runs"].values()
     return int(not all(map(same, gated)))
 
