@@ -1,6 +1,6 @@
-"""`sglang.Engine` with the gate: prompts one by one, then as one batch; no server.
+"""`sglang.Engine` with the gate: prompts one by one, then as one batch, and choices with a seed.
 
-Runs on a GPU, or on a CPU where there is none. Status 1 if the answers differ.
+No server. Runs on a GPU, or on a CPU where there is none. Status 1 if answers differ.
 
 python examples/engine.py --model-path MODEL
 """
@@ -38,6 +38,7 @@ def main() -> int:
     params = {"temperature": 0, "max_new_tokens": args.tokens}
     alone = [engine.generate(prompt, params) for prompt in PROMPTS]
     batch = engine.generate(list(PROMPTS), params)
+    choices = alone_and_together(engine, args.tokens)
     ungated = engine.generate(PROMPTS[0], {**params, "deterministic": False})
     engine.shutdown()
 
@@ -49,7 +50,20 @@ def main() -> int:
         print(f"{name}: {sum(gate[name] for gate in gates)}")
     print("fingerprints:", *{gate["fingerprint"] for gate in gates})
     print("opted out:", ungated["meta_info"]["gate"])
-    return int(not all(same))
+    print("choices:", *choices)
+    return int(not all(same) or "CHANGED" in choices)
+
+
+def alone_and_together(engine: sglang.Engine, tokens: int) -> list[str]:
+    """Of each choice with a seed, whether it is what its own seed gives alone, and the seed."""
+    params = {"temperature": 0.8, "max_new_tokens": tokens, "sampling_seed": 7}
+    said = []
+    for choice in engine.generate(PROMPTS[0], {**params, "n": 3}):
+        seed = choice["meta_info"]["gate"]["seed"]
+        single = engine.generate(PROMPTS[0], {**params, "sampling_seed": seed})
+        same = single["output_ids"] == choice["output_ids"]
+        said += ["same" if same else "CHANGED", f"with seed {seed};"]
+    return said
 
 
 if __name__ == "__main__":

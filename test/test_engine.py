@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from margingate.core.choice_seeds import choice_seed
 from margingate.harness.servers import CPU_ENV
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "engine.py"
@@ -30,5 +31,7 @@ def test_the_engine_alone_and_in_a_batch(model):
     assert int(counts["steps"]) > 100
     assert int(counts["flagged"]) > 0 and int(counts["verified"]) > 0
     assert re.search(r"^fingerprints: [0-9a-f]{16}$", done.stdout, re.MULTILINE)
+    seeds = [choice_seed(7, i) for i in range(3)]
+    assert f"choices: {' '.join(f'same with seed {seed};' for seed in seeds)}" in lines
     said = "opted out: {'gated': False, 'because': 'deterministic is false', 'prompt'"
     assert said in done.stdout

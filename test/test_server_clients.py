@@ -334,20 +334,29 @@ def test_choices_with_a_seed_are_single_requests_with_theirs(client, prompts, pa
 
 
 def test_choices_of_a_list_of_prompts_with_a_seed_each(client, prompts):
-    """/generate: in one request, in a batch of its own, and each choice alone."""
+    """/generate: in one request, streamed, in a batch of its own, and each choice alone."""
     chosen = [list(prompt.input_ids) for prompt in prompts[:2]]
     own = [{"temperature": 0.8, "max_new_tokens": 8, "sampling_seed": s, "n": 3} for s in (5, 6)]
 
-    def ask(**body: Any) -> list[Any]:
-        reply = requests.post(f"{client.base_url}/generate", json=body, timeout=300).json()
-        return [(each["output_ids"], each["meta_info"]["gate"]["seed"]) for each in reply]
+    def ask(stream: bool = False, **body: Any) -> list[Any]:
+        body |= {"stream": stream, "return_logprob": True}
+        reply = requests.post(f"{client.base_url}/generate", json=body, timeout=300)
+        parts = events(reply) if stream else reply.json()
+        last = {part.get("index", i): part for i, part in enumerate(parts)}
+        return [drawn(last[i]) for i in range(len(last))]
+
+    def drawn(part: dict[str, Any]) -> Any:
+        meta = part["meta_info"]
+        return part["output_ids"], meta["output_token_logprobs"], meta["gate"]["seed"]
 
     found = ask(input_ids=chosen, sampling_params=own)
-    assert [seed for _, seed in found] == [choice_seed(s, i) for s in (5, 6) for i in range(3)]
-    assert len({tuple(ids) for ids, _ in found}) == 6
-    for i, (ids, seed) in enumerate(found):
+    assert [seed for *_, seed in found] == [choice_seed(s, i) for s in (5, 6) for i in range(3)]
+    assert len({tuple(ids) for ids, *_ in found}) == 6
+    assert ask(stream=True, input_ids=chosen, sampling_params=own) == found
+    assert ask(stream=True, input_ids=chosen[0], sampling_params=own[0]) == found[:3]
+    for i, (*_, seed) in enumerate(found):
         params = {**own[0], "sampling_seed": seed, "n": 1}
-        assert ask(input_ids=[chosen[i // 3]], sampling_params=params) == [(ids, seed)]
+        assert ask(input_ids=[chosen[i // 3]], sampling_params=params) == [found[i]]
     assert_clean(client)
 
 

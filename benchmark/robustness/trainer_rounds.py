@@ -2,14 +2,14 @@
 
     python -m benchmark.robustness.trainer_rounds --rounds 20 --requests 64 --out result.json
 
-Starts a gated server of the embedded SmolLM2. In each round it sends greedy and seeded requests,
-pauses the server while they run (in place, retracting, aborting, or not at all), replaces weights
-(from disk, or within a session from tensors or by a broadcast; with and without a flush) and asks
-them again. A few versions of the weights take turns, so that each comes back. Every answer must
-come, say the generations of the weights that computed it, and have the fingerprint of its weights,
-or none if it saw two. Answers under one version must have the same tokens and log-probs whenever it
-is in memory, and those under two versions must differ. Memory of the server's processes is read
-after each round. Ends with status 1 if anything of it does not hold.
+Starts a gated server of a Llama-like model in one file. In each round it sends greedy and seeded
+requests, pauses the server while they run (in place, retracting, aborting, or not at all), replaces
+weights (from disk, or within a session from tensors or by a broadcast; with and without a flush)
+and asks them again. A few versions of the weights take turns, so that each comes back. Every answer
+must come, say the generations of the weights that computed it, and have the fingerprint of its
+weights, or none if it saw two. Answers under one version must have the same tokens and log-probs
+whenever it is in memory, and those under two versions must differ. Memory of the server's processes
+is read after each round. Ends with status 1 if anything of it does not hold.
 """
 
 from __future__ import annotations
@@ -257,13 +257,14 @@ def memory(pid: int) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="folder; default: the embedded SmolLM2")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=16, help="of an answer")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("server_args", nargs="*", help="for the server, after --")
     args = parser.parse_args()
-    model = ensure_model("smollm2")
+    model = args.model or ensure_model("smollm2")
     some = itertools.cycle(chat_prompts(read_prompts(PROMPTS), model))
     prompts = [Prompt(f"{i}", next(some).input_ids[-48:]) for i in range(args.requests)]
     log = Path(tempfile.mkdtemp()) / "log"

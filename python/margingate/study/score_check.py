@@ -53,7 +53,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class _Decoded:
+class Decoded:
     """A prompt with its answer, and the log-probs of the answer as it was decoded."""
 
     ids: list[int]  # of the prompt
@@ -69,15 +69,48 @@ class _Decoded:
         return len(self.ids) // 2
 
 
+@dataclass(frozen=True)
+class Readings:
+    """All that a server said of the same tokens, in the order of the prompts."""
+
+    server: dict[str, Any]  # "scores" and "fingerprint" of a gated one, else None
+    decoded: list[Decoded]
+    alone: list[Scored]  # nothing cached
+    runs: dict[str, list[Scored]]  # those of RUNS
+
+    def tails(self, scored: Sequence[Scored]) -> list[Scored]:
+        """Of these scores those of the answers' tokens, which were decoded too."""
+        lengths = [len(each.answer.entries) for each in self.decoded]
+        return [_tail(each, length) for each, length in zip(scored, lengths, strict=True)]
+
+
 def check_scores(options: CheckOptions, pairs: Sequence[Pair]) -> dict[str, Any]:
     """Every run against the server; raises CliError where it does not answer as expected."""
-
-    async def work(session: ClientSession, root: str) -> dict[str, Any]:
-        return await _Check(session, root, options.tokens).run(pairs)
-
-    found = asyncio.run(with_session(options, work))
+    read = read_scores(options, pairs)
+    names = [name for name, _ in pairs]
+    runs = {
+        run: asdict(differences(names, read.alone, said)) | {"hits": hits(said)}
+        for run, said in read.runs.items()
+    }
+    answers = [each.answer for each in read.decoded]
+    decoded = asdict(differences(names, answers, read.tails(read.alone)))
     about = {"base_url": options.base_url, "tokens": options.tokens, "prompts": len(pairs)}
-    return {"schema": 1, **about, **found}
+    return {"schema": 1, **about, **read.server, "decoded": decoded, "runs": runs}
+
+
+def read_scores(
+    options: CheckOptions, pairs: Sequence[Pair], decoded: list[Decoded] | None = None
+) -> Readings:
+    """Ask the server for the same scores in every way; raises CliError as `check_scores` does.
+
+    Args:
+        decoded: what another server answered to `pairs`, to be scored; None: this one decodes.
+    """
+
+    async def work(session: ClientSession, root: str) -> Readings:
+        return await _Check(session, root, options.tokens).run(pairs, decoded)
+
+    return asyncio.run(with_session(options, work))
 
 
 class _Check:
@@ -86,49 +119,45 @@ class _Check:
     def __init__(self, session: ClientSession, root: str, tokens: int) -> None:
         self._session, self._root, self._tokens = session, root, tokens
 
-    async def run(self, pairs: Sequence[Pair]) -> dict[str, Any]:
+    async def run(self, pairs: Sequence[Pair], decoded: list[Decoded] | None) -> Readings:
         server = await self._server()
-        names = [name for name, _ in pairs]
-        with progress((2 + len(RUNS)) * len(pairs)) as bar:
-            bar.say("decoding")
-            decoded = [await self._decode(text, bar) for _, text in pairs]
+        with progress(((decoded is None) + 1 + len(RUNS)) * len(pairs)) as bar:
+            if decoded is None:
+                bar.say("decoding")
+                decoded = [await self._decode(text, bar) for _, text in pairs]
             bar.say("alone")
             alone = [await self._score_cold(each, bar) for each in decoded]
             runs = {}
             for run, words in RUNS.items():
                 bar.say(words)
-                said = await self._again(run, decoded, bar)
-                hits = sum(each.cached > 0 for each in said)
-                runs[run] = asdict(differences(names, alone, said)) | {"hits": hits}
-        answers = [each.answer for each in decoded]
-        tails = [_tail(a, len(b.entries)) for a, b in zip(alone, answers, strict=True)]
-        return {**server, "decoded": asdict(differences(names, answers, tails)), "runs": runs}
+                runs[run] = await self._again(run, decoded, bar)
+        return Readings(server, decoded, alone, runs)
 
-    async def _again(self, run: str, decoded: Sequence[_Decoded], bar: Bar) -> list[Scored]:
+    async def _again(self, run: str, decoded: Sequence[Decoded], bar: Bar) -> list[Scored]:
         if run == "cached":
             return [await self._score_cached(each, bar) for each in decoded]
         if run == "batched":
             await self._flush()
         return await asyncio.gather(*(self._score(each, bar) for each in decoded))
 
-    async def _score_cold(self, decoded: _Decoded, bar: Bar) -> Scored:
+    async def _score_cold(self, decoded: Decoded, bar: Bar) -> Scored:
         await self._flush()
         return await self._score(decoded, bar)
 
-    async def _score_cached(self, decoded: _Decoded, bar: Bar) -> Scored:
+    async def _score_cached(self, decoded: Decoded, bar: Bar) -> Scored:
         await self._score(decoded, None)
         return await self._score(decoded, bar)
 
-    async def _decode(self, text: str, bar: Bar) -> _Decoded:
+    async def _decode(self, text: str, bar: Bar) -> Decoded:
         reply = await self._generate(
             bar,
             text=text,
             sampling_params={"temperature": 0, "max_new_tokens": self._tokens},
             return_prompt_token_ids=True,
         )
-        return _Decoded(list(reply["prompt_token_ids"]), _scored(reply["meta_info"], "output", 0))
+        return Decoded(list(reply["prompt_token_ids"]), _scored(reply["meta_info"], "output", 0))
 
-    async def _score(self, decoded: _Decoded, bar: Bar | None) -> Scored:
+    async def _score(self, decoded: Decoded, bar: Bar | None) -> Scored:
         reply = await self._generate(
             bar,
             input_ids=decoded.whole,
@@ -205,6 +234,11 @@ def _tail(scored: Scored, count: int) -> Scored:
     """Of its last `count` tokens."""
     at = len(scored.entries) - count
     return Scored(scored.entries[at:], scored.top[at:], scored.cached)
+
+
+def hits(said: Sequence[Scored]) -> int:
+    """Prompts with tokens from the cache."""
+    return sum(each.cached > 0 for each in said)
 
 
 def differences(names: Sequence[str], one: Sequence[Scored], other: Sequence[Scored]) -> Difference:
