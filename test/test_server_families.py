@@ -1,6 +1,6 @@
 """Families whose rows depend on their number and company on a CPU: same answers.
 
-Mixtures of experts, windows and a vision model in float32; a dense model in FP8 and in 4 bits, and a
+Mixtures of experts, windows and a vision model in float32; a dense model in FP8 and in 4 bits; a
 mixture in FP8.
 """
 

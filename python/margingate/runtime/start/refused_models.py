@@ -69,7 +69,7 @@ REFUSED_FAMILIES = (
     ),
     ModelFamily("keeps recurrent state (Mamba or linear attention)", _has_a_state),
     ModelFamily(
-        "is quantized ({model.quantization}), of which only FP8 is known, and dense models with packed "
+        "is quantized ({model.quantization}), of which FP8 is known, and dense models with packed "
         "weights for Marlin (AWQ, GPTQ, compressed-tensors)",
         lambda model: model.quantization is not None and not _is_quantized_as_known(model),
         "use a checkpoint in BF16 or in FP8, or serve it without the flag",
