@@ -93,7 +93,7 @@ def test_models_whose_tower_is_known_are_served():
     refused_models.refuse_model(model_config(is_multimodal=True, hf_config=KNOWN))
     with pytest.raises(GateError, match="is multimodal and none of Qwen2-VL"):
         refused_models.refuse_model(model_config(is_multimodal=True))
-    with pytest.raises(GateError, match=r"is quantized \(fp8\)"):
+    with pytest.raises(GateError, match=r"is quantized \(awq\)"):
         refused_models.refuse_model(
             model_config(is_multimodal=True, hf_config=KNOWN, quantization="fp8")
         )

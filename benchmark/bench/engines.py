@@ -95,16 +95,20 @@ def room(model: str, together: int) -> int:
 
 
 def sizes(config: dict[str, Any]) -> tuple[int, int]:
-    """Bytes of a dense decoder's weights, and of one token's keys and values, in BF16."""
+    """Bytes of a decoder's weights, and of one token's keys and values in BF16."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     width = config.get("head_dim") or hidden // heads
     layers = config["num_hidden_layers"]
     attention = hidden * width * (2 * heads + 2 * kv_heads)
-    layer = attention + 3 * hidden * config["intermediate_size"]
+    inner = config["intermediate_size"]
+    if experts := config.get("num_experts"):
+        inner = experts * config["moe_intermediate_size"]
+    layer = attention + 3 * hidden * inner
     tables = 1 if config.get("tie_word_embeddings") else 2
-    weights = layers * layer + tables * config["vocab_size"] * hidden
-    return 2 * weights, 4 * layers * kv_heads * width
+    each = 1 if "quantization_config" in config else 2  # bytes of a layer's weight
+    weights = each * layers * layer + 2 * tables * config["vocab_size"] * hidden
+    return weights, 4 * layers * kv_heads * width
 
 
 def groups(modes: Sequence[str], together: int) -> list[list[str]]:

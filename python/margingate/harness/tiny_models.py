@@ -167,14 +167,15 @@ def _write(family: str, folder: Path) -> None:
         kind, config = _vision_config(family, donor, same, folder)
     else:
         kind, config = _text_config(family, same)
-        _copy_tokenizer(donor, folder)
+        copy_tokenizer(donor, folder)
     model = kind.from_config(config, dtype=torch.float32)
     fill(model, SEED)
     model.save_pretrained(folder)  # by the names of checkpoints, an expert a tensor
     GenerationConfig.from_model_config(config).save_pretrained(folder)
 
 
-def _copy_tokenizer(donor: Path, folder: Path) -> None:
+def copy_tokenizer(donor: Path, folder: Path) -> None:
+    """The small files of a model's folder, less those that describe the model."""
     left = {MANIFEST, "config.json", "generation_config.json", "model.safetensors"}
     for file in donor.iterdir():
         if file.name not in left:
