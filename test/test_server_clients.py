@@ -360,6 +360,23 @@ def test_choices_of_a_list_of_prompts_with_a_seed_each(client, prompts):
     assert_clean(client)
 
 
+def test_scored_prompts_in_one_list_are_those_of_single_requests(client, prompts):
+    """As lm-evaluation-harness sends them with a batch size; SGLang refuses `max_tokens` 0."""
+    url = f"{client.base_url}/v1/completions"
+    ids = [list(prompt.input_ids[-20 - i :]) for i, prompt in enumerate(prompts[:4])]
+    body = {"model": "m", "echo": True, "logprobs": 1, "temperature": 0, "seed": 1234}
+
+    def ask(asked: Any, tokens: int = 1) -> Any:
+        return requests.post(url, json={**body, "prompt": asked, "max_tokens": tokens}, timeout=300)
+
+    single = [ask(each).json()["choices"][0]["logprobs"] for each in ids]
+    assert [len(found["token_logprobs"]) for found in single] == [21, 22, 23, 24]
+    listed = ask(ids).json()
+    assert [choice["logprobs"] for choice in listed["choices"]] == single
+    assert {record["scores"] for record in listed["metadata"]["gate"]} == {"as_prefilled"}
+    assert ask(ids[0], tokens=0).status_code == 400
+
+
 def test_token_ids_of_a_chat_go_in_and_out(client):
     """Whole and streamed with flips: they are those of /generate, and the next turn takes them."""
     url = f"{client.base_url}/v1/chat/completions"
