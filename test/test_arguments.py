@@ -670,14 +670,14 @@ def test_one_pool_in_place_of_two_serves_what_it_holds(architecture, text, chang
 def test_a_gate_sets_one_pool_and_experts_that_take_rows(make, tmp_path):
     """For gpt-oss SGLang would take kernels whose routing has no axis of rows."""
     folder = str(tiny_model("gpt_oss", tmp_path))
-    args = settings.view(make(model_path=folder, deterministic_gate=True))
+    args = settings.view(make(model_path=folder, device="cpu", deterministic_gate=True))
     assert args.disable_hybrid_swa_memory and args.moe_runner_backend == "triton"
-    stock = settings.view(make(model_path=folder))
+    stock = settings.view(make(model_path=folder, device="cpu"))
     assert not stock.disable_hybrid_swa_memory
 
 
 def test_a_gate_leaves_the_experts_of_others_to_sglang(make, folder):
-    args = settings.view(make(model_path=folder, deterministic_gate=True))
+    args = settings.view(make(model_path=folder, device="cpu", deterministic_gate=True))
     assert args.disable_hybrid_swa_memory and args.moe_runner_backend == "auto"
 
 
