@@ -20,8 +20,9 @@ import pytest
 
 from margingate.config import GateConfig, GateError
 from margingate.harness.embedded_model import ensure_model
-from margingate.runtime.compat import machine, release, settings, settings_table
-from margingate.runtime.start import refusals, refused_models
+from margingate.harness.tiny_models import tiny_model
+from margingate.runtime.compat import architectures, machine, release, settings, settings_table
+from margingate.runtime.start import one_pool, refusals, refused_models
 from margingate.runtime.start.refused_settings import SERVER_REFUSALS, Refusal
 
 GATE = "--deterministic-gate"
@@ -627,7 +628,7 @@ def test_a_decoder_is_served_whatever_its_family(text):
         (model_config(attention_arch=SimpleNamespace(name="SSM")), "keeps recurrent state"),
         (
             model_config(is_hybrid_swa=True, has_attention_sinks=True),
-            "keeps the layers that see a window in a K/V pool of their own",
+            "keeps the layers that see a window in a K/V pool of their own, and one pool does not",
         ),
         (model_config(is_encoder_decoder=True), "is an encoder-decoder"),
         (model_config(is_multimodal=True), "is multimodal and none of Qwen2-VL, Qwen2.5-VL and"),
@@ -647,19 +648,47 @@ def test_each_kind_of_model_is_refused_in_words(model, what):
 
 
 @pytest.mark.parametrize(
-    ("text", "changes", "has"),
+    ("text", "changes", "refused"),
     [
-        ({}, {}, True),
-        ({"attention_chunk_size": 8192}, {}, False),
-        ({}, {"is_hybrid_swa_compress": True}, False),
+        ({}, {}, False),
         ({}, {"has_attention_sinks": True}, False),
-        ({}, {"quantization": "mxfp4"}, False),
+        ({"attention_chunk_size": 8192}, {}, True),
+        ({}, {"is_hybrid_swa_compress": True}, True),
     ],
 )
-def test_the_way_out_of_two_pools_is_named_where_there_is_one(text, changes, has):
-    with pytest.raises(GateError, match="in a K/V pool of their own: ") as caught:
-        refused_models.refuse_model(model_config(text, is_hybrid_swa=True, **changes))
-    assert ("use --disable-hybrid-swa-memory, so that" in str(caught.value)) is has
+@pytest.mark.parametrize("architecture", ["GptOssForCausalLM", "OneForCausalLM"])
+def test_one_pool_in_place_of_two_serves_what_it_holds(architecture, text, changes, refused):
+    """As ModelConfig is with SGLang's switch, for an architecture with two pools and without."""
+    two = architecture != "OneForCausalLM"
+    names = SimpleNamespace(get_text_config=lambda: None, architectures=[architecture])
+    said = pytest.raises(GateError, match="in a K/V pool of their own, and one pool does not do: ")
+    with said if refused and two else nullcontext():
+        refused_models.refuse_model(model_config(text, hf_config=names, **changes))
+
+
+def test_a_gate_sets_one_pool_and_experts_that_take_rows(make, tmp_path):
+    """For gpt-oss SGLang would take kernels whose routing has no axis of rows."""
+    folder = str(tiny_model("gpt_oss", tmp_path))
+    args = settings.view(make(model_path=folder, device="cpu", deterministic_gate=True))
+    assert args.disable_hybrid_swa_memory and args.moe_runner_backend == "triton"
+    stock = settings.view(make(model_path=folder, device="cpu"))
+    assert not stock.disable_hybrid_swa_memory
+
+
+def test_a_gate_leaves_the_experts_of_others_to_sglang(make, folder):
+    args = settings.view(make(model_path=folder, device="cpu", deterministic_gate=True))
+    assert args.disable_hybrid_swa_memory and args.moe_runner_backend == "auto"
+
+
+@pytest.mark.parametrize("path", [None, "none", "/nowhere"])
+def test_a_model_that_cannot_be_read_has_no_architecture(path):
+    assert architectures.architectures(SimpleNamespace(model_path=path, revision=None)) == ()
+
+
+def test_the_room_of_one_pool_and_of_two():
+    """gpt-oss-20b: 12 layers of each kind, of which the windowed ones would keep 0.8 as much."""
+    assert one_pool.room_of_two(90_000, 12, 12, 0.8) == 100_000
+    assert one_pool.room_of_two(1000, 0, 4, 1.0) == 1000
 
 
 def test_what_is_quantized_otherwise_is_refused_with_what_would_do():

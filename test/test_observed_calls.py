@@ -9,8 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sglang.srt.layers.radix_attention import RadixAttention
 
 from margingate.config import GateError
+from margingate.runtime.compat.routers import use_linear_kernels
 from margingate.runtime.probe import drawing
 from margingate.runtime.probe.observed_calls import ROWS, ObservedCall, observing, refuse_unmeasured
 from margingate.runtime.probe.operators import dense_operators
@@ -112,6 +114,33 @@ def test_a_module_that_nobody_measures_ends_the_start(model, seen):
     model.experts = torch.nn.Bilinear(HIDDEN, HIDDEN, HIDDEN)
     with pytest.raises(GateError, match=r"cannot measure experts, a Bilinear with weight, bias: "):
         refuse_unmeasured(model, known)
+
+
+class Attention(RadixAttention):
+    """SGLang's layer, without what it needs of a server."""
+
+    def __init__(self) -> None:
+        torch.nn.Module.__init__(self)
+
+
+def test_sinks_go_to_attention_and_other_numbers_nowhere(model, seen):
+    known = {id(member.module) for member in dense_operators(model, seen)}
+    model.self_attn = torch.nn.Module()
+    model.self_attn.sinks = torch.nn.Parameter(torch.zeros(HEADS))
+    with pytest.raises(GateError, match=r"cannot measure self_attn, a Module with sinks: "):
+        refuse_unmeasured(model, known)
+    model.self_attn.attn = Attention()
+    refuse_unmeasured(model, known)
+    model.self_attn.slopes = torch.nn.Parameter(torch.zeros(HEADS))
+    with pytest.raises(GateError, match=r"cannot measure self_attn, a Module with slopes: "):
+        refuse_unmeasured(model, known)
+
+
+def test_routers_of_gpt_oss_are_linear_layers_at_every_row_count():
+    model = torch.nn.ModuleList([torch.nn.Module(), torch.nn.Module()])
+    model[0]._use_tinygemm = True
+    use_linear_kernels(model)
+    assert model[0]._use_tinygemm is False and not hasattr(model[1], "_use_tinygemm")
 
 
 def test_an_input_without_whole_rows_ends_the_start(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from array import array
 from types import SimpleNamespace
 from typing import Any, cast
@@ -282,6 +283,12 @@ def test_a_start_warms_no_sampling_up_before_the_gate_is_there():
 
     runner = SimpleNamespace(sample=sample, sampler=sample, forward=sample)
     assert ModelRunner.prewarm_sampling(cast(Any, runner)) is runner.sampling_prewarm_result
+
+
+def test_routers_of_gpt_oss_have_the_switch_that_is_set():
+    from sglang.srt.models.gpt_oss import TinyGemmLinear
+
+    assert "self._use_tinygemm" in inspect.getsource(TinyGemmLinear.forward)
 
 
 # -- windows on a CPU

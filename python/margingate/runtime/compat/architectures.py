@@ -14,7 +14,7 @@ def architectures(args: Any) -> tuple[str, ...]:
     if path.lower() in ("", "none", "dummy"):
         return ()
     try:
-        found, _ = PretrainedConfig.get_config_dict(path, revision=args.revision)
+        found, _ = PretrainedConfig.get_config_dict(path, revision=getattr(args, "revision", None))
     except (OSError, ValueError):
         return ()
     return tuple(found.get("architectures") or ())

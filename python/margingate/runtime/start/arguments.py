@@ -209,7 +209,7 @@ def _attention(args: Any, config: GateConfig) -> str | None:
     wanted = config.policy != "observe" or config.study  # a study is for gated servers
     if not wanted or chosen or not on_gpu:
         return None
-    if config.invariant or not is_flashinfer_available():
+    if config.invariant or not is_flashinfer_available() or has_sinks(args):
         logger.info("margingate sets --attention-backend triton, inside which its kernels run.")
         return "triton"
     logger.info("margingate sets --attention-backend flashinfer, with decode as SGLang's own.")
