@@ -95,7 +95,7 @@ def test_models_whose_tower_is_known_are_served():
         refused_models.refuse_model(model_config(is_multimodal=True))
     with pytest.raises(GateError, match=r"is quantized \(awq\)"):
         refused_models.refuse_model(
-            model_config(is_multimodal=True, hf_config=KNOWN, quantization="fp8")
+            model_config(is_multimodal=True, hf_config=KNOWN, quantization="awq")
         )
 
 

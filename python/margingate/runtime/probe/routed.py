@@ -162,8 +162,8 @@ class Experts(Routed):
         sizes = (1, LOUD) if quantization.are_rounded(self.module) else (1,)
         choices = (one.parts[2].expand(count, -1), self._others(one.parts[2][0], count))
         found: list[tuple[Inputs, int]] = []
-        for size, chosen in product(sizes, choices):
-            beside = Rows((hidden * size, weights, chosen.to(ids), *more))
+        for size, others in product(sizes, choices):
+            beside = Rows((hidden * size, weights, others.to(ids), *more))
             found.append((together(beside[:place], one, beside[place + 1 :]), place))
         return found
 
