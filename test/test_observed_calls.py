@@ -136,6 +136,13 @@ def test_sinks_go_to_attention_and_other_numbers_nowhere(model, seen):
         refuse_unmeasured(model, known)
 
 
+def test_scales_of_columns_are_no_layer_that_has_to_be_measured():
+    model = torch.nn.ModuleDict({"attn": RadixAttention.__new__(RadixAttention)})
+    torch.nn.Module.__init__(model["attn"])
+    model["attn"].k_scale = torch.nn.Parameter(torch.ones(()), requires_grad=False)
+    refuse_unmeasured(model, set())
+
+
 def test_routers_of_gpt_oss_are_linear_layers_at_every_row_count():
     model = torch.nn.ModuleList([torch.nn.Module(), torch.nn.Module()])
     model[0]._use_tinygemm = True

@@ -185,6 +185,15 @@ def test_scales_and_temperatures_do_not_fit(changes: dict[str, Any]):
     assert "a scale or a mask" in unfit(TritonAttnBackend(), make_runner([layer], device="cuda"))
 
 
+def test_scales_of_one_fit():
+    """A checkpoint in FP8 has such, whose K/V columns are in the model's dtype."""
+    layer = make_layer(0)
+    layer.k_scale, layer.k_scale_float, layer.v_scale_float = torch.ones(()), 1.0, 1.0
+    assert unfit(TritonAttnBackend(), make_runner([layer], device="cuda")) == ""
+    layer.v_scale_float = 0.5
+    assert "a scale or a mask" in unfit(TritonAttnBackend(), make_runner([layer], device="cuda"))
+
+
 # -- in place of the backend's
 
 

@@ -86,7 +86,7 @@ def _unfit_layer(layer: Any) -> str:
         (not layer.logit_cap or layer.logit_capping_method == "tanh")
         and not layer.is_cross_attention
         and layer.attn_type == AttentionType.DECODER
-        and layer.k_scale is None
+        and (layer.k_scale is None or layer.k_scale_float == layer.v_scale_float == 1.0)
         and layer.xai_temperature_len <= 0
     )
     return "" if plain else "its attention has a cap that is no tanh, a scale or a mask"

@@ -38,9 +38,9 @@ SURFACE: Mapping[str, str] = {
     "layers.quantization.fp8.Fp8LinearMethod": ""
     "use_marlin use_mxfp8 w8a8_block_fp8_linear weight_block_size",
     "layers.radix_attention.RadixAttention": ""
-    "attn_type is_cross_attention k_scale layer_id logit_cap logit_capping_method qk_head_dim "
-    "sliding_window_size tp_k_head_num tp_q_head_num tp_v_head_num v_head_dim "
-    "xai_temperature_len",
+    "attn_type is_cross_attention k_scale k_scale_float layer_id logit_cap logit_capping_method "
+    "qk_head_dim sliding_window_size tp_k_head_num tp_q_head_num tp_v_head_num v_head_dim "
+    "v_scale_float xai_temperature_len",
     "managers.detokenizer_manager.DecodeStatus": "sent_offset",
     "managers.detokenizer_manager.DetokenizerManager": "decode_status",
     "managers.io_struct.AbortReq": "abort_all rid",

@@ -31,6 +31,7 @@ ROW_BY_ROW = {
     "Embedding": "it copies a row of a table for each token",
     "Gemma3TextScaledWordEmbedding": "it copies a row, and multiplies it by a number",
     "RotaryEmbedding": "it multiplies element by element, by position",
+    "RadixAttention": "its parameters are scales of K/V columns, which have to be one",
 }
 # A number a head, which a module hands to its attention: that is checked with them.
 SINKS = "sinks"
