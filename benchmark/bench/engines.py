@@ -1,5 +1,7 @@
 """SGLang engines with dummy weights, a process each, up side by side and asked point by point.
 
+A folder that has weights is served with these.
+
 A script that uses this starts itself once more for each engine, with `--one MODE`. The parent then
 measures every point engine by engine, so that a drift of the machine meets them all. Where not all
 fit into the GPU's memory, they are up in groups, each with the first mode to compare with.
@@ -38,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser, budget_s: float, kv_tokens: int
         "--model",
         required=True,
         type=model_folder,
-        help="folder with config.json; weights are made up",
+        help="folder with config.json; weights are made up where it has none",
     )
     parser.add_argument(
         "--kv-tokens",
@@ -133,7 +135,7 @@ def start(model: str, kv_tokens: int, largest: int, **options: Any) -> Any:
 
     return sglang.Engine(
         model_path=model,
-        load_format="dummy",
+        load_format="auto" if has_weights(model) else "dummy",
         skip_tokenizer_init=True,
         cuda_graph_max_bs_decode=largest,
         context_length=context(model),
@@ -141,6 +143,11 @@ def start(model: str, kv_tokens: int, largest: int, **options: Any) -> Any:
         log_level="info",
         **{**_machine(), **NO_PREFILL_GRAPHS, **options},
     )
+
+
+def has_weights(model: str) -> bool:
+    """Whether the folder has its own, as those of `benchmark.models.random_four_bits`."""
+    return any(Path(model).glob("*.safetensors"))
 
 
 def context(model: str) -> int:

@@ -69,7 +69,8 @@ def made_up(count: int) -> list[Prompt]:
 
 def run(args: argparse.Namespace, name: str, tokenizer: Path) -> dict[str, Any]:
     """One server: what of its answers is the same."""
-    gpu = ("--tp-size", str(args.tp_size), "--load-format", "dummy")
+    load = "auto" if engines.has_weights(args.model) else "dummy"
+    gpu = ("--tp-size", str(args.tp_size), "--load-format", load)
     gpu += ("--tokenizer-path", str(tokenizer), "--grammar-backend", "none", *args.server_args)
     prompts, log = made_up(args.prompts), args.logs / f"ranks-{name}.log"
     found: dict[str, Any] = {"server": name, "server_args": [*SERVERS[name], *gpu]}
