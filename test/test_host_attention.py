@@ -60,7 +60,7 @@ def make_backend(slots: int, table: torch.Tensor) -> Any:
     backend = cast(Any, object.__new__(HostAttention))
     backend.token_to_kv_pool = Pool(slots)
     backend.req_to_token_pool = SimpleNamespace(req_to_token=table)
-    backend.swa_out_cache_loc = None
+    backend.swa_out_cache_loc, backend.use_sliding_window_kv_pool = None, False
     return backend
 
 

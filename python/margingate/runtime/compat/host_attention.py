@@ -62,22 +62,25 @@ class HostAttention(TorchNativeAttnBackend):
         k: torch.Tensor,
         v: torch.Tensor,
         layer: Any,
-        batch: Any,
+        forward_batch: Any,
         counts: list[int],
         *,
         save: bool,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         pool, slots = self.token_to_kv_pool, self.req_to_token_pool.req_to_token
+        two_pools = pool  # SGLang's SWAKVPool, without the gate
         if save:
-            where = KVWriteLoc(batch.out_cache_loc, self.swa_out_cache_loc)
+            where = KVWriteLoc(forward_batch.out_cache_loc, self.swa_out_cache_loc)
             pool.set_kv_buffer(layer, where, k, v)
         keys, values = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
         rows = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out, first = torch.zeros_like(rows), 0
-        lengths, requests = batch.seq_lens.tolist(), batch.req_pool_indices.tolist()
+        lengths, requests = forward_batch.seq_lens.tolist(), forward_batch.req_pool_indices.tolist()
         for count, length, request in zip(counts, lengths, requests, strict=False):
             seen, own = slots[request, :length].long(), slice(first, first + count)
+            if self.use_sliding_window_kv_pool and layer.sliding_window_size >= 0:
+                seen = two_pools.translate_loc_from_full_to_swa(seen)
             given = attend(
                 *(rows[own], keys[seen], values[seen], layer.scaling),
                 window=layer.sliding_window_size,
@@ -117,7 +120,7 @@ def attend(
     hidden = behind < 0 if window is None or window < 0 else (behind < 0) | (behind > window)
     scores = scores.masked_fill(hidden, -torch.inf)
     if sinks is not None:
-        column = sinks.float().view(kv_heads, -1, 1, 1).expand(-1, -1, rows, 1)
+        column = sinks.float().reshape(kv_heads, -1, 1, 1).expand(-1, -1, rows, 1)
         scores = torch.cat([scores, column], dim=-1)
     shares = scores.softmax(dim=-1)[..., :length]
     mixed = torch.einsum("hgrt,thd->rhgd", shares, v.float())

@@ -102,7 +102,8 @@ SURFACE: Mapping[str, str] = {
     "mem_cache.base_prefix_cache.MatchResult": "device_prefix_len",
     "mem_cache.kv_index_translator.KVIndexTranslator": "own_plan",
     "mem_cache.memory_pool.MHATokenToKVPool": ""
-    "get_key_buffer get_kv_buffer get_value_buffer layer_num size start_layer store_dtype",
+    "get_key_buffer get_kv_buffer get_value_buffer layer_num set_kv_buffer size start_layer "
+    "store_dtype",
     "mem_cache.memory_pool.ReqToTokenPool": "available_size req_to_token size write",
     "mem_cache.radix_cache.RadixCache": "evict evictable_size protected_size root_node",
     "mem_cache.radix_cache.TreeNode": "children value",
