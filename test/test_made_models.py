@@ -152,6 +152,6 @@ def test_a_tiny_model_has_usual_margins_and_does_not_repeat_itself(family, tmp_p
 
 def test_a_family_that_is_not_known_is_one_sentence(tmp_path):
     with pytest.raises(
-        CliError, match=r"family 'llama'; choose one of: gemma3_text, glm4_moe, mixtral, qwen2"
+        CliError, match=r"family 'llama'; choose one of: gemma3_text, glm4_moe, gpt_oss, mixtral"
     ):
         tiny_model("llama", tmp_path)
