@@ -23,10 +23,10 @@ class _Kernel:
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """[..., outputs] in the dtype of x [..., inputs]; the bias is added to what is rounded."""
         rows = x.reshape(-1, x.shape[-1]).float()
-        result = (rows @ layer.unpacked.T).to(x.dtype)
+        product = (rows @ layer.unpacked.T).to(x.dtype)
         if bias is not None:
-            result += bias
-        return result.view(*x.shape[:-1], -1)
+            product += bias
+        return product.view(*x.shape[:-1], -1)
 
     def _keep(self, layer: Any, values: torch.Tensor, groups: torch.Tensor) -> None:
         """Sets `unpacked`, float32 [outputs, inputs].
