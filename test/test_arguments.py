@@ -673,6 +673,7 @@ def test_a_gate_sets_one_pool_and_experts_that_take_rows(make, tmp_path):
     assert args.disable_hybrid_swa_memory and args.moe_runner_backend == "triton"
     stock = settings.view(make(model_path=folder, device="cpu"))
     assert not stock.disable_hybrid_swa_memory
+    assert stock.moe_runner_backend == "triton", "of the host's, whose experts are torch operators"
 
 
 def test_a_gate_leaves_the_experts_of_others_to_sglang(make, folder):

@@ -97,7 +97,11 @@ class HostPlatform(CpuDeviceMixin, SRTPlatform):
         """Replace defaults that need kernels which are not in the PyPI build, or a GPU."""
         if server_args.attention_backend in (None, AMX):
             # For gpt-oss SGLang asks for a backend with sinks first, and then takes torch_native.
-            server_args.attention_backend = AMX if has_sinks(server_args) else "torch_native"
+            sinks = has_sinks(server_args)
+            server_args.attention_backend = AMX if sinks else "torch_native"
+            if sinks and server_args.moe_runner_backend == "auto":
+                # It would keep the experts as a kernel of GPUs has them, transposed.
+                server_args.moe_runner_backend = "triton"
         if server_args.grammar_backend is None:  # SGLang's default applies masks on a GPU only
             server_args.grammar_backend = "llguidance"
         if not server_args.enable_torch_compile:
