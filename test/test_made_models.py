@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from benchmark.bench import checkpoints
-from benchmark.models import four_bits, fp8_blocks, padded, upcycled
+from benchmark.bench.engines import sizes
+from benchmark.models import four_bits, fp8_blocks, padded, random_weights, upcycled
 from margingate.errors import CliError
 from margingate.harness.embedded_model import ensure_model
 from margingate.harness.tiny_models import FAMILIES, tiny_model
@@ -42,6 +43,38 @@ def logits(folder: Path) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         return model(TOKENS).logits[0]
+
+
+CONFIGS = Path(fp8_blocks.__file__).parent / "configs"
+
+
+def test_random_weights_have_the_sizes_and_a_usual_scale_and_can_be_rounded(tmp_path):
+    """Of a shape in FP8, with fewer and smaller experts."""
+    said = json.loads((CONFIGS / "qwen3-30b-a3b-fp8" / "config.json").read_text())
+    said |= {"hidden_size": 128, "moe_intermediate_size": 128, "num_experts": 4}
+    said |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 640}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    random_weights.make(tmp_path, tmp_path / "made", layers=1)
+    config, tensors = checkpoints.read(tmp_path / "made")
+    assert "quantization_config" not in config and config["num_hidden_layers"] == 1
+    expert = tensors["model.layers.0.mlp.experts.3.up_proj.weight"]
+    assert expert.dtype == torch.bfloat16 and expert.shape == (128, 128)
+    assert 0.9 < expert.float().std() * 128**0.5 < 1.1
+    assert (tmp_path / "made" / "tokenizer.json").exists()
+    fp8_blocks.make(tmp_path / "made", tmp_path / "rounded")
+    _, rounded = checkpoints.read(tmp_path / "rounded")
+    assert rounded["model.layers.0.mlp.experts.3.up_proj.weight"].dtype == torch.float8_e4m3fn
+    assert rounded["model.layers.0.mlp.gate.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("qwen3-30b-a3b", 61.1), ("qwen3-30b-a3b-fp8", 31.1), ("qwen3-8b-fp8", 9.4)],
+)
+def test_a_shape_takes_as_many_bytes_as_its_weights(name, billions):
+    weights, token = sizes(json.loads((CONFIGS / name / "config.json").read_text()))
+    assert weights / 1e9 == pytest.approx(billions, rel=0.01)
+    assert token == 2 * 2 * (36 * 8 if "8b-fp8" in name else 48 * 4) * 128
 
 
 def test_fp8_by_blocks(monkeypatch, llama, tmp_path):
