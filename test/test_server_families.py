@@ -144,7 +144,7 @@ def with_image(params: dict[str, object]) -> dict[str, object]:
     return {"text": text, "image_data": image, "sampling_params": params}
 
 
-@pytest.mark.parametrize("model", ["mixtral", *IN_BLOCKS, PACKED[0]], indirect=True, scope="module")
+@pytest.mark.parametrize("model", ["mixtral", *IN_BLOCKS], indirect=True, scope="module")
 def test_the_stock_server_does_not_pass(start, dtype, prompts):
     """The control, by the same comparison: what it answers alone it repeats, but not in a batch."""
     client = Client(start(*dtype, gate=False).base_url, TOKENS)
