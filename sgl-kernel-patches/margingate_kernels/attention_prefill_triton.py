@@ -77,7 +77,7 @@ def extend(  # noqa: PLR0917
     prefix_lens: tl.tensor,  # [sequences]: positions before the first of these tokens
     sinks: tl.tensor,  # [heads], or None
     scale: tl.float32,  # of the scores, or of what `capped` leaves of them, times log2(e)
-    squeeze: tl.float32,  # see `capped`; None: no cap
+    squeeze: tl.tensor,  # float32, see `capped`; None: no cap
     stride_q: tl.constexpr,  # elements from token to token
     stride_o: tl.constexpr,
     stride_k: tl.constexpr,  # from slot to slot
