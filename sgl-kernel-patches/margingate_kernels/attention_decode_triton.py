@@ -77,7 +77,7 @@ def decode(  # noqa: PLR0917
     rows: tl.tensor,
     capacity: tl.tensor,
     scale: tl.float32,
-    squeeze: tl.float32,
+    squeeze: tl.tensor,
     stride_q: tl.constexpr,
     stride_k: tl.constexpr,
     stride_v: tl.constexpr,

@@ -30,7 +30,7 @@ def _segment(  # noqa: PLR0917
     row: tl.tensor,
     column: tl.tensor,
     scale: tl.float32,
-    squeeze: tl.float32,
+    squeeze: tl.tensor,
     stride_k: tl.constexpr,
     stride_v: tl.constexpr,
     head_size: tl.constexpr,

@@ -67,7 +67,7 @@ def columns_of(  # noqa: PLR0917
 
 
 @triton.jit
-def capped(scores: tl.tensor, squeeze: tl.float32) -> tl.tensor:
+def capped(scores: tl.tensor, squeeze: tl.tensor) -> tl.tensor:
     """Tanh of scores times `squeeze` / (2 log2 e), within 2**-21; no rounding is left open."""
     powers = tl.exp2(scores * squeeze)
     return 1.0 - tl.div_rn(tl.full(scores.shape, 2.0, tl.float32), powers + 1.0)
@@ -91,7 +91,7 @@ def add_tile(  # noqa: PLR0917
     k: tl.tensor,  # [head_size, BLOCK_N]
     v: tl.tensor,  # [BLOCK_N, head_size]
     scale: tl.float32,  # above 0
-    squeeze: tl.float32,  # of a cap, else None; see `capped`
+    squeeze: tl.tensor,  # of a cap, else None; see `capped`
     BLOCK_N: tl.constexpr,  # noqa: N803
     WINDOW: tl.constexpr,  # noqa: N803 - keys before its own that a row sees; None: all
     MASKED: tl.constexpr,  # noqa: N803
@@ -134,7 +134,7 @@ def sum_tiles(  # noqa: PLR0917
     row: tl.tensor,
     column: tl.tensor,
     scale: tl.float32,
-    squeeze: tl.float32,
+    squeeze: tl.tensor,
     stride_k: tl.constexpr,
     stride_v: tl.constexpr,
     head_size: tl.constexpr,
