@@ -82,7 +82,8 @@ class Asker:
         return asyncio.run(self._within_a_session(WAYS[way], bool(streamed)))
 
     async def _within_a_session(self, way: _Way, stream: bool) -> Found:
-        connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=3600)
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)  # as `margingate check`
+        timeout = aiohttp.ClientTimeout(total=3600)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
             return await way(self, session, stream)
 
