@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -314,6 +314,38 @@ def test_scores_are_compared_with_decoding(
     assert result["decoded"]["largest"] == abs(decoded + 0.5)
     assert {each["tokens"] for each in result["runs"].values()} == {6}
     assert [each["hits"] for each in result["runs"].values()] == [2, 2, 2]
+
+
+def test_no_connection_is_used_twice(prompts):
+    """A server may close a kept one, as SGLang's did, just as the next request goes out."""
+
+    class Once(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # connections are kept
+        answered = False
+
+        def do_GET(self) -> None:
+            if self.answered:
+                self.close_connection = True
+                return
+            self.answered = True
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(reply())))
+            self.end_headers()
+            self.wfile.write(reply().encode())
+
+        def do_POST(self) -> None:
+            self.do_GET()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Once) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        options = ["--scores", "--prompts", str(prompts)]
+        assert main(["check", "--base-url", url, *options]) == 0
+        server.shutdown()
 
 
 def test_log_probs_and_lists_that_differ_are_counted_by_prompt():

@@ -109,5 +109,5 @@ def test_choices_of_a_stream_are_told_apart_and_compared():
     assert [choice.tokens for choice in found] == [(2, 3), (1, 4)]
     other = copy.copy(found)
     other[1] = found[1]._replace(seed=8)
-    assert choices.compare([found], [other]) == {"of": 2, "same": 1}
-    assert choices.compare([found], [found]) == {"of": 2, "same": 2}
+    assert choices.compare([found], [other]) == {"of": 2, "tokens": 2, "same": 1}
+    assert choices.compare([found], [found]) == {"of": 2, "tokens": 2, "same": 2}

@@ -81,10 +81,12 @@ async def with_session(
 
     root = server_root(options.base_url)
     headers = {"Authorization": f"Bearer {api_key(options.api_key)}"}
-    timeout, limit = aiohttp.ClientTimeout(total=3600), aiohttp.TCPConnector(limit=0)
+    timeout = aiohttp.ClientTimeout(total=3600)
+    # A kept connection may be closed by the server just as the next POST goes out on it.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
     try:
         async with aiohttp.ClientSession(
-            connector=limit, timeout=timeout, headers=headers
+            connector=connector, timeout=timeout, headers=headers
         ) as session:
             return await work(session, root)
     except aiohttp.ClientConnectorError as err:
