@@ -461,8 +461,9 @@ def test_the_first_answer_has_passed_the_hooks_of_the_launcher(monkeypatch):
         looked_at([output(), output(finish_reason=stop)])
     for missing in firing.CLIENT:
         fired(monkeypatch, *(name for name in firing.CLIENT if name != missing))
+        assert looked_at([output()]) == [output()], "a streamed answer has no record before its end"
         with pytest.raises(GateError, match=f"patched sglang.srt.{missing}, and SGLang did not"):
-            looked_at([output()])
+            looked_at([output(finish_reason=stop, gate={"gated": True})])
     fired(monkeypatch, *firing.CLIENT)
     given = [output(), output(finish_reason=stop, gate={"gated": True})]
     assert looked_at(given) == given

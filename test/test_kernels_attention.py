@@ -360,6 +360,20 @@ HEADS_ERRORS = [
 ]
 
 
+@pytest.mark.parametrize(
+    "kernel", [attention_prefill_triton.extend, attention_decode_triton.decode]
+)
+def test_what_may_be_none_has_no_type(kernel: Any) -> None:
+    """A launch on a GPU refuses None where a parameter is annotated as a number.
+
+    Neither Triton's interpreter nor a compilation ahead of time says so.
+    """
+    notes = kernel.fn.__annotations__
+    assert "squeeze" in notes
+    typed = {name for name, note in notes.items() if isinstance(note, tl.dtype)}
+    assert typed == {"scale"}, "a number at each launch"
+
+
 @pytest.mark.parametrize("kernel", ["extend", "decode"])
 @pytest.mark.parametrize(("changed", "error", "message"), HEADS_ERRORS)
 def test_errors_of_heads(

@@ -137,18 +137,22 @@ def generate_request(original: Any, manager: Any, obj: Any, request: Any = None)
 async def _looked_at(outputs: Any) -> AsyncIterator[Any]:
     async with aclosing(outputs):
         async for output in outputs:
-            confirm(CLIENT, _AT_A_REQUEST)
             for each in output if isinstance(output, list) else [output]:
                 _look_at(each["meta_info"])
             yield output
 
 
 def _look_at(meta_info: dict[str, Any]) -> None:
-    """The end of an answer has the gate's record, wherever a scheduler's hooks ran."""
+    """The end of an answer has the gate's record, wherever a scheduler's hooks ran.
+
+    Before its end, SGLang need not have called all of this process's hooks: an answer that is
+    streamed has no record yet.
+    """
     global _answered  # noqa: PLW0603
     reason = meta_info.get("finish_reason")
     if not reason or reason["type"] == "abort":
         return
+    confirm(CLIENT, _AT_A_REQUEST)
     if INFO_KEY not in meta_info:
         raise GateError(
             "--deterministic-gate was given, and SGLang sent an answer that did not pass the "
