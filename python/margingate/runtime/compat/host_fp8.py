@@ -41,9 +41,7 @@ def block_fp8_linear(
     assert input_scale is None, "inputs in FP8 are made by kernels that a host has not"
     rows = input.reshape(-1, input.shape[-1])
     products = round_to_fp8(rows, block_size[1]) @ _spread(weight_scale, block_size, weight).T
-    if bias is not None:
-        products += bias
-    return products.to(input.dtype).view(*input.shape[:-1], len(weight))
+    return _like(input, products, bias)
 
 
 def scaled_fp8_linear(
@@ -69,9 +67,7 @@ def scaled_fp8_linear(
     assert input.dtype != _FP8, "inputs in FP8 are made by kernels that a host has not"
     products = _rounded(input.reshape(-1, input.shape[-1]), input_scale) @ weight.float()
     products *= weight_scale.float().view(-1)
-    if bias is not None:
-        products += bias
-    return products.to(input.dtype).view(*input.shape[:-1], weight.shape[1])
+    return _like(input, products, bias)
 
 
 def fp8_experts(
@@ -129,6 +125,13 @@ def _product(
     if block_size is None:
         return scaled_fp8_linear(x, weight.T, scales, given)
     return block_fp8_linear(input=x, weight=weight, block_size=block_size, weight_scale=scales)
+
+
+def _like(x: torch.Tensor, products: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Products [rows, outputs], the bias added to them, in the dtype and with the rows of x."""
+    if bias is not None:
+        products += bias
+    return products.to(x.dtype).view(*x.shape[:-1], products.shape[-1])
 
 
 def _rounded(rows: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:

@@ -6,12 +6,11 @@ inputs; rows stay as they are. AWQ, GPTQ and compressed-tensors come to the same
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 
-from margingate.runtime.compat.quantization import has_experts
+from margingate.runtime.compat.quantization import checkpoint_says, has_experts
 
 # As SGLang's ModelConfig calls them, where Marlin can have such a checkpoint's weights.
 METHODS = ("awq_marlin", "gptq_marlin")
@@ -23,12 +22,10 @@ def is_served(model: Any) -> bool:
 
     A head in 4 bits is no layer that the probe knows.
     """
-    config = getattr(model.hf_config, "quantization_config", None) or {}
-    of = config.get if isinstance(config, dict) else partial(getattr, config)
-    packed = model.quantization == COMPRESSED and of("format", None) == PACKED
+    packed = model.quantization == COMPRESSED and checkpoint_says(model, "format") == PACKED
     if model.quantization not in METHODS and not packed:
         return False
-    return not (has_experts(model) or of("lm_head", None))
+    return not (has_experts(model) or checkpoint_says(model, "lm_head"))
 
 
 def is_layer(module: Any) -> bool:

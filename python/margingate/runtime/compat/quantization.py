@@ -22,10 +22,15 @@ def shares_scales(model: Any) -> bool:
 
     Only of what it says by itself; `rounding` knows all of it when the model is loaded.
     """
-    config = getattr(model.hf_config, "quantization_config", None) or {}
-    of = config.get if isinstance(config, dict) else partial(getattr, config)
-    by_scales = of("weight_block_size", None) or of("activation_scheme", None) == "static"
+    of = partial(checkpoint_says, model)
+    by_scales = of("weight_block_size") or of("activation_scheme") == "static"
     return model.quantization == METHODS[0] and has_experts(model) and not by_scales
+
+
+def checkpoint_says(model: Any, name: str) -> Any:
+    """An entry of the checkpoint's quantization, by SGLang's ModelConfig; None without one."""
+    config = getattr(model.hf_config, "quantization_config", None) or {}
+    return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
 
 
 def has_experts(model: Any) -> bool:
