@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from margingate.runtime.attention import invariant_attention
+from margingate.runtime.compat import head_norms
 from margingate.runtime.compat.server_args import gate_config
 from margingate.runtime.hooks import handlers, registry
 from margingate.runtime.hooks.registry import AFTER, AROUND, BEFORE, Hook
@@ -49,6 +50,14 @@ INVARIANT_HOOKS = (
         "self hidden_states lm_head embedding_bias out",
         "keeps lm_head within one class of row counts",
         "SGLang's linear layers are batch-invariant at this cost",
+    ),
+    Hook(
+        "layers.layernorm.Gemma3RMSNorm.forward_cuda",
+        AROUND,
+        head_norms.forward_rows,
+        "self x residual",
+        "norms of heads run by a kernel whose rows do not depend on how many there are",
+        "SGLang gives Gemma 3's norms of heads to its kernel for rows",
     ),
     Hook(
         "layers.moe.moe_runner.triton_utils.fused_moe.try_get_optimal_moe_config",
