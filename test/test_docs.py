@@ -79,7 +79,8 @@ def test_the_api_has_every_parameter_of_the_gate():
 
 def test_the_limits_have_a_row_for_each_refused_setting():
     """Of both releases that are served, with the reason and the way out that the start says."""
-    section = (ROOT / "docs" / "limits.md").read_text().partition("## Settings that do not start")[2]
+    limits = (ROOT / "docs" / "limits.md").read_text()
+    section = limits.partition("## Settings that do not start")[2]
     listed = re.findall(r"^\| `(--[\w-]+)` \| (.+) \| (.+) \|$", section, re.M)
     assert listed == [(each.option, each.because, each.instead) for each in REFUSALS]
 
