@@ -372,9 +372,9 @@ def entered(
         config,
         cast(OpenRequests, requests),
         cast(InFlight, SimpleNamespace(overlaps=True)),
+        Simulator(config),
         decode=decode,
-        simulator=Simulator(config),
-        routers_unseen=unseen,
+        unseen=unseen,
     )
     output = SimpleNamespace(margingate=record)
     mode = SimpleNamespace(is_extend=lambda: False)

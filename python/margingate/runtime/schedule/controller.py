@@ -39,11 +39,9 @@ class GateController:
         self.observes_only = config.policy == "observe"
         simulator = Simulator(config)
         self.requests = requests = OpenRequests(config)
-        self.in_flight = InFlight(scheduler)
-        pages = checks.verifier.runner.req_to_token_pool.req_to_token
-        vocabulary = scheduler.model_config.vocab_size
-        self.penalties = penalties.Table(len(pages), vocabulary, pages.device)
-        model = checks.verifier.runner.model
+        self.in_flight = in_flight = InFlight(scheduler)
+        model, pool = checks.verifier.runner.model, checks.verifier.runner.req_to_token_pool
+        self.penalties = _penalties(pool, scheduler.model_config.vocab_size)
         self.sampling = Sampling(
             self.penalties, observes=self.observes_only, routers=router_margins.of(model)
         )
@@ -52,17 +50,12 @@ class GateController:
             requests,
             checks.verifier,
             simulator=simulator,
-            in_flight=self.in_flight,
+            in_flight=in_flight,
             penalties=self.penalties,
         )
+        unseen = router_margins.unseen(model)
         self.recorder = Recorder(
-            scheduler,
-            config,
-            requests,
-            self.in_flight,
-            decode=checks.decode,
-            simulator=simulator,
-            routers_unseen=router_margins.unseen(model),
+            scheduler, config, requests, in_flight, simulator, decode=checks.decode, unseen=unseen
         )
         merges = checks.decode is None and not self.observes_only
         self.merged = MergedPasses(scheduler, requests, self.passes, checks.verifier, serves=merges)
@@ -72,12 +65,12 @@ class GateController:
         self.admission = Admission(checks.prefill, config.prefill_chunk)
         self.fingerprint = fingerprint.make(scheduler, config, checks.verifier, checks.prefill)
         self.weights = WeightChanges(
-            scheduler, requests, self.in_flight, self.fingerprint, self.verify_everything
+            scheduler, requests, in_flight, self.fingerprint, self.verify_everything
         )
         scores, retractions = checks.scores(config), self.retractions
         self.output = SettledStream(config, requests, retractions, self.fingerprint, scores)
         self.auditor = Auditor(scheduler, config, checks, requests, self.fingerprint)
-        self.integrity = integrity.Reports(scheduler, requests, self.in_flight)
+        self.integrity = integrity.Reports(scheduler, requests, in_flight)
         self.tally = Tally(exact=config.guarantee == "exact")
 
     # -- a result's way to the clients
@@ -222,6 +215,12 @@ class GateController:
     def check_integrity(self) -> None:
         """Raises AssertionError with a sentence on the first thing that does not agree."""
         integrity.check(self.scheduler, self.requests, self.in_flight)
+
+
+def _penalties(pool: Any, vocabulary: int) -> penalties.Table:
+    """Of as many requests as SGLang's page table has rows, on its device."""
+    pages = pool.req_to_token
+    return penalties.Table(len(pages), vocabulary, pages.device)
 
 
 def _with_whole_prompts(batch: Any, reqs: list[Any]) -> list[Any]:

@@ -29,18 +29,18 @@ class Recorder:
         config: GateConfig,
         requests: OpenRequests,
         in_flight: InFlight,
+        simulator: Simulator,
         *,
         decode: CanonicalSteps | None,
-        simulator: Simulator,
-        routers_unseen: float,
+        unseen: float,
     ) -> None:
         """
         Args:
             decode: which decode steps are canonical; None: none is.
-            routers_unseen: the router margin of rows that come without one.
+            unseen: the router margin of rows that come without one.
         """
         self._scheduler, self._requests, self._in_flight = scheduler, requests, in_flight
-        self._decode, self._simulator, self._unseen = decode, simulator, routers_unseen
+        self._decode, self._simulator, self._unseen = decode, simulator, unseen
         self._policy = GatePolicy(config.policy, config.threshold, config.router_threshold)
         self._observes, self._studies = config.policy == "observe", config.study
 
