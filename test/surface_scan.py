@@ -162,7 +162,7 @@ OURS = {
         "margingate",  # the first three are FlashInfer's, and in compat/instance_patches.py
     },
     _MODEL: {"named_modules"},
-    _POOL: {"req_to_token", "submit"},
+    _POOL: {"req_to_token", "submit", "translate_loc_from_full_to_swa"},  # the last: of two pools
     _FORWARD: {"reqs"},
     _RESULT: {
         "internal_state",

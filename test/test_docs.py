@@ -27,6 +27,7 @@ from margingate.runtime.request.record import (
     GateRequest,
 )
 from margingate.runtime.request.sampling_params import Draw
+from margingate.runtime.start.refused_settings import REFUSALS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -74,6 +75,14 @@ def test_the_api_has_every_counter():
 def test_the_api_has_every_parameter_of_the_gate():
     custom = [f'custom_params["{name}"]' for name in (FAULT_ROWS, FORCED_IDS, COLUMNS)]
     assert names(api.PARAMETERS) == [SWITCH, "sampling_seed", *custom]
+
+
+def test_the_limits_have_a_row_for_each_refused_setting():
+    """Of both releases that are served, with the reason and the way out that the start says."""
+    limits = (ROOT / "docs" / "limits.md").read_text()
+    section = limits.partition("## Settings that do not start")[2]
+    listed = re.findall(r"^\| `(--[\w-]+)` \| (.+) \| (.+) \|$", section, re.M)
+    assert listed == [(each.option, each.because, each.instead) for each in REFUSALS]
 
 
 def anchors(document: Path) -> set[str]:

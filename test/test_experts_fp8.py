@@ -200,7 +200,9 @@ def tuned(tiles: dict[int, int]) -> Any:
 
 
 def tiles_at(rows: int, tiles: dict[int, int], dtype: str = expert_tiles.FP8, **more: Any) -> Any:
-    return expert_tiles.tuned_tiles(tuned(tiles), (), (), 8, dtype, rows, **more)
+    """By weights of a shape of their own, since tiles are looked for once for each shape."""
+    shape = tuple(tiles.items())
+    return expert_tiles.tuned_tiles(tuned(tiles), shape, (), 8, dtype, rows, **more)
 
 
 def test_few_rows_get_the_tiles_of_more():
@@ -212,3 +214,23 @@ def test_few_rows_get_the_tiles_of_more():
     assert tiles_at(8, of_h200, down=True)[0]["BLOCK_SIZE_M"] == 64
     assert tiles_at(8, of_h200, "int8_w8a8")["BLOCK_SIZE_M"] == 16
     assert tiles_at(8, {1: 16, 64: 32})["tuned for"] == 1, "there are no large ones"
+
+
+def test_larger_tiles_are_looked_for_once():
+    asked: list[int] = []
+
+    def find(w1: Any, w2: Any, top_k: int, dtype: str, rows: int, **_more: Any) -> Any:
+        asked.append(rows)
+        return {"BLOCK_SIZE_M": 64 if rows >= 32 and w1 == (1, 2) else 16, "tuned for": rows}
+
+    def tiles(shape: tuple[int, ...], rows: int, **more: Any) -> Any:
+        asked.clear()
+        given = expert_tiles.FP8, rows
+        return expert_tiles.tuned_tiles(find, shape, (3,), 4, *given, **more)["tuned for"]
+
+    assert (tiles((1, 2), 8), asked) == (32, [8, 16, 32, 32])
+    assert (tiles((1, 2), 8), asked) == (32, [32])
+    assert tiles((1, 2), 5) == 40, "another row count has others"
+    assert tiles((1, 2), 8, block_shape=[64, 64]) == 32 and len(asked) == 4, "so may other scales"
+    assert tiles((2, 2), 8) == 8 and len(asked) > 8
+    assert (tiles((2, 2), 8), asked) == (8, [8]), "that there are none is known, too"

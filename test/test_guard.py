@@ -3,10 +3,12 @@
 from types import SimpleNamespace
 
 import pytest
+from sglang.srt.managers.schedule_policy import AddReqResult
 
 from margingate.runtime.request import guard
 from margingate.runtime.request.guard import Policy
 from margingate.runtime.request.record import GateRequest
+from margingate.runtime.schedule import prefill_admission
 
 
 def raising(*_args, **_kwargs):
@@ -102,3 +104,23 @@ def test_what_is_called_instead_takes_the_place_of_an_original_that_was_not_call
     )
     assert hook(calls.append, "scheduler", "received") == (calls.append, "scheduler", "received")
     assert not calls
+
+
+@pytest.mark.parametrize("kept", [None, "tokens"])
+def test_a_request_that_failed_before_its_prefill_is_refused_away_from_gated_columns(kept):
+    """Not one that was retracted, which has tokens and goes on as SGLang decides."""
+    gate = SimpleNamespace(gated=True, kept=kept, ungated_because="")
+    reason = SimpleNamespace(message="a sentence")
+    req = SimpleNamespace(gate=gate, to_finish=reason, extra_key="key")
+
+    def finish(message):
+        req.to_finish, req.prompt = None, message
+
+    req.set_finish_with_abort = finish
+    given = prefill_admission.refuse_failed(lambda _adder, _req: "original", None, req)
+    if kept:
+        assert given == "original" and gate.gated and req.extra_key == "key"
+        return
+    assert given is AddReqResult.OTHER
+    assert (req.prompt, req.to_finish, req.extra_key) == ("a sentence", reason, "not-key")
+    assert not gate.gated and gate.ungated_because == "margingate failed on it"

@@ -622,7 +622,9 @@ def test_what_is_replaced_on_an_instance_is_there(table):
     from margingate.runtime.compat.instance_patches import (
         INSTANCE_PATCHES,
         ON_ENGINE,
+        ON_QUANTIZED,
         check_instance,
+        on_quantized,
     )
 
     for patch in INSTANCE_PATCHES:
@@ -632,6 +634,9 @@ def test_what_is_replaced_on_an_instance_is_there(table):
     assert set(ON_ENGINE) < set(INSTANCE_PATCHES)
     with pytest.raises(GateError, match=r"TritonAttnBackend\.decode_attention_fwd, which SGLang"):
         check_instance(object(), INSTANCE_PATCHES[0])
+    for patch in ON_QUANTIZED:
+        method = object.__new__(pkgutil.resolve_name("sglang.srt." + patch.owner))
+        assert on_quantized(method) == patch, "a sentence names the method that it is about"
 
 
 def test_the_command_without_sglang_is_one_line(capsys, monkeypatch):

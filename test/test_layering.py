@@ -238,7 +238,6 @@ WRITERS = {
     "lifecycle": "how it ended",
     "internal_prefill": "requests of its own, that no client sent",
     "guard": "how one ends that we failed on, and its namespace",
-    "prefill_admission": "the namespace of one that we failed on, and that it ends",
     "weights": "which of its tokens other weights gave",
     "admission": "the gate's record, its namespace, and inputs of one that is refused",
     "retraction": "its output, while its columns are gone",

@@ -20,8 +20,10 @@ from margingate.runtime.compat.server_args import ATTRIBUTE
 from margingate.runtime.hooks import firing, path_hooks, registry
 from margingate.runtime.request import guard
 from margingate.runtime.request.forward_record import ForwardRecord, record_on
+from margingate.runtime.request.in_flight import InFlight
+from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.sampling import router_margins, sampler
-from margingate.runtime.schedule.controller import GateController, policy_of
+from margingate.runtime.schedule.recording import Recorder
 from margingate.runtime.verify.simulation import Simulator
 from margingate_kernels import Routing, Top2, router_margin_reference
 
@@ -365,18 +367,20 @@ def entered(
     req = SimpleNamespace(
         gate=gate, is_retracted=False, finished=lambda: False, inflight_middle_chunks=0
     )
-    controller = cast(Any, GateController.__new__(GateController))
-    controller.config, controller.requests = config, requests
-    controller.observes_only, controller.simulator = observe, Simulator(config)
-    controller.policy = policy_of(config)
-    controller.checks = SimpleNamespace(decode=decode)
-    controller.in_flight = SimpleNamespace(overlaps=True)
-    controller._router_unseen = unseen
+    recorder = Recorder(
+        SimpleNamespace(),
+        config,
+        cast(OpenRequests, requests),
+        cast(InFlight, SimpleNamespace(overlaps=True)),
+        Simulator(config),
+        decode=decode,
+        unseen=unseen,
+    )
     output = SimpleNamespace(margingate=record)
     mode = SimpleNamespace(is_extend=lambda: False)
     batch = SimpleNamespace(reqs=[req, req], forward_mode=mode)
     result = SimpleNamespace(logits_output=output, can_run_cuda_graph=True)
-    GateController._record(controller, batch, result)
+    recorder.record(batch, result)
     return found
 
 

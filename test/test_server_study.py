@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from margingate.cli.main import main
+from margingate.harness.client import Client
+from margingate.study import session
 
 DATA = (
     {"id": "rivers", "prompt": "Name three rivers."},
     {"id": "sum", "prompt": "What is 17 plus 25? Think step by step."},
     {"id": "code", "prompt": "Write a Python function that reverses a string."},
 )
-WALK = ("--tokens", "20", "--batch-sizes", "2", "3")
-STUDY = ("study", *WALK, "--no-probe", "--columns", "1")
+WALK = ("--batch-sizes", "2", "3")
+STUDY = ("study", *WALK, "--tokens", "12", "--no-probe", "--columns", "1")
 LISTENING = """
 import signal
 from margingate.cli.main import main
@@ -65,7 +70,31 @@ def interrupt_half_way(place: Path) -> int:
     return process.returncode
 
 
-def test_a_study_goes_on_after_an_interrupt_as_if_there_had_been_none(place, capsys):
+@pytest.fixture
+def one_server(monkeypatch) -> Iterator[None]:
+    """Studies of this process ask one server: a start takes longer than all that they ask."""
+    own, clients = session.gated_server, []
+    with contextlib.ExitStack() as stack:
+
+        @contextlib.contextmanager
+        def shared(*asked: Any) -> Iterator[Client]:
+            if not clients:
+                clients.append(stack.enter_context(own(*asked)))
+            yield clients[0]
+
+        monkeypatch.setattr(session, "gated_server", shared)
+        yield
+
+
+def test_a_study_goes_on_after_an_interrupt_as_if_there_had_been_none(place, one_server, capsys):
+    assert interrupt_half_way(place) == 130
+    journal = place / "a.partial.jsonl"
+    kept = journal.read_text().splitlines()
+    assert 5 <= len(kept) < 11 and not (place / "a.json").exists()
+    report = place / "report"
+    assert main([*arguments(place, *STUDY, out="a.json"), "--report", str(report)]) == 0
+    assert not journal.exists() and (report / "index.html").stat().st_size > 50_000
+    capsys.readouterr()
     assert main(arguments(place, *STUDY, out="whole.json")) == 0
     said = capsys.readouterr().out
     assert "### Flips by data set" in said and "### Transfer: chosen on one" in said
@@ -73,18 +102,11 @@ def test_a_study_goes_on_after_an_interrupt_as_if_there_had_been_none(place, cap
     assert len(record["walks"]) == 9
     assert all(len(one["exact_margins"]) == len(one["tokens"]) for one in record["walks"])
     assert {n for one in record["walks"] for n in one["rows"]} == {1, 2, 3}, "batches did form"
-    assert interrupt_half_way(place) == 130
-    journal = place / "a.partial.jsonl"
-    kept = journal.read_text().splitlines()
-    assert 5 <= len(kept) < 11 and not (place / "a.json").exists()
-    report = place / "report"
-    assert main([*arguments(place, *STUDY, out="a.json"), "--report", str(report)]) == 0
     assert (place / "a.json").read_bytes() == (place / "whole.json").read_bytes()
-    assert not journal.exists() and (report / "index.html").stat().st_size > 50_000
 
 
 def test_a_calibration_is_what_the_gate_loads(place, capsys):
-    command = ("calibrate", *WALK, "--target-miss-rate", "0.06")
+    command = ("calibrate", *WALK, "--tokens", "20", "--target-miss-rate", "0.06")
     assert main(arguments(place, *command, out="c.json")) == 0
     assert "Use it: --gate-fast-path stock --gate-threshold auto" in capsys.readouterr().out
     record = json.loads((place / "c.json").read_text())

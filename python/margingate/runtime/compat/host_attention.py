@@ -69,7 +69,6 @@ class HostAttention(TorchNativeAttnBackend):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         pool, slots = self.token_to_kv_pool, self.req_to_token_pool.req_to_token
-        two_pools = pool  # SGLang's SWAKVPool, without the gate
         if save:
             where = KVWriteLoc(forward_batch.out_cache_loc, self.swa_out_cache_loc)
             pool.set_kv_buffer(layer, where, k, v)
@@ -80,7 +79,7 @@ class HostAttention(TorchNativeAttnBackend):
         for count, length, request in zip(counts, lengths, requests, strict=False):
             seen, own = slots[request, :length].long(), slice(first, first + count)
             if self.use_sliding_window_kv_pool and layer.sliding_window_size >= 0:
-                seen = two_pools.translate_loc_from_full_to_swa(seen)
+                seen = pool.translate_loc_from_full_to_swa(seen)  # SGLang's two, without the gate
             given = attend(
                 *(rows[own], keys[seen], values[seen], layer.scaling),
                 window=layer.sliding_window_size,

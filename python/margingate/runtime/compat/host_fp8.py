@@ -151,6 +151,10 @@ def round_to_fp8(x: torch.Tensor, group: int) -> torch.Tensor:
 
 
 def _spread(scales: torch.Tensor, block_size: list[int], weight: torch.Tensor) -> torch.Tensor:
-    """The weight [outputs, columns] in float32: each block times its scale."""
+    """The weight [outputs, columns] in float32: each block times its scale.
+
+    Made anew in each call: a copy that is kept would be four times the weight, and an update, which
+    writes in place and leaves no trace in the tensor, would leave it as it was.
+    """
     wide = scales.repeat_interleave(block_size[0], 0).repeat_interleave(block_size[1], 1)
     return weight.float() * wide[: weight.shape[0], : weight.shape[1]]

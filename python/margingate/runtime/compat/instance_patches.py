@@ -5,7 +5,7 @@ docs/hooks.md lists them too.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from margingate.config import GateError
@@ -87,31 +87,27 @@ ON_QUANTIZED = tuple(
     InstancePatch(
         f"layers.quantization.{method}",
         "apply",
-        "keeps a layer in FP8 within one class of row counts",
-        "SGLang's FP8 layers are batch-invariant at this cost",
+        "keeps a quantized layer within one class of row counts",
+        "SGLang's quantized layers are batch-invariant at this cost",
     )
     for method in (
         "fp8.Fp8LinearMethod",
         "w8a8_fp8.W8A8Fp8LinearMethod",
         "compressed_tensors.compressed_tensors.CompressedTensorsLinearMethod",
-    )
-)
-ON_MARLIN = tuple(
-    InstancePatch(
-        f"layers.quantization.{owner}",
-        "apply",
-        "keeps a layer that Marlin multiplies by within one class of row counts",
-        "SGLang's Marlin kernels are batch-invariant at this cost",
-    )
-    for owner in (
         "awq.awq.AWQLinearMethod",
         "gptq.gptq.GPTQMarlinLinearMethod",
     )
 )
 INSTANCE_PATCHES = (
     *(*ON_TRITON, *ON_FLASHINFER, ON_LOGPROBS, ON_DUAL_GEMM),
-    *(ON_EXPERTS, *ON_GATES, *ON_QUANTIZED, *ON_MARLIN, *ON_ENGINE),
+    *(ON_EXPERTS, *ON_GATES, *ON_QUANTIZED, *ON_ENGINE),
 )
+
+
+def on_quantized(method: Any) -> InstancePatch:
+    """What is replaced on the method of a quantized layer, under the name of its own class."""
+    owner = f"{type(method).__module__}.{type(method).__qualname__}"
+    return replace(ON_QUANTIZED[0], owner=owner.removeprefix("sglang.srt."))
 
 
 def check_instance(found: Any, patch: InstancePatch) -> None:

@@ -122,7 +122,7 @@ def redirect(operators: Mapping[str, Sequence[Operator]], planned: Mapping[int, 
             module.run_moe_core = partial(apply_experts, module.run_moe_core, module)
         elif id(module) in planned and isinstance(operator, Quantized):
             method = module.quant_method
-            instance_patches.check_instance(method, instance_patches.ON_QUANTIZED[0])
+            instance_patches.check_instance(method, instance_patches.on_quantized(method))
             method.apply = partial(apply_linear, type(method).apply, method)
 
 

@@ -17,6 +17,8 @@ FP8 = "fp8_w8a8"  # as SGLang's files of tuned tiles call it
 ROWS = "BLOCK_SIZE_M"  # of a tile, as they call these
 Tuned = Callable[..., Any]
 
+_looked_up: dict[tuple[Any, ...], int] = {}  # rows whose tiles are taken, by what asks for them
+
 
 def tuned_tiles(  # noqa: PLR0917  SGLang's own parameters
     original: Tuned,
@@ -30,18 +32,32 @@ def tuned_tiles(  # noqa: PLR0917  SGLang's own parameters
 ) -> Any:
     """AROUND try_get_optimal_moe_config, whose result has the tiles of one or of both products.
 
+    Larger tiles are looked for once for each row count: eager forwards ask in every layer.
+
     Args:
         dtype: FP8, or another, whose tiles are left alone.
         M: rows of the forward.
     """
-    found = original(w1_shape, w2_shape, top_k, dtype, M, *more, **named)
-    larger, rows = found, M
-    while dtype == FP8 and _tile_rows(larger) < LARGE:
-        rows *= 2
-        if rows > MOST:
-            return found
-        larger = original(w1_shape, w2_shape, top_k, dtype, rows, *more, **named)
-    return larger
+
+    def find(rows: int) -> Any:
+        return original(w1_shape, w2_shape, top_k, dtype, rows, *more, **named)
+
+    if dtype != FP8:
+        return find(M)
+    asked = (tuple(w1_shape), tuple(w2_shape), top_k, M, str((more, named)))
+    if asked not in _looked_up:
+        _looked_up[asked] = _rows_of_large_tiles(find, M)
+    return find(_looked_up[asked])
+
+
+def _rows_of_large_tiles(find: Tuned, rows: int) -> int:
+    """The first of `rows`, twice, four times as many, which has large tiles; `rows` if none has."""
+    more = rows
+    while _tile_rows(find(more)) < LARGE:
+        more *= 2
+        if more > MOST:
+            return rows
+    return more
 
 
 def _tile_rows(found: Any) -> int:

@@ -21,6 +21,7 @@ from margingate.runtime.request.record import GateRequest
 
 logger = logging.getLogger(__name__)
 _FROM_SGLANG = "_margingate_from_sglang"  # on an exception that an original raised
+_FAILED = "margingate failed on it"  # why a request is not gated
 
 
 class Policy(Enum):
@@ -213,10 +214,22 @@ def end(req: Any, place: str, error: BaseException) -> None:
         req.finished_reason, req.finished_len = reason, req.send_token_offset
 
 
+def refuse(req: Any) -> None:
+    """Make a gated request that `end` ended before its prefill one that SGLang refuses.
+
+    Its prompt was matched with gated columns; prefilled beside others it must not join them.
+    """
+    reason = req.to_finish
+    req.set_finish_with_abort(reason.message)  # a prompt of one token
+    req.to_finish = reason
+    req.gate.gated, req.gate.ungated_because = False, _FAILED
+    req.extra_key = f"not-{req.extra_key}"
+
+
 def _ungated(req: Any) -> GateRequest:
     """For a request whose constructor's hook failed; its columns must not meet gated ones."""
     req.extra_key = f"not-{req.extra_key}" if req.extra_key else None
-    return GateRequest(f"failed:{id(req)}:{req.rid}", False, "margingate failed on it")
+    return GateRequest(f"failed:{id(req)}:{req.rid}", False, _FAILED)
 
 
 @contextmanager

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from margingate.config import GateConfig
-from margingate.core.policy import INJECTED, Evidence, GatePolicy
 from margingate.runtime.observe import fingerprint, integrity
 from margingate.runtime.observe.audit import Auditor
-from margingate.runtime.observe.study import force
 from margingate.runtime.observe.tally import Tally
 from margingate.runtime.probe.startup_checks import StartupChecks
 from margingate.runtime.request import aborts, guard, lifecycle
-from margingate.runtime.request.forward_record import ForwardRecord, record_of
 from margingate.runtime.request.in_flight import InFlight
 from margingate.runtime.request.open_requests import OpenRequests
-from margingate.runtime.request.record import GateRequest, is_gated
+from margingate.runtime.request.record import is_gated
 from margingate.runtime.sampling import constraints, penalties, router_margins
 from margingate.runtime.sampling.sampler import Sampling
 from margingate.runtime.schedule.prefill_admission import Admission
+from margingate.runtime.schedule.recording import Recorder
 from margingate.runtime.schedule.stream import SettledStream
 from margingate.runtime.schedule.weight_changes import WeightChanges
 from margingate.runtime.verify import rollback
 from margingate.runtime.verify.merged_passes import MergedPasses
 from margingate.runtime.verify.passes import Passes
 from margingate.runtime.verify.retraction import Retractions
-from margingate.runtime.verify.rows import inject_fault
 from margingate.runtime.verify.simulation import Simulator
 
 
@@ -41,25 +37,25 @@ class GateController:
         assert config.prefill_chunk is not None
         self.scheduler, self.config, self.checks = scheduler, config, checks
         self.observes_only = config.policy == "observe"
-        self.policy = policy_of(config)
-        self.simulator = Simulator(config)
+        simulator = Simulator(config)
         self.requests = requests = OpenRequests(config)
-        self.in_flight = InFlight(scheduler)
-        pages = checks.verifier.runner.req_to_token_pool.req_to_token
-        vocabulary = scheduler.model_config.vocab_size
-        self.penalties = penalties.Table(len(pages), vocabulary, pages.device)
-        model = checks.verifier.runner.model
+        self.in_flight = in_flight = InFlight(scheduler)
+        model, pool = checks.verifier.runner.model, checks.verifier.runner.req_to_token_pool
+        self.penalties = _penalties(pool, scheduler.model_config.vocab_size)
         self.sampling = Sampling(
             self.penalties, observes=self.observes_only, routers=router_margins.of(model)
         )
-        self._router_unseen = router_margins.unseen(model)
         self.passes = Passes(
             scheduler,
             requests,
             checks.verifier,
-            simulator=self.simulator,
-            in_flight=self.in_flight,
+            simulator=simulator,
+            in_flight=in_flight,
             penalties=self.penalties,
+        )
+        unseen = router_margins.unseen(model)
+        self.recorder = Recorder(
+            scheduler, config, requests, in_flight, simulator, decode=checks.decode, unseen=unseen
         )
         merges = checks.decode is None and not self.observes_only
         self.merged = MergedPasses(scheduler, requests, self.passes, checks.verifier, serves=merges)
@@ -69,12 +65,12 @@ class GateController:
         self.admission = Admission(checks.prefill, config.prefill_chunk)
         self.fingerprint = fingerprint.make(scheduler, config, checks.verifier, checks.prefill)
         self.weights = WeightChanges(
-            scheduler, requests, self.in_flight, self.fingerprint, self.verify_everything
+            scheduler, requests, in_flight, self.fingerprint, self.verify_everything
         )
         scores, retractions = checks.scores(config), self.retractions
         self.output = SettledStream(config, requests, retractions, self.fingerprint, scores)
         self.auditor = Auditor(scheduler, config, checks, requests, self.fingerprint)
-        self.integrity = integrity.Reports(scheduler, requests, self.in_flight)
+        self.integrity = integrity.Reports(scheduler, requests, in_flight)
         self.tally = Tally(exact=config.guarantee == "exact")
 
     # -- a result's way to the clients
@@ -89,7 +85,7 @@ class GateController:
             return
         gated = [req for req in batch.reqs if is_gated(req)]
         self.in_flight.arrived(batch, result)
-        canonical = self._record(batch, result)
+        canonical = self.recorder.record(batch, result)
         told = _with_whole_prompts(batch, gated)  # SGLang counts their chunks as it appends
         self._append(original, batch, result, gated)
         self.requests.stepped(batch, len(gated), canonical)
@@ -141,72 +137,6 @@ class GateController:
             self.scheduler.output_streamer.stream_output(reqs, logprobs)
 
     # -- its stages
-
-    def _record(self, batch: Any, result: Any) -> bool:
-        """Enter this forward's rows into the ledger, before SGLang sees whether they end.
-
-        Returns whether the forward was canonical.
-        """
-        prefill = batch.forward_mode.is_extend()
-        canonical = prefill or self._is_canonical(batch, result)
-        record = record_of(result)
-        margins, routers = self._margins(record, len(batch.reqs))
-        if record is not None and record.best is not None and not prefill:
-            self.requests.histogram.add_steps(margins)
-        for i, req in enumerate(batch.reqs):
-            gate: GateRequest | None = getattr(req, "gate", None)
-            if gate is None or req.is_retracted or req.finished() or gate.hold is not None:
-                continue  # with overlap, a row behind the end
-            if prefill and req.inflight_middle_chunks > 0:
-                continue
-            if gate.kept is not None:
-                self.requests.mark_prefilled_again(req)
-                continue
-            margin, router = margins[i], routers[i]
-            if gate.gated:
-                try:
-                    self._record_gated(req, result, i, Evidence(margin, router, canonical))
-                except Exception as error:  # no context manager: this runs for each token
-                    guard.failed(req, "a row of the ledger", error)
-            elif self.observes_only:
-                flagged = self.policy.judge(margin, router).flagged
-                self.requests.count_observed(req, flagged=flagged)
-                if self.config.study:
-                    force(self.scheduler.future_map, req, result, i, (margin, router))
-        return canonical
-
-    def _margins(
-        self, record: ForwardRecord | None, rows: int
-    ) -> tuple[Sequence[float], Sequence[float]]:
-        """Of each row, its own and that of the routers; on the CPU by now."""
-        best = None if record is None else record.best
-        margins = [math.inf] * rows if best is None else best.margin.tolist()
-        if record is None or record.router is None:
-            return margins, [self._router_unseen] * rows
-        return margins, record.router.tolist()
-
-    def _is_canonical(self, batch: Any, result: Any) -> bool:
-        """Whether this decode step gave its rows the bits that a verify pass would."""
-        decode = self.checks.decode
-        if decode is None:
-            return False
-        return decode.is_canonical(len(batch.reqs), bool(result.can_run_cuda_graph))
-
-    def _record_gated(self, req: Any, result: Any, i: int, evidence: Evidence) -> None:
-        """`evidence`: of row `i`; canonical as far as the forward is."""
-        requests, key = self.requests, req.gate.key
-        relay = None if self.in_flight.overlaps else self.scheduler.future_map
-        fault = bool(req.gate.faults) and inject_fault(relay, req, result, i)
-        if not req.gate.flags and key not in requests:  # once a request, not once a token
-            requests.open(req)
-            constraints.begin(req)
-        # Batch-invariant arithmetic on K/V that is not canonical gives no canonical bits, and a
-        # margin that is no number means that the row itself is broken.
-        margin, router, canonical, _ = evidence
-        canonical = canonical and requests.columns_are_canonical(req) and not math.isnan(margin)
-        simulated = self.simulator.flag(req, len(req.gate.flags) + 1)
-        verdict = self.policy.decide(Evidence(margin, router, canonical, simulated))
-        requests.enter_row(req, margin, INJECTED if fault else verdict, canonical=canonical)
 
     def _append(self, original: Any, batch: Any, result: Any, gated: list[Any]) -> None:
         """SGLang appends the tokens and looks for ends, which are withheld where rows are pending.
@@ -287,9 +217,10 @@ class GateController:
         integrity.check(self.scheduler, self.requests, self.in_flight)
 
 
-def policy_of(config: GateConfig) -> GatePolicy:
-    """The policy that these options ask for."""
-    return GatePolicy(config.policy, config.threshold, config.router_threshold)
+def _penalties(pool: Any, vocabulary: int) -> penalties.Table:
+    """Of as many requests as SGLang's page table has rows, on its device."""
+    pages = pool.req_to_token
+    return penalties.Table(len(pages), vocabulary, pages.device)
 
 
 def _with_whole_prompts(batch: Any, reqs: list[Any]) -> list[Any]:

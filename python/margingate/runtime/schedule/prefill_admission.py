@@ -13,6 +13,7 @@ from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResul
 
 from margingate.runtime.compat import columns, vision
 from margingate.runtime.probe.check_prefill import Prefill
+from margingate.runtime.request import guard
 from margingate.runtime.request.record import is_gated
 
 
@@ -65,17 +66,10 @@ class Admission:
 
 
 def refuse_failed(original: Any, adder: Any, req: Any, *rest: Any, **named: Any) -> Any:
-    """After a failure of `add_one_req`: the next turn takes the request as a refused one.
-
-    Its prompt was matched with gated columns; prefilled beside others it must not join them.
-    """
+    """After a failure of `add_one_req`: the next turn takes the request as a refused one."""
     if not req.gate.gated or req.gate.kept is not None:
         return original(adder, req, *rest, **named)
-    reason = req.to_finish
-    req.set_finish_with_abort(reason.message)  # a prompt of one token
-    req.to_finish = reason
-    req.gate.gated, req.gate.ungated_because = False, "margingate failed on it"
-    req.extra_key = f"not-{req.extra_key}"
+    guard.refuse(req)
     return AddReqResult.OTHER
 
 

@@ -72,7 +72,7 @@ _AROUND = "it sums in other kernels than the all-reduce that is measured at star
 _SCATTERED = "it sums in other collectives than the all-reduce that is measured at start"
 _OUTSIDE = "all-reduce is measured outside of it, and sums in another way inside"
 _APART = "ranks batch apart"
-_QUANTIZED = "quantized models are not served"
+_QUANTIZED = "what it makes of the weights was never measured"
 _MOVED = "layers whose weights are elsewhere are run in another way than was measured"
 _WHOLE = "its kernels run several layers, each of which is measured on its own"
 _SPREAD = "tokens go to the ranks of their experts, which was never measured"
@@ -88,7 +88,7 @@ def _single(name: str, because: str) -> Refusal:
     return Refusal(_above_one(name), "--" + name.replace("_", "-"), because, "use 1")
 
 
-_REFUSALS = (
+REFUSALS = (
     _dropped(
         "speculative_algorithm", "draft tokens are accepted before the gate sees their margins"
     ),
@@ -163,7 +163,7 @@ _REFUSALS = (
     Refusal(
         _prefill_graphs,
         "--cuda-graph-backend-prefill",
-        "whole prefill graphs pass the layers by that it keeps canonical",
+        "compiled or whole prefill graphs pass the layers by that it keeps canonical",
         "use breakable or disabled",
     ),
     Refusal(
@@ -276,4 +276,4 @@ _REFUSALS = (
     _dropped("msprobe_dump_config", _INSIDE),
 )
 # Those of this release's options.
-SERVER_REFUSALS = tuple(each for each in _REFUSALS if each.field not in absent("ServerArgs"))
+SERVER_REFUSALS = tuple(each for each in REFUSALS if each.field not in absent("ServerArgs"))
