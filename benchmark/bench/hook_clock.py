@@ -1,0 +1,153 @@
+"""Whose time the scheduler's thread spends: that of each hook of margingate, step by step.
+
+A hook's time is its own: without the function of SGLang that it is around, and without hooks that
+run within it, which count as theirs. A turn of the scheduler's loop ends with the hook on
+`get_next_batch_to_run`.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections import defaultdict
+from collections.abc import Callable
+from time import perf_counter_ns as now
+from typing import Any
+
+TURN = "managers.scheduler.Scheduler.get_next_batch_to_run"
+ASKED = "managers.scheduler.Scheduler.get_internal_state"
+ANSWER = "hook_time"  # beside the gate's counters
+Step = dict[str, list[int]]  # by name: nanoseconds, calls
+
+
+class Clock:
+    """Of one thread. What it takes itself, some 0.3 us a call, is in the numbers: see `own_ns`."""
+
+    def __init__(self) -> None:
+        self.steps: dict[tuple[str, int], list[tuple[int, Step]]] = defaultdict(list)
+        self._step: Step = {}
+        self._launched = ("none", 0)
+        self._turned = now()
+        self._inner: list[int] = []  # of each call on the stack: nanoseconds that are not its own
+
+    def timed(self, name: str, function: Callable[..., Any], *, around: bool) -> Any:
+        """`function`, whose own time is noted. `around`: its first argument is an original."""
+
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if around:
+                args = (self._without(args[0]), *args[1:])
+            began = now()
+            self._inner.append(0)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                took = now() - began
+                entry = self._step.setdefault(name, [0, 0])
+                entry[0] += took - self._inner.pop()
+                entry[1] += 1
+                if self._inner:
+                    self._inner[-1] += took
+
+        return timed
+
+    def _without(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """`original`, whose time is not that of the hook around it."""
+
+        def without(*args: Any, **kwargs: Any) -> Any:
+            began = now()
+            self._inner.append(0)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._inner.pop()
+                self._inner[-1] += now() - began
+
+        return without
+
+    def turn(self, plan: Any) -> None:
+        """A turn ended; what follows belongs to the forward of `plan`."""
+        self.steps[self._launched].append((now() - self._turned, self._step))
+        batch, self._step, self._turned = plan.batch_to_run, {}, now()
+        mode = "none" if batch is None else batch.forward_mode.name
+        self._launched = (mode, 0 if batch is None else len(batch.reqs))
+
+    def take(self) -> dict[str, Any]:
+        """Medians of a decode step since the last call, by its number of requests, as text.
+
+        Each: `steps`; `turn_us` of a turn of the loop; of each hook microseconds and calls.
+        """
+        found = {str(size): _medians(steps) for (mode, size), steps in self.steps.items()
+                 if mode == "DECODE"}
+        self.steps.clear()
+        return found
+
+
+def _medians(steps: list[tuple[int, Step]]) -> dict[str, Any]:
+    names = {name for _, step in steps for name in step}
+    none = (0, 0)
+    own = {
+        name: [statistics.median(step.get(name, none)[i] for _, step in steps) for i in (0, 1)]
+        for name in names
+    }
+    return {
+        "steps": len(steps),
+        "turn_us": statistics.median(took for took, _ in steps) / 1e3,
+        "hooks": {name: [ns / 1e3, calls] for name, (ns, calls) in own.items() if calls},
+    }
+
+
+def own_us(calls: int = 20_000) -> tuple[float, float]:
+    """Microseconds that the clock adds to a hook by a call, and to one around an original."""
+    clock, found = Clock(), []
+    for around, function in ((False, lambda: None), (True, lambda original: original())):
+        timed = clock.timed("nothing", function, around=around)
+        for _ in range(calls):
+            timed(*((int,) if around else ()))
+        found.append(clock._step.pop("nothing")[0] / calls / 1e3)
+    return found[0], found[1]
+
+
+def install() -> Clock:
+    """In a process whose hooks are not installed yet: time all of them, and the kernels.
+
+    The time of what a kernel's wrapper does is not a hook's: on a CPU it is the kernel's work.
+    `/server_info` answers with what was noted since it was last asked.
+    """
+    from margingate.runtime.probe import startup
+    from margingate.runtime.request import guard
+    from margingate.runtime.sampling import sampler
+
+    clock, wrap = Clock(), guard.wrap
+    startup.LARGEST["cpu"] = startup.LARGEST_ON_GPU  # so that large batches are canonical there too
+
+    def wrap_timed(target: str, function: Any, policy: Any, **named: Any) -> Any:
+        guarded = wrap(target, function, policy, **named)
+        timed = clock.timed(target, guarded, around=named["around"])
+        if target == TURN:
+            timed = _then(timed, clock.turn)
+        elif target == ASKED:
+            timed = _answering(timed, clock)
+        return functools.wraps(function)(timed)
+
+    guard.wrap = wrap_timed
+    for name in ("softmax_top2", "seeded_top2"):
+        setattr(sampler, name, clock.timed(f"kernel: {name}", getattr(sampler, name), around=False))
+    return clock
+
+
+def _then(function: Any, told: Callable[[Any], None]) -> Any:
+    def then(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        told(result)
+        return result
+
+    return then
+
+
+def _answering(function: Any, clock: Clock) -> Any:
+    def answering(result: Any, *args: Any) -> Any:
+        result.internal_state[ANSWER] = clock.take()
+        return function(result, *args)
+
+    return answering
