@@ -14,9 +14,14 @@ from collections.abc import Callable
 from time import perf_counter_ns as now
 from typing import Any
 
+import torch
+
+from margingate_kernels import Top2
+
 TURN = "managers.scheduler.Scheduler.get_next_batch_to_run"
 ASKED = "managers.scheduler.Scheduler.get_internal_state"
 ANSWER = "hook_time"  # beside the gate's counters
+APART = "apart: "  # begins what is timed and is no work of a hook
 Step = dict[str, list[int]]  # by name: nanoseconds, calls
 
 
@@ -109,17 +114,20 @@ def own_us(calls: int = 20_000) -> tuple[float, float]:
 
 
 def install() -> Clock:
-    """In a process whose hooks are not installed yet: time all of them, and the kernels.
+    """In a process whose hooks are not installed yet: time all of them, and what is apart.
 
-    The time of what a kernel's wrapper does is not a hook's: on a CPU it is the kernel's work.
+    That is a wait for the device, and SGLang's own sending, both of which it would do anyway.
     `/server_info` answers with what was noted since it was last asked.
     """
-    from margingate.runtime.probe import startup
+    from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+
     from margingate.runtime.request import guard
-    from margingate.runtime.sampling import sampler
+    from margingate.runtime.request.in_flight import InFlight
 
     clock, wrap = Clock(), guard.wrap
-    startup.LARGEST["cpu"] = startup.LARGEST_ON_GPU  # so that large batches are canonical there too
+    for owner, name in ((InFlight, "arrived"), (SchedulerOutputStreamer, "stream_output")):
+        timed = clock.timed(f"{APART}{name}", getattr(owner, name), around=False)
+        setattr(owner, name, timed)
 
     def wrap_timed(target: str, function: Any, policy: Any, **named: Any) -> Any:
         guarded = wrap(target, function, policy, **named)
@@ -131,9 +139,29 @@ def install() -> Clock:
         return functools.wraps(function)(timed)
 
     guard.wrap = wrap_timed
-    for name in ("softmax_top2", "seeded_top2"):
-        setattr(sampler, name, clock.timed(f"kernel: {name}", getattr(sampler, name), around=False))
+    if not torch.cuda.is_available():
+        _as_on_a_gpu()
     return clock
+
+
+def _as_on_a_gpu() -> None:
+    """Large batches are canonical on a CPU too, and kernels take no time that counts.
+
+    Their oracles go row by row there. What stands in for them chooses the largest logit.
+    """
+    from margingate.runtime.probe import startup
+    from margingate.runtime.sampling import sampler
+    from margingate_kernels.seeded import SeededTop2
+
+    def top2(logits: torch.Tensor) -> Top2:
+        values, ids = logits.float().topk(2)
+        return Top2(ids[:, 0], ids[:, 1], values[:, 0] - values[:, 1], values[:, 0])
+
+    def drawn(logits: torch.Tensor, _draws: Any, **_named: Any) -> SeededTop2:
+        return SeededTop2(*top2(logits)[:3])
+
+    startup.LARGEST["cpu"] = startup.LARGEST_ON_GPU
+    sampler.softmax_top2, sampler.seeded_top2 = top2, drawn
 
 
 def _then(function: Any, told: Callable[[Any], None]) -> Any:

@@ -76,8 +76,8 @@ class _Account:
 
 
 class Ledger:
-    """Rows of all open requests. Every method but `verdict` and `is_open` raises KeyError for a
-    request that is not open. `emit`, `settled` and the other per-token calls are O(1)."""
+    """Rows of all open requests. Every method but `verdict`, `is_open` and `emit_canonical` raises
+    KeyError for a request that is not open. `emit` and the other per-token calls are O(1)."""
 
     def __init__(self, guarantee: str, repair: str) -> None:
         """ValueError for unknown words, and for exact with column: column repair leaves rows
@@ -118,6 +118,16 @@ class Ledger:
         elif flagged:
             self._want(account, account.emitted)
         return account.emitted
+
+    def emit_canonical(self, rid: str) -> bool:
+        """`emit` of a canonical row behind canonical ones. False, and nothing done, elsewhere."""
+        account = self._accounts.get(rid)
+        if account is None or account.canonical != account.emitted:
+            return False
+        if account.stopped or account.retracted:
+            return False
+        account.emitted = account.canonical = account.emitted + 1
+        return True
 
     def stop(self, rid: str) -> None:
         """The request reached its end: no more rows. Exact: its whole tail is wanted.
@@ -222,6 +232,11 @@ class Ledger:
         return Outcome.FLIP
 
     # -- output
+
+    def is_settled(self, rid: str) -> bool:
+        """Whether all that was emitted is settled."""
+        account = self._account(rid)
+        return self._settled_length(account) == account.emitted
 
     def settled_length(self, rid: str) -> int:
         """Settled tokens. Sparse: the rows before the first pending flag. Exact: the canonical

@@ -17,7 +17,7 @@ from margingate.runtime.request import aborts, guard, lifecycle
 from margingate.runtime.request.forward_record import ForwardRecord, record_of
 from margingate.runtime.request.in_flight import InFlight
 from margingate.runtime.request.open_requests import OpenRequests
-from margingate.runtime.request.record import GateRequest, is_gated
+from margingate.runtime.request.record import gated_of
 from margingate.runtime.sampling import constraints, penalties, router_margins
 from margingate.runtime.sampling.sampler import Sampling
 from margingate.runtime.schedule.prefill_admission import Admission
@@ -87,7 +87,7 @@ class GateController:
         """
         if self.in_flight.is_processed(result):
             return
-        gated = [req for req in batch.reqs if is_gated(req)]
+        gated = gated_of(batch.reqs)
         self.in_flight.arrived(batch, result)
         canonical = self._record(batch, result)
         told = _with_whole_prompts(batch, gated)  # SGLang counts their chunks as it appends
@@ -115,7 +115,7 @@ class GateController:
     def _verify_what_waits(self, last: Any) -> None:
         due = self.requests.due(idle=False)
         self.merged.note_due(due)
-        if self._waits(due) or _any_kept(last):
+        if self._waits(due) or (self.requests.any_retracted() and _any_kept(last)):
             self.in_flight.bring_in()
             reqs = list(self.requests)
             self.verify(last, reqs)
@@ -130,13 +130,12 @@ class GateController:
 
     def send(self, reqs: list[Any]) -> None:
         """Send what is settled of `reqs`, and the ends that came up since the last call."""
-        ended = self.requests.take_ended()
-        known = {id(req) for req in reqs}
-        reqs = reqs + [req for req in ended if id(req) not in known]
+        if ended := self.requests.take_ended():
+            known = {id(req) for req in reqs}
+            reqs = reqs + [req for req in ended if id(req) not in known]
+        reqs = [req for req in reqs if (req.stream or req.finished()) and not req.finished_output]
         # A prompt that is prefilled in chunks has no row yet, and nothing to send.
-        opened = self.requests.opened(reqs)
-        reqs = [req for req in opened if not req.finished_output and (req.finished() or req.stream)]
-        if reqs:
+        if reqs := self.requests.opened(reqs):
             logprobs = any(req.return_logprob for req in reqs)
             self.scheduler.output_streamer.stream_output(reqs, logprobs)
 
@@ -153,27 +152,31 @@ class GateController:
         margins, routers = self._margins(record, len(batch.reqs))
         if record is not None and record.best is not None and not prefill:
             self.requests.histogram.add_steps(margins)
-        for i, req in enumerate(batch.reqs):
-            gate: GateRequest | None = getattr(req, "gate", None)
-            if gate is None or req.is_retracted or req.finished() or gate.hold is not None:
-                continue  # with overlap, a row behind the end
-            if prefill and req.inflight_middle_chunks > 0:
-                continue
-            if gate.kept is not None:
-                self.requests.mark_prefilled_again(req)
-                continue
-            margin, router = margins[i], routers[i]
-            if gate.gated:
-                try:
-                    self._record_gated(req, result, i, Evidence(margin, router, canonical))
-                except Exception as error:  # no context manager: this runs for each token
-                    guard.failed(req, "a row of the ledger", error)
-            elif self.observes_only:
-                flagged = self.policy.judge(margin, router).flagged
-                self.requests.count_observed(req, flagged=flagged)
-                if self.config.study:
-                    force(self.scheduler.future_map, req, result, i, (margin, router))
+        rows = _emitting(batch.reqs)
+        if canonical and not prefill:
+            rows = self.requests.enter_canonical(rows, margins)
+        for i, req in rows:
+            self._record_row(req, result, i, Evidence(margins[i], routers[i], canonical), prefill)
         return canonical
+
+    def _record_row(self, req: Any, result: Any, i: int, evidence: Evidence, prefill: bool) -> None:
+        """What `enter_canonical` leaves, one by one. `evidence`: canonical as the forward is."""
+        gate = req.gate
+        if prefill and req.inflight_middle_chunks > 0:
+            return
+        if gate.kept is not None:
+            self.requests.mark_prefilled_again(req)
+        elif gate.gated:
+            try:
+                self._record_gated(req, result, i, evidence)
+            except Exception as error:  # no context manager: this may run for each token
+                guard.failed(req, "a row of the ledger", error)
+        elif self.observes_only:
+            margin, router = evidence.margin, evidence.router_margin
+            flagged = self.policy.judge(margin, router).flagged
+            self.requests.count_observed(req, flagged=flagged)
+            if self.config.study:
+                force(self.scheduler.future_map, req, result, i, (margin, router))
 
     def _margins(
         self, record: ForwardRecord | None, rows: int
@@ -213,7 +216,7 @@ class GateController:
 
         With overlap a withheld request may have one row more, whose token nobody wants.
         """
-        behind = [req for req in gated if self.requests.is_held(req)]
+        behind = self.requests.held_of(gated)
         with self.output.muted(), lifecycle.passed_over(behind):
             original(self.scheduler, batch, result)
         if batch.forward_mode.is_extend():
@@ -257,8 +260,9 @@ class GateController:
         requests, ledger = self.requests, self.requests.ledger
         for req in reqs:
             key = req.gate.key
-            open_ = key in requests and req.gate.kept is None
-            if req.stream and open_ and not ledger.stopped(key):
+            if not req.stream or key not in requests or req.gate.kept is not None:
+                continue
+            if not ledger.stopped(key):
                 waiting = ledger.emitted(key) - ledger.canonical(key)
                 if waiting >= self.checks.verifier.rows:
                     yield req
@@ -301,4 +305,16 @@ def _with_whole_prompts(batch: Any, reqs: list[Any]) -> list[Any]:
 
 def _any_kept(batch: Any) -> bool:
     """Whether a request in `batch` was retracted and waits for its output to be given back."""
-    return batch is not None and any(is_gated(r) and r.gate.kept is not None for r in batch.reqs)
+    return batch is not None and any(req.gate.kept is not None for req in gated_of(batch.reqs))
+
+
+def _emitting(reqs: Sequence[Any]) -> list[tuple[int, Any]]:
+    """Index and request of the rows that count; with overlap, there are some behind an end."""
+    return [
+        (i, req)
+        for i, req in enumerate(reqs)
+        if req.finished_reason is None
+        and not req.is_retracted
+        and (gate := getattr(req, "gate", None)) is not None
+        and gate.hold is None
+    ]
