@@ -82,8 +82,11 @@ class Clock:
 
         Each: `steps`; `turn_us` of a turn of the loop; of each hook microseconds and calls.
         """
-        found = {str(size): _medians(steps) for (mode, size), steps in self.steps.items()
-                 if mode == "DECODE"}
+        found = {
+            str(size): _medians(steps)
+            for (mode, size), steps in self.steps.items()
+            if mode == "DECODE"
+        }
         self.steps.clear()
         return found
 

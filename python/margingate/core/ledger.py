@@ -122,9 +122,8 @@ class Ledger:
     def emit_canonical(self, rid: str) -> bool:
         """`emit` of a canonical row behind canonical ones. False, and nothing done, elsewhere."""
         account = self._accounts.get(rid)
-        if account is None or account.canonical != account.emitted:
-            return False
-        if account.stopped or account.retracted:
+        running = account and not (account.stopped or account.retracted)
+        if not (account and running and account.canonical == account.emitted):
             return False
         account.emitted = account.canonical = account.emitted + 1
         return True
@@ -132,8 +131,8 @@ class Ledger:
     def stop(self, rid: str) -> None:
         """The request reached its end: no more rows. Exact: its whole tail is wanted.
 
-        Idempotent. A flip or a retraction takes it back: the caller decides anew whether the
-        rows that are left still end the request. ValueError if retracted and not replayed.
+        Idempotent. A flip or a retraction takes it back: the caller decides anew whether what is
+        left still ends the request. ValueError if retracted and not replayed.
         """
         account = self._account(rid)
         if account.stopped:
@@ -202,8 +201,7 @@ class Ledger:
     def put_back(self, rid: str) -> None:
         """The pass with this request's rows failed: those without a verdict are wanted again.
 
-        For rows of the present epoch only: a pass taken before a flip or a retraction has
-        nothing to put back.
+        Not those of an earlier epoch: a flip or a retraction leaves nothing to put back.
         """
         account = self._account(rid)
         if not self._span:
@@ -232,11 +230,6 @@ class Ledger:
         return Outcome.FLIP
 
     # -- output
-
-    def is_settled(self, rid: str) -> bool:
-        """Whether all that was emitted is settled."""
-        account = self._account(rid)
-        return self._settled_length(account) == account.emitted
 
     def settled_length(self, rid: str) -> int:
         """Settled tokens. Sparse: the rows before the first pending flag. Exact: the canonical

@@ -53,8 +53,8 @@ class Observers(Observer):
     def add(self, *observers: Observer) -> None:
         """Tell these too."""
         for method, told in self._told.items():
-            does_nothing = getattr(Observer, method)
-            more = (one for one in observers if getattr(type(one), method, None) is not does_nothing)
+            idle = getattr(Observer, method)
+            more = (each for each in observers if getattr(type(each), method, None) is not idle)
             self._told[method] = (*told, *more)
 
     def stepped(self, batch: Any, gated: int, canonical: bool) -> None:

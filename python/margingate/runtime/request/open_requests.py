@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import isnan
 from time import monotonic as now
 from typing import Any
 
@@ -89,17 +90,14 @@ class OpenRequests:
         """Whether the end of the request is withheld."""
         return is_gated(req) and req.gate.key in self._held
 
-    def held_of(self, reqs: Sequence[Any]) -> list[Any]:
-        """Those of `reqs` whose end is withheld."""
-        return [req for req in reqs if self.is_held(req)] if self._held else []
-
     def opened(self, reqs: Sequence[Any]) -> list[Any]:
         """Those of `reqs` that have a row, or ended before they had one."""
         return [req for req in reqs if req.finished() or req.gate.key in self._open]
 
     def is_settled(self, req: Any) -> bool:
         """Whether all that was emitted may be sent."""
-        return self.ledger.is_settled(req.gate.key)
+        key = req.gate.key
+        return self.ledger.settled_length(key) == self.ledger.emitted(key)
 
     def columns_are_canonical(self, req: Any) -> bool:
         """Whether each row so far is canonical, and so the columns that the next one reads."""
@@ -167,11 +165,9 @@ class OpenRequests:
         """
         others, emit = [], self.ledger.emit_canonical
         for row in rows:
-            i, req = row
-            gate: GateRequest = req.gate
-            margin = margins[i]
-            # NaN is no number, and differs from itself.
-            if margin != margin or gate.faults or not emit(gate.key):
+            gate: GateRequest = row[1].gate
+            margin = margins[row[0]]
+            if isnan(margin) or gate.faults or not emit(gate.key):
                 others.append(row)
                 continue
             gate.margins.append(margin)
@@ -179,8 +175,7 @@ class OpenRequests:
             gate.canonical.append(True)
             gate.counts.steps += 1
         if entered := len(rows) - len(others):
-            reason = CANONICAL.reason
-            self.reasons[reason] = self.reasons.get(reason, 0) + entered
+            self.reasons[CANONICAL.reason] = self.reasons.get(CANONICAL.reason, 0) + entered
         return others
 
     def enter_row(self, req: Any, margin: float, decision: Decision, *, canonical: bool) -> None:
@@ -197,7 +192,7 @@ class OpenRequests:
             gate.counts.flagged += 1
             self.queue.note(gate.key, self.step)
             self.observers.flagged(req, len(gate.flags), margin, decision.reason)
-        if gate.waits_since is None and not self.ledger.is_settled(gate.key):
+        if gate.waits_since is None and not self.is_settled(req):
             gate.waits_since = now()
 
     def count_observed(self, req: Any, *, flagged: bool) -> None:

@@ -185,9 +185,7 @@ def is_gated(req: Any) -> bool:
 
 def gated_of(reqs: Iterable[Any]) -> list[Any]:
     """Those of these SGLang requests that are gated. Runs for each row of each step."""
-    return [
-        req for req in reqs if (gate := getattr(req, "gate", None)) is not None and gate.gated
-    ]
+    return [req for req in reqs if (gate := getattr(req, "gate", None)) is not None and gate.gated]
 
 
 def not_an_object(custom: Any) -> str:

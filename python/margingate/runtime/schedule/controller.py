@@ -216,7 +216,7 @@ class GateController:
 
         With overlap a withheld request may have one row more, whose token nobody wants.
         """
-        behind = self.requests.held_of(gated)
+        behind = list(filter(self.requests.is_held, gated)) if self.requests.held else []
         with self.output.muted(), lifecycle.passed_over(behind):
             original(self.scheduler, batch, result)
         if batch.forward_mode.is_extend():
