@@ -100,6 +100,29 @@ def test_a_canonical_row_on_drifted_columns_keeps_its_flag() -> None:
     assert list(ledger.wanted("a")) == [2, 3]
 
 
+@pytest.mark.parametrize("kind", ALL)
+def test_a_canonical_row_behind_canonical_ones_is_as_any_other(kind: tuple[str, str]) -> None:
+    general, short = opened(kind, 1), opened(kind, 1)
+    for _ in range(3):
+        general.emit("a", flagged=False, canonical=True)
+        assert short.emit_canonical("a")
+    assert general._accounts == short._accounts
+    short.check_integrity()
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_no_other_row_is_emitted_as_a_canonical_one(kind: tuple[str, str]) -> None:
+    drifted, stopped, retracted = opened(kind, 2), opened(kind, 1), opened(kind, 1)
+    stopped.stop("a")
+    retracted.retract("a")
+    for ledger in (drifted, stopped, retracted):
+        before = ledger.emitted("a")
+        assert not ledger.emit_canonical("a") and ledger.emitted("a") == before
+        assert not ledger.emit_canonical("closed")
+    retracted.replay("a")
+    assert retracted.emit_canonical("a")
+
+
 @pytest.mark.parametrize("kind", [SPARSE_SPAN, SPARSE_COLUMN])
 def test_sparse_settles_up_to_the_first_pending_flag(kind: tuple[str, str]) -> None:
     ledger = opened(kind, 8, flagged=[4, 7])

@@ -7,6 +7,7 @@ from sglang.srt.managers.schedule_policy import AddReqResult
 
 from margingate.runtime.request import guard
 from margingate.runtime.request.guard import Policy
+from margingate.runtime.request.observer import Observer, Observers
 from margingate.runtime.request.record import GateRequest
 from margingate.runtime.schedule import prefill_admission
 
@@ -71,6 +72,21 @@ def test_an_observer_that_raises_keeps_the_others_informed():
     observers = (SimpleNamespace(turned=raising), SimpleNamespace(turned=lambda: told.append(1)))
     guard.tell(observers, "turned")
     assert told == [1]
+
+
+def test_an_observer_is_told_of_what_it_does_something_about():
+    class Turns(Observer):
+        def turned(self) -> None:
+            told.append(self)
+
+    told: list[Observer] = []
+    turns, observers = Turns(), Observers()
+    observers.add(turns, Observer())
+    observers.add(Turns())
+    observers.turned()
+    observers.audited("rid")
+    assert told[0] is turns and len(told) == 2
+    assert [len(each) for each in observers._told.values()].count(0) == len(observers._told) - 1
 
 
 def made(key: str, gated: bool = True) -> SimpleNamespace:

@@ -358,6 +358,7 @@ def entered(
     )
     requests = SimpleNamespace(
         histogram=SimpleNamespace(add_steps=lambda margins: None),
+        enter_canonical=lambda rows, margins: rows,
         columns_are_canonical=lambda req: True,
         open=lambda req: None,
         enter_row=lambda req, margin, decision, canonical: found.append(decision.reason),
@@ -365,7 +366,7 @@ def entered(
     )
     gate = SimpleNamespace(gated=not observe, hold=None, kept=None, faults=(), flags=[1], key="k")
     req = SimpleNamespace(
-        gate=gate, is_retracted=False, finished=lambda: False, inflight_middle_chunks=0
+        gate=gate, is_retracted=False, finished_reason=None, inflight_middle_chunks=0
     )
     recorder = Recorder(
         SimpleNamespace(),

@@ -37,3 +37,17 @@ def test_after_a_failure_the_end_is_told_and_nothing_else(finished):
     sender = SettledStream(nothing, requests, nothing, nothing)
     sender.accept_failed(lambda _acc, req: told.append(req), None, req)
     assert told == closed == [req] * finished
+
+
+def test_as_a_result_is_processed_only_ends_and_what_is_not_gated_may_be_sent():
+    nothing = cast(Any, None)
+    sender = SettledStream(nothing, nothing, nothing, nothing)
+    gated, other = SimpleNamespace(gated=True), SimpleNamespace(gated=False)
+    decoding = SimpleNamespace(gate=gated, finished_reason=None)
+    ended = SimpleNamespace(gate=gated, finished_reason="length")
+    free = SimpleNamespace(gate=other, finished_reason=None)
+    early = SimpleNamespace(finished_reason=None)  # of before the gate was up
+    reqs = [decoding, ended, free, early]
+    assert sender.sendable(reqs) == reqs
+    with sender.muted():
+        assert sender.sendable(reqs) == [ended, free, early]

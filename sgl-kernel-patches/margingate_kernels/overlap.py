@@ -4,6 +4,7 @@ They wait for its end before they touch memory, so that only the launch is hidde
 read early. Hopper and later.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 
 
+@functools.cache
 def can_overlap(device: torch.device) -> bool:
     """Whether kernels on `device` can be launched so."""
     if device.type != "cuda" or torch.version.hip is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable
 from math import isnan
 
@@ -15,20 +16,28 @@ def _edges() -> tuple[float, ...]:
 
 
 EDGES = _edges()  # logits; a bin holds its lower edge, the last also all above
+_WAITING = 4096  # different margins; those of BF16 logits are few, and come again and again
 
 
 class MarginHistogram:
     """Counts of margins (logits) of steps and of flips. NaN margins are not counted."""
 
     def __init__(self) -> None:
-        self.steps = [0] * (len(EDGES) - 1)
         self.flips = [0] * (len(EDGES) - 1)
+        self._steps = [0] * (len(EDGES) - 1)
+        self._waiting: Counter[float] = Counter()  # margins of steps that are in no bin yet
+
+    @property
+    def steps(self) -> list[int]:
+        """By bin."""
+        self._fill()
+        return list(self._steps)
 
     def add_steps(self, margins: Iterable[float]) -> None:
         """Count one step for each margin."""
-        for margin in margins:
-            if not isnan(margin):
-                self.steps[_bin(margin)] += 1
+        self._waiting.update(margins)
+        if len(self._waiting) > _WAITING:
+            self._fill()
 
     def add_flip(self, margin: float) -> None:
         """Count a flip of a row that the fast path emitted with this margin."""
@@ -37,7 +46,14 @@ class MarginHistogram:
 
     def record(self) -> dict[str, list[float]]:
         """Edges and counts, ready for JSON."""
-        return {"edges": list(EDGES), "steps": list(self.steps), "flips": list(self.flips)}
+        steps: list[float] = [*self.steps]
+        return {"edges": list(EDGES), "steps": steps, "flips": list(self.flips)}
+
+    def _fill(self) -> None:
+        for margin, count in self._waiting.items():
+            if not isnan(margin):
+                self._steps[_bin(margin)] += count
+        self._waiting.clear()
 
 
 def _bin(margin: float) -> int:

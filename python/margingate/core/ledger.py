@@ -76,8 +76,8 @@ class _Account:
 
 
 class Ledger:
-    """Rows of all open requests. Every method but `verdict` and `is_open` raises KeyError for a
-    request that is not open. `emit`, `settled` and the other per-token calls are O(1)."""
+    """Rows of all open requests. Every method but `verdict`, `is_open` and `emit_canonical` raises
+    KeyError for a request that is not open. `emit` and the other per-token calls are O(1)."""
 
     def __init__(self, guarantee: str, repair: str) -> None:
         """ValueError for unknown words, and for exact with column: column repair leaves rows
@@ -119,11 +119,20 @@ class Ledger:
             self._want(account, account.emitted)
         return account.emitted
 
+    def emit_canonical(self, rid: str) -> bool:
+        """`emit` of a canonical row behind canonical ones. False, and nothing done, elsewhere."""
+        account = self._accounts.get(rid)
+        running = account and not (account.stopped or account.retracted)
+        if not (account and running and account.canonical == account.emitted):
+            return False
+        account.emitted = account.canonical = account.emitted + 1
+        return True
+
     def stop(self, rid: str) -> None:
         """The request reached its end: no more rows. Exact: its whole tail is wanted.
 
-        Idempotent. A flip or a retraction takes it back: the caller decides anew whether the
-        rows that are left still end the request. ValueError if retracted and not replayed.
+        Idempotent. A flip or a retraction takes it back: the caller decides anew whether what is
+        left still ends the request. ValueError if retracted and not replayed.
         """
         account = self._account(rid)
         if account.stopped:
@@ -192,8 +201,7 @@ class Ledger:
     def put_back(self, rid: str) -> None:
         """The pass with this request's rows failed: those without a verdict are wanted again.
 
-        For rows of the present epoch only: a pass taken before a flip or a retraction has
-        nothing to put back.
+        Not those of an earlier epoch: a flip or a retraction leaves nothing to put back.
         """
         account = self._account(rid)
         if not self._span:

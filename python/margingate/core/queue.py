@@ -52,6 +52,8 @@ class MicroBatchQueue:
 
         `idle`: no decode work is left. Rows of a request with rows in flight do not count.
         """
+        if not self._since and not self._draining:  # as after most steps
+            return None
         wanted = dict(self._wanted(ledger))
         if not wanted:
             return None

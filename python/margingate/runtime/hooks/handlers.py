@@ -45,10 +45,12 @@ def add_request(_scheduler: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
     admission.refuse(req)
 
 
-def update_finish_state(original: Any, req: Any, new_accepted_len: int = 1) -> None:
-    """AROUND Req.update_finish_state: withhold the end of a request with pending rows."""
-    original(req, new_accepted_len)
-    if req.finished() and is_gated(req):
+def update_finish_state(_result: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
+    """AFTER Req.update_finish_state: withhold the end of a request with pending rows.
+
+    Runs for each row of each step, unlike any other hook.
+    """
+    if req.finished_reason is not None and is_gated(req):
         lifecycle.finish_checked(_gate().requests, req)
 
 
@@ -85,6 +87,13 @@ def accept(original: Any, accumulator: Any, *, req: Any) -> None:
 def accept_failed(original: Any, accumulator: Any, *, req: Any) -> None:
     """After a failure of `accept`."""
     _gate().output.accept_failed(original, accumulator, req)
+
+
+def stream_output(
+    original: Any, streamer: Any, reqs: Any, return_logprob: bool, skip_req: Any = None
+) -> None:
+    """AROUND SchedulerOutputStreamer.stream_output: `accept` is asked only where it may send."""
+    original(streamer, _gate().output.sendable(reqs), return_logprob, skip_req)
 
 
 # -- batches

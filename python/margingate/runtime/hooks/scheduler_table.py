@@ -196,12 +196,21 @@ RUNTIME_HOOKS = (
     ),
     Hook(
         "managers.schedule_batch.Req.update_finish_state",
-        AROUND,
+        AFTER,
         handlers.update_finish_state,
         "self new_accepted_len",
         "withholds the end of a request with pending rows",
         _CALLBACK,
         Policy.REQUEST,
+    ),
+    Hook(
+        "managers.scheduler_components.output_streamer.SchedulerOutputStreamer.stream_output",
+        AROUND,
+        handlers.stream_output,
+        "self reqs return_logprob skip_req",
+        "rows that cannot be sent as a result is processed are passed over at once",
+        "requests carry a number of settled tokens",
+        Policy.OBSERVE,
     ),
     Hook(
         "managers.scheduler_components.output_streamer._GenerationStreamAccumulator.accept",

@@ -71,8 +71,9 @@ class InFlight:
         if not pending or not self._is_alone:
             return
         batch, result = pending[0]
-        computed = result.copy_done is not None and result.copy_done.query()
-        if computed and batch.forward_mode.is_extend():
+        if not batch.forward_mode.is_extend():  # most are decode steps, and need not be asked for
+            return
+        if result.copy_done is not None and result.copy_done.query():
             self.bring_in()
 
     @staticmethod

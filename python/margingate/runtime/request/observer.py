@@ -40,36 +40,43 @@ class Observer:
         """The scheduler's loop comes round: all of a step is told, or there was none."""
 
 
+_METHODS = tuple(name for name in vars(Observer) if not name.startswith("_"))
+
+
 class Observers(Observer):
     """Tells several observers, in the order in which they were added; what one raises is noted."""
 
     def __init__(self) -> None:
-        self._all: tuple[Observer, ...] = ()
+        # By method: those that do something there. Most do in few, and some methods run each step.
+        self._told: dict[str, tuple[Observer, ...]] = dict.fromkeys(_METHODS, ())
 
     def add(self, *observers: Observer) -> None:
         """Tell these too."""
-        self._all += observers
+        for method, told in self._told.items():
+            idle = getattr(Observer, method)
+            more = (each for each in observers if getattr(type(each), method, None) is not idle)
+            self._told[method] = (*told, *more)
 
     def stepped(self, batch: Any, gated: int, canonical: bool) -> None:
-        guard.tell(self._all, "stepped", batch, gated, canonical)
+        guard.tell(self._told["stepped"], "stepped", batch, gated, canonical)
 
     def flagged(self, req: Any, row: int, margin: float, reason: str) -> None:
-        guard.tell(self._all, "flagged", req, row, margin, reason)
+        guard.tell(self._told["flagged"], "flagged", req, row, margin, reason)
 
     def passed(self, rows: int, requests: int, seconds: float, due: str) -> None:
-        guard.tell(self._all, "passed", rows, requests, seconds, due)
+        guard.tell(self._told["passed"], "passed", rows, requests, seconds, due)
 
     def judged(self, req: Any, row: int, outcome: Outcome, token: int, verified: int) -> None:
-        guard.tell(self._all, "judged", req, row, outcome, token, verified)
+        guard.tell(self._told["judged"], "judged", req, row, outcome, token, verified)
 
     def settled(self, req: Any, seconds: float) -> None:
-        guard.tell(self._all, "settled", req, seconds)
+        guard.tell(self._told["settled"], "settled", req, seconds)
 
     def ended(self, req: Any) -> None:
-        guard.tell(self._all, "ended", req)
+        guard.tell(self._told["ended"], "ended", req)
 
     def audited(self, rid: str) -> None:
-        guard.tell(self._all, "audited", rid)
+        guard.tell(self._told["audited"], "audited", rid)
 
     def turned(self) -> None:
-        guard.tell(self._all, "turned")
+        guard.tell(self._told["turned"], "turned")

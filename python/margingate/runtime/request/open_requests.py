@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import isnan
 from time import monotonic as now
 from typing import Any
 
 from margingate.config import GateConfig
 from margingate.core.histogram import MarginHistogram
 from margingate.core.ledger import Ledger, Outcome, Row
-from margingate.core.policy import INJECTED, Decision
+from margingate.core.policy import CANONICAL, INJECTED, Decision
 from margingate.core.queue import Due, MicroBatchQueue
 from margingate.runtime.request.observer import Observer, Observers
 from margingate.runtime.request.record import Counts, GateRequest, Hold, is_gated
@@ -39,6 +40,7 @@ class OpenRequests:
         self._open: dict[str, Any] = {}
         self._held: dict[str, Any] = {}  # those whose end is withheld
         self._rejoining: list[Any] = []  # flipped after they had left the batch
+        self._retracted: set[str] = set()  # keep tokens that are not given back yet
         self._prefilled_again: list[Any] = []  # retracted, their prompt just computed anew
         self._ended: list[Any] = []  # their end is to be sent
 
@@ -124,6 +126,10 @@ class OpenRequests:
         """The requests with rows that a pass may take now."""
         return [self._open[key] for key in self.queue.waiting(self.ledger)]
 
+    def any_retracted(self) -> bool:
+        """Whether a request keeps tokens of before a retraction, to be given back and replayed."""
+        return bool(self._retracted)
+
     def any_pending(self) -> bool:
         """Whether a row of any request is still to be verified."""
         return any(self.ledger.pending(key) for key in self._open)
@@ -147,6 +153,31 @@ class OpenRequests:
         self.ledger.open(req.gate.key)
         self._open[req.gate.key] = req
 
+    def enter_canonical(
+        self, rows: Sequence[tuple[int, Any]], margins: Sequence[float]
+    ) -> list[tuple[int, Any]]:
+        """The rows of a canonical step: `enter_row` for each whose columns are canonical too, and
+        with which nothing else is the matter. Returns the others.
+
+        Args:
+            rows: index and request.
+            margins: in logits, by index.
+        """
+        others, emit = [], self.ledger.emit_canonical
+        for row in rows:
+            gate: GateRequest = row[1].gate
+            margin = margins[row[0]]
+            if isnan(margin) or gate.faults or not emit(gate.key):
+                others.append(row)
+                continue
+            gate.margins.append(margin)
+            gate.flags.append(False)
+            gate.canonical.append(True)
+            gate.counts.steps += 1
+        if entered := len(rows) - len(others):
+            self.reasons[CANONICAL.reason] = self.reasons.get(CANONICAL.reason, 0) + entered
+        return others
+
     def enter_row(self, req: Any, margin: float, decision: Decision, *, canonical: bool) -> None:
         """A row was emitted. `margin` in logits; `canonical`: its arithmetic and its columns."""
         gate: GateRequest = req.gate
@@ -161,9 +192,8 @@ class OpenRequests:
             gate.counts.flagged += 1
             self.queue.note(gate.key, self.step)
             self.observers.flagged(req, len(gate.flags), margin, decision.reason)
-        if gate.waits_since is None:
-            settled_rows, rows = self.ledger.settled_length(gate.key), self.ledger.emitted(gate.key)
-            gate.waits_since = None if settled_rows == rows else now()
+        if gate.waits_since is None and not self.is_settled(req):
+            gate.waits_since = now()
 
     def count_observed(self, req: Any, *, flagged: bool) -> None:
         """An ungated row was emitted; `flagged`: the threshold would have flagged it."""
@@ -270,6 +300,7 @@ class OpenRequests:
         if self._open.pop(gate.key, None) is None:
             return
         self._held.pop(gate.key, None)
+        self._retracted.discard(gate.key)
         self.ledger.close(gate.key)
         self.queue.forget(gate.key)
         self.totals.add(replace(gate.counts, passes=0))  # passes are shared: the total has its own
@@ -295,7 +326,9 @@ class OpenRequests:
         """The request lost its columns. Returns how many tokens it keeps: the settled ones."""
         self._prefilled_again = [other for other in self._prefilled_again if other is not req]
         self.queue.forget(req.gate.key)
-        return self.ledger.retract(req.gate.key)
+        if kept := self.ledger.retract(req.gate.key):
+            self._retracted.add(req.gate.key)
+        return kept
 
     def mark_prefilled_again(self, req: Any) -> None:
         """The prompt of a retracted request was computed anew."""
@@ -308,6 +341,7 @@ class OpenRequests:
 
     def replay(self, req: Any) -> None:
         """The output of a retracted request was given back: its rows are to be computed anew."""
+        self._retracted.discard(req.gate.key)
         self.ledger.replay(req.gate.key)
         self.queue.note(req.gate.key, self.step)
 

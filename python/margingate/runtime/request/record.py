@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -180,6 +181,11 @@ def is_gated(req: Any) -> bool:
     """Whether this SGLang request is gated; False for requests made before the gate was up."""
     gate = getattr(req, "gate", None)
     return gate is not None and gate.gated
+
+
+def gated_of(reqs: Iterable[Any]) -> list[Any]:
+    """Those of these SGLang requests that are gated. Runs for each row of each step."""
+    return [req for req in reqs if (gate := getattr(req, "gate", None)) is not None and gate.gated]
 
 
 def not_an_object(custom: Any) -> str:

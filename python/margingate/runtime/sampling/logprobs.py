@@ -52,17 +52,17 @@ def ranked(logprobs: torch.Tensor, k: int) -> Ranked:
         return Ranked(logprobs[:, :0], logprobs.new_empty((len(logprobs), 0), dtype=torch.int64))
     at_once = _BLOCK if logprobs.is_cuda else 1  # on a CPU, what its cache holds
     parts = logprobs.split(at_once)
-    blocks = [_keys(part).topk(k, dim=-1, largest=False).values for part in parts]
+    every = torch.arange(logprobs.shape[-1], device=logprobs.device)
+    blocks = [_keys(part, every).topk(k, dim=-1, largest=False).values for part in parts]
     ids = torch.cat(blocks) & 0xFFFFFFFF
     return Ranked(logprobs.gather(-1, ids), ids)
 
 
-def _keys(logprobs: torch.Tensor) -> torch.Tensor:
+def _keys(logprobs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Whole numbers in the order of `ranked`, int64: 32 bits of the value above 32 of the id.
 
     No log-prob is positive, and bits of floats without a sign are in the order of their values.
     """
-    ids = torch.arange(logprobs.shape[-1], device=logprobs.device)
     return torch.add(ids, logprobs.abs().view(torch.int32), alpha=1 << 32)
 
 

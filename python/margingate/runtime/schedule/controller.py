@@ -13,7 +13,7 @@ from margingate.runtime.probe.startup_checks import StartupChecks
 from margingate.runtime.request import aborts, guard, lifecycle
 from margingate.runtime.request.in_flight import InFlight
 from margingate.runtime.request.open_requests import OpenRequests
-from margingate.runtime.request.record import is_gated
+from margingate.runtime.request.record import gated_of
 from margingate.runtime.sampling import constraints, penalties, router_margins
 from margingate.runtime.sampling.sampler import Sampling
 from margingate.runtime.schedule.prefill_admission import Admission
@@ -83,7 +83,7 @@ class GateController:
         """
         if self.in_flight.is_processed(result):
             return
-        gated = [req for req in batch.reqs if is_gated(req)]
+        gated = gated_of(batch.reqs)
         self.in_flight.arrived(batch, result)
         canonical = self.recorder.record(batch, result)
         told = _with_whole_prompts(batch, gated)  # SGLang counts their chunks as it appends
@@ -111,7 +111,7 @@ class GateController:
     def _verify_what_waits(self, last: Any) -> None:
         due = self.requests.due(idle=False)
         self.merged.note_due(due)
-        if self._waits(due) or _any_kept(last):
+        if self._waits(due) or (self.requests.any_retracted() and _any_kept(last)):
             self.in_flight.bring_in()
             reqs = list(self.requests)
             self.verify(last, reqs)
@@ -126,13 +126,12 @@ class GateController:
 
     def send(self, reqs: list[Any]) -> None:
         """Send what is settled of `reqs`, and the ends that came up since the last call."""
-        ended = self.requests.take_ended()
-        known = {id(req) for req in reqs}
-        reqs = reqs + [req for req in ended if id(req) not in known]
+        if ended := self.requests.take_ended():
+            known = {id(req) for req in reqs}
+            reqs = reqs + [req for req in ended if id(req) not in known]
+        reqs = [req for req in reqs if (req.stream or req.finished()) and not req.finished_output]
         # A prompt that is prefilled in chunks has no row yet, and nothing to send.
-        opened = self.requests.opened(reqs)
-        reqs = [req for req in opened if not req.finished_output and (req.finished() or req.stream)]
-        if reqs:
+        if reqs := self.requests.opened(reqs):
             logprobs = any(req.return_logprob for req in reqs)
             self.scheduler.output_streamer.stream_output(reqs, logprobs)
 
@@ -143,7 +142,7 @@ class GateController:
 
         With overlap a withheld request may have one row more, whose token nobody wants.
         """
-        behind = [req for req in gated if self.requests.is_held(req)]
+        behind = list(filter(self.requests.is_held, gated)) if self.requests.held else []
         with self.output.muted(), lifecycle.passed_over(behind):
             original(self.scheduler, batch, result)
         if batch.forward_mode.is_extend():
@@ -187,8 +186,9 @@ class GateController:
         requests, ledger = self.requests, self.requests.ledger
         for req in reqs:
             key = req.gate.key
-            open_ = key in requests and req.gate.kept is None
-            if req.stream and open_ and not ledger.stopped(key):
+            if not req.stream or key not in requests or req.gate.kept is not None:
+                continue
+            if not ledger.stopped(key):
                 waiting = ledger.emitted(key) - ledger.canonical(key)
                 if waiting >= self.checks.verifier.rows:
                     yield req
@@ -232,4 +232,4 @@ def _with_whole_prompts(batch: Any, reqs: list[Any]) -> list[Any]:
 
 def _any_kept(batch: Any) -> bool:
     """Whether a request in `batch` was retracted and waits for its output to be given back."""
-    return batch is not None and any(is_gated(r) and r.gate.kept is not None for r in batch.reqs)
+    return batch is not None and any(req.gate.kept is not None for req in gated_of(batch.reqs))

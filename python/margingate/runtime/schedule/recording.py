@@ -14,7 +14,6 @@ from margingate.runtime.request import guard
 from margingate.runtime.request.forward_record import ForwardRecord, record_of
 from margingate.runtime.request.in_flight import InFlight
 from margingate.runtime.request.open_requests import OpenRequests
-from margingate.runtime.request.record import GateRequest
 from margingate.runtime.sampling import constraints
 from margingate.runtime.verify.rows import inject_fault
 from margingate.runtime.verify.simulation import Simulator
@@ -55,27 +54,31 @@ class Recorder:
         margins, routers = self._margins(record, len(batch.reqs))
         if record is not None and record.best is not None and not prefill:
             self._requests.histogram.add_steps(margins)
-        for i, req in enumerate(batch.reqs):
-            gate: GateRequest | None = getattr(req, "gate", None)
-            if gate is None or req.is_retracted or req.finished() or gate.hold is not None:
-                continue  # with overlap, a row behind the end
-            if prefill and req.inflight_middle_chunks > 0:
-                continue
-            if gate.kept is not None:
-                self._requests.mark_prefilled_again(req)
-                continue
-            margin, router = margins[i], routers[i]
-            if gate.gated:
-                try:
-                    self._record_gated(req, result, i, Evidence(margin, router, canonical))
-                except Exception as error:  # no context manager: this runs for each token
-                    guard.failed(req, "a row of the ledger", error)
-            elif self._observes:
-                flagged = self._policy.judge(margin, router).flagged
-                self._requests.count_observed(req, flagged=flagged)
-                if self._studies:
-                    force(self._scheduler.future_map, req, result, i, (margin, router))
+        rows = _emitting(batch.reqs)
+        if canonical and not prefill:
+            rows = self._requests.enter_canonical(rows, margins)
+        for i, req in rows:
+            self._record_row(req, result, i, Evidence(margins[i], routers[i], canonical), prefill)
         return canonical
+
+    def _record_row(self, req: Any, result: Any, i: int, evidence: Evidence, prefill: bool) -> None:
+        """What `enter_canonical` leaves, one by one. `evidence`: canonical as the forward is."""
+        gate = req.gate
+        if prefill and req.inflight_middle_chunks > 0:
+            return
+        if gate.kept is not None:
+            self._requests.mark_prefilled_again(req)
+        elif gate.gated:
+            try:
+                self._record_gated(req, result, i, evidence)
+            except Exception as error:  # no context manager: this may run for each token
+                guard.failed(req, "a row of the ledger", error)
+        elif self._observes:
+            margin, router = evidence.margin, evidence.router_margin
+            flagged = self._policy.judge(margin, router).flagged
+            self._requests.count_observed(req, flagged=flagged)
+            if self._studies:
+                force(self._scheduler.future_map, req, result, i, (margin, router))
 
     def _margins(
         self, record: ForwardRecord | None, rows: int
@@ -108,3 +111,15 @@ class Recorder:
         simulated = self._simulator.flag(req, len(req.gate.flags) + 1)
         verdict = self._policy.decide(Evidence(margin, router, canonical, simulated))
         requests.enter_row(req, margin, INJECTED if fault else verdict, canonical=canonical)
+
+
+def _emitting(reqs: Sequence[Any]) -> list[tuple[int, Any]]:
+    """Index and request of the rows that count; with overlap, there are some behind an end."""
+    return [
+        (i, req)
+        for i, req in enumerate(reqs)
+        if req.finished_reason is None
+        and not req.is_retracted
+        and (gate := getattr(req, "gate", None)) is not None
+        and gate.hold is None
+    ]

@@ -50,6 +50,12 @@ class SettledStream:
         finally:
             self._muted = False
 
+    def sendable(self, reqs: list[Any]) -> list[Any]:
+        """`reqs` without those of which `accept` would send nothing now, whatever they have."""
+        if not self._muted:
+            return reqs
+        return [req for req in reqs if req.finished_reason is not None or not is_gated(req)]
+
     def accept(self, original: Any, accumulator: Any, req: Any) -> None:
         """AROUND _GenerationStreamAccumulator.accept: send the settled part of a request."""
         if req.finished():

@@ -1,0 +1,68 @@
+"""The clock of the hooks: a hook's time is its own."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmark.bench import hook_clock
+
+LONG, SHORT = 0.03, 0.005  # seconds
+
+
+@pytest.fixture
+def clock() -> hook_clock.Clock:
+    return hook_clock.Clock()
+
+
+def decode(rows: int) -> Any:
+    mode = SimpleNamespace(name="DECODE")
+    return SimpleNamespace(batch_to_run=SimpleNamespace(forward_mode=mode, reqs=[0] * rows))
+
+
+def test_neither_the_original_nor_an_inner_hook_counts(clock: hook_clock.Clock) -> None:
+    inner = clock.timed("inner", lambda: time.sleep(LONG), around=False)
+
+    def of_sglang() -> str:
+        time.sleep(LONG)
+        inner()
+        return "done"
+
+    def hook(original: Any) -> Any:
+        time.sleep(SHORT)
+        inner()
+        return original()
+
+    clock.turn(decode(2))
+    assert clock.timed("outer", hook, around=True)(of_sglang) == "done"
+    clock.turn(decode(2))
+    found = clock.take()["2"]
+    assert found["steps"] == 1
+    outer, inner_us = found["hooks"]["outer"], found["hooks"]["inner"]
+    assert SHORT * 1e6 <= outer[0] < LONG * 1e6 and outer[1] == 1
+    assert inner_us[0] >= 2 * LONG * 1e6 and inner_us[1] == 2
+
+
+def test_an_exception_passes_and_leaves_the_clock_in_order(clock: hook_clock.Clock) -> None:
+    def hook(original: Any) -> Any:
+        return original()
+
+    def failing() -> None:
+        raise ValueError("of SGLang")
+
+    with pytest.raises(ValueError, match="of SGLang"):
+        clock.timed("outer", hook, around=True)(failing)
+    assert clock._inner == []
+
+
+def test_a_step_belongs_to_the_batch_that_was_launched_before_it(clock: hook_clock.Clock) -> None:
+    hook = clock.timed("hook", lambda: None, around=False)
+    clock.turn(decode(3))
+    for _ in range(2):
+        hook()
+        clock.turn(decode(1))
+    assert {size: found["steps"] for size, found in clock.take().items()} == {"3": 1, "1": 1}
+    assert clock.take() == {}
