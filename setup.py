@@ -4,8 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# The start serves exactly these (runtime/compat/release.py). pip has no word for "one of two": a later
-# edition of the older one lies between them, and is not what was looked at.
+# The start serves exactly these two (runtime/compat/release.py). For pip they are a range, in which
+# editions of the older one lie that nobody has looked at.
 SGLANG = "sglang>=0.5.22,<=0.5.23" + "".join(f",!=0.5.22.post{n}" for n in range(1, 10))
 
 setup(
