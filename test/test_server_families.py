@@ -1,7 +1,7 @@
 """Families whose rows depend on their number and company on a CPU: same answers, same experts.
 
 Mixtures of experts, windows and a vision model in float32; a dense model in FP8 and in 4 bits; a
-mixture in FP8.
+mixture in FP8 in blocks and by outputs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from checks import assert_clean, forced
 from PIL import Image
 from transformers import AutoConfig
 
-from benchmark.models import four_bits, fp8_blocks
+from benchmark.models import four_bits, fp8_blocks, fp8_channels
 from margingate.harness.client import Answer, Client, Prompt, chat_prompts, read_prompts
 from margingate.harness.defaults import PROMPTS
 from margingate.harness.servers import retracting
@@ -30,22 +30,26 @@ from margingate.runtime.compat.quantization import has_experts
 TOKENS = 16  # of an answer
 DENSE = "qwen3"
 IN_BLOCKS = (DENSE, "qwen3_moe-blocks")  # in FP8 with a scale a block, between layers in BF16
+CHANNELS = "w8a8"  # a mixture in FP8 with a scale an output, beside those in blocks
 PACKED, GROUP = ("gptq", "awq"), 32  # the dense model in 4 bits; inputs that share a scale
 WINDOWED, LONGER = "gemma3_text", 40  # tokens of an answer, so that its windows of 16 are passed
 LOGPROBS = {"return_logprob": True, "top_logprobs_num": 2}
 EXPERTS = {"return_routed_experts": True}
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES, *PACKED, "qwen3_vl"])
+@pytest.fixture(scope="module", params=[*FAMILIES, *PACKED, CHANNELS, "qwen3_vl"])
 def model(request: pytest.FixtureRequest, run_folder: Path, tmp_path_factory) -> Path:
     """In place of SmolLM2: a family's tiny model, so a server of each, one after the other."""
     packed = request.param in PACKED
-    folder = tiny_model(DENSE if packed else request.param, run_folder)
+    of = dict.fromkeys(PACKED, DENSE) | {CHANNELS: IN_BLOCKS[1]}
+    folder = tiny_model(of.get(request.param, request.param), run_folder)
     rounded = tmp_path_factory.mktemp("model") / (request.param if packed else "fp8")
     if packed:
         four_bits.make(request.param, folder, rounded, GROUP)
     elif request.param in IN_BLOCKS:
         fp8_blocks.make(folder, rounded)
+    elif request.param == CHANNELS:
+        fp8_channels.make(folder, rounded)
     return rounded if rounded.exists() else folder
 
 
