@@ -3,12 +3,12 @@
     python -m benchmark.sameness.experts --model MODEL --prompts ../shared/data/*.jsonl \
         --out experts.json
 
-Starts servers of a mixture of experts with `--enable-return-routed-experts`, one after the other: a
-gated one, one that verifies every row on stock kernels, and a stock one. Each answers the prompts one
-by one, and then in each arrangement; last it scores prompts and answers, all at once. Held to the
-first answers are the tokens, and the experts of each token up to the first one that differs. Ends
-with status 1 if a gated server changed tokens or experts, or returned other rows than tokens. Scores
-may differ where the server says `as_prefilled`.
+Starts servers of a mixture of experts with `--enable-return-routed-experts`, one after the other:
+a gated one, one that verifies every row on stock kernels, and a stock one. Each answers the prompts
+one by one, and then in each arrangement; last it scores prompts and answers, all at once. Held to
+the first answers are the tokens, and the experts of each token up to the first that differs. Ends
+with status 1 if a gated server changed tokens or experts, or returned other rows than tokens.
+Scores may differ where the server says `as_prefilled`.
 """
 
 from __future__ import annotations
