@@ -9,9 +9,11 @@ from typing import Any, cast
 
 import pytest
 import torch
+from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
+from sglang.srt.runtime_context import get_context, get_parallel
 from sglang.srt.state_capturer import routed_experts as of_sglang
-from sglang.srt.state_capturer.base import BaseTopkCapturer
+from sglang.srt.state_capturer.base import BaseDeviceCache, BaseTopkCapturer
 
 from margingate.config import GateConfig
 from margingate.runtime.compat import routed_experts
@@ -72,6 +74,20 @@ def test_rows_of_a_forward_are_entered_behind_its_first_ones(capturer):
     assert [len(each) for each in chosen.to_cpu()] == [2, 2]
     chosen.store()
     assert held(capturer) == {9: 4, 2: 5}
+
+
+def test_they_are_what_sglangs_routers_chose(capturer):
+    """And a probe's rows, more than SGLang has room for, leave nothing."""
+    capturer.device_cache = BaseDeviceCache(ROWS, LAYERS, CHOSEN, "cpu", "experts")
+    with get_context().override_server_args(), get_parallel().override(tp_rank=0, tp_size=1):
+        router = TopK(CHOSEN, layer_id=2)
+        chosen = router(torch.zeros(ROWS, 4), torch.randn(ROWS, 8)).topk_ids
+        with routed_experts.unrecorded():
+            router(torch.zeros(16, 4), torch.randn(16, 8))
+    routed_experts.of_last_forward(torch.tensor([3, 8]), 1).store()
+    kept = capturer.host_cache.buffer
+    assert torch.equal(kept[[3, 8], 2], chosen[1:3].int())
+    assert not kept[:, :2].any()
 
 
 def test_the_later_forward_of_a_slot_stands(capturer):
