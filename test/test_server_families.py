@@ -115,17 +115,32 @@ def readings(answer: Answer) -> tuple[object, ...]:
 
 
 def test_each_token_but_the_last_has_its_experts(client, prompts, alone, chosen):
-    """And they are those that prompt and answer have as one prompt."""
+    """And they are those that prompt and answer have as one prompt, but for near-ties where a
+    prefill has other bits than a decode step.
+    """
     if not chosen:
         pytest.skip("this model routes nothing")
-    whole = []
+    whole, kept = [], []
     for prompt, answer in zip(prompts, alone, strict=True):
-        data = base64.b64decode(answer.meta["routed_experts"])
-        assert len(data) == 4 * chosen * (len(prompt.input_ids) + len(answer.tokens) - 1)
+        kept.append(rows_of(answer, chosen))
+        assert len(kept[-1]) == len(prompt.input_ids) + len(answer.tokens) - 1
         whole.append(Prompt(prompt.name, (*prompt.input_ids, *answer.tokens)))
     scored = client.together(whole, sampling_params={"max_new_tokens": 0}, **EXPERTS)
-    found = {answer.name: answer.meta["routed_experts"] for answer in scored}
-    assert {answer.name: answer.meta["routed_experts"] for answer in alone} == found
+    found = {answer.name: rows_of(answer, chosen) for answer in scored}
+    pairs = [
+        pair
+        for prompt, rows in zip(prompts, kept, strict=True)
+        for pair in zip(rows, found[prompt.name], strict=True)
+    ]
+    other = sum(one != two for one, two in pairs)
+    assert other <= (0 if client.gate_state()["scores"] == "as_decoded" else len(pairs) // 100)
+
+
+def rows_of(answer: Answer, chosen: int) -> list[bytes]:
+    """The experts of each token, int32 after int32."""
+    data, row = base64.b64decode(answer.meta["routed_experts"]), 4 * chosen
+    assert len(data) % row == 0
+    return [data[start : start + row] for start in range(0, len(data), row)]
 
 
 def test_batched_shuffled_cached_and_retracted(client, prompts, alone, ask):
