@@ -4,6 +4,10 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# The start serves exactly these two (runtime/compat/release.py). For pip they are a range, in which
+# editions of the older one lie that nobody has looked at.
+SGLANG = "sglang>=0.5.22,<=0.5.23" + "".join(f",!=0.5.22.post{n}" for n in range(1, 10))
+
 setup(
     name="margingate",
     version="0.2.0",
@@ -35,7 +39,7 @@ setup(
     # aiohttp, numpy, psutil, requests, torch, transformers and triton come with this SGLang, in the
     # versions that it pins; a second pin here could only disagree.
     install_requires=[
-        "sglang>=0.5.22,<=0.5.23",
+        SGLANG,
         "gguf>=0.10",
         "rich",
         "matplotlib",

@@ -17,6 +17,7 @@ _ARGS = "server_args.ServerArgs"
 _BATCH = "managers.schedule_batch.ScheduleBatch"
 _CHOSEN = "layers.moe.topk.StandardTopKOutput"
 _CONTEXT = "entrypoints.context.SimpleContext"
+_EXPERTS = "state_capturer.routed_experts.RoutedExpertsCapturer"
 _FP8 = "layers.quantization.fp8.Fp8LinearMethod"
 _FORWARD = "model_executor.forward_batch_info.ForwardBatch"
 _GENERATE = "managers.io_struct.GenerateReqInput"
@@ -49,6 +50,9 @@ NAMES = {
     "req": _REQ,
     "reqs[]": _REQ,
     "chunked_req": _REQ,
+    "capturer": _EXPERTS,
+    "_capturer()": _EXPERTS,
+    "device_cache": "state_capturer.base.BaseDeviceCache",
     "kv": "managers.schedule_batch.ReqKvInfo",
     "logprob": _LOGPROB,
     "time_stats": "observability.req_time_stats.SchedulerReqTimeStats",
@@ -135,6 +139,7 @@ IN_FILES = {
     "client/switch.py": {"params": "", "obj": _GENERATE},
     "compat/quantization.py": {"model": _MODEL, "method": _FP8},
     "compat/forward.py": {"batch": _FORWARD, "other": _FORWARD},
+    "compat/routed_experts.py": {"_output": "state_capturer.base.TopkCaptureOutput"},
     "compat/settings.py": {"context": "runtime_context.RuntimeContext"},
     "compat/tree.py": {"params": _MATCH},
     "observe/study.py": {"processor": _LOGITS},

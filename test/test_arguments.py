@@ -714,6 +714,51 @@ def test_what_is_quantized_otherwise_is_refused_with_what_would_do():
         refused_models.refuse_model(model_config(quantization="awq", hf_config=plain))
 
 
+def experts_wanted(**changes: Any) -> SimpleNamespace:
+    given = {"enable_return_routed_experts": True, "chunked_prefill_size": 64}
+    return SimpleNamespace(**(given | changes))
+
+
+MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2}
+VERIFIED = {"rows": 16, "fast_path": "stock"}
+
+
+@pytest.mark.parametrize(
+    ("config", "text", "args", "because"),
+    [
+        ({"rows": 16}, {}, {}, "is for mixtures of experts"),
+        ({"rows": 16}, {"num_experts_per_tok": 2}, {}, "is for mixtures of experts"),
+        ({"rows": 16}, MIXTURE, {"chunked_prefill_size": -1}, "--chunked-prefill-size is -1"),
+        ({"rows": 16}, MIXTURE, {"chunked_prefill_size": 15}, "is 15 and --gate-rows is 16"),
+        (VERIFIED, MIXTURE, {}, "may depend on the batch: use --gate-guarantee exact"),
+        ({"rows": 16, "repair": "column"}, MIXTURE, {}, "nor with --gate-repair column"),
+    ],
+)
+def test_experts_are_returned_where_all_rows_are_canonical(config, text, args, because):
+    with pytest.raises(GateError, match=because) as caught:
+        refusals.refuse_experts(experts_wanted(**args), GateConfig(**config), model_config(text))
+    sentence(caught.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rows": 16},
+        VERIFIED | {"guarantee": "exact"},
+        VERIFIED | {"policy": "always"},
+        VERIFIED | {"policy": "observe"},
+    ],
+)
+def test_experts_are_returned_elsewhere(config):
+    made = GateConfig(**config)
+    refusals.refuse_experts(experts_wanted(), made, model_config(MIXTURE))
+    refusals.refuse_experts(experts_wanted(enable_return_routed_experts=False), made, None)
+
+
+def test_experts_of_a_model_without_any_are_refused_at_start(prepare):
+    assert "for mixtures of experts" in exits(prepare, GATE, "--enable-return-routed-experts")
+
+
 def test_the_names_of_sglangs_attention_kinds_are_the_expected_ones():
     from sglang.srt.configs.model_config import AttentionArch
 

@@ -74,7 +74,8 @@ def test_the_api_has_every_counter():
 
 def test_the_api_has_every_parameter_of_the_gate():
     custom = [f'custom_params["{name}"]' for name in (FAULT_ROWS, FORCED_IDS, COLUMNS)]
-    assert names(api.PARAMETERS) == [SWITCH, "sampling_seed", *custom]
+    of_sglang = ["sampling_seed", "return_routed_experts"]
+    assert names(api.PARAMETERS) == [SWITCH, *of_sglang, *custom]
 
 
 def test_the_limits_have_a_row_for_each_refused_setting():

@@ -240,6 +240,7 @@ WRITERS = {
     "guard": "how one ends that we failed on, and its namespace",
     "weights": "which of its tokens other weights gave",
     "admission": "the gate's record, its namespace, and inputs of one that is refused",
+    "routed_experts": "its experts, as it ends",
     "retraction": "its output, while its columns are gone",
     "rollback": "its output and its columns",
     "stream": "what of its output SGLang sends",

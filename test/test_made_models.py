@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from benchmark.bench import checkpoints
 from benchmark.bench.engines import sizes
-from benchmark.models import four_bits, fp8_blocks, padded, random_weights, upcycled
+from benchmark.models import four_bits, fp8_blocks, fp8_channels, padded, random_weights, upcycled
 from margingate.errors import CliError
 from margingate.harness.embedded_model import ensure_model
 from margingate.harness.tiny_models import FAMILIES, tiny_model
@@ -98,6 +98,21 @@ def test_fp8_by_blocks(monkeypatch, llama, tmp_path):
             ).all()
     assert after["model.embed_tokens.weight"].dtype == torch.bfloat16
     assert sum(tensor.dtype == torch.float8_e4m3fn for tensor in after.values()) == 7
+
+
+def test_fp8_by_outputs(monkeypatch, llama, tmp_path):
+    before = load_file(llama / "model.safetensors")
+    config, after = made(monkeypatch, fp8_channels, llama, tmp_path)
+    assert config["quantization_config"] == {"quant_method": "w8a8_fp8"}
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weight, scales, plain = after[name], after[f"{name}_scale"], before[name].float()
+    assert weight.dtype == torch.float8_e4m3fn and scales.shape == (576, 1)
+    torch.testing.assert_close(scales[:, 0], plain.abs().amax(1) / 448)
+    off = (weight.float() * scales - plain).abs()
+    assert (off <= torch.maximum(plain.abs() / 16, scales / 1024) * 1.001).all()
+    assert sum(tensor.dtype == torch.float8_e4m3fn for tensor in after.values()) == 7
+    zeros, ones = fp8_channels.to_channels(torch.zeros(2, 3))
+    assert not zeros.float().any() and torch.equal(ones, torch.ones(2, 1))
 
 
 def test_fp8_of_zeros_and_of_the_largest():

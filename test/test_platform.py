@@ -52,6 +52,17 @@ def test_what_was_asked_for_stays(monkeypatch):
     assert os.environ["TORCH_COMPILE_DISABLE"] == "0"
 
 
+def test_buffers_of_the_host_need_no_driver(monkeypatch):
+    """SGLang registers what it keeps the experts of columns in with CUDA."""
+    from sglang.srt.mem_cache.pool_host import common
+    from sglang.srt.state_capturer.base import BaseHostCache
+
+    monkeypatch.setattr(common, "_cuda_host_register", pytest.fail)
+    HostPlatform().init_backend()
+    cache = BaseHostCache(5, 2, 3, "experts", "cpu")
+    assert cache.buffer.shape == (5, 2, 3) and not cache.buffer.any()
+
+
 def check_the_torch_operator_does_what_the_kernel_does(device: str) -> None:
     """Inputs of 1 / 64 keep every product and sum exact, so float32's order of sums plays no part.
 

@@ -5,21 +5,43 @@ from __future__ import annotations
 import inspect
 import pkgutil
 import re
+import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
+import setuptools
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from margingate.config import GateError
 from margingate.runtime.compat import release
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_setup_accepts_the_releases_that_are_served_and_no_neighbours():
-    (pin,) = re.findall(r'"sglang([<>=][^"]*)"', (ROOT / "setup.py").read_text())
-    accepted = SpecifierSet(pin)
+@pytest.fixture
+def accepted(monkeypatch) -> SpecifierSet:
+    """The SGLang that pip takes with this package, by what `setup.py` hands over."""
+    said: dict[str, Any] = {}
+    monkeypatch.setattr(setuptools, "setup", said.update)
+    runpy.run_path(str(ROOT / "setup.py"))
+    pins = {pin.name: pin.specifier for pin in map(Requirement, said["install_requires"])}
+    return pins["sglang"]
+
+
+def test_pip_takes_what_the_start_serves(accepted):
     assert all(accepted.contains(version) for version in release.SERVED)
-    assert not accepted.contains("0.5.21") and not accepted.contains("0.5.24")
+
+
+def test_pip_takes_nothing_that_the_start_refuses(accepted, monkeypatch):
+    """Of released versions: the neighbours, and editions of what is served."""
+    editions = [f"{served}.post{n}" for served in release.SERVED for n in range(1, 10)]
+    for version in ("0.5.21", "0.5.21.post1", "0.5.24", "0.6.0", *editions):
+        monkeypatch.setattr(release, "installed", lambda version=version: version)
+        with pytest.raises(GateError, match=f"but SGLang is {version}: pip install sglang=="):
+            release.check_version()
+        assert not accepted.contains(version), version
 
 
 def test_ci_tests_the_older_release():

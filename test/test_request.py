@@ -48,6 +48,7 @@ def request(custom: Any = None, *, top_k: int = 1, **changes: Any) -> SimpleName
         "extra_key": None,
         "return_hidden_states": False,
         "return_sampling_mask": False,
+        "return_routed_experts": False,
         "token_indices_to_pool": None,
         **dict.fromkeys(("custom_logit_processor", "input_embeds", "positional_embed_overrides")),
         **dict.fromkeys(("lora_id", "session", "multi_item_delimiter_indices")),

@@ -1,7 +1,7 @@
-"""Families whose rows depend on their number and company on a CPU: same answers.
+"""Families whose rows depend on their number and company on a CPU: same answers, same experts.
 
 Mixtures of experts, windows and a vision model in float32; a dense model in FP8 and in 4 bits; a
-mixture in FP8.
+mixture in FP8 in blocks and by outputs.
 """
 
 from __future__ import annotations
@@ -12,36 +12,44 @@ import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import requests
 from checks import assert_clean, forced
 from PIL import Image
+from transformers import AutoConfig
 
-from benchmark.models import four_bits, fp8_blocks
+from benchmark.models import four_bits, fp8_blocks, fp8_channels
 from margingate.harness.client import Answer, Client, Prompt, chat_prompts, read_prompts
 from margingate.harness.defaults import PROMPTS
 from margingate.harness.servers import retracting
 from margingate.harness.tiny_models import FAMILIES, tiny_model
+from margingate.runtime.compat.quantization import has_experts
 
 TOKENS = 16  # of an answer
 DENSE = "qwen3"
 IN_BLOCKS = (DENSE, "qwen3_moe-blocks")  # in FP8 with a scale a block, between layers in BF16
+CHANNELS = "w8a8"  # a mixture in FP8 with a scale an output, beside those in blocks
 PACKED, GROUP = ("gptq", "awq"), 32  # the dense model in 4 bits; inputs that share a scale
 WINDOWED, LONGER = "gemma3_text", 40  # tokens of an answer, so that its windows of 16 are passed
-ASK = {"return_logprob": True, "top_logprobs_num": 2}
+LOGPROBS = {"return_logprob": True, "top_logprobs_num": 2}
+EXPERTS = {"return_routed_experts": True}
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES, *PACKED, "qwen3_vl"])
+@pytest.fixture(scope="module", params=[*FAMILIES, *PACKED, CHANNELS, "qwen3_vl"])
 def model(request: pytest.FixtureRequest, run_folder: Path, tmp_path_factory) -> Path:
     """In place of SmolLM2: a family's tiny model, so a server of each, one after the other."""
     packed = request.param in PACKED
-    folder = tiny_model(DENSE if packed else request.param, run_folder)
+    of = dict.fromkeys(PACKED, DENSE) | {CHANNELS: IN_BLOCKS[1]}
+    folder = tiny_model(of.get(request.param, request.param), run_folder)
     rounded = tmp_path_factory.mktemp("model") / (request.param if packed else "fp8")
     if packed:
         four_bits.make(request.param, folder, rounded, GROUP)
     elif request.param in IN_BLOCKS:
         fp8_blocks.make(folder, rounded)
+    elif request.param == CHANNELS:
+        fp8_channels.make(folder, rounded)
     return rounded if rounded.exists() else folder
 
 
@@ -59,22 +67,42 @@ def prompts(model: Path) -> list[Prompt]:
 
 
 @pytest.fixture(scope="module")
-def client(start, model: Path, dtype) -> Client:
+def chosen(model: Path) -> int:
+    """How many experts the model's layers choose for a token, all together; 0 without any."""
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    mixture = has_experts(SimpleNamespace(hf_text_config=config))
+    return config.num_hidden_layers * config.num_experts_per_tok if mixture else 0
+
+
+@pytest.fixture(scope="module")
+def ask(chosen: int) -> dict[str, object]:
+    """What an answer is to bring beside its tokens."""
+    return LOGPROBS | (EXPERTS if chosen else {})
+
+
+@pytest.fixture(scope="module")
+def experts_of(chosen: int) -> tuple[str, ...]:
+    """The option, for a mixture."""
+    return ("--enable-return-routed-experts",) if chosen else ()
+
+
+@pytest.fixture(scope="module")
+def client(start, model: Path, dtype, experts_of) -> Client:
     """Of a server that retracts a request in every few forwards; alone there is none to retract."""
-    args = ("--gate-debug", "--gate-inject-faults")
+    args = ("--gate-debug", "--gate-inject-faults", *experts_of)
     server = start(*dtype, *args, stock_path=False, env=retracting(5))
     return Client(server.base_url, LONGER if model.name.endswith(WINDOWED) else TOKENS)
 
 
 @pytest.fixture(scope="module")
-def alone(client, prompts) -> list[Answer]:
+def alone(client, prompts, ask) -> list[Answer]:
     """Each prompt's answer alone, nothing cached."""
     client.flush()
-    return client.alone(prompts, **ASK)
+    return client.alone(prompts, **ask)
 
 
 def changed(reference: Sequence[Answer], answers: Sequence[Answer]) -> list[str]:
-    """The names of answers whose tokens, text or log-probs are not those of the reference."""
+    """The names of answers whose tokens, text, log-probs or experts differ from the reference's."""
     wanted = {answer.name: readings(answer) for answer in reference}
     assert sorted(wanted) == sorted(answer.name for answer in answers)
     return [answer.name for answer in answers if readings(answer) != wanted[answer.name]]
@@ -83,22 +111,51 @@ def changed(reference: Sequence[Answer], answers: Sequence[Answer]) -> list[str]
 def readings(answer: Answer) -> tuple[object, ...]:
     logprobs = answer.meta["output_token_logprobs"], answer.meta["output_top_logprobs"]
     assert len(logprobs[0]) == len(answer.tokens) > 0
-    return (answer.tokens, answer.text, *logprobs)
+    return (answer.tokens, answer.text, *logprobs, answer.meta.get("routed_experts"))
 
 
-def test_batched_shuffled_cached_and_retracted(client, prompts, alone):
+def test_each_token_but_the_last_has_its_experts(client, prompts, alone, chosen):
+    """And they are those that prompt and answer have as one prompt, but for near-ties where a
+    prefill has other bits than a decode step.
+    """
+    if not chosen:
+        pytest.skip("this model routes nothing")
+    whole, kept = [], []
+    for prompt, answer in zip(prompts, alone, strict=True):
+        kept.append(rows_of(answer, chosen))
+        assert len(kept[-1]) == len(prompt.input_ids) + len(answer.tokens) - 1
+        whole.append(Prompt(prompt.name, (*prompt.input_ids, *answer.tokens)))
+    scored = client.together(whole, sampling_params={"max_new_tokens": 0}, **EXPERTS)
+    found = {answer.name: rows_of(answer, chosen) for answer in scored}
+    pairs = [
+        pair
+        for prompt, rows in zip(prompts, kept, strict=True)
+        for pair in zip(rows, found[prompt.name], strict=True)
+    ]
+    other = sum(one != two for one, two in pairs)
+    assert other <= (0 if client.gate_state()["scores"] == "as_decoded" else len(pairs) // 100)
+
+
+def rows_of(answer: Answer, chosen: int) -> list[bytes]:
+    """The experts of each token, int32 after int32."""
+    data, row = base64.b64decode(answer.meta["routed_experts"]), 4 * chosen
+    assert len(data) % row == 0
+    return [data[start : start + row] for start in range(0, len(data), row)]
+
+
+def test_batched_shuffled_cached_and_retracted(client, prompts, alone, ask):
     """One request at a time is retracted, so that each batch has answers of both kinds."""
-    assert changed(alone, client.alone(prompts, **ASK)) == [], "alone, with the prompts cached"
+    assert changed(alone, client.alone(prompts, **ask)) == [], "alone, with the prompts cached"
     assert all(answer.meta["num_retractions"] == 0 for answer in alone)
     retracted = []
     for seed in range(2):
         order = random.Random(seed).sample(prompts, len(prompts))
-        cached = client.together(order, **ASK)
+        cached = client.together(order, **ask)
         assert changed(alone, cached) == [], "batched, with the prompts cached"
         # Whole chunks of a prompt are: a short one has none.
         assert any(answer.meta["cached_tokens"] > 0 for answer in cached)
         client.flush()
-        cold = client.together(order, **ASK)
+        cold = client.together(order, **ask)
         assert changed(alone, cold) == [], "batched, nothing cached at first"
         retracted += [answer.meta["num_retractions"] for answer in (*cached, *cold)]
     assert client.gate_state()["largest_batch"] >= 6
@@ -106,15 +163,15 @@ def test_batched_shuffled_cached_and_retracted(client, prompts, alone):
     assert_clean(client)
 
 
-def test_forced_flips_are_repaired(client, prompts, alone):
+def test_forced_flips_are_repaired(client, prompts, alone, ask):
     client.flush()
-    answers = client.together(prompts, sampling_params=forced([1, 5, 6, 13]), **ASK)
+    answers = client.together(prompts, sampling_params=forced([1, 5, 6, 13]), **ask)
     assert changed(alone, answers) == []
     assert all(answer.meta["gate"]["flips"] >= 2 for answer in answers)
     assert_clean(client)
 
 
-def test_images_are_refused_unless_the_request_opts_out(client, model, prompts, alone):
+def test_images_are_refused_unless_the_request_opts_out(client, model, prompts, alone, ask):
     """On a vision model; what it is answered then is beside gated text, and in no gated part."""
     if not model.name.endswith("_vl"):
         pytest.skip("this model takes no images")
@@ -126,7 +183,7 @@ def test_images_are_refused_unless_the_request_opts_out(client, model, prompts, 
     client.flush()
     with ThreadPoolExecutor(2) as pool:
         asked = [pool.submit(requests.post, url, json=body, timeout=120) for _ in range(2)]
-        beside = client.together(prompts, **ASK)
+        beside = client.together(prompts, **ask)
         served = [each.result().json()["meta_info"]["gate"] for each in asked]
     assert changed(alone, beside) == [], "beside images"
     assert [record["gated"] for record in served] == [False, False]
@@ -145,11 +202,11 @@ def with_image(params: dict[str, object]) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("model", ["mixtral", *IN_BLOCKS], indirect=True, scope="module")
-def test_the_stock_server_does_not_pass(start, dtype, prompts):
+def test_the_stock_server_does_not_pass(start, dtype, prompts, ask, experts_of):
     """The control, by the same comparison: what it answers alone it repeats, but not in a batch."""
-    client = Client(start(*dtype, gate=False).base_url, TOKENS)
-    alone = client.alone(prompts, **ASK)
+    client = Client(start(*dtype, *experts_of, gate=False).base_url, TOKENS)
+    alone = client.alone(prompts, **ask)
     client.flush()
-    assert changed(alone, client.alone(prompts, **ASK)) == []
+    assert changed(alone, client.alone(prompts, **ask)) == []
     client.flush()
-    assert changed(alone, client.together(prompts, **ASK))
+    assert changed(alone, client.together(prompts, **ask))

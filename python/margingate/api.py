@@ -30,6 +30,13 @@ PARAMETERS = (
         "of its own](limits.md#several-choices-with-a-seed).",
     ),
     Entry(
+        "return_routed_experts",
+        "SGLang's own, with `--enable-return-routed-experts`: the experts of each token of a "
+        'mixture of experts, in `meta_info["routed_experts"]` of the last output. Of a gated '
+        "request they are [those of settled tokens](limits.md#experts-of-tokens), a row for each "
+        "token of prompt and answer but the last.",
+    ),
+    Entry(
         'custom_params["gate_fault_rows"]',
         "For tests, with `--gate-inject-faults`: row numbers whose tokens the fast path corrupts. "
         "A negative number corrupts the row without a flag, and only an audit can tell.",

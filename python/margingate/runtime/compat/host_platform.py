@@ -43,6 +43,13 @@ def gate_shared_expert(
     output.copy_(gated + output.float() if do_add else gated)
 
 
+def _plain_memory(
+    dims: tuple[int, ...], *, dtype: torch.dtype, device: str, **_pinned: Any
+) -> torch.Tensor:
+    """A buffer, with nothing in it yet, that is registered with no driver."""
+    return torch.empty(dims, dtype=dtype, device=device)
+
+
 class HostPlatform(CpuDeviceMixin, SRTPlatform):
     """The host as an out-of-tree platform: torch operators only, no graphs, one device.
 
@@ -74,6 +81,7 @@ class HostPlatform(CpuDeviceMixin, SRTPlatform):
         which both public ones look up in their module: whoever imported those by name, or has put
         a hook around them, gets the torch operator too. The others serve layers and experts in
         FP8: each is replaced where it is looked up. What serves AWQ and GPTQ is in `host_marlin`.
+        Buffers that a GPU would copy to, as of experts that are returned, are plain memory.
         """
         from sglang.kernels.ops.elementwise import elementwise
         from sglang.srt.layers.attention import attention_registry
@@ -82,6 +90,7 @@ class HostPlatform(CpuDeviceMixin, SRTPlatform):
         from sglang.srt.layers.quantization.compressed_tensors.schemes import (
             compressed_tensors_w8a8_fp8,
         )
+        from sglang.srt.mem_cache.pool_host.common import ALLOC_MEMORY_FUNCS
 
         from margingate.runtime.compat.host_attention import torch_attention
 
@@ -92,6 +101,7 @@ class HostPlatform(CpuDeviceMixin, SRTPlatform):
             module.apply_fp8_linear = scaled_fp8_linear
         fused_moe.fused_experts = fp8_experts
         host_marlin.install()
+        ALLOC_MEMORY_FUNCS[self.device_name] = _plain_memory
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Replace defaults that need kernels which are not in the PyPI build, or a GPU."""

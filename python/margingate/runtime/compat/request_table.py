@@ -40,10 +40,11 @@ SAMPLING: _Group = {
 _BOTH: _Group = {
     _ASKED: "input_ids sampling_params require_reasoning",
     _BESIDE: "return_logprob logprob_start_len top_logprobs_num token_ids_logprob "
-    "return_flat_raw_top_logprobs return_bytes return_entropy sampling_logprobs_mode",
+    "return_flat_raw_top_logprobs return_bytes return_entropy sampling_logprobs_mode "
+    "return_routed_experts routed_experts_start_len",
     _REFUSED: "input_embeds return_sampling_mask return_hidden_states custom_logit_processor "
     "positional_embed_overrides lora_id session_id session_params token_indices_to_pool",
-    _OFF: "return_routed_experts routed_experts_start_len return_indexer_topk kv_hints",
+    _OFF: "return_indexer_topk kv_hints",
     _CARRIED: "rid stream priority http_worker_ipc no_logs routing_key",
     "where columns are looked for, which the gate makes answers independent of": ""
     "extra_key cache_salt",

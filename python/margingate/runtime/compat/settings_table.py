@@ -95,8 +95,8 @@ REFUSED: _Group = {
     "other kernels than those measured": "enable_fused_qk_norm_rope forward_hooks "
     "debug_tensor_dump_output_folder debug_tensor_dump_input_file msprobe_dump_config "
     "enable_lean_attention enable_amd_monokernel enable_nvidia_megakernel",
-    "what a rollback cannot undo": "enable_return_routed_experts enable_return_indexer_topk "
-    "enable_return_hidden_states return_hidden_states_mode enable_return_aux_hidden_states",
+    "what a rollback cannot undo": "enable_return_indexer_topk enable_return_hidden_states "
+    "return_hidden_states_mode enable_return_aux_hidden_states",
     "draws that are not the gate's": "enable_watermark",
     "nothing to gate": "is_embedding enable_deterministic_inference rl_on_policy_target",
 }
@@ -130,7 +130,7 @@ NO_EFFECT: _Group = {
     "weight_version file_storage_path",
     "how an answer is cut into chunks, and what is said beside it": "stream_interval "
     "batch_notify_size stream_response_default_include_usage incremental_streaming_output "
-    "enable_cache_report return_input_ids return_output_ids",
+    "enable_cache_report return_input_ids return_output_ids enable_return_routed_experts",
     "logs, metrics and traces": "log_level log_level_http log_requests log_requests_level "
     "log_requests_format log_requests_target uvicorn_access_log_exclude_prefixes crash_dump_folder "
     "show_time_cost enable_metrics smg_http_sidecar_port enable_mfu_metrics "

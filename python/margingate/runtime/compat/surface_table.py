@@ -58,7 +58,8 @@ SURFACE: Mapping[str, str] = {
     "multi_item_delimiter_indices multimodal_inputs origin_input_ids output_ids "
     "output_ids_through_stop "
     "positional_embed_overrides prefix_len reasoning_tokens return_hidden_states "
-    "return_logprob return_sampling_mask rid sampling_params send_token_offset "
+    "return_logprob return_routed_experts return_sampling_mask rid routed_experts "
+    "routed_experts_start_len sampling_params send_token_offset "
     "session set_finish_with_abort stream time_stats to_finish token_indices_to_pool "
     "tokenizer update_finish_state vocab_size weight_version_events",
     "managers.schedule_batch.ReqKvInfo": ""
@@ -105,7 +106,8 @@ SURFACE: Mapping[str, str] = {
     "get_key_buffer get_kv_buffer get_value_buffer layer_num set_kv_buffer size start_layer "
     "store_dtype",
     "mem_cache.memory_pool.ReqToTokenPool": "available_size req_to_token size write",
-    "mem_cache.radix_cache.RadixCache": "evict evictable_size protected_size root_node",
+    "mem_cache.radix_cache.RadixCache": ""
+    "evict evictable_size protected_size req_to_token_pool root_node",
     "mem_cache.radix_cache.TreeNode": "children value",
     "model_executor.cuda_graph_config.CudaGraphConfig": "decode prefill",
     "model_executor.forward_batch_info.ForwardBatch": ""
@@ -129,11 +131,16 @@ SURFACE: Mapping[str, str] = {
     "custom_params frequency_penalty logit_bias max_new_tokens min_new_tokens min_p n "
     "presence_penalty repetition_penalty sampling_seed stop_token_ids stream_interval "
     "temperature top_k top_p",
+    "state_capturer.base.BaseDeviceCache": "buffer",
+    "state_capturer.base.TopkCaptureOutput": "finalize map_device_tensors",
+    "state_capturer.routed_experts.RoutedExpertsCapturer": ""
+    "device_cache get_topk host_cache topk_size",
     "server_args.ServerArgs": ""
     "_resolution_finished attention_backend boundary_reduction chat_template chunked_prefill_size "
     "cpu_offload_gb cuda_graph_backend_prefill cuda_graph_config debug_tensor_dump_output_folder "
     "decoupled_spec_role device disaggregation_mode dp_size enable_flashinfer_allreduce_fusion "
-    "enable_fp32_lm_head enable_return_hidden_states enable_torch_compile "
+    "enable_fp32_lm_head enable_return_hidden_states enable_return_routed_experts "
+    "enable_torch_compile "
     "flashinfer_allreduce_fusion_backend grammar_backend grpc_mode init_expert_location "
     "kv_cache_dtype kv_canary load_format max_prefill_tokens max_running_requests model_path "
     "moe_a2a_backend moe_runner_backend nnodes node_rank offload_group_size page_size "

@@ -17,7 +17,7 @@ import torch
 
 from margingate.config import GateConfig, GateError
 from margingate.runtime.attention import fixed_split, invariant_attention
-from margingate.runtime.compat import ranks, replicas, settings
+from margingate.runtime.compat import ranks, replicas, routed_experts, settings
 from margingate.runtime.compat.routers import use_linear_kernels
 from margingate.runtime.compat.server_args import gate_config
 from margingate.runtime.probe import (
@@ -61,6 +61,7 @@ def records() -> list[dict[str, Any]]:
     return [finding.record() for finding in _findings]
 
 
+@routed_experts.unrecorded()
 def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     """BEFORE ModelRunner.init_cuda_graphs: plan the operators that the graphs will hold."""
     if runner.is_draft_worker:

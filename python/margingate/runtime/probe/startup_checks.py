@@ -7,6 +7,7 @@ from typing import Any
 
 from margingate.config import GateConfig
 from margingate.runtime.attention import invariant_attention
+from margingate.runtime.compat import routed_experts
 from margingate.runtime.probe import check_attention, check_decode, check_prefill
 from margingate.runtime.probe.check_decode import CanonicalSteps
 from margingate.runtime.probe.check_prefill import Prefill
@@ -45,7 +46,12 @@ def run_checks(scheduler: Any, config: GateConfig) -> StartupChecks:
     runner = scheduler.tp_worker.model_runner
     logprobs.as_log_softmax(runner.model)
     made = verifier.build(runner, config)
-    decode = None
+    with routed_experts.unrecorded():  # not of its graphs, which are made by now
+        return _checked(scheduler, config, made)
+
+
+def _checked(scheduler: Any, config: GateConfig, made: Verifier) -> StartupChecks:
+    runner, decode = scheduler.tp_worker.model_runner, None
     if config.invariant:
         decode = check_decode.measure(made, scheduler, largest_rows(runner.device))
     elif config.policy != "observe":

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from margingate.config import GateConfig
-from margingate.runtime.compat import vision
+from margingate.runtime.compat import routed_experts, vision
 from margingate.runtime.request.record import (
     CACHE_NAMESPACE,
     COLUMNS,
@@ -61,7 +61,7 @@ def refuse(req: Any) -> None:
     if gate is None or req.to_finish is not None:
         return
     clip(req)
-    if refusal := gate.refusal or without_room(req) or with_media(req):
+    if refusal := gate.refusal or without_room(req) or with_media(req) or without_experts(req):
         req.set_finish_with_abort(refusal)  # it goes on as a prompt of one token
         req.input_embeds = req.positional_embed_overrides = None
 
@@ -91,6 +91,16 @@ def without_room(req: Any) -> str:
     return (
         f"{FAULT_ROWS} is {sorted(req.gate.faults)}, but a prompt of {len(req.origin_input_ids)} "
         "tokens leaves no room for an answer: shorten the prompt, or raise --context-length."
+    )
+
+
+def without_experts(req: Any) -> str:
+    """The sentence for a gated request that wants its experts of a server that keeps none."""
+    if not (req.gate.gated and req.return_routed_experts) or routed_experts.are_kept():
+        return ""
+    return (
+        "return_routed_experts is true, but this server keeps no experts: start it with "
+        "--enable-return-routed-experts, or drop the parameter."
     )
 
 

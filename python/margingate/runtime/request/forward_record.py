@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from margingate.core.ledger import Row
+from margingate.runtime.compat.routed_experts import ChosenExperts
 from margingate_kernels import Top2
 
 _ATTRIBUTE = "margingate"  # of SGLang's LogitsProcessorOutput, which goes all the way
@@ -21,6 +22,7 @@ class MergedPass:
     due: str  # why
     start: float  # seconds of time.monotonic
     best: Top2  # of the rows with an input, by the verifier's logits
+    experts: ChosenExperts | None = None  # of the same rows, where they are kept
 
 
 @dataclass(slots=True)
@@ -42,6 +44,8 @@ class ForwardRecord:
             self.router = self.router.to("cpu", non_blocking=True)
         if self.merged is not None and self.merged.best.margin.is_cuda:
             self.merged.best = self._copy(self.merged.best, "margin", "ids")
+            if self.merged.experts is not None:
+                self.copied += self.merged.experts.to_cpu()
 
     def _copy(self, best: Top2, *names: str) -> Top2:
         self.copied.append(best)

@@ -9,6 +9,7 @@ from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
+from margingate.runtime.compat import routed_experts
 from margingate.runtime.compat.tree import release as release_columns
 from margingate.runtime.request import guard
 from margingate.runtime.request.open_requests import OpenRequests
@@ -41,7 +42,10 @@ def release(requests: OpenRequests, tree: Any, req: Any) -> None:
 def end(requests: OpenRequests, tree: Any, req: Any) -> None:
     """Free the columns of a finished request; its end is to be sent, whatever raises here."""
     requests.mark_ended(req)
-    release_columns(req, tree, checkpoint=True)
+    try:
+        routed_experts.keep(req, tree)
+    finally:
+        release_columns(req, tree, checkpoint=True)
     req.time_stats.set_completion_time()
 
 

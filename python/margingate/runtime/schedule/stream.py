@@ -9,6 +9,7 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from margingate.config import GateConfig
+from margingate.runtime.compat import routed_experts
 from margingate.runtime.observe.fingerprint import Fingerprint
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import INFO_KEY, is_gated
@@ -80,6 +81,7 @@ class SettledStream:
             seen = gate.generations(len(req.output_ids))
             summary["weight_generations"] = seen
             if gate.gated:
+                routed_experts.fit(req)
                 summary |= self._fingerprint.of(seen)
                 if _is_scored(req):
                     summary["scores"] = self._scores

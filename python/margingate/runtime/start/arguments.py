@@ -161,6 +161,7 @@ def _refuse_resolved(server_args: Any, config: GateConfig) -> None:
         refused_models.refuse_column_type(server_args)
         model = settings.model_config(server_args)
         refused_models.refuse_model(model)
+        refusals.refuse_experts(args, config, model)
         if config.calibration is not None:
             load_threshold(config.calibration, machine.describe(server_args), part="machine")
 

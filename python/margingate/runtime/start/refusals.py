@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from margingate.config import GateConfig, GateError
-from margingate.runtime.compat import machine, release, settings, settings_table
+from margingate.runtime.compat import machine, quantization, release, settings, settings_table
 from margingate.runtime.start.refused_settings import SERVER_REFUSALS
 
 _REPLACES = "replaces parts that it patches"
@@ -49,6 +49,36 @@ def refuse_chunks(args: Any, config: GateConfig) -> None:
         raise GateError(
             f"--gate-prefill-chunk is {chunk}, but --chunked-prefill-size lets a forward hold "
             f"only {size} tokens: lower the first or raise the second."
+        )
+
+
+def refuse_experts(args: Any, config: GateConfig, model: Any) -> None:
+    """Where the experts of tokens cannot be returned. `model`: SGLang's ModelConfig.
+
+    Raises GateError.
+    """
+    if not args.enable_return_routed_experts:
+        return
+    routes = getattr(model.hf_text_config, "num_experts_per_tok", None)
+    if not (routes and quantization.has_experts(model)):
+        raise GateError(
+            "--enable-return-routed-experts is for mixtures of experts, but this model's "
+            "configuration names no experts, or no num_experts_per_tok: drop the option."
+        )
+    room = args.chunked_prefill_size or -1
+    if room <= 0 or (config.rows or 0) > room:
+        raise GateError(
+            f"--enable-return-routed-experts has room for the rows of one chunk, but "
+            f"--chunked-prefill-size is {room} and --gate-rows is {config.rows}: give the first a "
+            "number that is at least the second."
+        )
+    verified = config.guarantee == "exact" or config.policy in ("always", "observe")
+    if config.repair != "span" or not (config.invariant or verified):
+        raise GateError(
+            "--enable-return-routed-experts is not served with --gate-guarantee sparse and "
+            "--gate-fast-path stock, nor with --gate-repair column, because the columns of a row "
+            "that is not verified have the experts of the fast path, which may depend on the "
+            "batch: use --gate-guarantee exact."
         )
 
 

@@ -125,7 +125,6 @@ REFUSALS = (
         "a repaired column looks like corruption to it",
         "use none",
     ),
-    _dropped("enable_return_routed_experts", "a rollback cannot undo it"),
     _dropped("enable_return_indexer_topk", "a rollback cannot undo it"),
     Refusal(
         lambda a: bool(a.enable_return_hidden_states or a.return_hidden_states_mode),

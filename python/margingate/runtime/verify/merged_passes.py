@@ -112,7 +112,8 @@ class MergedPasses:
         first, last = batch.batch_size, batch.batch_size + len(inputs)
         best = softmax_top2(logits[first:last])
         output = LogitsProcessorOutput(next_token_logits=logits[:first])
-        record_on(output).merged = MergedPass(rows, due, start, best)
+        experts = verifier.experts_of(inputs, first)
+        record_on(output).merged = MergedPass(rows, due, start, best, experts)
         return ModelRunnerOutput(logits_output=output, can_run_graph=verifier.has_graphs)
 
     def process_results(self, result: Any) -> None:
@@ -123,6 +124,8 @@ class MergedPasses:
         record = record_of(result)
         if record is None or record.merged is None:
             return
+        if record.merged.experts is not None:  # their columns are written, whatever the verdicts
+            record.merged.experts.store()
         results = results_of(record.merged)
         pairs = zip(record.merged.rows, results, strict=True)
         behind = bool(self.waiting)

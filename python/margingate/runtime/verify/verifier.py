@@ -19,8 +19,10 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from margingate.config import GateConfig, GateError
 from margingate.runtime.attention import invariant_attention, layer_rules, verify_backend
+from margingate.runtime.compat import routed_experts
 from margingate.runtime.compat.forward import DecodeRows, context, decode_batch, fence
 from margingate.runtime.compat.host_attention import attends_row_by_row
+from margingate.runtime.compat.routed_experts import ChosenExperts
 from margingate.runtime.request.sampling_params import Draw
 from margingate.runtime.sampling import logprobs
 from margingate.runtime.sampling.constraints import Constraint
@@ -83,13 +85,25 @@ class Verifier:
     def run(self, rows: Sequence[RowInput]) -> list[RowResult]:
         """Verify 1 to `self.rows` rows; those of one request adjacent, positions ascending.
 
-        Rewrites the K/V columns of the rows' positions in place. Padding rows read and write the
+        Rewrites the K/V columns of the rows' positions in place, and the record of the experts that
+        they were computed with. Padding rows read and write the
         reserved slot 0 only.
         """
         found: list[RowResult] = []
         for some in self.that_fit(rows):
             found += self.choose(self.forward(some, self.rows), some)
+            experts = self.experts_of(some)
+            if experts is not None:
+                experts.store()
         return found
+
+    def experts_of(self, rows: Sequence[RowInput], first: int = 0) -> ChosenExperts | None:
+        """What the forward that ran last chose for `rows`, its rows from `first` on; None where
+        nobody keeps it.
+        """
+        if not routed_experts.are_kept():
+            return None
+        return routed_experts.of_last_forward(self._on_device(rows).slots, first)
 
     def that_fit(self, rows: Sequence[RowInput]) -> Iterator[Sequence[RowInput]]:
         """The rows in groups whose keys the attention's workspace has room for; mostly one."""
