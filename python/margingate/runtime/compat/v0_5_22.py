@@ -61,3 +61,16 @@ def is_confidential() -> bool:
 def shared_slots(asked: Any) -> int:
     """Of a router's choices, those that are shared experts."""
     return int(asked.num_fused_shared_experts)
+
+
+def adopt_identity(item: Any, identity: bytes) -> None:
+    """As the newest does: this release keeps 30 bits of an image, and two may have the same."""
+    from sglang.srt.managers.schedule_batch import MM_PAD_SHIFT_VALUE
+
+    item.hash = int.from_bytes(identity[:8], "big")
+    item.pad_value = MM_PAD_SHIFT_VALUE + (int.from_bytes(identity[8:16], "big") >> 2)
+
+
+def padding_sequence(item: Any, length: int) -> list[int]:
+    """What stands in the prompt for tokens of an image: one number for all."""
+    return [item.pad_value] * length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -42,10 +43,10 @@ def section_positions(
 ) -> torch.Tensor | None:
     """Rotary positions [3, rows] where the model has one for each section, else None.
 
-    Those of text are the position, three times. Rows of an ungated request with images have others.
+    Those of decode rows are one number, three times.
 
     Args:
-        positions: int64 [rows].
+        positions: int64 [rows], rotary ones.
         beside: a batch of SGLang's whose rows come first, with their own; None: there is none.
     """
     if not model_config.model_is_mrope:
@@ -55,6 +56,24 @@ def section_positions(
         return sections
     count = beside.batch_size
     return torch.cat([beside.mrope_positions[:, :count], sections[:, count:]], dim=1)
+
+
+def has_tower(model: Any) -> bool:
+    """Whether an SGLang model is one of TOWERS."""
+    return type(model).__name__ in TOWERS
+
+
+def patch_width(model_config: Any) -> int:
+    """Numbers of a patch of an image, as the tower takes it."""
+    tower = model_config.hf_config.vision_config
+    channels = getattr(tower, "in_channels", None) or tower.in_chans
+    return int(channels * tower.temporal_patch_size * tower.patch_size**2)
+
+
+def tokens_of(model_config: Any, grid: tuple[int, int, int]) -> int:
+    """Tokens of an image of so many frames, rows and columns of patches."""
+    tower = model_config.hf_config.vision_config
+    return int(math.prod(grid) // tower.spatial_merge_size**2)
 
 
 def has_media(req: Any) -> bool:

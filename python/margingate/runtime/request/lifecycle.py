@@ -9,6 +9,7 @@ from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
+from margingate.runtime.compat import images
 from margingate.runtime.compat.tree import release as release_columns
 from margingate.runtime.request import guard
 from margingate.runtime.request.open_requests import OpenRequests
@@ -42,6 +43,7 @@ def end(requests: OpenRequests, tree: Any, req: Any) -> None:
     """Free the columns of a finished request; its end is to be sent, whatever raises here."""
     requests.mark_ended(req)
     release_columns(req, tree, checkpoint=True)
+    images.release_features(req)
     req.time_stats.set_completion_time()
 
 

@@ -59,3 +59,11 @@ def extend(scheduler: Any, parts: Sequence[tuple[Any, int, int]]) -> torch.Tenso
 def release(scheduler: Any, req: Any) -> None:
     """Free an internal request's slots, if it has any."""
     tree.release(req, scheduler.tree_cache, checkpoint=False)
+
+
+def stored(scheduler: Any, req: Any, length: int) -> list[torch.Tensor]:
+    """Copies of an internal request's first `length` columns, keys and values, layer by layer."""
+    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    slots = scheduler.req_to_token_pool.req_to_token[columns.row(req), :length].to(torch.int64)
+    layers = range(pool.start_layer, pool.start_layer + pool.layer_num)
+    return [part[slots] for i in layers for part in pool.get_kv_buffer(i)]
