@@ -151,6 +151,11 @@ SERVER = (
         "`together`: gated prompts share prefill forwards. `as_decoded`: a prefill gives the bits "
         "of decode steps, and answers enter the prefix cache.",
     ),
+    Entry(
+        "images",
+        "`canonical`: gated requests with images are served. Else why they are "
+        "[not](limits.md#images), in words.",
+    ),
     Entry("scores", "what the log-probs of prompts are: `as_decoded` or `as_prefilled`, as above"),
     Entry("machine", "device, types, attention backends and versions that margins depend on"),
     Entry("probe", "what was measured of each operator and of whole decode steps at start"),

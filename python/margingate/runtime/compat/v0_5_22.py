@@ -24,10 +24,13 @@ GONE = {"speculative_skip_dp_mlp_sync": "of --speculative-algorithm, which is re
 
 # The first is written alone, which does nothing here: this release counts reasoning from the first
 # token on, whether or not the model opens it. For the second `shared_slots` has another name.
+# Images are named by functions below.
 ABSENT_ATTRIBUTES = frozenset(
     {
         "managers.schedule_batch.Req._think_start_match_len",
         "layers.moe.topk.TopKConfig.num_shared_topk_slots",
+        "managers.schedule_batch.MultimodalDataItem.padding_sequence",
+        "managers.schedule_batch.MultimodalDataItem.set_identity",
     }
 )
 

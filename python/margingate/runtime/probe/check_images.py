@@ -111,8 +111,7 @@ def _columns(
     scheduler: Any, prompt: Sequence[int], inputs: Any, cuts: Sequence[int]
 ) -> list[torch.Tensor]:
     """The columns of a prompt that is prefilled alone, in these pieces; and its last logits."""
-    req = internal_request("margingate-image", prompt)
-    req.multimodal_inputs = inputs
+    req = internal_request("margingate-image", prompt, inputs)
     try:
         for start, end in pairwise(cuts):
             logits = extend(scheduler, [(req, start, end)])

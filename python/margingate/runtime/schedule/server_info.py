@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -10,15 +11,22 @@ from margingate.config import GateConfig
 from margingate.runtime.compat import machine, ranks
 from margingate.runtime.observe import audit
 from margingate.runtime.probe import startup
+from margingate.runtime.probe.startup_checks import StartupChecks
 from margingate.runtime.request import guard
 from margingate.runtime.schedule.controller import GateController
 
 INFO_KEY = "margingate"
+IMAGES, CANONICAL = "images", "canonical"
 
 
-def init_info(config: GateConfig) -> dict[str, Any]:
+def init_info(config: GateConfig, checks: StartupChecks) -> dict[str, Any]:
     """For Scheduler.get_init_info: the launcher refuses schedulers that do not say this."""
-    return {"version": margingate.__version__, **asdict(config)}
+    return {"version": margingate.__version__, **asdict(config), IMAGES: checks.images or CANONICAL}
+
+
+def serves_images(info: Mapping[str, Any]) -> bool:
+    """Whether a scheduler whose ready message this is answers gated requests with images."""
+    return info.get(INFO_KEY, {}).get(IMAGES) == CANONICAL
 
 
 def internal_state(controller: GateController) -> dict[str, Any]:
@@ -53,7 +61,7 @@ def internal_state(controller: GateController) -> dict[str, Any]:
         "policy": config.policy,
         "prefill": checks.prefill.record(),
         "scores": checks.scores(config),
-        "images": checks.images or "canonical",
+        IMAGES: checks.images or CANONICAL,
         "tally": asdict(controller.tally),
         "audit": audit.report(controller.auditor.audits),
         "integrity": controller.integrity.report(),

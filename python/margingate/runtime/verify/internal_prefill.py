@@ -16,12 +16,17 @@ from margingate.runtime.compat.forward import fence
 from margingate.runtime.request.record import GateRequest
 
 
-def internal_request(name: str, prompt: Sequence[int]) -> Any:
-    """A request that no queue, client or counter knows of; it carries the prompt."""
+def internal_request(name: str, prompt: Sequence[int], images: Any = None) -> Any:
+    """A request that no queue, client or counter knows of; it carries the prompt.
+
+    Args:
+        images: SGLang's MultimodalInputs; None: the prompt is text.
+    """
     params = SamplingParams(temperature=0, max_new_tokens=1)
     req = Req(name, "", array("q", prompt), params)
     req.gate = GateRequest(req.rid, True)  # gated, so that its columns are freed as such
     req.full_untruncated_fill_ids = array("q", prompt)
+    req.multimodal_inputs = images
     return req
 
 
