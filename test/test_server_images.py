@@ -88,7 +88,7 @@ def test_batched_shuffled_cached_chunked_and_retracted(client, pictures, texts, 
     assert changed(alone, client.alone(prompts, **ASK)) == [], "alone, in one order"
     assert changed(alone, client.alone(prompts, **ASK)) == [], "alone, with the prompts cached"
     retracted, cached = [], []
-    for seed in range(3):
+    for seed in range(2):
         order = random.Random(seed).sample(prompts, len(prompts))
         answers = client.together(order, **ASK)
         assert changed(alone, answers) == [], "batched, with the prompts cached"
@@ -109,6 +109,28 @@ def test_forced_flips_are_repaired(client, pictures, alone):
     assert changed(alone, answers) == []
     assert all(answer.meta["gate"]["flips"] >= 2 for answer in answers)
     assert_clean(client)
+
+
+def test_choices_and_chat(client, pictures, alone):
+    """Two choices of one request, and OpenAI's route, which is asked twice."""
+    picture = pictures[1]
+    body = {"input_ids": picture.input_ids, "image_data": list(picture.images), **ASK}
+    body["sampling_params"] = {**client.params, "n": 2}
+    choices = requests.post(f"{client.base_url}/generate", json=body, timeout=120).json()
+    answers = [
+        Answer(picture.name, (*c["output_ids"],), c["text"], c["meta_info"]) for c in choices
+    ]
+    assert len(answers) == 2 and changed(alone, answers) == []
+    url = {"type": "image_url", "image_url": {"url": picture.images[0]}}
+    content = [url, {"type": "text", "text": "What is in this picture?"}]
+    chat = {"model": "any", "messages": [{"role": "user", "content": content}]}
+    chat |= {"temperature": 0, "max_tokens": TOKENS}
+    said = [
+        requests.post(f"{client.base_url}/v1/chat/completions", json=chat, timeout=120).json()
+        for _ in range(2)
+    ]
+    assert said[0]["metadata"]["gate"]["gated"] and said[0]["usage"]["prompt_tokens"] > TOKENS
+    assert said[0]["choices"][0]["message"] == said[1]["choices"][0]["message"]
 
 
 def test_ungated_images_beside_gated_ones(client, pictures, alone):

@@ -77,7 +77,10 @@ COUNTS = (
 RECORD = (
     Entry("gated", "whether the gate served this request; `false` comes with `because`"),
     Entry("because", "only where `gated` is `false`: why the request was not gated"),
-    Entry("prompt", "16 hexadecimal digits: a hash of the token ids of the prompt"),
+    Entry(
+        "prompt",
+        "16 hexadecimal digits: a hash of the token ids of the prompt, and of its images",
+    ),
     Entry(
         "seed",
         "only where tokens were drawn: the seed that they were drawn with. A single request with "

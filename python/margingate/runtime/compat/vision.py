@@ -1,4 +1,4 @@
-"""Vision models of which text is served: a decoder behind a tower that text never reaches."""
+"""Vision models that are served: a decoder behind a tower that text never reaches."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def is_known(model_config: Any) -> bool:
 def text_modules(model: Any) -> Iterator[tuple[str, Any]]:
     """(name, module) of all modules of a model that text may run through; the tower is left out.
 
-    A gated request has text only, so what its tower computes is in no gated answer.
+    Rows of a decoder must not depend on others; an image has a forward of the tower to itself.
     """
     tower = TOWERS.get(type(model).__name__)
     for name, module in model.named_modules():

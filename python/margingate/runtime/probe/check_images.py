@@ -29,7 +29,7 @@ BEFORE, BEHIND = 70, 9  # tokens of text around the image in the prompt
 
 _OF_TEXT = "text beside one has other columns than text alone"
 _OF_CUTS = "its columns depend on where the prompt is cut"
-NONE = "this model takes none"
+NONE, UNGATED = "this model takes none", "nothing is gated here"
 
 
 def measure(scheduler: Any, prefill: Prefill) -> str:

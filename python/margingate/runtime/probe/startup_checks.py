@@ -59,5 +59,7 @@ def run_checks(scheduler: Any, config: GateConfig) -> StartupChecks:
         check_attention.check(runner, made.backend)
     if prefill.as_decoded and decode is not None:
         decode.extend()
-    images = check_images.measure(scheduler, prefill) if config.policy != "observe" else ""
+    images = check_images.UNGATED
+    if config.policy != "observe":
+        images = check_images.measure(scheduler, prefill)
     return StartupChecks(made, decode, prefill, images)
