@@ -75,6 +75,14 @@ def test_a_tower_is_not_measured_and_all_else_is():
         refuse_unmeasured(model, {id(model.qkv_proj)})
 
 
+def test_a_model_may_have_been_loaded_without_its_tower():
+    """With --language-model-only; then there is nothing to check at start."""
+    model = tower_model("Qwen3VLForConditionalGeneration")
+    assert vision.has_tower(model) and not vision.has_tower(tower_model("Another"))
+    model.visual = None
+    assert not vision.has_tower(model)
+
+
 def test_the_same_module_of_another_model_is_measured():
     """Nobody has looked whether text gets there."""
     model = tower_model("AnotherForConditionalGeneration")

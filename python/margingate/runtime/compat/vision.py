@@ -59,8 +59,8 @@ def section_positions(
 
 
 def has_tower(model: Any) -> bool:
-    """Whether an SGLang model is one of TOWERS."""
-    return type(model).__name__ in TOWERS
+    """Whether an SGLang model is one of TOWERS, and was loaded with its tower."""
+    return getattr(model, TOWERS.get(type(model).__name__, ""), None) is not None
 
 
 def patch_width(model_config: Any) -> int:
