@@ -82,7 +82,7 @@ def has_media(req: Any) -> bool:
 
 
 def warm_up_with_text(model_config: Any) -> None:
-    """Before SGLang warms the server up: it would send an image, which this one answers 400.
+    """Before SGLang warms the server up: it would send an image, which may be answered 400.
 
     `/model_info` says `has_image_understanding: false` from then on. Nothing else reads it.
     """

@@ -200,7 +200,7 @@ def weight_version_change(_scheduler: Any, new_version: str | None) -> None:
 
 def init_info(result: dict[str, Any], *_args: Any) -> None:
     """AFTER Scheduler.get_init_info: the launcher refuses schedulers that do not say this."""
-    result[server_info.INFO_KEY] = server_info.init_info(_gate().config, _gate().checks)
+    result[server_info.INFO_KEY] = server_info.init_info(_gate().config)
 
 
 def internal_state(result: Any, *_args: Any) -> None:

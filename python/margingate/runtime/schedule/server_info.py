@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -11,22 +10,15 @@ from margingate.config import GateConfig
 from margingate.runtime.compat import machine, ranks
 from margingate.runtime.observe import audit
 from margingate.runtime.probe import startup
-from margingate.runtime.probe.startup_checks import StartupChecks
 from margingate.runtime.request import guard
 from margingate.runtime.schedule.controller import GateController
 
 INFO_KEY = "margingate"
-IMAGES, CANONICAL = "images", "canonical"
 
 
-def init_info(config: GateConfig, checks: StartupChecks) -> dict[str, Any]:
+def init_info(config: GateConfig) -> dict[str, Any]:
     """For Scheduler.get_init_info: the launcher refuses schedulers that do not say this."""
-    return {"version": margingate.__version__, **asdict(config), IMAGES: checks.images or CANONICAL}
-
-
-def serves_images(info: Mapping[str, Any]) -> bool:
-    """Whether a scheduler whose ready message this is answers gated requests with images."""
-    return info.get(INFO_KEY, {}).get(IMAGES) == CANONICAL
+    return {"version": margingate.__version__, **asdict(config)}
 
 
 def internal_state(controller: GateController) -> dict[str, Any]:
@@ -61,7 +53,7 @@ def internal_state(controller: GateController) -> dict[str, Any]:
         "policy": config.policy,
         "prefill": checks.prefill.record(),
         "scores": checks.scores(config),
-        IMAGES: checks.images or CANONICAL,
+        "images": checks.images or "canonical",
         "tally": asdict(controller.tally),
         "audit": audit.report(controller.auditor.audits),
         "integrity": controller.integrity.report(),

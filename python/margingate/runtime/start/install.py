@@ -59,7 +59,7 @@ def init(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) 
         self.tree_cache.share(controller.checks.prefill, controller.requests)
     controller.requests.observe(*_observers(controller))
     handlers.serve(controller)
-    replicas_alike.announce(self, config, checks, controller.fingerprint.parts)
+    replicas_alike.announce(self, config, checks.verifier, controller.fingerprint.parts)
     logger.info("margingate: the deterministic gate is up: %s", config)
 
 
@@ -103,8 +103,7 @@ def _launch(original: Any, cls: Any, server_args: Any, *args: Any, **kwargs: Any
         result = original(cls, server_args, *args, **kwargs)
         arguments.confirm_settings(server_args)
         confirm_schedulers(result)
-    manager, init_result = result[0], result[3]
-    if manager is not None and not server_info.serves_images(init_result.scheduler_infos[0]):
+    if (manager := result[0]) is not None:
         vision.warm_up_with_text(manager.model_config)
     return result
 

@@ -9,17 +9,15 @@ from typing import Any
 from margingate.config import GateConfig, GateError
 from margingate.runtime.compat import replicas
 from margingate.runtime.probe import check_decode
-from margingate.runtime.probe.startup_checks import StartupChecks
 from margingate.runtime.schedule import server_info
+from margingate.runtime.verify.verifier import Verifier
 
 logger = logging.getLogger(__name__)
 
 _UNLIKE = "have all the same devices and memory, give --max-total-tokens, or use --dp-size 1"
 
 
-def announce(
-    scheduler: Any, config: GateConfig, checks: StartupChecks, parts: dict[str, Any]
-) -> None:
+def announce(scheduler: Any, config: GateConfig, verifier: Verifier, parts: dict[str, Any]) -> None:
     """In each scheduler, when its gate is up: say so, and what answers depend on here.
 
     Args:
@@ -28,9 +26,9 @@ def announce(
     if replicas.size(scheduler.server_args) == 1:
         return
     state = {
-        "gate": server_info.init_info(config, checks),
+        "gate": server_info.init_info(config),
         "fingerprint_of": parts,
-        "bits": check_decode.digest(checks.verifier, scheduler),
+        "bits": check_decode.digest(verifier, scheduler),
     }
     replicas.announce(scheduler.server_args, state)
 
