@@ -23,6 +23,8 @@ _FORWARD = "model_executor.forward_batch_info.ForwardBatch"
 _GENERATE = "managers.io_struct.GenerateReqInput"
 _GRAPHS = "model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
 _GROUP = "distributed.parallel_state.GroupCoordinator"
+_IMAGE = "managers.schedule_batch.MultimodalDataItem"
+_IMAGES = "managers.schedule_batch.MultimodalInputs"
 _INFO = "sampling.sampling_batch_info.SamplingBatchInfo"
 _LAYER = "layers.radix_attention.RadixAttention"
 _LOGITS = "layers.logits_processor.LogitsProcessor"
@@ -54,6 +56,7 @@ NAMES = {
     "_capturer()": _EXPERTS,
     "device_cache": "state_capturer.base.BaseDeviceCache",
     "kv": "managers.schedule_batch.ReqKvInfo",
+    "multimodal_inputs": _IMAGES,
     "logprob": _LOGPROB,
     "time_stats": "observability.req_time_stats.SchedulerReqTimeStats",
     "batch": _BATCH,
@@ -140,10 +143,13 @@ IN_FILES = {
     "compat/quantization.py": {"model": _MODEL, "method": _FP8},
     "compat/forward.py": {"batch": _FORWARD, "other": _FORWARD},
     "compat/routed_experts.py": {"_output": "state_capturer.base.TopkCaptureOutput"},
+    "compat/images.py": {"item": _IMAGE, "inputs": _IMAGES, "made": _IMAGES},
     "compat/settings.py": {"context": "runtime_context.RuntimeContext"},
+    "compat/v0_5_22.py": {"item": _IMAGE},
     "compat/tree.py": {"params": _MATCH},
     "observe/study.py": {"processor": _LOGITS},
     "probe/all_reduce.py": {"group": _GROUP},
+    "probe/check_images.py": {"image": _IMAGE},
     "probe/attention_operator.py": {"batch": _FORWARD, "layer": _LAYER, "backend": _TRITON},
     "probe/observed_calls.py": {"chosen": _CHOSEN},
     "probe/operators.py": {"processor": _LOGITS},

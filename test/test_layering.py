@@ -236,6 +236,7 @@ WRITERS = {
     "columns": "how many it has, and where its next prefill forward begins and ends",
     "constraints": "its grammar",
     "lifecycle": "how it ended",
+    "images": "its prompt, padded by other names of its images",
     "internal_prefill": "requests of its own, that no client sent",
     "guard": "how one ends that we failed on, and its namespace",
     "weights": "which of its tokens other weights gave",

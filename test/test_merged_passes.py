@@ -33,6 +33,7 @@ def make_request(key: str, **changes: Any) -> SimpleNamespace:
     given = {"return_logprob": False, "output_ids": list(range(100, 130)), **changes}
     given.setdefault("origin_input_ids", [0] * 8)  # and IN_FLIGHT: a row sees at most 40 keys
     given.setdefault("grammar", None)
+    given.setdefault("multimodal_inputs", None)
     given["sampling_params"] = SimpleNamespace(logit_bias=given.pop("bias", None))
     gate = GateRequest(key, True, draw=given.pop("draw", None))
     return SimpleNamespace(gate=gate, rid=key, **given)

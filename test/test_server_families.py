@@ -1,23 +1,18 @@
 """Families whose rows depend on their number and company on a CPU: same answers, same experts.
 
-Mixtures of experts, windows and a vision model in float32; a dense model in FP8 and in 4 bits; a
-mixture in FP8 in blocks and by outputs.
+Mixtures of experts, windows and the text of a vision model in float32; a dense model in FP8 and in
+4 bits; a mixture in FP8 in blocks and by outputs.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import random
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import requests
 from checks import assert_clean, forced
-from PIL import Image
 from transformers import AutoConfig
 
 from benchmark.models import four_bits, fp8_blocks, fp8_channels
@@ -169,36 +164,6 @@ def test_forced_flips_are_repaired(client, prompts, alone, ask):
     assert changed(alone, answers) == []
     assert all(answer.meta["gate"]["flips"] >= 2 for answer in answers)
     assert_clean(client)
-
-
-def test_images_are_refused_unless_the_request_opts_out(client, model, prompts, alone, ask):
-    """On a vision model; what it is answered then is beside gated text, and in no gated part."""
-    if not model.name.endswith("_vl"):
-        pytest.skip("this model takes no images")
-    body = with_image({"temperature": 0, "max_new_tokens": 4})
-    url = f"{client.base_url}/generate"
-    reply = requests.post(url, json=body, timeout=60)
-    assert reply.status_code == 400 and "this request has images, video or sound" in reply.text
-    body = with_image({**body["sampling_params"], "deterministic": False})
-    client.flush()
-    with ThreadPoolExecutor(2) as pool:
-        asked = [pool.submit(requests.post, url, json=body, timeout=120) for _ in range(2)]
-        beside = client.together(prompts, **ask)
-        served = [each.result().json()["meta_info"]["gate"] for each in asked]
-    assert changed(alone, beside) == [], "beside images"
-    assert [record["gated"] for record in served] == [False, False]
-    assert "deterministic is false" in served[0]["because"]
-    assert_clean(client)
-
-
-def with_image(params: dict[str, object]) -> dict[str, object]:
-    """The body of a request to /generate with a red image of 96 by 64."""
-    content = io.BytesIO()
-    Image.new("RGB", (96, 64), (200, 30, 40)).save(content, "PNG")
-    data = base64.b64encode(content.getvalue()).decode()
-    text = "<|vision_start|><|image_pad|><|vision_end|>What is this?"
-    image = f"data:image/png;base64,{data}"
-    return {"text": text, "image_data": image, "sampling_params": params}
 
 
 @pytest.mark.parametrize("model", ["mixtral", *IN_BLOCKS], indirect=True, scope="module")

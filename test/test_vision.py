@@ -1,4 +1,4 @@
-"""Text of vision models: rotary positions by section, a tower that is left out, images refused."""
+"""Vision models: rotary positions by section, and a tower that is not measured with the layers."""
 
 from __future__ import annotations
 
@@ -7,19 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from sglang.srt.managers.schedule_policy import AddReqResult
 from test_arguments import model_config
 from test_observed_calls import linear
-from test_request import CONFIG, classify, request
 
 from margingate.config import GateError
 from margingate.harness.tiny_models import VISION
 from margingate.runtime.compat import vision
-from margingate.runtime.probe.check_prefill import Prefill
 from margingate.runtime.probe.observed_calls import refuse_unmeasured
 from margingate.runtime.probe.operators import dense_operators
-from margingate.runtime.request.admission import refuse
-from margingate.runtime.schedule.prefill_admission import Admission
 from margingate.runtime.start import refused_models
 
 KNOWN = SimpleNamespace(
@@ -80,6 +75,14 @@ def test_a_tower_is_not_measured_and_all_else_is():
         refuse_unmeasured(model, {id(model.qkv_proj)})
 
 
+def test_a_model_may_have_been_loaded_without_its_tower():
+    """With --language-model-only; then there is nothing to check at start."""
+    model = tower_model("Qwen3VLForConditionalGeneration")
+    assert vision.has_tower(model) and not vision.has_tower(tower_model("Another"))
+    model.visual = None
+    assert not vision.has_tower(model)
+
+
 def test_the_same_module_of_another_model_is_measured():
     """Nobody has looked whether text gets there."""
     model = tower_model("AnotherForConditionalGeneration")
@@ -103,51 +106,3 @@ def test_a_tiny_model_of_each_kind_can_be_made():
     names = {name.replace("_", "") for name in VISION}
     known = {name.removesuffix("ForConditionalGeneration").lower() for name in vision.TOWERS}
     assert names <= {name.replace("_", "") for name in known}
-
-
-# Requests with images
-
-
-@pytest.mark.parametrize(
-    ("custom", "media", "refused"),
-    [
-        (None, object(), True),
-        (None, None, False),
-        ({"deterministic": False}, object(), False),
-        ({"deterministic": True}, object(), True),
-    ],
-)
-def test_images_of_a_gated_request_are_answered_400(custom, media, refused):
-    req = request(custom)
-    classify(req, CONFIG)
-    said: list[str] = []
-    # As SGLang does: they come after the request was made.
-    req.multimodal_inputs, req.to_finish, req.set_finish_with_abort = media, None, said.append
-    refuse(req)
-    assert bool(said) is refused
-    if refused:
-        assert said[0].startswith("this request has images, video or sound, whose embeddings")
-        assert '"deterministic": false' in said[0]
-
-
-def prompt(gated: bool, media: Any = None) -> Any:
-    gate = SimpleNamespace(gated=gated, kept=None)
-    return SimpleNamespace(gate=gate, multimodal_inputs=media)
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "meet"),
-    [
-        (prompt(True), prompt(True), True),
-        (prompt(True), prompt(False), True),
-        (prompt(True), prompt(False, object()), False),
-        (prompt(False, object()), prompt(True), False),
-        (prompt(False, object()), prompt(False), True),
-        (prompt(False), prompt(False, object()), True),
-    ],
-)
-def test_images_are_in_no_forward_with_a_gated_prompt(first, second, meet):
-    admission = Admission(Prefill(together=True), 64)
-    adder = SimpleNamespace(can_run_list=[first])
-    found = admission.add_one_req(lambda *_: "SGLang's", adder, second, False, None)
-    assert found == ("SGLang's" if meet else AddReqResult.OTHER)

@@ -84,7 +84,10 @@ COUNTS = (
 RECORD = (
     Entry("gated", "whether the gate served this request; `false` comes with `because`"),
     Entry("because", "only where `gated` is `false`: why the request was not gated"),
-    Entry("prompt", "16 hexadecimal digits: a hash of the token ids of the prompt"),
+    Entry(
+        "prompt",
+        "16 hexadecimal digits: a hash of the token ids of the prompt, and of its images",
+    ),
     Entry(
         "seed",
         "only where tokens were drawn: the seed that they were drawn with. A single request with "
@@ -157,6 +160,11 @@ SERVER = (
         "prefill",
         "`together`: gated prompts share prefill forwards. `as_decoded`: a prefill gives the bits "
         "of decode steps, and answers enter the prefix cache.",
+    ),
+    Entry(
+        "images",
+        "`canonical`: gated requests with images are served. Else why they are "
+        "[not](limits.md#images), in words.",
     ),
     Entry("scores", "what the log-probs of prompts are: `as_decoded` or `as_prefilled`, as above"),
     Entry("machine", "device, types, attention backends and versions that margins depend on"),

@@ -21,6 +21,7 @@ class Prompt:
 
     name: str
     input_ids: tuple[int, ...]
+    images: tuple[str, ...] = ()  # data URLs, one for each of the ids that stands for an image
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,8 @@ class Client:
     async def _post(self, session: aiohttp.ClientSession, prompt: Prompt, **extra: Any) -> Answer:
         params = {**self.params, **extra.pop("sampling_params", {})}
         body = {"input_ids": prompt.input_ids, "sampling_params": params, **extra}
+        if prompt.images:
+            body["image_data"] = list(prompt.images)
         async with session.post(f"{self.base_url}/generate", json=body) as response:
             if response.status != 200:
                 said = " ".join((await response.text()).split())[:400]

@@ -195,18 +195,30 @@ def _vision_config(
     family: str, donor: Path, same: Mapping[str, Any], folder: Path
 ) -> tuple[Any, Any]:
     """The same of a vision model; writes its processor, with MARKS behind SmolLM2's tokens."""
+    return vision_config(family, donor, {**_COMMON, **same}, _TOWER, folder)
+
+
+def vision_config(
+    family: str, donor: Path, text: Mapping[str, Any], tower: Mapping[str, Any], folder: Path
+) -> tuple[Any, Any]:
+    """The class that makes a vision model of these sizes, and its configuration.
+
+    Writes its processor into `folder`, with MARKS behind the tokens of the tokenizer in `donor`.
+
+    Args:
+        text, tower: entries of the configuration, over those that VISION has for the family.
+    """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     tokenizer = _write_processor(family, donor, folder)
     marks = dict(zip(MARKS, tokenizer.convert_tokens_to_ids(list(MARKS.values())), strict=True))
-    positions, tower = VISION[family]
+    positions, own = VISION[family]
     positions = {**positions, "mrope_section": list(positions["mrope_section"])}
     size = (len(tokenizer) + 63) // 64 * 64
-    text = {**_COMMON, **same, "vocab_size": size, "rope_parameters": positions}
     config = AutoConfig.for_model(
         family,
-        text_config=text,
-        vision_config={**_TOWER, **tower},
+        text_config={"rope_parameters": positions, **text, "vocab_size": size},
+        vision_config={**own, **tower},
         tie_word_embeddings=False,
         **marks,
     )

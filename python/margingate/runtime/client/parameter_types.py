@@ -165,6 +165,16 @@ def not_overrides(overrides: Any) -> str:
     return "positional_embed_overrides are tensors, which cannot come as JSON: drop them."
 
 
+def named_media(obj: Any) -> str:
+    """The sentence for hashes of images that a client gives, gated or not, or an empty one.
+
+    An image would be found by them, and its embedding and columns by others whose image it is not.
+    """
+    if not getattr(obj, "mm_hashes", None):
+        return ""
+    return "mm_hashes name images, which the deterministic gate names itself: drop them."
+
+
 def no_tokens(input_ids: Sized | None) -> str:
     """The sentence for a prompt that its tokenizer makes nothing of, or an empty one.
 
@@ -186,6 +196,7 @@ def validate_one_request(manager: Any, obj: Any, input_ids: Sized | None) -> Non
         or refusal(params)
         or out_of_range(getattr(obj, "top_logprobs_num", None), manager.model_config.vocab_size)
         or request_table.unseen(obj)
+        or named_media(obj)
         or not_overrides(getattr(obj, "positional_embed_overrides", None))
         or no_tokens(input_ids)
     )

@@ -26,6 +26,7 @@ class DecodeRows(NamedTuple):
 
     pool: torch.Tensor  # of the page table
     positions: torch.Tensor  # of the input tokens
+    rotary: torch.Tensor  # those that they are rotated by, which images shift
     tokens: torch.Tensor  # the input tokens' ids
     slots: torch.Tensor  # that are written
     seq_lens_cpu: torch.Tensor  # positions + 1
@@ -35,7 +36,7 @@ class DecodeRows(NamedTuple):
         known = other.seq_lens_cpu
         lengths = other.seq_lens.cpu() if known is None else known
         firsts = (
-            *(other.req_pool_indices, other.positions, other.input_ids),
+            *(other.req_pool_indices, other.positions, other.positions, other.input_ids),
             *(other.out_cache_loc, lengths),
         )
         pairs = zip(firsts, self, strict=True)
@@ -64,7 +65,7 @@ def decode_batch(
         orig_seq_lens=seq_lens.to(torch.int32),
         out_cache_loc=rows.slots,
         positions=rows.positions,
-        mrope_positions=vision.section_positions(runner.model_config, rows.positions, beside),
+        mrope_positions=vision.section_positions(runner.model_config, rows.rotary, beside),
         spec_algorithm=SpeculativeAlgorithm.NONE,
         capture_hidden_mode=CaptureHiddenMode.NULL,
         global_num_token_non_padded_cpu=count,

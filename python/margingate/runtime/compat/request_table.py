@@ -21,7 +21,7 @@ _REFUSED = "refused where the request is gated"
 _CARRIED = "how the request travels, who waits for it, and what is logged"
 _DISAGGREGATED = "of --disaggregation-mode, which is refused"
 _ROUTED = "which replica serves; all answer alike"
-_IMAGES = "of images, video and sound, refused where the request is gated"
+_MEDIA = "of video, sound and encoders apart, refused where the request is gated"
 _OFF = "of options of the server that are refused"
 _SCORED = "of scores, for which nothing is generated"
 _NOTES = "SGLang's own notes on other fields; refused from clients"
@@ -51,7 +51,7 @@ _BOTH: _Group = {
     _DISAGGREGATED: "bootstrap_host bootstrap_port bootstrap_room bootstrap_pair_key "
     "decode_tp_size disagg_prefill_dp_rank",
     _ROUTED: "routed_dp_rank",
-    _IMAGES: "need_wait_for_mm_inputs num_items_assigned encoder_urls",
+    _MEDIA: "need_wait_for_mm_inputs num_items_assigned encoder_urls",
     _SCORED: "multi_item_delimiter_indices",
 }
 
@@ -65,15 +65,17 @@ _GENERATE: _Group = {
     "refused where the request is gated, by the id it gets": "lora_path",
     "how a client's call is kept and timed": "log_metrics conversation_id background custom_labels "
     "external_trace_header received_time",
-    _IMAGES: "image_data video_data audio_data "
-    "mm_hashes use_audio_in_video modalities max_dynamic_patch min_dynamic_patch "
-    "image_max_dynamic_patch video_max_dynamic_patch images_config mm_content_hashes video_config "
-    "mm_processor_kwargs",
+    "part of what is asked, of images": "image_data modalities max_dynamic_patch min_dynamic_patch "
+    "image_max_dynamic_patch images_config mm_processor_kwargs",
+    "compared with the images by SGLang, as the option to trust them is refused": ""
+    "mm_content_hashes",
+    "refused: the gate names images itself": "mm_hashes",
+    _MEDIA: "video_data audio_data use_audio_in_video video_max_dynamic_patch video_config",
 }
 
 _TOKENIZED: _Group = {
     "a copy of the prompt in words, for logs": "input_text",
-    "of images, refused where gated, or of scores": "mm_inputs token_type_ids",
+    "images, or media that are refused; of scores": "mm_inputs token_type_ids",
     "when it came": "time_stats",
     "of --pp-size and --enable-lora, which are refused": "pp_prefetch_ticketed lora_name",
 }

@@ -46,6 +46,9 @@ COUNTED: _Group = {
     "how an answer is read or written": "reasoning_parser tool_call_parser "
     "disable_tokenizer_batch_decode",
     "how a token is drawn": "sampling_backend",
+    "how an image becomes patches, and these an embedding": "mm_process_config "
+    "disable_fast_image_processor image_processor_backend mm_attention_backend "
+    "mm_enable_dp_encoder",
     "of parts that the gate does not serve; counted, since nobody measured that it has no effect "
     "on the others": "flashinfer_mxfp4_moe_precision "
     "disable_chunked_prefix_cache flashinfer_mla_disable_ragged enable_scattered_sconv "
@@ -98,6 +101,8 @@ REFUSED: _Group = {
     "what a rollback cannot undo": "enable_return_indexer_topk enable_return_hidden_states "
     "return_hidden_states_mode enable_return_aux_hidden_states",
     "draws that are not the gate's": "enable_watermark",
+    "embeddings that others made, or of what a client says": "trust_mm_content_hashes "
+    "enable_mm_global_cache",
     "nothing to gate": "is_embedding enable_deterministic_inference rl_on_policy_target",
 }
 
@@ -235,13 +240,13 @@ NO_EFFECT: _Group = {
     "swa_prefix_tails enable_encoder_swa_bounded_replay enable_decoder_swa_bounded_replay "
     "qsa_indexer_dtype dsa_triton_union enable_dsa_fused_indexer ple_offload_embedding "
     "ple_offload_backend ple_offload_dir c128_page_size",
-    "of images, video and sound, requests with which are not gated": "mm_attention_backend "
-    "mm_process_config enable_broadcast_mm_inputs_process enable_prefix_mm_cache "
-    "mm_enable_dp_encoder mm_processor_worker_num mm_io_worker_num limit_mm_data_per_request "
-    "enable_mm_global_cache disable_fast_image_processor mm_feature_transport "
-    "asr_max_buffer_seconds asr_max_concurrent_sessions allowed_media_domains "
-    "media_url_max_file_size_mb mm_preprocess_cache_size_mb trust_mm_content_hashes "
-    "image_processor_backend mm_global_cache_backend",
+    "how media travel, and which are refused": "enable_broadcast_mm_inputs_process "
+    "mm_processor_worker_num mm_io_worker_num limit_mm_data_per_request mm_feature_transport "
+    "allowed_media_domains media_url_max_file_size_mb mm_preprocess_cache_size_mb",
+    "of sound, requests with which are not gated": "asr_max_buffer_seconds "
+    "asr_max_concurrent_sessions",
+    "of encoders that are servers of their own, and of options that are refused": ""
+    "enable_prefix_mm_cache mm_global_cache_backend",
     "of MLX, on whose devices no attention backend is served": "mlx_enable_sampling",
     "of --enable-dynamic-batch-tokenizer, which is counted": "dynamic_batch_tokenizer_batch_size "
     "dynamic_batch_tokenizer_batch_timeout",

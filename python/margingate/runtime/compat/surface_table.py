@@ -46,9 +46,14 @@ SURFACE: Mapping[str, str] = {
     "managers.io_struct.AbortReq": "abort_all rid",
     "managers.io_struct.BatchTokenIDOutput": "rids",
     "managers.io_struct.GenerateReqInput": ""
-    "positional_embed_overrides sampling_params stream top_logprobs_num",
+    "mm_hashes positional_embed_overrides sampling_params stream top_logprobs_num",
     "managers.io_struct.TokenizedGenerateReqInput": "rid sampling_params",
     "managers.overlap_utils.FutureMap": "output_tokens_buf",
+    "managers.schedule_batch.MultimodalDataItem": ""
+    "feature format hash is_image modality model_specific_data offsets pad_value padding_sequence "
+    "precomputed_embeddings set_identity set_pad_value",
+    "managers.schedule_batch.MultimodalInputs": ""
+    "mm_items mrope_position_delta mrope_positions release_features",
     "managers.schedule_batch.Req": ""
     "_is_reasoning_over _think_end_match_len _think_start_match_len "
     "custom_logit_processor customized_info decode_batch_idx eos_token_ids extend_end "

@@ -24,10 +24,13 @@ GONE = {"speculative_skip_dp_mlp_sync": "of --speculative-algorithm, which is re
 
 # The first is written alone, which does nothing here: this release counts reasoning from the first
 # token on, whether or not the model opens it. For the second `shared_slots` has another name.
+# Images are named by functions below.
 ABSENT_ATTRIBUTES = frozenset(
     {
         "managers.schedule_batch.Req._think_start_match_len",
         "layers.moe.topk.TopKConfig.num_shared_topk_slots",
+        "managers.schedule_batch.MultimodalDataItem.padding_sequence",
+        "managers.schedule_batch.MultimodalDataItem.set_identity",
     }
 )
 
@@ -61,3 +64,16 @@ def is_confidential() -> bool:
 def shared_slots(asked: Any) -> int:
     """Of a router's choices, those that are shared experts."""
     return int(asked.num_fused_shared_experts)
+
+
+def adopt_identity(item: Any, identity: bytes) -> None:
+    """As the newest does: this release keeps 30 bits of an image, and two may have the same."""
+    from sglang.srt.managers.schedule_batch import MM_PAD_SHIFT_VALUE
+
+    item.hash = int.from_bytes(identity[:8], "big")
+    item.pad_value = MM_PAD_SHIFT_VALUE + (int.from_bytes(identity[8:16], "big") >> 2)
+
+
+def padding_sequence(item: Any, length: int) -> list[int]:
+    """What stands in the prompt for tokens of an image: one number for all."""
+    return [item.pad_value] * length

@@ -1,7 +1,8 @@
-"""Vision models of which text is served: a decoder behind a tower that text never reaches."""
+"""Vision models that are served: a decoder behind a tower that text never reaches."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -29,7 +30,7 @@ def is_known(model_config: Any) -> bool:
 def text_modules(model: Any) -> Iterator[tuple[str, Any]]:
     """(name, module) of all modules of a model that text may run through; the tower is left out.
 
-    A gated request has text only, so what its tower computes is in no gated answer.
+    Rows of a decoder must not depend on others; an image has a forward of the tower to itself.
     """
     tower = TOWERS.get(type(model).__name__)
     for name, module in model.named_modules():
@@ -42,10 +43,10 @@ def section_positions(
 ) -> torch.Tensor | None:
     """Rotary positions [3, rows] where the model has one for each section, else None.
 
-    Those of text are the position, three times. Rows of an ungated request with images have others.
+    Those of decode rows are one number, three times.
 
     Args:
-        positions: int64 [rows].
+        positions: int64 [rows], rotary ones.
         beside: a batch of SGLang's whose rows come first, with their own; None: there is none.
     """
     if not model_config.model_is_mrope:
@@ -57,13 +58,31 @@ def section_positions(
     return torch.cat([beside.mrope_positions[:, :count], sections[:, count:]], dim=1)
 
 
+def has_tower(model: Any) -> bool:
+    """Whether an SGLang model is one of TOWERS, and was loaded with its tower."""
+    return getattr(model, TOWERS.get(type(model).__name__, ""), None) is not None
+
+
+def patch_width(model_config: Any) -> int:
+    """Numbers of a patch of an image, as the tower takes it."""
+    tower = model_config.hf_config.vision_config
+    channels = getattr(tower, "in_channels", None) or tower.in_chans
+    return int(channels * tower.temporal_patch_size * tower.patch_size**2)
+
+
+def tokens_of(model_config: Any, grid: tuple[int, int, int]) -> int:
+    """Tokens of an image of so many frames, rows and columns of patches."""
+    tower = model_config.hf_config.vision_config
+    return int(math.prod(grid) // tower.spatial_merge_size**2)
+
+
 def has_media(req: Any) -> bool:
     """Whether a request that was made brings images, video or sound."""
     return req.multimodal_inputs is not None
 
 
 def warm_up_with_text(model_config: Any) -> None:
-    """Before SGLang warms the server up: it would send an image, which no gated request may have.
+    """Before SGLang warms the server up: it would send an image, which may be answered 400.
 
     `/model_info` says `has_image_understanding: false` from then on. Nothing else reads it.
     """

@@ -42,7 +42,7 @@ def request_init(_result: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
 
 def add_request(_scheduler: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
     """BEFORE Scheduler._add_request_to_queue: answer what cannot be served with HTTP 400."""
-    admission.refuse(req)
+    admission.queue(req, "" if _controller is None else _controller.checks.images)
 
 
 def update_finish_state(_result: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:

@@ -5,12 +5,13 @@ be trusted. `adjusted_merge_batch` and `adjusted_filter_batch` move rows that an
 and a seed at another's row would be a wrong answer. `is_fully_idle` counts two lists; without it
 SGLang would flush slots that held requests own. `get_init_info` runs at start. The weight updates
 are an operator's; a fingerprint that missed one would be wrong from then on. `_get_logits` keeps
-what `--gate-study` reads, in a forward whose requests it does not see.
+what `--gate-study` reads, in a forward whose requests it does not see. An image that was encoded
+with others would stay in SGLang's cache; the two hooks on towers see shapes of tensors alone.
 """
 
 from __future__ import annotations
 
-from margingate.runtime.compat import marlin
+from margingate.runtime.compat import images, marlin
 from margingate.runtime.hooks import handlers
 from margingate.runtime.hooks.path_hooks import INVARIANT_HOOKS, ROUTER_HOOKS, STOCK_HOOKS
 from margingate.runtime.hooks.registry import AFTER, AROUND, BEFORE, Hook
@@ -81,6 +82,22 @@ RUNTIME_HOOKS = (
         "m n k device dtype",
         "layers in AWQ and GPTQ add their partial sums in one order",
         "SGLang's Marlin kernels use no atomic adds",
+    ),
+    Hook(
+        "managers.mm_schedule._batch_encode_per_image_misses",
+        AROUND,
+        images.encode_alone,
+        "data_embedding_func per_image_requests device",
+        "each image has a forward of the tower to itself",
+        "SGLang encodes images one by one",
+    ),
+    Hook(
+        "layers.attention.vision.apply_rotary_pos_emb",
+        AROUND,
+        images.rotate,
+        "q k cos sin unsqueeze_dim",
+        "what torch.compile makes of the tower's rotation depends on the images before",
+        "SGLang does not compile it",
     ),
     Hook(
         "model_executor.model_runner.ModelRunner.sample",

@@ -110,11 +110,11 @@ class Auditor(Observer):
         gate.columns = None
 
     def _is_audited(self, req: Any) -> bool:
-        """Whether it is chosen; none that is constrained, aborted, a score or a health check."""
+        """Whether it is chosen; none with images, constrained, aborted, a score, a health check."""
         reason = req.finished_reason
         if reason is None or isinstance(reason, FINISH_ABORT) or is_health_check_generate_req(req):
             return False
-        if not req.output_ids_through_stop:  # a score
+        if not req.output_ids_through_stop or req.gate.media:  # a score; its images are gone
             return False
         return not constraints.constrained(req) and self.audits.chooses(req.rid)
 

@@ -34,6 +34,7 @@ DIGITS = 16
 # Of the model's and the tokenizer's folder; weights are read from memory instead.
 FILES = (
     "config.json",
+    "*processor_config.json",
     "generation_config.json",
     "tokenizer*.json",
     "special_tokens_map.json",
@@ -56,7 +57,7 @@ READ = ("chat_template", "completion_template", "decrypted_config_file")  # or a
 LIBRARIES = (  # what reads requests and writes answers; those that compute are in the probe's key
     *("transformers", "tokenizers", "sentencepiece", "tiktoken", "mistral_common", "numpy"),
     *("jinja2", "openai-harmony", "llguidance", "xgrammar", "outlines", "outlines_core", "lark"),
-    *("interegular", "msgspec", "partial-json-parser", "pydantic"),
+    *("interegular", "msgspec", "partial-json-parser", "pydantic", "pillow", "torchvision"),
 )
 OBSERVED = "policy observe guarantees nothing"
 SIMULATED = "simulated verdicts guarantee nothing"

@@ -22,7 +22,7 @@ from margingate.runtime.compat.ranks import agreed
 from margingate.runtime.probe import drawing, execute
 from margingate.runtime.probe.classes import SEED
 from margingate.runtime.verify import rollback
-from margingate.runtime.verify.internal_prefill import extend, internal_request, release
+from margingate.runtime.verify.internal_prefill import extend, internal_request, release, stored
 from margingate.runtime.verify.verifier import RowInput, Verifier
 
 logger = logging.getLogger(__name__)
@@ -192,11 +192,7 @@ class _Check:
             release(self._scheduler, req)
 
     def _columns(self, req: Any) -> list[torch.Tensor]:
-        pool = self._scheduler.token_to_kv_pool_allocator.get_kvcache()
-        table = self._scheduler.req_to_token_pool.req_to_token
-        slots = table[columns.row(req), : self._length].to(torch.int64)
-        layers = range(pool.start_layer, pool.start_layer + pool.layer_num)
-        return [part[slots] for i in layers for part in pool.get_kv_buffer(i)]
+        return stored(self._scheduler, req, self._length)
 
     def _agrees(self, logits: torch.Tensor, columns: list[torch.Tensor]) -> bool:
         pairs = zip(columns, self._alone[1], strict=True)

@@ -8,7 +8,7 @@ from typing import Any
 from margingate.config import GateConfig
 from margingate.runtime.attention import invariant_attention
 from margingate.runtime.compat import routed_experts
-from margingate.runtime.probe import check_attention, check_decode, check_prefill
+from margingate.runtime.probe import check_attention, check_decode, check_images, check_prefill
 from margingate.runtime.probe.check_decode import CanonicalSteps
 from margingate.runtime.probe.check_prefill import Prefill
 from margingate.runtime.probe.startup import largest_rows
@@ -24,6 +24,7 @@ class StartupChecks:
     verifier: Verifier
     decode: CanonicalSteps | None  # None: no decode step counts as canonical
     prefill: Prefill
+    images: str = ""  # why they are not encoded canonically; empty: they are
 
     def scores(self, config: GateConfig) -> str:
         """What the log-probs of a prompt's tokens are: those that decoding the same tokens gives,
@@ -64,4 +65,7 @@ def _checked(scheduler: Any, config: GateConfig, made: Verifier) -> StartupCheck
         check_attention.check(runner, made.backend)
     if prefill.as_decoded and decode is not None:
         decode.extend()
-    return StartupChecks(made, decode, prefill)
+    images = check_images.UNGATED
+    if config.policy != "observe":
+        images = check_images.measure(scheduler, prefill)
+    return StartupChecks(made, decode, prefill, images)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from margingate.config import GateConfig
-from margingate.runtime.compat import routed_experts, vision
+from margingate.runtime.compat import images, routed_experts, vision
 from margingate.runtime.request.record import (
     CACHE_NAMESPACE,
     COLUMNS,
@@ -55,13 +55,22 @@ def attach(req: Any, config: GateConfig) -> None:
         req.extra_key = _UNGATED + req.extra_key  # also those that have it: no two may meet
 
 
-def refuse(req: Any) -> None:
-    """As it is queued: a request that cannot be served is aborted, which is HTTP 400."""
+def queue(req: Any, images_fail: str) -> None:
+    """As it is queued: its media are named, and one that cannot be served is aborted: HTTP 400.
+
+    Args:
+        images_fail: why no image is encoded canonically on this server; empty where they are.
+    """
     gate = getattr(req, "gate", None)
     if gate is None or req.to_finish is not None:
         return
     clip(req)
-    if refusal := gate.refusal or without_room(req) or with_media(req) or without_experts(req):
+    if vision.has_media(req) and not gate.media:
+        images.name_all(req)
+        gate.media, gate.shift = True, images.shift(req)
+        gate.prompt = digest(req.origin_input_ids)  # two images are two prompts
+    refusal = gate.refusal or without_room(req) or with_media(req, images_fail)
+    if refusal := refusal or without_experts(req):
         req.set_finish_with_abort(refusal)  # it goes on as a prompt of one token
         req.input_embeds = req.positional_embed_overrides = None
 
@@ -73,14 +82,20 @@ def clip(req: Any) -> None:
         req.gate.penalties = replace(penalties, min_new_tokens=room)
 
 
-def with_media(req: Any) -> str:
-    """Once SGLang has attached them: the sentence for images, video or sound of a gated request."""
+def with_media(req: Any, images_fail: str) -> str:
+    """Once SGLang has attached them: the sentence for media of a gated request that depend on
+    others.
+    """
     if not (req.gate.gated and vision.has_media(req)):
         return ""
+    what = f"images, and {images_fail}" if images_fail else images.not_alone(req)
+    if not what:
+        return ""
+    instead = "text alone" if images_fail else "images as files or URLs"
     return (
-        "this request has images, video or sound, whose embeddings may depend on what is encoded "
-        f'beside them: send text alone, or "{SWITCH}": false, in sampling_params or beside '
-        "OpenAI's parameters, to be served without the gate."
+        f"this request has {what}, whose embeddings may depend on what is encoded beside them: "
+        f'send {instead}, or "{SWITCH}": false, in sampling_params or beside OpenAI\'s parameters, '
+        "to be served without the gate."
     )
 
 

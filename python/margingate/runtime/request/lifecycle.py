@@ -9,7 +9,7 @@ from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
-from margingate.runtime.compat import routed_experts
+from margingate.runtime.compat import images, routed_experts
 from margingate.runtime.compat.tree import release as release_columns
 from margingate.runtime.request import guard
 from margingate.runtime.request.open_requests import OpenRequests
@@ -46,6 +46,7 @@ def end(requests: OpenRequests, tree: Any, req: Any) -> None:
         routed_experts.keep(req, tree)
     finally:
         release_columns(req, tree, checkpoint=True)
+        images.release_features(req)
     req.time_stats.set_completion_time()
 
 

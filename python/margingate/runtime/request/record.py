@@ -94,6 +94,8 @@ class GateRequest:
     canonical: bytearray = field(default_factory=bytearray)  # by row: was it, as it was emitted
     columns: Any = None  # digests of its columns, where an audit will want them
     prompt: str = ""  # a digest of its token ids
+    media: bool = False  # it has images, video or sound
+    shift: int = 0  # of its decode rows' rotary positions, which images make
     forced: tuple[int, ...] = ()  # --gate-study: what is emitted, by row
     choices: list[tuple[Any, ...]] = field(default_factory=list)  # --gate-study: see study.force
     columns_wanted: ColumnsWanted | None = None  # --gate-study

@@ -31,7 +31,7 @@ class Admission:
         if _lacks_room_to_replay(adder, req):
             return AddReqResult.NO_TOKEN
         if self._together:
-            if _media_meets_gated(adder, req):
+            if _media_meet_others(adder, req):
                 return AddReqResult.OTHER
             return original(adder, req, has_chunked_req, align)
         return self._add_alone(original, adder, req, has_chunked_req, align)
@@ -89,10 +89,17 @@ def _lacks_room_to_replay(adder: Any, req: Any) -> bool:
     return bool(needed >= adder.rem_total_tokens)
 
 
-def _media_meets_gated(adder: Any, req: Any) -> bool:
-    """Whether images would be in a forward with a gated prompt, which runs other code then."""
+def _media_meet_others(adder: Any, req: Any) -> bool:
+    """Whether a gated prompt would be in a forward with media that it has not, or without gate.
+
+    With media a forward runs other code for all of its rows, and what a video makes of that, or an
+    embedding that a client brought, was measured by nobody.
+    """
     together = [*adder.can_run_list, req] if adder.can_run_list else []
-    return any(map(is_gated, together)) and any(map(vision.has_media, together))
+    if not any(map(is_gated, together)):
+        return False
+    alike = {vision.has_media(each) for each in together}
+    return len(alike) > 1 or (alike == {True} and not all(map(is_gated, together)))
 
 
 def _left(req: Any) -> int:

@@ -53,6 +53,7 @@ def internal_state(controller: GateController) -> dict[str, Any]:
         "policy": config.policy,
         "prefill": checks.prefill.record(),
         "scores": checks.scores(config),
+        "images": checks.images or "canonical",
         "tally": asdict(controller.tally),
         "audit": audit.report(controller.auditor.audits),
         "integrity": controller.integrity.report(),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from margingate.runtime.compat import columns, weights
+from margingate.runtime.compat import columns, images, weights
 from margingate.runtime.observe import weight_updates
 from margingate.runtime.observe.fingerprint import Fingerprint
 from margingate.runtime.request.in_flight import InFlight
@@ -70,6 +70,7 @@ class WeightChanges:
         updating = weights.session_is_open(self._scheduler)
         if not self._fingerprint.weights_changed(updating=updating):
             return
+        images.forget_embeddings()
         generation = self._fingerprint.generation
         for req in self._with_columns():
             req.gate.crosses(generation, len(req.output_ids))

@@ -64,7 +64,7 @@ REFUSED_FAMILIES = (
     ),
     ModelFamily("is an encoder-decoder", lambda model: model.is_encoder_decoder),
     ModelFamily(
-        f"is multimodal and none of {vision.SERVED}, whose text is served",
+        f"is multimodal and none of {vision.SERVED}, which are served",
         lambda model: model.is_multimodal and not vision.is_known(model),
     ),
     ModelFamily("keeps recurrent state (Mamba or linear attention)", _has_a_state),

@@ -125,6 +125,8 @@ REFUSALS = (
         "a repaired column looks like corruption to it",
         "use none",
     ),
+    _dropped("trust_mm_content_hashes", "an image would be what a client says that it is"),
+    _dropped("enable_mm_global_cache", "embeddings would be those that others encoded"),
     _dropped("enable_return_indexer_topk", "a rollback cannot undo it"),
     Refusal(
         lambda a: bool(a.enable_return_hidden_states or a.return_hidden_states_mode),

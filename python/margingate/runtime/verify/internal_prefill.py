@@ -16,12 +16,17 @@ from margingate.runtime.compat.forward import fence
 from margingate.runtime.request.record import GateRequest
 
 
-def internal_request(name: str, prompt: Sequence[int]) -> Any:
-    """A request that no queue, client or counter knows of; it carries the prompt."""
+def internal_request(name: str, prompt: Sequence[int], images: Any = None) -> Any:
+    """A request that no queue, client or counter knows of; it carries the prompt.
+
+    Args:
+        images: SGLang's MultimodalInputs; None: the prompt is text.
+    """
     params = SamplingParams(temperature=0, max_new_tokens=1)
     req = Req(name, "", array("q", prompt), params)
     req.gate = GateRequest(req.rid, True)  # gated, so that its columns are freed as such
     req.full_untruncated_fill_ids = array("q", prompt)
+    req.multimodal_inputs = images
     return req
 
 
@@ -59,3 +64,11 @@ def extend(scheduler: Any, parts: Sequence[tuple[Any, int, int]]) -> torch.Tenso
 def release(scheduler: Any, req: Any) -> None:
     """Free an internal request's slots, if it has any."""
     tree.release(req, scheduler.tree_cache, checkpoint=False)
+
+
+def stored(scheduler: Any, req: Any, length: int) -> list[torch.Tensor]:
+    """Copies of an internal request's first `length` columns, keys and values, layer by layer."""
+    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    slots = scheduler.req_to_token_pool.req_to_token[columns.row(req), :length].to(torch.int64)
+    layers = range(pool.start_layer, pool.start_layer + pool.layer_num)
+    return [part[slots] for i in layers for part in pool.get_kv_buffer(i)]

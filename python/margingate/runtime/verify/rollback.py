@@ -104,7 +104,7 @@ def rejoin(scheduler: Any, running: Any, reqs: list[Any]) -> Any:
     Returns the batch to run: `running` with the requests merged in, or a new one.
     """
     batch = scheduler._build_hisparse_decode_batch(reqs)
-    batch.multimodal_inputs = [None] * len(reqs)
+    batch.multimodal_inputs = [req.multimodal_inputs for req in reqs]
     if batch.return_logprob:
         batch.token_ids_logprobs = [req.logprob.token_ids_logprob for req in reqs]
     if running.is_empty():

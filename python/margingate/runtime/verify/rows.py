@@ -23,7 +23,8 @@ def row_input(req: Any, row: Row, constraint: Constraint | None = None) -> RowIn
         ids = req.logprob.token_ids_logprob
         wanted = (req.logprob.top_logprobs_num, None if ids is None else tuple(ids))
     token = req.output_ids[row.index - 2]
-    return RowInput(columns.row(req), position, token, wanted, req.gate.draw, constraint)
+    gate: GateRequest = req.gate
+    return RowInput(columns.row(req), position, token, wanted, gate.draw, constraint, gate.shift)
 
 
 def first_token(req: Any) -> RowResult:

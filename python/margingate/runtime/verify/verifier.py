@@ -40,6 +40,7 @@ class RowInput:
     logprobs: tuple[int, tuple[int, ...] | None] | None = None  # top-k and token ids wanted
     draw: Draw | None = None  # None: greedy
     constraint: Constraint | None = None
+    shift: int = 0  # of its rotary position from its position, which images of its prompt make
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,15 +184,17 @@ class Verifier:
             [
                 [row.pool_index for row in rows],
                 [row.position for row in rows],
+                [row.position + row.shift for row in rows],
                 [row.token for row in rows],
             ],
             dtype=torch.int64,
             pin_memory=self._pins,
         )
         # From pinned memory, so that a step that carries a pass waits for no earlier one.
-        pool, positions, tokens = fields.to(self.device, non_blocking=True).unbind()
+        on_device = fields.to(self.device, non_blocking=True).unbind()
+        pool, positions, rotary, tokens = on_device
         slots = self._page_table[pool, positions].to(torch.int64)
-        return DecodeRows(pool, positions, tokens, slots, fields[1] + 1)
+        return DecodeRows(pool, positions, rotary, tokens, slots, fields[1] + 1)
 
 
 def build(model_runner: Any, config: GateConfig) -> Verifier:
