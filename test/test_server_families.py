@@ -1,7 +1,7 @@
 """Families whose rows depend on their number and company on a CPU: same answers.
 
 Mixtures of experts, windows and a vision model in float32; a dense model in FP8 and in 4 bits; a
-mixture in FP8.
+mixture in FP8, and gpt-oss in MXFP4.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import requests
 from checks import assert_clean, forced
 from PIL import Image
 
-from benchmark.models import four_bits, fp8_blocks
+from benchmark.models import four_bits, fp8_blocks, mxfp4
 from margingate.harness.client import Answer, Client, Prompt, chat_prompts, read_prompts
 from margingate.harness.defaults import PROMPTS
 from margingate.harness.servers import retracting
@@ -28,18 +28,27 @@ TOKENS = 16  # of an answer
 DENSE = "qwen3"
 IN_BLOCKS = (DENSE, "qwen3_moe-blocks")  # in FP8 with a scale a block, between layers in BF16
 PACKED, GROUP = ("gptq", "awq"), 32  # the dense model in 4 bits; inputs that share a scale
+MXFP4, PUBLISHED = (
+    "mxfp4",
+    "gpt_oss",
+)  # the latter's experts, as its published checkpoints have them
 WINDOWED, LONGER = "gemma3_text", 40  # tokens of an answer, so that its windows of 16 are passed
 ASK = {"return_logprob": True, "top_logprobs_num": 2}
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES, *PACKED, "qwen3_vl"])
+@pytest.fixture(scope="module", params=[*FAMILIES, *PACKED, MXFP4, "qwen3_vl"])
 def model(request: pytest.FixtureRequest, run_folder: Path, tmp_path_factory) -> Path:
     """In place of SmolLM2: a family's tiny model, so a server of each, one after the other."""
     packed = request.param in PACKED
-    folder = tiny_model(DENSE if packed else request.param, run_folder)
-    rounded = tmp_path_factory.mktemp("model") / (request.param if packed else "fp8")
+    made_of = {MXFP4: PUBLISHED} | dict.fromkeys(PACKED, DENSE)
+    folder = tiny_model(made_of.get(request.param, request.param), run_folder)
+    rounded = tmp_path_factory.mktemp("model") / (
+        request.param if made_of.get(request.param) else "fp8"
+    )
     if packed:
         four_bits.make(request.param, folder, rounded, GROUP)
+    elif request.param == MXFP4:
+        mxfp4.make(folder, rounded)
     elif request.param in IN_BLOCKS:
         fp8_blocks.make(folder, rounded)
     return rounded if rounded.exists() else folder
@@ -48,7 +57,7 @@ def model(request: pytest.FixtureRequest, run_folder: Path, tmp_path_factory) ->
 @pytest.fixture(scope="module")
 def dtype(model: Path) -> tuple[str, str]:
     """What a server of this model is started with; SGLang has no rounded layers in float32."""
-    return ("--dtype", "bfloat16" if model.name in ("fp8", *PACKED) else "float32")
+    return ("--dtype", "bfloat16" if model.name in ("fp8", MXFP4, *PACKED) else "float32")
 
 
 @pytest.fixture(scope="module")

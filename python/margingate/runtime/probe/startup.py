@@ -28,6 +28,7 @@ from margingate.runtime.probe import (
     execute,
     plans,
     shared_plans,
+    tile_heights,
 )
 from margingate.runtime.probe.attention_operator import probe_attention
 from margingate.runtime.probe.observed_calls import (
@@ -72,6 +73,8 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     seen = observe(runner)
     operators = classes.groups(runner.model, seen)
     refuse_unknown(runner.model, operators, seen)
+    if tile_heights.settle(operators):
+        operators = classes.groups(runner.model, seen)
     prefill = _prefill_counts(runner, config, operators, decoded)
     fresh = config is not None and config.probe == "fresh"
     _findings[:] = _find(runner, operators, decoded, prefill, fresh=fresh)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from margingate.config import GateError
-from margingate.runtime.compat import marlin, quantization, settings, vision
+from margingate.runtime.compat import marlin, mxfp4, quantization, settings, vision
 from margingate.runtime.compat.architectures import has_two_pools
 from margingate.runtime.compat.routers import experts
 
@@ -51,7 +51,8 @@ _BY_ROW = (
 
 
 def _is_quantized_as_known(model: Any) -> bool:
-    return quantization.is_known(model) or marlin.is_served(model)
+    known = (quantization.is_known, marlin.is_served, mxfp4.is_served)
+    return any(each(model) for each in known)
 
 
 # All others are served, dense ones and mixtures of experts, if the probe knows each operator.
@@ -69,8 +70,8 @@ REFUSED_FAMILIES = (
     ),
     ModelFamily("keeps recurrent state (Mamba or linear attention)", _has_a_state),
     ModelFamily(
-        "is quantized ({model.quantization}), of which FP8 is known, and dense models with packed "
-        "weights for Marlin (AWQ, GPTQ, compressed-tensors)",
+        "is quantized ({model.quantization}), of which FP8 is known, gpt-oss in MXFP4, and dense "
+        "models with packed weights for Marlin (AWQ, GPTQ, compressed-tensors)",
         lambda model: model.quantization is not None and not _is_quantized_as_known(model),
         "use a checkpoint in BF16 or in FP8, or serve it without the flag",
     ),
