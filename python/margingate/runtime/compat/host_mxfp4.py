@@ -58,7 +58,9 @@ def routing(
         inputs; their weights; and k.
     """
     scores = torch.softmax(logits, dim=-1) if sm_first else logits
-    values, ids = (part[:, :n_expts_act] for part in scores.sort(-1, descending=True, stable=True))
+    values, ids = (
+        part[:, :n_expts_act] for part in scores.sort(dim=-1, descending=True, stable=True)
+    )
     weights = values if sm_first else torch.softmax(values.float(), dim=-1).to(logits.dtype)
     places = ids.flatten().sort(stable=True).indices.int()
     sizes = ids.flatten().bincount(minlength=logits.shape[1]).int()

@@ -34,7 +34,7 @@ def settle(groups: Mapping[str, Sequence[Any]]) -> int:
     """Fix the height of tiles where it matters. Mutates the modules of such operators.
 
     Args:
-        groups: operators by signature; those with `tiles` that a height can be set of are compared.
+        groups: operators by signature.
 
     Returns:
         How many modules were fixed: their operators are others now.
@@ -42,15 +42,17 @@ def settle(groups: Mapping[str, Sequence[Any]]) -> int:
     fixed = 0
     for same in groups.values():
         first = same[0]
-        if not (mxfp4.are_experts(first.module) and first.device.type == "cuda"):
-            continue
-        apart = differing(first)
-        if apart:
+        if apart := differing(first) if has_tiles(first) else []:
             said = "margingate: %s has other bits in tiles of %s rows: all get tiles of %d."
             logger.info(said, first.name, ", ".join(map(str, apart)), FIXED)
             fix(each.module for each in same)
             fixed += len(same)
     return fixed
+
+
+def has_tiles(operator: Any) -> bool:
+    """Whether these are experts in MXFP4 that `triton_kernels` runs; a CPU has a stand-in."""
+    return mxfp4.are_experts(operator.module) and operator.device.type == "cuda"
 
 
 def differing(operator: Any) -> list[int]:
