@@ -44,7 +44,7 @@ Chooses.__name__ = "TopK"  # the probe goes by class names
 
 def method(**attributes: Any) -> Any:
     """SGLang's, with made-up weights as they lie when they were loaded."""
-    found = object.__new__(Mxfp4MoEMethod)
+    found = made_method(attributes)
     generator = torch.Generator().manual_seed(3)
     sizes = {"w13": (HIDDEN, 2 * INNER), "w2": (INNER, HIDDEN)}
     for name, size in sizes.items():
@@ -53,6 +53,13 @@ def method(**attributes: Any) -> Any:
         scales = torch.zeros(EXPERTS, size[1], size[0] // BLOCK, dtype=torch.uint8)
         config = SimpleNamespace(b_mx_scale=scales, b_microblock_size=BLOCK)
         vars(found)[f"{name}_precision_config"] = config
+    vars(found).update(attributes)
+    return found
+
+
+def made_method(attributes: dict[str, Any]) -> Any:
+    """SGLang's, whose constructor asks for a server."""
+    found = object.__new__(Mxfp4MoEMethod)
     vars(found).update(attributes)
     return found
 
@@ -155,6 +162,55 @@ def test_the_hosts_experts_are_those_of_transformers(rows):
     with torch.no_grad():
         expected = theirs(x, ids, weights).view(rows, HIDDEN)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sglangs_own_method_with_the_hosts_operators_computes_what_the_numbers_say(monkeypatch):
+    """From empty parameters to results, as at a start and in a forward. Inner ones are filled up."""
+    from sglang.srt.layers.moe import MoeRunnerConfig
+    from sglang.srt.layers.moe.moe_runner.triton_kernels import TritonKernelsRunnerCore
+    from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
+    from sglang.srt.layers.moe.utils import MoeRunnerBackend
+    from sglang.srt.layers.quantization import mxfp4 as theirs
+    from sglang.srt.runtime_context import get_flags
+
+    monkeypatch.setattr(theirs, "_swizzle_mxfp4", host_mxfp4.swizzle)
+    monkeypatch.setattr(TritonKernelsRunnerCore, "run", host_mxfp4.run_experts)
+    monkeypatch.setattr(get_flags().moe, "runner_backend", MoeRunnerBackend.TRITON_KERNELS)
+    off = ("use_flashinfer", "use_marlin", "use_deep_gemm", "use_mega_moe", "with_bias")
+    chosen = {"_fi_kernel": None, "use_triton_kernels": True}
+    found = made_method(dict.fromkeys(off, False) | chosen)
+    layer, inner = torch.nn.Module(), 32
+    vars(layer).update(num_local_experts=EXPERTS, hidden_size=HIDDEN, moe_ep_size=1)
+    found.create_weights(layer, EXPERTS, HIDDEN, inner, BF16, with_bias=True)
+    generator, numbers = torch.Generator().manual_seed(5), {}
+    for name, size in {"w13": (2 * inner, HIDDEN), "w2": (HIDDEN, inner)}.items():
+        drawn = torch.randn(EXPERTS, *size, generator=generator) * size[1] ** -0.5
+        blocks, scales = to_blocks(drawn)
+        numbers[name] = from_blocks(blocks, scales)
+        for kind, part in (("weight", blocks.flatten(-2)), ("weight_scale", scales)):
+            getattr(layer, f"{name}_{kind}").data[:, : size[0], : part.shape[2]] = part
+    layer.quant_method, layer.moe_runner_config = (
+        found,
+        MoeRunnerConfig(
+            activation="silu", gemm1_alpha=1.702, gemm1_clamp_limit=7.0, params_dtype=BF16
+        ),
+    )
+    found.create_moe_runner(layer, layer.moe_runner_config)
+    found.process_weights_after_loading(layer)
+    assert mxfp4.are_experts(layer) and not mxfp4.are_widened(layer)
+    assert mxfp4.shapes(layer) == ([EXPERTS, HIDDEN, 128], [EXPERTS, 64, HIDDEN])
+    x = torch.randn(9, HIDDEN, generator=generator).to(BF16)
+    table = Chooses()(x, torch.randn(9, EXPERTS, generator=generator).to(BF16))
+    result = found.apply(layer, StandardDispatchOutput(x, None, table)).hidden_states
+    weights, ids = (part.tolist() for part in mxfp4.rows_of(table))
+    for row, expected in enumerate(result.float()):
+        total = torch.zeros(HIDDEN)
+        for weight, expert in zip(weights[row], ids[row]):
+            both = numbers["w13"][expert] @ x[row].float()
+            gate, up = both[::2].clamp(max=7), both[1::2].clamp(-7, 7)
+            gated = gate * torch.sigmoid(1.702 * gate) * (up + 1)
+            total += weight * (numbers["w2"][expert] @ gated)
+        torch.testing.assert_close(expected, total, rtol=0.02, atol=0.02)
 
 
 @given(st.integers(1, 40), st.booleans())

@@ -3,10 +3,10 @@
     python -m benchmark.models.random_mxfp4 benchmark/models/configs/gpt-oss-20b FOLDER \
         [--layers 4] [--device cuda]
 
-SGLang's `--load-format dummy` leaves packed weights zero: any kernel makes the same bits of these in
-any order, and the probe of the gate would learn nothing. Here weights are drawn from a normal
-distribution whose deviation is the inverse root of the inputs' number, and rounded as a checkpoint's
-are. One file a layer; a layer of gpt-oss-20b takes 0.5 GB. The tokenizer is SmolLM2's.
+With `--load-format dummy` SGLang leaves packed weights zero: any kernel makes the same bits of them
+in any order, and the probe of the gate would learn nothing. Here weights are normal, with the
+inverse root of the inputs' number as deviation, and rounded as a checkpoint's are. Each layer has a
+file; one of gpt-oss-20b takes 0.5 GB. The tokenizer is SmolLM2's.
 """
 
 from __future__ import annotations

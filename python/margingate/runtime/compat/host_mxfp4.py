@@ -69,7 +69,7 @@ def routing(
 
 
 def run_experts(
-    core: Any, runner_input: Any, quant_info: Any, _running_state: Any, _hooks: Any = None
+    core: Any, runner_input: Any, quant_info: Any, _running_state: Any, **_unused: Any
 ) -> Any:
     """In place of TritonKernelsRunnerCore.run: rows by expert, in gpt-oss's activation."""
     from sglang.srt.layers.moe.moe_runner.triton_kernels import TritonKernelsRunnerOutput

@@ -28,6 +28,7 @@ from margingate.runtime.probe import (
     execute,
     plans,
     shared_plans,
+    shared_scales,
     tile_heights,
 )
 from margingate.runtime.probe.attention_operator import probe_attention
@@ -66,6 +67,7 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     """BEFORE ModelRunner.init_cuda_graphs: plan the operators that the graphs will hold."""
     if runner.is_draft_worker:
         return
+    shared_scales.refuse(runner.model)  # before minutes of measuring
     decoded = largest_rows(runner.device)
     fixed_split.fix_split(runner.attn_backend, runner)
     config = gate_config(runner.server_args)
