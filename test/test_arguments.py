@@ -688,10 +688,10 @@ def test_gpt_oss_in_mxfp4_runs_by_triton_kernels_and_no_other_model_does(make, f
     asked = make(model_path=str(packed), moe_runner_backend="triton", **options)
     assert settings.view(asked).moe_runner_backend == "triton"
     for path in (str(source), folder):
-        with pytest.raises(GateError, match="--moe-runner-backend.*: use triton"):
+        with pytest.raises(GateError, match=r"--moe-runner-backend.*: use triton"):
             make(model_path=path, moe_runner_backend="triton_kernel", **options)
     for runner in ("marlin", "flashinfer_mxfp4"):
-        with pytest.raises(GateError, match="--moe-runner-backend.*: use triton"):
+        with pytest.raises(GateError, match=r"--moe-runner-backend.*: use triton"):
             make(model_path=str(packed), moe_runner_backend=runner, **options)
 
 

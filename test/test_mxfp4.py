@@ -165,7 +165,7 @@ def test_the_hosts_experts_are_those_of_transformers(rows):
 
 
 def test_sglangs_own_method_with_the_hosts_operators_computes_what_the_numbers_say(monkeypatch):
-    """From empty parameters to results, as at a start and in a forward. Inner ones are filled up."""
+    """From empty parameters to results, as at a start and in a forward."""
     from sglang.srt.layers.moe import MoeRunnerConfig
     from sglang.srt.layers.moe.moe_runner.triton_kernels import TritonKernelsRunnerCore
     from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput

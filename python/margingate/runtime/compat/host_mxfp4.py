@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from margingate.runtime.compat.mxfp4 import METHOD
+
 # Of the lowest three bits; the fourth is the sign.
 _NUMBERS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _MIDDLE = 127  # of a scale's byte, which says a power of two
@@ -104,6 +106,14 @@ def _swiglu(x: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
     return gate * room.sigmoid()[:, : gate.shape[1]] * (up + 1)
 
 
+def register() -> None:
+    """Let SGLang read such checkpoints on a host, in this process."""
+    from sglang.srt.layers import quantization
+    from sglang.srt.layers.quantization.mxfp4 import Mxfp4Config
+
+    quantization.QUANTIZATION_METHODS.setdefault(METHOD, Mxfp4Config)
+
+
 def install() -> None:
     """Put these in their places; SGLang's router keeps to its runner's format, as on a GPU."""
     from sglang.srt.layers.moe import topk
@@ -112,6 +122,7 @@ def install() -> None:
     from sglang.srt.layers.moe.utils import get_moe_runner_backend
     from sglang.srt.layers.quantization import mxfp4
 
+    register()
     native = topk.TopK.forward_native
 
     def forward(module: Any, *args: Any, **kwargs: Any) -> Any:

@@ -97,6 +97,7 @@ class HostPlatform(CpuDeviceMixin, SRTPlatform):
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Replace defaults that need kernels which are not in the PyPI build, or a GPU."""
+        host_mxfp4.register()  # the launcher asks for no backend
         if server_args.attention_backend in (None, AMX):
             # For gpt-oss SGLang asks for a backend with sinks first, and then takes torch_native.
             sinks = has_sinks(server_args)
