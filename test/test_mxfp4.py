@@ -21,7 +21,8 @@ from margingate.runtime.observe import weight_digest
 from margingate.runtime.probe import execute, plans, startup, tile_heights
 from margingate.runtime.probe.classes import extended, groups, probe_operator, row_counts
 from margingate.runtime.probe.observed_calls import ObservedRows, observed_rows, observing
-from margingate.runtime.probe.routed import Experts, Router, ScoredExperts, routed_operators
+from margingate.runtime.probe.routed import Experts, Router, routed_operators
+from margingate.runtime.probe.scored import ScoredExperts, scored_operators
 
 HIDDEN, INNER, EXPERTS, CHOSEN = 32, 64, 8, 2
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -378,7 +379,7 @@ def test_experts_of_a_table_that_are_of_another_kind_end_the_start():
     other.quant_method = object()
     model = torch.nn.ModuleList([other])
     seen = {id(other): seen_with(Chooses())}
-    assert list(routed_operators(model, seen)) == []
+    assert [*routed_operators(model, seen), *scored_operators(model, seen)] == []
     with pytest.raises(GateError, match=r"cannot measure 0, a MadeUpExperts with w13_weight_bias"):
         startup.refuse_unknown(model, {}, seen)
 

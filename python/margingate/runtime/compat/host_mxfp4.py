@@ -116,14 +116,14 @@ def register() -> None:
 
 def install() -> None:
     """Put these in their places; SGLang's router keeps to its runner's format, as on a GPU."""
-    from sglang.srt.layers.moe import topk
+    from sglang.srt.layers.moe import topk as choice
     from sglang.srt.layers.moe.moe_runner.triton_kernels import TritonKernelsRunnerCore
     from sglang.srt.layers.moe.topk import TopKOutputFormat
     from sglang.srt.layers.moe.utils import get_moe_runner_backend
     from sglang.srt.layers.quantization import mxfp4
 
     register()
-    native = topk.TopK.forward_native
+    native = choice.TopK.forward_native
 
     def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
         wanted = module.topk_config.output_format
@@ -132,7 +132,7 @@ def install() -> None:
             return module.forward_cuda(*args, **kwargs)
         return native(module, *args, **kwargs)
 
-    topk.TopK.forward_native = forward
-    topk.routing = routing
+    choice.TopK.forward_native = forward
+    choice.routing = routing
     mxfp4._swizzle_mxfp4 = swizzle
     TritonKernelsRunnerCore.run = run_experts

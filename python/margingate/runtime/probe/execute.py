@@ -18,12 +18,11 @@ from margingate.runtime.probe.operators import Inputs, Operator, Plain, Quantize
 from margingate.runtime.probe.routed import (
     Experts,
     Rows,
-    ScoredExperts,
     SharedGate,
     call_experts,
-    call_scored,
     call_shared_gate,
 )
+from margingate.runtime.probe.scored import ScoredExperts, call_scored
 
 ALIGNED = 16  # bytes
 

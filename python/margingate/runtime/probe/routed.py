@@ -19,13 +19,12 @@ import torch
 
 from margingate.runtime.compat import mxfp4, quantization
 from margingate.runtime.compat.routers import routed_experts
-from margingate.runtime.probe import fused_gate, tile_heights
+from margingate.runtime.probe import fused_gate
 from margingate.runtime.probe.observed_calls import Observed, ObservedRows, choice_of
 from margingate.runtime.probe.operators import LOUD, SEED, Inputs, Operator, normal_rows
 
 CROWD = 4  # every so many rows of a sample, one chooses the same experts as all such rows
 SATURATING = 16.0  # times the usual scale of a router's scores
-BELOW = 16.0  # scores of experts that a row does not choose, under what they would be
 ALONE = 3  # the row of a sample that has an expert for itself
 
 # Of SGLang's MoeRunnerConfig: what an expert's results depend on.
@@ -249,58 +248,6 @@ class Experts(Routed):
 
 
 @dataclass(frozen=True)
-class ScoredExperts(Experts):
-    """SGLang's FusedMoE, of rows [hidden] and the router's scores [experts] of each.
-
-    Its choice of experts is made inside: SGLang's TopK hands over one table of all rows, sorted by
-    expert, and no part of it is a row's.
-    """
-
-    def run(self, inputs: Inputs) -> torch.Tensor:
-        return call_scored(self.module.run_moe_core, self.call.router, inputs.clone())
-
-    def routed(self, ids: torch.Tensor) -> Rows:
-        """As of Experts; the scores are such that these are chosen."""
-        return self.choosing(Rows((self.normal(len(ids), 0),)), ids)
-
-    def chosen_by(self, rows: Rows) -> torch.Tensor:
-        return rows.parts[1].float().topk(self.chosen).indices
-
-    def choosing(self, rows: Rows, ids: torch.Tensor) -> Rows:
-        scores, ids = self.normal(len(ids), 1), ids.to(self.device, torch.int64)
-        # The lower ones give way, since numbers near zero are finer.
-        found = (scores - BELOW).scatter(1, ids, scores.gather(1, ids))
-        return Rows((rows.parts[0], found))
-
-    @property
-    def rounds_rows(self) -> bool:
-        return False
-
-    @property
-    def chosen(self) -> int:
-        return routed_experts(self.call.router.topk_config)
-
-    @property
-    def experts(self) -> int:
-        return mxfp4.shapes(self.module)[0][0]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (*mxfp4.shapes(self.module)[0], self.chosen)
-
-    @property
-    def row_elements(self) -> int:
-        (_, hidden, outputs), parts = mxfp4.shapes(self.module)[0], self.call.parts
-        return sum(width for width, _ in parts) + self.chosen * (2 * outputs + hidden)
-
-    @property
-    def described(self) -> str:
-        height = tile_heights.of(self.module)
-        said = f"{mxfp4.shapes(self.module)[1]} {mxfp4.describe(self.module)}"
-        return f"{said}{'' if height is None else f' in tiles of {height} rows'}"
-
-
-@dataclass(frozen=True)
 class SharedGate(Routed):
     """A shared expert's gate where one kernel multiplies by it and adds to the experts' rows."""
 
@@ -330,27 +277,14 @@ def call_experts(run_moe_core: Any, rows: Rows) -> torch.Tensor:
     return result
 
 
-def call_scored(run_moe_core: Any, router: Any, rows: Rows) -> torch.Tensor:
-    """The same of a FusedMoE whose choice `router`, SGLang's TopK, makes of all rows at once."""
-    from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
-
-    hidden, scores = rows.parts
-    dispatched = StandardDispatchOutput(hidden, None, router(hidden, scores))
-    result: torch.Tensor = run_moe_core(dispatch_output=dispatched).hidden_states
-    return result
-
-
 def routed_operators(model: Any, seen: Mapping[int, Observed]) -> Iterator[Operator]:
     """Routers, gates of shared experts, and experts of a known kind, that a forward called."""
     kinds = {"TopK": Router, "Linear": SharedGate}
     for name, module in model.named_modules():
         call = seen.get(id(module))
-        if not isinstance(call, ObservedRows):
+        if not isinstance(call, ObservedRows) or call.router is not None:
             continue
         if kind := kinds.get(type(module).__name__):
             yield kind(name, module, call)
-        elif call.router is not None:
-            if mxfp4.are_experts(module):
-                yield ScoredExperts(name, module, call)
         elif quantization.are_known(module) or mxfp4.are_widened(module):
             yield Experts(name, module, call)
