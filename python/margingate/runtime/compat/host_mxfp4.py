@@ -88,7 +88,7 @@ def run_experts(
             outputs = _linear(inner.to(x.dtype), quant_info, "w2", expert)
             results[places[mine]] = (outputs * gates[mine, None].float()).to(x.dtype)
         start += size
-    summed = results.view(len(x), -1, x.shape[1]).sum(1)
+    summed = results.unflatten(0, (len(x), -1)).sum(1)
     return TritonKernelsRunnerOutput(hidden_states=summed)
 
 

@@ -5,8 +5,8 @@ once more in another order: equal bits put two row counts into one class; a row 
 with its place or its neighbours at a fixed row count is an operator the gate cannot use.
 
 Operators are in `operators`, `routed` and `scored`, and attention where `attention_operator` knows
-the backend. Each is measured as a forward was seen to call it: with a bias or a residual, with as many
-rows as it gets for each row of the forward, in the dtype and the layout of that input.
+the backend. Each is measured as a forward was seen to call it: with a bias or a residual, with as
+many rows as it gets for each row of the forward, in the dtype and the layout of that input.
 """
 
 from __future__ import annotations

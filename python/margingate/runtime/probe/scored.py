@@ -89,6 +89,7 @@ def scored_operators(model: Any, seen: Mapping[int, Observed]) -> Iterator[Opera
     """Experts of this kind, that a forward called with a router's table."""
     for name, module in model.named_modules():
         call = seen.get(id(module))
-        given_a_table = isinstance(call, ObservedRows) and call.router is not None
-        if given_a_table and mxfp4.are_experts(module):
+        if not isinstance(call, ObservedRows) or call.router is None:
+            continue
+        if mxfp4.are_experts(module):
             yield ScoredExperts(name, module, call)
