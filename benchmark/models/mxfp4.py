@@ -3,7 +3,7 @@
     python -m benchmark.models.mxfp4 SOURCE FOLDER
 
 32 weights of one output share a scale, a power of two in a byte. A weight has 4 bits, two in a
-byte, the earlier one lower. All but the experts' two weights stay as they are.
+byte, the earlier one lower. All but the experts' two weights are BF16.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def main() -> None:
 def make(source: Path, folder: Path) -> None:
     """`folder`, of the model in `source`. Raises SystemExit where sizes do not fit."""
     config, tensors = checkpoints.read(source)
-    config["quantization_config"] = METHOD
+    # SGLang makes layers of this type, whatever it computes in, and experts in MXFP4 take BF16.
+    config |= {"quantization_config": METHOD, "dtype": "bfloat16"}
     checkpoints.write(folder, source, config, quantized(tensors))
 
 
@@ -54,7 +55,7 @@ def quantized(tensors: Tensors) -> Tensors:
         if name.endswith(EXPERTS):
             made |= of_layer(name, tensor.transpose(1, 2))
         else:
-            made[name] = tensor
+            made[name] = tensor.to(torch.bfloat16)
     return made
 
 
