@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from benchmark.models import mxfp4
 from margingate.config import GateConfig, GateError
 from margingate.harness.embedded_model import ensure_model
 from margingate.harness.tiny_models import tiny_model
@@ -674,6 +675,40 @@ def test_a_gate_sets_one_pool_and_experts_that_take_rows(make, tmp_path):
     stock = settings.view(make(model_path=folder, device="cpu"))
     assert not stock.disable_hybrid_swa_memory
     assert stock.moe_runner_backend == "triton", "of the host's, whose experts are torch operators"
+
+
+def test_gpt_oss_in_mxfp4_runs_by_triton_kernels_and_no_other_model_does(make, folder, tmp_path):
+    """As SGLang chooses on Hopper. `triton` makes the weights BF16, which is served as such."""
+    source, packed = tiny_model("gpt_oss", tmp_path), tmp_path / "packed"
+    mxfp4.make(source, packed)
+    for gate in (True, False):
+        args = settings.view(make(model_path=str(packed), device="cpu", deterministic_gate=gate))
+        assert args.moe_runner_backend == "triton_kernel" and args.dtype == "bfloat16"
+    options = {"device": "cpu", "deterministic_gate": True}
+    asked = make(model_path=str(packed), moe_runner_backend="triton", **options)
+    assert settings.view(asked).moe_runner_backend == "triton"
+    for path in (str(source), folder):
+        with pytest.raises(GateError, match=r"--moe-runner-backend.*: use triton"):
+            make(model_path=path, moe_runner_backend="triton_kernel", **options)
+    for runner in ("marlin", "flashinfer_mxfp4"):
+        with pytest.raises(GateError, match=r"--moe-runner-backend.*: use triton"):
+            make(model_path=str(packed), moe_runner_backend=runner, **options)
+
+
+def test_mxfp4_is_served_of_gpt_oss_alone():
+    """Of others SGLang has the same experts, but nobody looked at how their weights come there."""
+    packed = {"quant_method": "mxfp4"}
+    gpt_oss = SimpleNamespace(
+        get_text_config=lambda: None,
+        architectures=["GptOssForCausalLM"],
+        quantization_config=packed,
+    )
+    refused_models.refuse_model(model_config(quantization="mxfp4", hf_config=gpt_oss))
+    other = SimpleNamespace(**{**vars(gpt_oss), "architectures": ["OtherForCausalLM"]})
+    rounded = SimpleNamespace(**{**vars(gpt_oss), "quantization_config": None})
+    for config in (other, rounded):
+        with pytest.raises(GateError, match=r"quantized \(mxfp4\), of which.*gpt-oss in MXFP4"):
+            refused_models.refuse_model(model_config(quantization="mxfp4", hf_config=config))
 
 
 def test_a_gate_leaves_the_experts_of_others_to_sglang(make, folder):

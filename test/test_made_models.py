@@ -11,7 +11,16 @@ from safetensors.torch import load_file
 
 from benchmark.bench import checkpoints
 from benchmark.bench.engines import sizes
-from benchmark.models import four_bits, fp8_blocks, fp8_channels, padded, random_weights, upcycled
+from benchmark.models import (
+    four_bits,
+    fp8_blocks,
+    fp8_channels,
+    mxfp4,
+    padded,
+    random_mxfp4,
+    random_weights,
+    upcycled,
+)
 from margingate.errors import CliError
 from margingate.harness.embedded_model import ensure_model
 from margingate.harness.tiny_models import FAMILIES, tiny_model
@@ -75,6 +84,70 @@ def test_a_shape_takes_as_many_bytes_as_its_weights(name, billions):
     weights, token = sizes(json.loads((CONFIGS / name / "config.json").read_text()))
     assert weights / 1e9 == pytest.approx(billions, rel=0.01)
     assert token == 2 * 2 * (36 * 8 if "8b-fp8" in name else 48 * 4) * 128
+
+
+def test_gpt_oss_takes_the_bytes_of_its_published_checkpoint():
+    """gpt-oss-20b: 13.76 GB. In BF16 41.8 GB."""
+    said = json.loads((CONFIGS / "gpt-oss-20b" / "config.json").read_text())
+    in_bf16, _ = sizes(said)
+    weights, token = sizes(random_mxfp4.configured(said, None))
+    assert (weights / 1e9, in_bf16 / 1e9) == (
+        pytest.approx(13.76, rel=0.01),
+        pytest.approx(41.8, rel=0.01),
+    )
+    assert token == 2 * 2 * 24 * 8 * 64
+
+
+def test_random_mxfp4_has_the_names_and_a_usual_scale(monkeypatch, tmp_path):
+    """Of gpt-oss-20b's shape, with smaller layers; read by the names that SGLang loads."""
+    said = json.loads((CONFIGS / "gpt-oss-20b" / "config.json").read_text())
+    said |= {"hidden_size": 128, "intermediate_size": 96, "num_local_experts": 4}
+    said |= {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 640,
+        "pad_token_id": 0,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    config, tensors = made(monkeypatch, random_mxfp4, "--layers", 2, tmp_path, tmp_path / "made")
+    assert config["quantization_config"]["quant_method"] == "mxfp4"
+    assert (config["num_hidden_layers"], len(config["layer_types"])) == (2, 2)
+    experts = "model.layers.1.mlp.experts"
+    shapes = {name: list(tensors[f"{experts}.{name}"].shape) for name in PUBLISHED}
+    assert shapes == {
+        "gate_up_proj_blocks": [4, 192, 4, 16],
+        "gate_up_proj_scales": [4, 192, 4],
+        "gate_up_proj_bias": [4, 192],
+        "down_proj_blocks": [4, 128, 3, 16],
+        "down_proj_scales": [4, 128, 3],
+        "down_proj_bias": [4, 128],
+    }
+    weight = mxfp4.from_blocks(*(tensors[f"{experts}.down_proj_{n}"] for n in ("blocks", "scales")))
+    assert 0.9 < weight.std() * 96**0.5 < 1.1 and abs(weight.mean()) < 0.01
+    assert tensors["model.layers.0.self_attn.sinks"].shape == (2,)
+    assert not any(name.endswith(("gate_up_proj", "down_proj")) for name in tensors)
+    index = json.loads((tmp_path / "made" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(tensors)
+
+
+PUBLISHED = tuple(
+    f"{layer}_{part}"
+    for layer in ("gate_up_proj", "down_proj")
+    for part in ("blocks", "scales", "bias")
+)
+
+
+def test_gpt_oss_in_mxfp4_by_plain_rounding(monkeypatch, tmp_path):
+    source = tiny_model("gpt_oss", tmp_path)
+    before = load_file(source / "model.safetensors")
+    _, after = made(monkeypatch, mxfp4, source, tmp_path / "rounded")
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    found = mxfp4.from_blocks(after[f"{name}_blocks"], after[f"{name}_scales"])
+    error = (found - before[name].transpose(1, 2)).square().mean().sqrt()
+    assert error < 0.15 * before[name].std(), "an output's inputs are a row, as they share scales"
+    assert name not in after and torch.equal(
+        after[f"{name}_bias"], before[f"{name}_bias"].to(torch.bfloat16)
+    )
 
 
 def test_fp8_by_blocks(monkeypatch, llama, tmp_path):

@@ -1,11 +1,12 @@
 """Families whose rows depend on their number and company on a CPU: same answers, same experts.
 
 Mixtures of experts, windows and the text of a vision model in float32; a dense model in FP8 and in
-4 bits; a mixture in FP8 in blocks and by outputs.
+4 bits; a mixture in FP8 in blocks and by outputs, and gpt-oss in MXFP4.
 """
 
 from __future__ import annotations
 
+import base64
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from checks import assert_clean, forced
 from transformers import AutoConfig
 
-from benchmark.models import four_bits, fp8_blocks, fp8_channels
+from benchmark.models import four_bits, fp8_blocks, fp8_channels, mxfp4
 from margingate.harness.client import Answer, Client, Prompt, chat_prompts, read_prompts
 from margingate.harness.defaults import PROMPTS
 from margingate.harness.servers import retracting
@@ -27,20 +28,24 @@ DENSE = "qwen3"
 IN_BLOCKS = (DENSE, "qwen3_moe-blocks")  # in FP8 with a scale a block, between layers in BF16
 CHANNELS = "w8a8"  # a mixture in FP8 with a scale an output, beside those in blocks
 PACKED, GROUP = ("gptq", "awq"), 32  # the dense model in 4 bits; inputs that share a scale
+MXFP4, PUBLISHED = "mxfp4", "gpt_oss"  # the latter's experts as its published checkpoints have them
 WINDOWED, LONGER = "gemma3_text", 40  # tokens of an answer, so that its windows of 16 are passed
 LOGPROBS = {"return_logprob": True, "top_logprobs_num": 2}
 EXPERTS = {"return_routed_experts": True}
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES, *PACKED, CHANNELS, "qwen3_vl"])
+@pytest.fixture(scope="module", params=[*FAMILIES, *PACKED, CHANNELS, MXFP4, "qwen3_vl"])
 def model(request: pytest.FixtureRequest, run_folder: Path, tmp_path_factory) -> Path:
     """In place of SmolLM2: a family's tiny model, so a server of each, one after the other."""
     packed = request.param in PACKED
-    of = dict.fromkeys(PACKED, DENSE) | {CHANNELS: IN_BLOCKS[1]}
+    of = dict.fromkeys(PACKED, DENSE) | {CHANNELS: IN_BLOCKS[1], MXFP4: PUBLISHED}
     folder = tiny_model(of.get(request.param, request.param), run_folder)
-    rounded = tmp_path_factory.mktemp("model") / (request.param if packed else "fp8")
+    named = packed or request.param == MXFP4
+    rounded = tmp_path_factory.mktemp("model") / (request.param if named else "fp8")
     if packed:
         four_bits.make(request.param, folder, rounded, GROUP)
+    elif request.param == MXFP4:
+        mxfp4.make(folder, rounded)
     elif request.param in IN_BLOCKS:
         fp8_blocks.make(folder, rounded)
     elif request.param == CHANNELS:
@@ -51,7 +56,7 @@ def model(request: pytest.FixtureRequest, run_folder: Path, tmp_path_factory) ->
 @pytest.fixture(scope="module")
 def dtype(model: Path) -> tuple[str, str]:
     """What a server of this model is started with; SGLang has no rounded layers in float32."""
-    return ("--dtype", "bfloat16" if model.name in ("fp8", *PACKED) else "float32")
+    return ("--dtype", "bfloat16" if model.name in ("fp8", MXFP4, *PACKED) else "float32")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +70,7 @@ def prompts(model: Path) -> list[Prompt]:
 def chosen(model: Path) -> int:
     """How many experts the model's layers choose for a token, all together; 0 without any."""
     config = AutoConfig.from_pretrained(model).get_text_config()
-    mixture = has_experts(SimpleNamespace(hf_text_config=config))
+    mixture = model.name != MXFP4 and has_experts(SimpleNamespace(hf_text_config=config))
     return config.num_hidden_layers * config.num_experts_per_tok if mixture else 0
 
 

@@ -106,11 +106,16 @@ def sizes(config: dict[str, Any]) -> tuple[int, int]:
     inner = config["intermediate_size"]
     if experts := config.get("num_experts"):
         inner = experts * config["moe_intermediate_size"]
-    layer = attention + 3 * hidden * inner
+    inner *= config.get("num_local_experts") or 1
     tables = 1 if config.get("tie_word_embeddings") else 2
-    each = 1 if "quantization_config" in config else 2  # bytes of a layer's weight
-    weights = each * layers * layer + 2 * tables * config["vocab_size"] * hidden
-    return weights, 4 * layers * kv_heads * width
+    each = outside = 2.0  # bytes of a layer's weight in its MLP, and outside
+    if method := config.get("quantization_config"):
+        packed = method.get("quant_method") == "mxfp4"  # with a scale of a byte for 32
+        each, outside = (0.5 + 1 / 32, 2.0) if packed else (1.0, 1.0)
+    weights = layers * (outside * attention + each * 3 * hidden * inner)
+    return round(
+        weights + 2 * tables * config["vocab_size"] * hidden
+    ), 4 * layers * kv_heads * width
 
 
 def groups(modes: Sequence[str], together: int) -> list[list[str]]:

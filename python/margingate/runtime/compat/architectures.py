@@ -5,19 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 
-def architectures(args: Any) -> tuple[str, ...]:
-    """Names of model classes that the named model asks for; none where its config is not to be
-    read, which SGLang then says."""
+def checkpoint_config(args: Any) -> dict[str, Any]:
+    """The named model's config; empty where it is not to be read, which SGLang then says."""
     from transformers import PretrainedConfig
 
     path = str(getattr(args, "model_path", None) or "")
     if path.lower() in ("", "none", "dummy"):
-        return ()
+        return {}
     try:
         found, _ = PretrainedConfig.get_config_dict(path, revision=getattr(args, "revision", None))
     except (OSError, ValueError):
-        return ()
-    return tuple(found.get("architectures") or ())
+        return {}
+    return dict(found)
+
+
+def architectures(args: Any) -> tuple[str, ...]:
+    """Names of model classes that the named model asks for."""
+    return tuple(checkpoint_config(args).get("architectures") or ())
 
 
 def has_sinks(args: Any) -> bool:

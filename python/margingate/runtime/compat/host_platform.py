@@ -10,7 +10,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
-from margingate.runtime.compat import host_marlin
+from margingate.runtime.compat import host_marlin, host_mxfp4, mxfp4
 from margingate.runtime.compat.architectures import has_sinks
 from margingate.runtime.compat.host_fp8 import block_fp8_linear, fp8_experts, scaled_fp8_linear
 
@@ -80,8 +80,9 @@ class HostPlatform(CpuDeviceMixin, SRTPlatform):
         One is launched by Qwen's shared experts. It is replaced in the function that launches it,
         which both public ones look up in their module: whoever imported those by name, or has put
         a hook around them, gets the torch operator too. The others serve layers and experts in
-        FP8: each is replaced where it is looked up. What serves AWQ and GPTQ is in `host_marlin`.
-        Buffers that a GPU would copy to, as of experts that are returned, are plain memory.
+        FP8: each is replaced where it is looked up. What serves AWQ and GPTQ is in `host_marlin`,
+        and what serves MXFP4 in `host_mxfp4`. Buffers that a GPU would copy to, as of experts that
+        are returned, are plain memory.
         """
         from sglang.kernels.ops.elementwise import elementwise
         from sglang.srt.layers.attention import attention_registry
@@ -102,16 +103,19 @@ class HostPlatform(CpuDeviceMixin, SRTPlatform):
         fused_moe.fused_experts = fp8_experts
         host_marlin.install()
         ALLOC_MEMORY_FUNCS[self.device_name] = _plain_memory
+        host_mxfp4.install()
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Replace defaults that need kernels which are not in the PyPI build, or a GPU."""
+        host_mxfp4.register()  # the launcher asks for no backend
         if server_args.attention_backend in (None, AMX):
             # For gpt-oss SGLang asks for a backend with sinks first, and then takes torch_native.
             sinks = has_sinks(server_args)
             server_args.attention_backend = AMX if sinks else "torch_native"
             if sinks and server_args.moe_runner_backend == "auto":
-                # It would keep the experts as a kernel of GPUs has them, transposed.
-                server_args.moe_runner_backend = "triton"
+                # It would keep experts in BF16 as a kernel of GPUs has them, transposed.
+                packed = mxfp4.is_asked(server_args)
+                server_args.moe_runner_backend = mxfp4.RUNNER if packed else "triton"
         if server_args.grammar_backend is None:  # SGLang's default applies masks on a GPU only
             server_args.grammar_backend = "llguidance"
         if not server_args.enable_torch_compile:

@@ -69,6 +69,12 @@ ON_EXPERTS = InstancePatch(
     "keeps experts within row counts at which neighbours do not matter",
     _PLANNED,
 )
+ON_ROUTERS = InstancePatch(
+    "layers.moe.topk.TopK",
+    "forward",
+    "hands scores on to experts in MXFP4, whose rows a choice by expert does not tell apart",
+    _PLANNED,
+)
 ON_GATES = (
     InstancePatch(
         "models.glm4_moe.Glm4MoeGate",
@@ -100,7 +106,7 @@ ON_QUANTIZED = tuple(
 )
 INSTANCE_PATCHES = (
     *(*ON_TRITON, *ON_FLASHINFER, ON_LOGPROBS, ON_DUAL_GEMM),
-    *(ON_EXPERTS, *ON_GATES, *ON_QUANTIZED, *ON_ENGINE),
+    *(ON_EXPERTS, ON_ROUTERS, *ON_GATES, *ON_QUANTIZED, *ON_ENGINE),
 )
 
 

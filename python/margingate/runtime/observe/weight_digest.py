@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from margingate.runtime.compat import mxfp4
+
 WORDS = 1 << 22  # of 4 bytes; a checksum's temporaries take some 100 MB of the device
 # Odd constants of 64 bits (Weyl's and Steele's, of SplitMix64).
 STEP, MIX = -7046029254386353131, -4658895280553007687
@@ -35,9 +37,12 @@ def digest(model: Any) -> str:
 
 
 def _distinct(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers, in order; a tied one under its first name only."""
+    """Parameters, persistent buffers and what SGLang keeps of experts elsewhere, in order.
+
+    A tied one is under its first name only.
+    """
     seen = set()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in (*model.state_dict().items(), *mxfp4.hidden_tensors(model)):
         if isinstance(tensor, torch.Tensor):
             place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
             if tensor.numel() == 0 or place not in seen:

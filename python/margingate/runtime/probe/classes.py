@@ -4,9 +4,9 @@ Every row of one random input is computed at each row count, in windows of that 
 once more in another order: equal bits put two row counts into one class; a row whose bits change
 with its place or its neighbours at a fixed row count is an operator the gate cannot use.
 
-Operators are in `operators` and `routed`, and attention where `attention_operator` knows the
-backend. Each is measured as a forward was seen to call it: with a bias or a residual, with as many
-rows as it gets for each row of the forward, in the dtype and the layout of that input.
+Operators are in `operators`, `routed` and `scored`, and attention where `attention_operator` knows
+the backend. Each is measured as a forward was seen to call it: with a bias or a residual, with as
+many rows as it gets for each row of the forward, in the dtype and the layout of that input.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from margingate.core.rowclass import members as counts_by_class
 from margingate.runtime.probe.observed_calls import Observed
 from margingate.runtime.probe.operators import SEED, Inputs, Operator, dense_operators
 from margingate.runtime.probe.routed import routed_operators
+from margingate.runtime.probe.scored import scored_operators
 
 SAMPLE_ROWS = 64  # rows computed at every count, at least; twice that from counts above it
 # Sums in another order differ in their last bits, and rounding a result to 16 bits hides that in
@@ -330,7 +331,7 @@ def groups(model: Any, seen: Mapping[int, Observed] | None = None) -> dict[str, 
         seen: how a forward called each module, by its id.
     """
     found: dict[str, list[Operator]] = {}
-    for list_of in (dense_operators, routed_operators):
+    for list_of in (dense_operators, routed_operators, scored_operators):
         for operator in list_of(model, seen or {}):
             found.setdefault(operator.signature, []).append(operator)
     return found

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from margingate.core.rowclass import RowPlan
-from margingate.runtime.compat import instance_patches
+from margingate.runtime.compat import instance_patches, mxfp4
 from margingate.runtime.compat.batch_invariant_matmul import invariant_matmul
 from margingate.runtime.probe import fused_gate
 from margingate.runtime.probe.observed_calls import routing_tensors
@@ -22,6 +22,7 @@ from margingate.runtime.probe.routed import (
     call_experts,
     call_shared_gate,
 )
+from margingate.runtime.probe.scored import ScoredExperts, call_scored
 
 ALIGNED = 16  # bytes
 
@@ -117,6 +118,8 @@ def redirect(operators: Mapping[str, Sequence[Operator]], planned: Mapping[int, 
         module = operator.module
         if id(module) in planned and isinstance(operator, Plain):
             module.forward = partial(apply_plain, module.forward, module)
+        elif id(module) in planned and isinstance(operator, ScoredExperts):
+            _redirect_scored(operator.module, operator.call.router)
         elif id(module) in planned and isinstance(operator, Experts):
             instance_patches.check_instance(module, instance_patches.ON_EXPERTS)
             module.run_moe_core = partial(apply_experts, module.run_moe_core, module)
@@ -124,6 +127,14 @@ def redirect(operators: Mapping[str, Sequence[Operator]], planned: Mapping[int, 
             method = module.quant_method
             instance_patches.check_instance(method, instance_patches.on_quantized(method))
             method.apply = partial(apply_linear, type(method).apply, method)
+
+
+def _redirect_scored(module: Any, router: Any) -> None:
+    """Experts whose rows are told by their scores, which their router hands on."""
+    instance_patches.check_instance(module, instance_patches.ON_EXPERTS)
+    instance_patches.check_instance(router, instance_patches.ON_ROUTERS)
+    module.run_moe_core = partial(apply_scored, module.run_moe_core, (module, router))
+    router.forward = partial(hand_on_scores, router.forward)
 
 
 def apply_plain(original: Any, module: Any, x: torch.Tensor) -> torch.Tensor:
@@ -145,6 +156,31 @@ def apply_experts(original: Any, module: Any, dispatch_output: Any) -> Any:
         return original(dispatch_output=dispatch_output)
     inputs = Rows(tuple(routing_tensors("experts", hidden, dispatch_output.topk_output)))
     return StandardCombineInput(run_in_class(plan, inputs, partial(call_experts, original)))
+
+
+def hand_on_scores(
+    original: Any, hidden_states: torch.Tensor, router_logits: torch.Tensor, **more: Any
+) -> Any:
+    """Around the `forward` of a router whose choice has no row axis."""
+    found = original(hidden_states, router_logits, **more)
+    return mxfp4.with_scores(found, router_logits) if mxfp4.is_table(found) else found
+
+
+def apply_scored(original: Any, pair: tuple[Any, Any], dispatch_output: Any) -> Any:
+    """Around the `run_moe_core` of experts, of the pair (experts, router): a piece is routed anew.
+
+    Raises:
+        RuntimeError: the choice comes from elsewhere.
+    """
+    from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput
+
+    (module, router), hidden = pair, dispatch_output.hidden_states
+    scores = mxfp4.scores_of(dispatch_output.topk_output)
+    plan = _plan_for(module, len(hidden)) if len(hidden) else None
+    if plan is None:
+        return original(dispatch_output=dispatch_output)
+    call = partial(call_scored, original, router)
+    return StandardCombineInput(run_in_class(plan, Rows((hidden, scores)), call))
 
 
 def apply_shared_gate(

@@ -10,15 +10,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from sglang.srt.layers.radix_attention import RadixAttention
 
 from margingate.config import GateError
-from margingate.runtime.compat import marlin, quantization, vision
+from margingate.runtime.compat import marlin, mxfp4, quantization, vision
 from margingate.runtime.compat.routers import experts, routers
 from margingate.runtime.probe import fused_gate
 
@@ -80,6 +80,8 @@ class ObservedRows:
 
     parts: tuple[tuple[int, torch.dtype], ...]  # width and dtype of each
     device: torch.device
+    # Of experts that are given a table of all rows: the TopK that makes it of the rows' scores.
+    router: Any = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         return ", ".join(f"{width} of {dtype}" for width, dtype in self.parts)
@@ -152,9 +154,13 @@ def observing(model: Any, rows: int) -> Iterator[dict[int, Observed]]:
                 stack.enter_context(_noting(method, seen, rows))
             elif hasattr(module, "weight") and not any(module.children()):
                 stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        tables: list[Table] = []
         for name, module in (*routers(model), *experts(model)):
-            routed = partial(_routed, seen, (name, rows))
+            routed = partial(_routed, seen, (name, rows), tables)
             stack.callback(module.register_forward_pre_hook(routed, with_kwargs=True).remove)
+        for _, module in routers(model):
+            made = partial(_note_table, tables)
+            stack.callback(module.register_forward_hook(made, with_kwargs=True).remove)
         if gates := fused_gate.gates(model):
             stack.enter_context(fused_gate.replaced(_gated(seen, gates, rows)))
         yield seen
@@ -184,12 +190,36 @@ def _noting(method: Any, seen: dict[int, Observed], rows: int) -> Iterator[None]
             method.apply = own
 
 
-def _routed(
-    seen: dict[int, Observed], named: tuple[str, int], module: Any, args: Any, kwargs: Any
+class Table(NamedTuple):
+    """A choice of experts that has no row axis, and what it was made of."""
+
+    chosen: Any
+    router: Any
+    scores: torch.Tensor
+
+
+def _note_table(tables: list[Table], module: Any, args: Any, kwargs: Any, chosen: Any) -> None:
+    """After a call of a router (hidden states, logits)."""
+    if mxfp4.is_table(chosen):
+        tables.append(Table(chosen, module, [*args, *kwargs.values()][1]))
+
+
+def _routed(  # noqa: PLR0917  a hook's parameters
+    seen: dict[int, Observed],
+    named: tuple[str, int],
+    tables: Sequence[Table],
+    module: Any,
+    args: Any,
+    kwargs: Any,
 ) -> None:
     """Before a call of a router (hidden states, logits) or of experts (hidden states, choice)."""
     name, rows = named
     given = [*args, *kwargs.values()][:2]
+    made = [table for table in tables if table.chosen is given[1]]
+    if made:
+        found = observed_rows(name, (given[0], made[0].scores), rows)
+        seen[id(module)] = replace(found, router=made[0].router)
+        return
     tensors = given if isinstance(given[1], torch.Tensor) else routing_tensors(name, *given)
     seen[id(module)] = observed_rows(name, tensors, rows)
 
@@ -215,18 +245,26 @@ def routing_tensors(name: str, hidden: torch.Tensor, chosen: Any) -> list[torch.
         GateError: SGLang's record of the choice has another format.
     """
     logits = getattr(chosen, "router_logits", None)
-    found = [hidden, chosen_of(name, chosen).topk_weights, chosen.topk_ids]
+    if mxfp4.is_table(chosen):
+        raise _unreadable(name, chosen)
+    found = [hidden, *choice_of(name, chosen)]
     return found if logits is None else [*found, logits]
 
 
-def chosen_of(name: str, chosen: Any) -> Any:
-    """A router's result. Raises GateError where it does not say weights and ids."""
+def choice_of(name: str, chosen: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and ids [rows, k] of a router's result. Raises GateError where it has none."""
+    if mxfp4.is_table(chosen):
+        return mxfp4.rows_of(chosen)
     if not (hasattr(chosen, "topk_weights") and hasattr(chosen, "topk_ids")):
-        raise GateError(
-            f"--deterministic-gate cannot measure {name}, where a choice of experts is a "
-            f"{type(chosen).__name__}: use --moe-runner-backend triton."
-        )
-    return chosen
+        raise _unreadable(name, chosen)
+    return chosen.topk_weights, chosen.topk_ids
+
+
+def _unreadable(name: str, chosen: Any) -> GateError:
+    return GateError(
+        f"--deterministic-gate cannot measure {name}, where a choice of experts is a "
+        f"{type(chosen).__name__}: use --moe-runner-backend triton."
+    )
 
 
 def refuse_bypassed(members: Iterable[tuple[str, Any]], seen: Mapping[int, Observed]) -> None:

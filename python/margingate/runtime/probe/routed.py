@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from margingate.runtime.compat import quantization
+from margingate.runtime.compat import mxfp4, quantization
 from margingate.runtime.compat.routers import routed_experts
 from margingate.runtime.probe import fused_gate
-from margingate.runtime.probe.observed_calls import Observed, ObservedRows, chosen_of
+from margingate.runtime.probe.observed_calls import Observed, ObservedRows, choice_of
 from margingate.runtime.probe.operators import LOUD, SEED, Inputs, Operator, normal_rows
 
 CROWD = 4  # every so many rows of a sample, one chooses the same experts as all such rows
@@ -69,13 +69,14 @@ class Routed(Operator):
 
     call: ObservedRows
 
-    def _normal(self, rows: int, part: int) -> torch.Tensor:
+    def normal(self, rows: int, part: int) -> torch.Tensor:
+        """Made-up values of one of the tensors, [rows, width]."""
         width, dtype = self.call.parts[part]
         like = torch.empty(0, dtype=dtype, device=self.device)
         return normal_rows(rows, width, like, SEED + part)
 
     def sample(self, rows: int) -> Rows:
-        return Rows(tuple(self._normal(rows, part) for part, _ in enumerate(self.call.parts)))
+        return Rows(tuple(self.normal(rows, part) for part, _ in enumerate(self.call.parts)))
 
     @property
     def device(self) -> torch.device:
@@ -108,8 +109,8 @@ class Router(Routed):
         return Rows((hidden, *scores))
 
     def run(self, inputs: Inputs) -> torch.Tensor:
-        chosen = chosen_of(self.name, self.module(*inputs.clone().parts))
-        return torch.cat([chosen.topk_weights.float(), chosen.topk_ids.float()], dim=-1)
+        weights, ids = choice_of(self.name, self.module(*inputs.clone().parts))
+        return torch.cat([weights.float(), ids.float()], dim=-1)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -141,12 +142,12 @@ class Experts(Routed):
     is_capped: ClassVar[bool] = True
 
     def sample(self, rows: int) -> Rows:
-        return self._routed(self._choices(rows))
+        return self.routed(self._choices(rows))
 
     def samples(self, rows: int) -> list[Inputs]:
         """A crowd besides: all rows choose the same experts, so that each place of one is taken."""
         mixed = self.sample(rows)
-        return [mixed, self._routed(mixed.parts[2][:1].expand(rows, -1).contiguous())]
+        return [mixed, self.routed(self.chosen_by(mixed)[:1].expand(rows, -1).contiguous())]
 
     def run(self, inputs: Inputs) -> torch.Tensor:
         return call_experts(self.module.run_moe_core, inputs.clone())
@@ -158,14 +159,34 @@ class Experts(Routed):
         share would round the row away.
         """
         place, one = row % count, sample[row : row + 1]
-        hidden, weights, ids, *more = sample[self._indices(count) % len(sample)].parts
-        sizes = (1, LOUD) if quantization.are_rounded(self.module) else (1,)
-        choices = (one.parts[2].expand(count, -1), self._others(one.parts[2][0], count))
+        others = sample[self._indices(count) % len(sample)]
+        taken = self.chosen_by(one)
+        choices = (taken.expand(count, -1), self._others(taken[0], count))
         found: list[tuple[Inputs, int]] = []
-        for size, others in product(sizes, choices):
-            beside = Rows((hidden * size, weights, others.to(ids), *more))
+        for size, ids in product((1, LOUD) if self.rounds_rows else (1,), choices):
+            hidden, *more = self.choosing(others, ids).parts
+            beside = Rows((hidden * size, *more))
             found.append((together(beside[:place], one, beside[place + 1 :]), place))
         return found
+
+    def chosen_by(self, rows: Rows) -> torch.Tensor:
+        """[rows, k] experts that these rows go to."""
+        return rows.parts[2]
+
+    def choosing(self, rows: Rows, ids: torch.Tensor) -> Rows:
+        """These rows with a choice [rows, k] of other experts."""
+        hidden, weights, before, *more = rows.parts
+        return Rows((hidden, weights, ids.to(before), *more))
+
+    @property
+    def rounds_rows(self) -> bool:
+        """Whether inputs are rounded, by scales that they may share."""
+        return quantization.are_rounded(self.module)
+
+    @property
+    def chosen(self) -> int:
+        """How many experts a row goes to."""
+        return self.call.parts[2][0]
 
     @property
     def experts(self) -> int:
@@ -174,33 +195,38 @@ class Experts(Routed):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (*self.module.w13_weight.shape, self.call.parts[2][0])
+        return (*self.module.w13_weight.shape, self.chosen)
 
     @property
     def row_elements(self) -> int:
         inner = self.module.w13_weight[0].numel() // self.call.parts[0][0]
-        return super().row_elements + self.call.parts[2][0] * (2 * inner + self.call.parts[0][0])
+        return super().row_elements + self.chosen * (2 * inner + self.call.parts[0][0])
 
     @property
     def signature(self) -> str:
         module, config = self.module, self.module.moe_runner_config
         values = [str(getattr(config, name, None)) for name in CONFIGURED]
         biased = getattr(module, "w13_weight_bias", None) is not None
-        said = f"{type(module.quant_method).__name__} {module.w13_weight.dtype} {' '.join(values)}"
-        if quantization.are_rounded(module):
-            said += f" {quantization.describe_experts(module)}"
-        return f"{super().signature} {list(module.w2_weight.shape)} {said}{' biased' * biased}"
+        return f"{super().signature} {self.described} {' '.join(values)}{' biased' * biased}"
 
-    def _routed(self, ids: torch.Tensor) -> Rows:
+    @property
+    def described(self) -> str:
+        """What chooses the kernels of the weights."""
+        module = self.module
+        said = f"{list(module.w2_weight.shape)} {type(module.quant_method).__name__}"
+        rounded = f" {quantization.describe_experts(module)}" if self.rounds_rows else ""
+        return f"{said} {module.w13_weight.dtype}{rounded}"
+
+    def routed(self, ids: torch.Tensor) -> Rows:
         """Rows with these choices [rows, k]; their other parts depend on the row's index alone."""
         rows, dtypes = len(ids), [dtype for _, dtype in self.call.parts]
-        weights = torch.softmax(self._normal(rows, 1).float(), dim=-1).to(dtypes[1])
-        more = tuple(self._normal(rows, part) for part in range(3, len(dtypes)))
-        return Rows((self._normal(rows, 0), weights, ids.to(self.device, dtypes[2]), *more))
+        weights = torch.softmax(self.normal(rows, 1).float(), dim=-1).to(dtypes[1])
+        more = tuple(self.normal(rows, part) for part in range(3, len(dtypes)))
+        return Rows((self.normal(rows, 0), weights, ids.to(self.device, dtypes[2]), *more))
 
     def _choices(self, rows: int) -> torch.Tensor:
         """[rows, k] distinct experts: at random, all the same ones, or one of its own."""
-        wanted, last = self.call.parts[2][0], self.experts - 1
+        wanted, last = self.chosen, self.experts - 1
         generator = torch.Generator().manual_seed(SEED)
         free = max(last, wanted)  # the last one is kept for one row, where there are enough
         ids = torch.rand(rows, free, generator=generator).argsort(dim=-1)[:, :wanted]
@@ -256,8 +282,9 @@ def routed_operators(model: Any, seen: Mapping[int, Observed]) -> Iterator[Opera
     kinds = {"TopK": Router, "Linear": SharedGate}
     for name, module in model.named_modules():
         call = seen.get(id(module))
-        kind = kinds.get(type(module).__name__, Experts)
-        if isinstance(call, ObservedRows) and (
-            kind is not Experts or quantization.are_known(module)
-        ):
+        if not isinstance(call, ObservedRows) or call.router is not None:
+            continue
+        if kind := kinds.get(type(module).__name__):
             yield kind(name, module, call)
+        elif quantization.are_known(module) or mxfp4.are_widened(module):
+            yield Experts(name, module, call)

@@ -28,6 +28,8 @@ from margingate.runtime.probe import (
     execute,
     plans,
     shared_plans,
+    shared_scales,
+    tile_heights,
 )
 from margingate.runtime.probe.attention_operator import probe_attention
 from margingate.runtime.probe.observed_calls import (
@@ -66,6 +68,7 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     """BEFORE ModelRunner.init_cuda_graphs: plan the operators that the graphs will hold."""
     if runner.is_draft_worker:
         return
+    shared_scales.refuse(runner.model)  # before minutes of measuring
     decoded = largest_rows(runner.device)
     fixed_split.fix_split(runner.attn_backend, runner)
     config = gate_config(runner.server_args)
@@ -73,6 +76,8 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     seen = observe(runner)
     operators = classes.groups(runner.model, seen)
     refuse_unknown(runner.model, operators, seen)
+    if tile_heights.settle(operators):
+        operators = classes.groups(runner.model, seen)
     prefill = _prefill_counts(runner, config, operators, decoded)
     fresh = config is not None and config.probe == "fresh"
     _findings[:] = _find(runner, operators, decoded, prefill, fresh=fresh)

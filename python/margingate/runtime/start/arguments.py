@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from margingate.config import GateConfig, GateError, load_threshold, make_config, option_name
-from margingate.runtime.compat import machine, release, settings
+from margingate.runtime.compat import machine, mxfp4, release, settings
 from margingate.runtime.compat.architectures import has_sinks
 from margingate.runtime.compat.server_args import ATTRIBUTE, RADIX_BACKEND, gate_config
 from margingate.runtime.observe import event_socket
@@ -138,8 +138,9 @@ def _prepare(server_args: Any, config: GateConfig) -> GateConfig:
     )
     one_pool.choose(server_args)
     if given.moe_runner_backend == "auto" and has_sinks(given):
-        # SGLang would take triton_kernels, whose routing is none of rows.
-        settings.choose(server_args, moe_runner_backend="triton")
+        # For BF16 too SGLang would take triton_kernels, which was measured with MXFP4 alone.
+        runner = mxfp4.RUNNER if mxfp4.is_asked(given) else "triton"
+        settings.choose(server_args, moe_runner_backend=runner)
     if not given.disable_radix_cache:
         settings.choose(server_args, radix_cache_backend=RADIX_BACKEND)
     return config

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from margingate.config import GateError
-from margingate.runtime.compat import marlin, quantization, settings, vision
+from margingate.runtime.compat import marlin, mxfp4, quantization, settings, vision
 from margingate.runtime.compat.architectures import has_two_pools
-from margingate.runtime.compat.routers import experts
+from margingate.runtime.probe import shared_scales
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,9 @@ def _has_a_state(model: Any) -> bool:
     return model.attention_arch.name not in ("MHA", "MLA") or mambaish_config(model) is not None
 
 
-_SHARED = "rounds the inputs of experts in {} to FP8 by one scale for all rows of a forward"
-_BY_ROW = (
-    "use a checkpoint with a weight_block_size, or with a scale for each channel of weights and "
-    "each token (compressed-tensors), or serve it without the flag"
-)
-
-
 def _is_quantized_as_known(model: Any) -> bool:
-    return quantization.is_known(model) or marlin.is_served(model)
+    known = (quantization.is_known, marlin.is_served, mxfp4.is_served)
+    return any(each(model) for each in known)
 
 
 # All others are served, dense ones and mixtures of experts, if the probe knows each operator.
@@ -69,12 +63,14 @@ REFUSED_FAMILIES = (
     ),
     ModelFamily("keeps recurrent state (Mamba or linear attention)", _has_a_state),
     ModelFamily(
-        "is quantized ({model.quantization}), of which FP8 is known, and dense models with packed "
-        "weights for Marlin (AWQ, GPTQ, compressed-tensors)",
+        "is quantized ({model.quantization}), of which FP8 is known, gpt-oss in MXFP4, and dense "
+        "models with packed weights for Marlin (AWQ, GPTQ, compressed-tensors)",
         lambda model: model.quantization is not None and not _is_quantized_as_known(model),
         "use a checkpoint in BF16 or in FP8, or serve it without the flag",
     ),
-    ModelFamily(_SHARED.format("the model"), quantization.shares_scales, _BY_ROW),
+    ModelFamily(
+        shared_scales.SHARED.format("the model"), quantization.shares_scales, shared_scales.BY_ROW
+    ),
 )
 
 
@@ -85,16 +81,6 @@ def refuse_model(model: Any) -> None:
             raise GateError(
                 f"--deterministic-gate does not serve this model yet, because it "
                 f"{family.said(model)}: {family.way_out}."
-            )
-
-
-def refuse_shared_scales(model: Any) -> None:
-    """Check a loaded model. Raises GateError naming experts whose rows share a scale."""
-    for name, module in experts(model):
-        if quantization.are_known(module) and quantization.rounding(module) == quantization.BATCH:
-            raise GateError(
-                f"--deterministic-gate does not serve this model yet, because it "
-                f"{_SHARED.format(name)}: {_BY_ROW}."
             )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from margingate.runtime.compat import mxfp4
 from margingate.runtime.compat.release import absent
 
 
@@ -53,6 +54,13 @@ def _fused_all_reduce(args: Any) -> bool:
     """Asked for; what SGLang switches on by itself is off by then."""
     asked = args.flashinfer_allreduce_fusion_backend is not None
     return bool(asked or args.enable_flashinfer_allreduce_fusion)
+
+
+def _other_runner(args: Any) -> bool:
+    """One that the experts of the named model were not measured with."""
+    asked = args.moe_runner_backend
+    in_mxfp4 = asked == mxfp4.RUNNER and mxfp4.is_asked(args)
+    return asked not in ("auto", "triton") and not in_mxfp4
 
 
 def _prefers_the_switch(args: Any) -> bool:
@@ -220,7 +228,7 @@ REFUSALS = (
         lambda a: a.moe_a2a_backend not in (None, "none"), "--moe-a2a-backend", _SPREAD, "use none"
     ),
     Refusal(
-        lambda a: a.moe_runner_backend not in ("auto", "triton"),
+        _other_runner,
         "--moe-runner-backend",
         "its kernels, or the layout of their rows, are chosen after the experts were measured",
         "use triton",
