@@ -790,6 +790,17 @@ def test_experts_are_returned_elsewhere(config):
     refusals.refuse_experts(experts_wanted(enable_return_routed_experts=False), made, None)
 
 
+def test_experts_in_mxfp4_are_not_returned():
+    """Their runner's choice passes SGLang's record of experts by."""
+    said = SimpleNamespace(
+        architectures=["GptOssForCausalLM"], quantization_config={"quant_method": "mxfp4"}
+    )
+    model = model_config(MIXTURE, quantization="mxfp4", hf_config=said)
+    with pytest.raises(GateError, match="keeps no ids: drop the option") as caught:
+        refusals.refuse_experts(experts_wanted(), GateConfig(rows=16), model)
+    sentence(caught.value)
+
+
 def test_experts_of_a_model_without_any_are_refused_at_start(prepare):
     assert "for mixtures of experts" in exits(prepare, GATE, "--enable-return-routed-experts")
 

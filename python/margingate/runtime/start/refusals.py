@@ -6,7 +6,14 @@ import os
 from typing import Any
 
 from margingate.config import GateConfig, GateError
-from margingate.runtime.compat import machine, quantization, release, settings, settings_table
+from margingate.runtime.compat import (
+    machine,
+    mxfp4,
+    quantization,
+    release,
+    settings,
+    settings_table,
+)
 from margingate.runtime.start.refused_settings import SERVER_REFUSALS
 
 _REPLACES = "replaces parts that it patches"
@@ -64,6 +71,12 @@ def refuse_experts(args: Any, config: GateConfig, model: Any) -> None:
         raise GateError(
             "--enable-return-routed-experts is for mixtures of experts, but this model's "
             "configuration names no experts, or no num_experts_per_tok: drop the option."
+        )
+    if mxfp4.is_served(model):
+        raise GateError(
+            "--enable-return-routed-experts is not served with experts in MXFP4, whose runner "
+            "chooses them inside a kernel that keeps no ids: drop the option, or serve a "
+            "checkpoint in BF16."
         )
     room = args.chunked_prefill_size or -1
     if room <= 0 or (config.rows or 0) > room:
