@@ -171,6 +171,7 @@ def test_columns_are_freed_after_they_were_read_and_whatever_is_raised(capturer,
     monkeypatch.setattr(lifecycle, "release_columns", lambda *_a, **_k: calls.append("freed"))
     requests: Any = SimpleNamespace(mark_ended=lambda _req: None)
     req = request(time_stats=SimpleNamespace(set_completion_time=lambda: None))
+    req.multimodal_inputs = None
     lifecycle.end(requests, TREE, req)
     monkeypatch.setattr(routed_experts, "keep", lambda *_: 1 // 0)
     with pytest.raises(ZeroDivisionError):

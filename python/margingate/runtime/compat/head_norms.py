@@ -26,5 +26,5 @@ def forward_rows(
     if residual is not None or x.dim() <= 2:
         return original(norm, x, residual)
     rows = x.reshape(-1, x.shape[-1])
-    result: torch.Tensor = original(norm, rows)
-    return result.view(x.shape)
+    normed: torch.Tensor = original(norm, rows)
+    return normed.view(x.shape)
