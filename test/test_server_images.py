@@ -129,7 +129,7 @@ def test_choices_and_chat(client, pictures, alone):
         requests.post(f"{client.base_url}/v1/chat/completions", json=chat, timeout=120).json()
         for _ in range(2)
     ]
-    assert said[0]["metadata"]["gate"]["gated"] and said[0]["usage"]["prompt_tokens"] > TOKENS
+    assert said[0]["metadata"]["gate"][0]["gated"] and said[0]["usage"]["prompt_tokens"] > TOKENS
     assert said[0]["choices"][0]["message"] == said[1]["choices"][0]["message"]
 
 
