@@ -1,0 +1,48 @@
+"""Scales of FP8 as a model was loaded: refused where rows share one, or where none was read."""
+
+from __future__ import annotations
+
+import torch
+
+from margingate.config import GateError
+from margingate.runtime.compat import quantization
+from margingate.runtime.compat.routers import experts
+
+SHARED = "rounds the inputs of experts in {} to FP8 by one scale for all rows of a forward"
+BY_ROW = (
+    "use a checkpoint with a weight_block_size, or with a scale for each channel of weights and "
+    "each token (compressed-tensors), or serve it without the flag"
+)
+_OF_BLOCKS = "weight_scale_inv"
+_UNFILLED = torch.finfo(torch.float32).min  # what SGLang makes scales of blocks of
+
+
+def refuse(model: torch.nn.Module) -> None:
+    """Check a loaded model. Raises GateError naming what no plan makes right."""
+    _refuse_shared(model)
+    _refuse_unread(model)
+
+
+def _refuse_shared(model: torch.nn.Module) -> None:
+    """Experts whose rows share a scale depend on their neighbours at any row count."""
+    for name, module in experts(model):
+        if quantization.are_known(module) and quantization.rounding(module) == quantization.BATCH:
+            raise GateError(
+                f"--deterministic-gate does not serve this model yet, because it "
+                f"{SHARED.format(name)}: {BY_ROW}."
+            )
+
+
+def _refuse_unread(model: torch.nn.Module) -> None:
+    """SGLang's loader for Llama renames these scales, finds no parameter of the new name, and goes
+    on: such layers compute numbers that mean nothing.
+    """
+    scales = (each for each in model.named_parameters() if each[0].endswith(_OF_BLOCKS))
+    for name, values in scales:
+        if values.is_floating_point() and bool((values == _UNFILLED).any()):
+            raise GateError(
+                f"--deterministic-gate found that {name} was not read from the checkpoint, so its "
+                "layer has no scales and answers mean nothing: use a checkpoint whose "
+                "architecture SGLang reads FP8 blocks of (Qwen3 is one, Llama is not), or one in "
+                "BF16."
+            )
