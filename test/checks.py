@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -33,6 +34,20 @@ def assert_same(reference: Sequence[Answer], answers: Sequence[Answer]) -> None:
         other = wanted[answer.name]
         assert answer.tokens == other.tokens, f"{answer.name}: {answer.tokens} != {other.tokens}"
         assert answer.text == other.text, answer.name
+
+
+def readings(answer: Answer) -> tuple[object, ...]:
+    """What is compared of an answer that has log-probs: tokens, text, these, and experts."""
+    logprobs = answer.meta["output_token_logprobs"], answer.meta["output_top_logprobs"]
+    assert len(logprobs[0]) == len(answer.tokens) > 0
+    return (answer.tokens, answer.text, *logprobs, answer.meta.get("routed_experts"))
+
+
+def experts_of_tokens(answer: Answer, chosen: int) -> list[bytes]:
+    """The experts of each token, int32 after int32; `chosen`: of all layers together."""
+    data, row = base64.b64decode(answer.meta["routed_experts"]), 4 * chosen
+    assert len(data) % row == 0
+    return [data[start : start + row] for start in range(0, len(data), row)]
 
 
 def assert_gate_worked(before: dict[str, Any], after: dict[str, Any], batch: int) -> None:

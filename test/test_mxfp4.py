@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sglang.srt.layers.moe.topk import TopK, TopKConfig, TritonKernelTopKOutput
 from sglang.srt.layers.quantization.mxfp4 import Mxfp4MoEMethod
+from test_routed import crowds_and_strangers
 
 from benchmark.models.mxfp4 import BLOCK, from_blocks, to_blocks
 from margingate.config import GateError
@@ -255,14 +256,8 @@ def test_a_sample_has_rows_that_choose_at_random_together_and_alone():
 
 def test_company_is_a_crowd_or_strangers_and_the_row_itself_stays():
     operator = experts()
-    sample = operator.sample(64)
-    for row, count in ((0, 2), (3, 5), (3, 64), (2, 700)):
-        (crowd, place), (strangers, other) = operator.company(sample, row, count)
-        assert len(crowd) == len(strangers) == count and place == other == row % count
-        for part, of_crowd, of_strangers in zip(sample.parts, crowd.parts, strangers.parts):
-            assert torch.equal(of_crowd[place], part[row])
-            assert torch.equal(of_strangers[place], part[row])
-        own = set(operator.chosen_by(sample[row : row + 1])[0].tolist())
+    for one, place, crowd, strangers in crowds_and_strangers(operator):
+        own = set(operator.chosen_by(one)[0].tolist())
         assert {frozenset(each) for each in operator.chosen_by(crowd).tolist()} == {frozenset(own)}
         ids = operator.chosen_by(strangers)
         assert not set(torch.cat([ids[:place], ids[place + 1 :]]).flatten().tolist()) & own

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +25,7 @@ from margingate.runtime.probe.observed_calls import (
     observing,
 )
 from margingate.runtime.probe.operators import Plain
-from margingate.runtime.probe.routed import Experts, Router, SharedGate
+from margingate.runtime.probe.routed import Experts, Router, Rows, SharedGate
 
 HIDDEN, INNER, EXPERTS, CHOSEN = 16, 12, 8, 2
 CPU = torch.device("cpu")
@@ -84,16 +84,21 @@ def test_a_sample_has_rows_that_choose_at_random_together_and_alone():
     assert (ids[::4] == ids[0]).all() and len({tuple(row) for row in ids.tolist()}) > 10
 
 
-def test_company_is_a_crowd_or_strangers_and_the_row_itself_stays():
-    operator = experts()
+def crowds_and_strangers(operator: Experts) -> Iterator[tuple[Rows, int, Rows, Rows]]:
+    """A row of a sample, its place, and both kinds of its company, in which it stays as it is."""
     sample = operator.sample(64)
     for row, count in ((0, 2), (3, 5), (3, 64), (2, 700)):
         (crowd, place), (strangers, other) = operator.company(sample, row, count)
         assert len(crowd) == len(strangers) == count and place == other == row % count
-        own = sample.parts[2][row]
         for part, of_crowd, of_strangers in zip(sample.parts, crowd.parts, strangers.parts):
             assert torch.equal(of_crowd[place], part[row])
             assert torch.equal(of_strangers[place], part[row])
+        yield sample[row : row + 1], place, crowd, strangers
+
+
+def test_company_is_a_crowd_or_strangers_and_the_row_itself_stays():
+    for one, place, crowd, strangers in crowds_and_strangers(experts()):
+        own = one.parts[2][0]
         assert (crowd.parts[2] == own).all()
         beside = torch.cat([strangers.parts[2][:place], strangers.parts[2][place + 1 :]])
         assert not set(beside.flatten().tolist()) & set(own.tolist())

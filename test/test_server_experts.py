@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from checks import assert_clean, forced
+from checks import assert_clean, experts_of_tokens, forced
 
 from margingate.harness.client import Answer, Client, Prompt, chat_prompts, read_prompts
 from margingate.harness.defaults import PROMPTS
@@ -58,8 +58,7 @@ def alone(client, prompts) -> list[Answer]:
 
 def experts(answer: Answer) -> list[bytes]:
     """Of each token."""
-    data, row = base64.b64decode(answer.meta["routed_experts"]), LAYERS * CHOSEN * 4
-    return [data[start : start + row] for start in range(0, len(data), row)]
+    return experts_of_tokens(answer, LAYERS * CHOSEN)
 
 
 def changed(reference: Sequence[Answer], answers: Sequence[Answer]) -> list[str]:

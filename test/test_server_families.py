@@ -6,14 +6,13 @@ Mixtures of experts, windows and the text of a vision model in float32; a dense 
 
 from __future__ import annotations
 
-import base64
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from checks import assert_clean, forced
+from checks import assert_clean, experts_of_tokens, forced, readings
 from transformers import AutoConfig
 
 from benchmark.models import four_bits, fp8_blocks, fp8_channels, mxfp4
@@ -108,12 +107,6 @@ def changed(reference: Sequence[Answer], answers: Sequence[Answer]) -> list[str]
     return [answer.name for answer in answers if readings(answer) != wanted[answer.name]]
 
 
-def readings(answer: Answer) -> tuple[object, ...]:
-    logprobs = answer.meta["output_token_logprobs"], answer.meta["output_top_logprobs"]
-    assert len(logprobs[0]) == len(answer.tokens) > 0
-    return (answer.tokens, answer.text, *logprobs, answer.meta.get("routed_experts"))
-
-
 def test_each_token_but_the_last_has_its_experts(client, prompts, alone, chosen):
     """And they are those that prompt and answer have as one prompt, but for near-ties where a
     prefill has other bits than a decode step.
@@ -122,11 +115,11 @@ def test_each_token_but_the_last_has_its_experts(client, prompts, alone, chosen)
         pytest.skip("this model routes nothing")
     whole, kept = [], []
     for prompt, answer in zip(prompts, alone, strict=True):
-        kept.append(rows_of(answer, chosen))
+        kept.append(experts_of_tokens(answer, chosen))
         assert len(kept[-1]) == len(prompt.input_ids) + len(answer.tokens) - 1
         whole.append(Prompt(prompt.name, (*prompt.input_ids, *answer.tokens)))
     scored = client.together(whole, sampling_params={"max_new_tokens": 0}, **EXPERTS)
-    found = {answer.name: rows_of(answer, chosen) for answer in scored}
+    found = {answer.name: experts_of_tokens(answer, chosen) for answer in scored}
     pairs = [
         pair
         for prompt, rows in zip(prompts, kept, strict=True)
@@ -134,13 +127,6 @@ def test_each_token_but_the_last_has_its_experts(client, prompts, alone, chosen)
     ]
     other = sum(one != two for one, two in pairs)
     assert other <= (0 if client.gate_state()["scores"] == "as_decoded" else len(pairs) // 100)
-
-
-def rows_of(answer: Answer, chosen: int) -> list[bytes]:
-    """The experts of each token, int32 after int32."""
-    data, row = base64.b64decode(answer.meta["routed_experts"]), 4 * chosen
-    assert len(data) % row == 0
-    return [data[start : start + row] for start in range(0, len(data), row)]
 
 
 def test_batched_shuffled_cached_and_retracted(client, prompts, alone, ask):

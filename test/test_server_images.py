@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from checks import assert_clean, forced
+from checks import assert_clean, forced, readings
 
 from margingate.harness.client import Answer, Client, Prompt, chat_prompts, read_prompts
 from margingate.harness.defaults import PROMPTS
@@ -63,12 +63,6 @@ def changed(reference: Sequence[Answer], answers: Sequence[Answer]) -> list[str]
     """The names of answers whose tokens, text or log-probs are not those of the reference."""
     wanted = {answer.name: readings(answer) for answer in reference}
     return [answer.name for answer in answers if readings(answer) != wanted[answer.name]]
-
-
-def readings(answer: Answer) -> tuple[object, ...]:
-    logprobs = answer.meta["output_token_logprobs"], answer.meta["output_top_logprobs"]
-    assert len(logprobs[0]) == len(answer.tokens) > 0
-    return (answer.tokens, answer.text, *logprobs)
 
 
 def test_images_are_gated_and_reach_the_answer(client, pictures, alone):

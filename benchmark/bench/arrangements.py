@@ -13,6 +13,7 @@ GATE = "--deterministic-gate"
 STOCK_PATH = (GATE, "--gate-fast-path", "stock")
 HOPEFUL = ("--schedule-conservativeness", "0.05")
 ARRANGEMENTS = ("batched", "shuffled1", "shuffled2", "shuffled3", "arriving", "cached")
+AT_ONCE = ("batched", "shuffled1", "shuffled2", "cached")  # where none waits
 COUNTERS = (
     *("steps", "flagged", "verified", "flips", "missed", "rolled_back", "passes"),
     "merged_passes",

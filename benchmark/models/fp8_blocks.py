@@ -10,6 +10,7 @@ outputs of merged layers in whole blocks: `benchmark.models.padded` gives SmolLM
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from benchmark.bench.checkpoints import Tensors
 BLOCK = 128  # rows and columns
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max
+Rounded = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def main() -> None:
@@ -37,12 +39,19 @@ def make(source: Path, folder: Path) -> None:
     checkpoints.write(folder, source, config, quantized(tensors))
 
 
-def quantized(tensors: Tensors) -> Tensors:
-    """`tensors` with the weights of linear layers in FP8, each with its scales beside it."""
-    made = dict(tensors)
+def quantized(
+    tensors: Tensors, rounded: Rounded | None = None, name: str = "weight_scale_inv"
+) -> Tensors:
+    """`tensors` with the weights of linear layers in FP8, each with its scales beside it.
+
+    Args:
+        rounded: a layer's weight in FP8 and its scales; default: those of blocks.
+        name: of the scales in the checkpoint.
+    """
+    made, rounded = dict(tensors), rounded or to_blocks
     for layer in checkpoints.linear_layers(tensors):
-        weight, scales = to_blocks(tensors[f"{layer}.weight"])
-        made |= {f"{layer}.weight": weight, f"{layer}.weight_scale_inv": scales}
+        weight, scales = rounded(tensors[f"{layer}.weight"])
+        made |= {f"{layer}.weight": weight, f"{layer}.{name}": scales}
     return made
 
 

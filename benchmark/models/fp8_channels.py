@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmark.bench import checkpoints
-from benchmark.models.fp8_blocks import FP8, LARGEST
+from benchmark.models.fp8_blocks import FP8, LARGEST, quantized
 
 
 def main() -> None:
@@ -28,10 +28,7 @@ def make(source: Path, folder: Path) -> None:
     """`folder`, of the model in `source`."""
     config, tensors = checkpoints.read(source)
     config["quantization_config"] = {"quant_method": "w8a8_fp8"}
-    made = dict(tensors)
-    for layer in checkpoints.linear_layers(tensors):
-        weight, scales = to_channels(tensors[f"{layer}.weight"])
-        made |= {f"{layer}.weight": weight, f"{layer}.weight_scale": scales}
+    made = quantized(tensors, to_channels, "weight_scale")
     checkpoints.write(folder, source, config, made)
 
 

@@ -24,7 +24,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from benchmark.bench.arrangements import GATE, STOCK_PATH, arrange, counters
+from benchmark.bench.arrangements import AT_ONCE, GATE, STOCK_PATH, arrange, counters
 from benchmark.bench.machine import environment
 from margingate.harness.client import Answer, Client, Prompt, chat_prompts, read_prompts
 from margingate.harness.servers import launch
@@ -36,7 +36,6 @@ MODES = {
     "exact-stock-path": (*STOCK_PATH, "--gate-guarantee", "exact"),
     "stock": (),
 }
-ARRANGEMENTS = ("batched", "shuffled1", "shuffled2", "cached")
 
 
 class Asking(Client):
@@ -119,7 +118,7 @@ def run(args: argparse.Namespace, mode: str, prompts: Sequence[Prompt], logs: Pa
         client = Asking(server.base_url, args.tokens)
         client.flush()
         first = client.alone(prompts)
-        for name in ARRANGEMENTS:
+        for name in AT_ONCE:
             found[name] = compare(prompts, first, arrange(client, prompts, name, args.at_once))
             print(f"{mode:17} {name:10}", found[name], flush=True)
         found["scored"] = scored(client, prompts, first)
@@ -147,7 +146,7 @@ def main() -> int:
         head = {"environment": environment(), "tokens": args.tokens, "prompts": len(prompts)}
         args.out.write_text(json.dumps({**head, "modes": record}, indent=1) + "\n")
     gated = [record[mode] for mode in args.modes if GATE in MODES[mode]]
-    compared = [found[name] for found in gated for name in ARRANGEMENTS]
+    compared = [found[name] for found in gated for name in AT_ONCE]
     return int(any(each["other_tokens"] or each["other_experts"] for each in compared))
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.bench.arrangements import (
+    AT_ONCE,
     GATE,
     HOPEFUL,
     STOCK_PATH,
@@ -55,7 +56,6 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "exact-stock-path": (*STOCK_PATH, "--gate-guarantee", "exact"),
 }
 LITTLE = "exact-little-memory"
-ARRANGEMENTS = ("batched", "shuffled1", "shuffled2", "cached")
 
 
 def arguments() -> argparse.Namespace:
@@ -69,7 +69,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--servers", nargs="+", choices=[*GATED, *OTHERS], default=[*GATED, *OTHERS]
     )
-    parser.add_argument("--arrangements", nargs="+", choices=ARRANGEMENTS, default=ARRANGEMENTS)
+    parser.add_argument("--arrangements", nargs="+", choices=AT_ONCE, default=AT_ONCE)
     parser.add_argument("--little", type=int, default=14_000, help=f"K/V tokens of {LITTLE}")
     parser.add_argument("--gpus", type=int, default=1, help="servers take turns on them")
     parser.add_argument("--out", type=Path, required=True)

@@ -114,8 +114,7 @@ class HostPlatform(CpuDeviceMixin, SRTPlatform):
             server_args.attention_backend = AMX if sinks else "torch_native"
             if sinks and server_args.moe_runner_backend == "auto":
                 # It would keep experts in BF16 as a kernel of GPUs has them, transposed.
-                packed = mxfp4.is_asked(server_args)
-                server_args.moe_runner_backend = mxfp4.RUNNER if packed else "triton"
+                server_args.moe_runner_backend = mxfp4.runner(server_args)
         if server_args.grammar_backend is None:  # SGLang's default applies masks on a GPU only
             server_args.grammar_backend = "llguidance"
         if not server_args.enable_torch_compile:

@@ -33,6 +33,13 @@ def is_asked(args: Any) -> bool:
     return method == METHOD and ARCHITECTURE in (config.get("architectures") or ())
 
 
+def runner(args: Any) -> str:
+    """The --moe-runner-backend of gpt-oss, as its experts are measured: in MXFP4, or else in BF16,
+    for which SGLang would take `triton_kernels` too.
+    """
+    return RUNNER if is_asked(args) else "triton"
+
+
 def is_served(model: Any) -> bool:
     """Whether SGLang's ModelConfig says gpt-oss with such weights, and no other model with them."""
     from_files = checkpoint_says(model, "quant_method") == METHOD

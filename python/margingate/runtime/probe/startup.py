@@ -26,11 +26,10 @@ from margingate.runtime.probe import (
     classes,
     dual_gemm,
     execute,
+    loaded_scales,
     plans,
     shared_plans,
-    shared_scales,
     tile_heights,
-    unread_scales,
 )
 from margingate.runtime.probe.attention_operator import probe_attention
 from margingate.runtime.probe.observed_calls import (
@@ -69,8 +68,7 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     """BEFORE ModelRunner.init_cuda_graphs: plan the operators that the graphs will hold."""
     if runner.is_draft_worker:
         return
-    shared_scales.refuse(runner.model)  # before minutes of measuring
-    unread_scales.refuse(runner.model)
+    loaded_scales.refuse(runner.model)  # before minutes of measuring
     decoded = largest_rows(runner.device)
     fixed_split.fix_split(runner.attn_backend, runner)
     config = gate_config(runner.server_args)

@@ -138,9 +138,7 @@ def _prepare(server_args: Any, config: GateConfig) -> GateConfig:
     )
     one_pool.choose(server_args)
     if given.moe_runner_backend == "auto" and has_sinks(given):
-        # For BF16 too SGLang would take triton_kernels, which was measured with MXFP4 alone.
-        runner = mxfp4.RUNNER if mxfp4.is_asked(given) else "triton"
-        settings.choose(server_args, moe_runner_backend=runner)
+        settings.choose(server_args, moe_runner_backend=mxfp4.runner(given))
     if not given.disable_radix_cache:
         settings.choose(server_args, radix_cache_backend=RADIX_BACKEND)
     return config

@@ -17,7 +17,7 @@ from margingate.runtime.compat.server_args import LAUNCHED, RADIX_BACKEND, gate_
 from margingate.runtime.hooks import firing, handlers, registry, scheduler_table
 from margingate.runtime.hooks.launcher_table import DETOKENIZER_HOOKS, TOKENIZER_HOOKS
 from margingate.runtime.observe import audit, event_records, metrics
-from margingate.runtime.probe import shared_scales
+from margingate.runtime.probe import loaded_scales
 from margingate.runtime.probe.startup_checks import run_checks
 from margingate.runtime.request.observer import Observer
 from margingate.runtime.schedule import radix, server_info
@@ -49,7 +49,8 @@ def init(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) 
         register_radix_cache_backend(RADIX_BACKEND, radix.build)
     original(self, server_args, *args, **kwargs)
     refused_models.refuse_columns(self.tp_worker.model_runner)
-    shared_scales.refuse(self.tp_worker.model_runner.model)
+    if not config.invariant:  # whose probe has looked already
+        loaded_scales.refuse(self.tp_worker.model_runner.model)
     one_pool.log_room(self.tp_worker.model_runner)
     checks = run_checks(self, config)
     quantized = self.tp_worker.model_runner.model_config.quantization is not None

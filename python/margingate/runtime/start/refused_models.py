@@ -11,7 +11,7 @@ import torch
 from margingate.config import GateError
 from margingate.runtime.compat import marlin, mxfp4, quantization, settings, vision
 from margingate.runtime.compat.architectures import has_two_pools
-from margingate.runtime.probe import shared_scales
+from margingate.runtime.probe import loaded_scales
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ REFUSED_FAMILIES = (
         "use a checkpoint in BF16 or in FP8, or serve it without the flag",
     ),
     ModelFamily(
-        shared_scales.SHARED.format("the model"), quantization.shares_scales, shared_scales.BY_ROW
+        loaded_scales.SHARED.format("the model"), quantization.shares_scales, loaded_scales.BY_ROW
     ),
 )
 
