@@ -142,6 +142,22 @@ def test_the_invariant_kernel_is_taken_where_it_is_clearly_faster():
     assert not kept(1, 256, batch_invariant=True).runs_as_is(8)
 
 
+def test_a_prefill_above_its_class_runs_in_large_pieces():
+    """The router of gpt-oss-20b on an H200: other bits from 4,096 rows on."""
+    counts = [*range(1, 257), *prefill_counts(256, 8192)]
+    router = {count: int(count >= 4096) for count in counts}
+    plan = choose(router, to_the_top=True)
+    assert plan == of(router, 0) and plan.high == 4032
+    pieces = plan.calls(8192)
+    assert [call.made for call in pieces] == [2752, 2752, 2688] and pieces[-1].stop == 8192
+    assert all(router[call.made] == 0 for call in pieces)
+    largest = {count: int(count >= 48) for count in counts}  # that of the largest count, padded
+    assert choose(largest, to_the_top=True) == of(largest, 1)
+    small = {count: int(count > 992) for count in counts}  # more small calls than large ones
+    with pytest.raises(NoPlanError):
+        choose(small, to_the_top=True)
+
+
 WIDE = {count: int(count > 16) for count in (*range(1, 65), 512, 4096)}
 
 

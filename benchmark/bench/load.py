@@ -29,7 +29,7 @@ SETTINGS = {
     **{"logprob_start_len": -1, "return_routed_experts": False, "cache_report": False},
     **{"warmup_requests": 0, "plot_throughput": False, "output_details": False},
     **{"sharegpt_output_len": None, "random_input_len": 0, "random_output_len": 0},
-    **{"random_range_ratio": 1.0, "header": None},
+    **{"random_range_ratio": 1.0, "header": None, "goodput": None},
 }
 FIGURES = (
     *("duration", "completed", "total_input_tokens", "total_output_tokens", "output_throughput"),

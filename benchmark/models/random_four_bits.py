@@ -3,7 +3,8 @@
     python -m benchmark.models.random_four_bits benchmark/models/configs/qwen3-8b-awq FOLDER
 
 SGLang's `--load-format dummy` leaves packed weights as it finds the memory: of zeros any kernel
-makes the same bits in any order, and the probe of the gate would learn nothing.
+makes the same bits in any order, and the probe of the gate would learn nothing. The tokenizer is
+SmolLM2's.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch
 from benchmark.bench import checkpoints
 from benchmark.bench.checkpoints import Tensors
 from benchmark.models.four_bits import BITS, MIDDLE, PACK, packed
+from margingate.harness import tiny_models
+from margingate.harness.embedded_model import ensure_model
 
 SEED = 20
 LOGITS = 3.0  # their standard deviation
@@ -32,6 +35,7 @@ def main() -> None:
     args = parser.parse_args()
     config = json.loads((args.source / "config.json").read_text())
     checkpoints.write(args.folder, args.source, config, made_up(args.source, config))
+    tiny_models.copy_tokenizer(ensure_model("smollm2"), args.folder)
 
 
 def made_up(source: Path, config: dict[str, Any]) -> Tensors:

@@ -177,7 +177,7 @@ class Times:
 
 
 class NoPlanError(Exception):
-    """No class holds the largest row count, and there is no kernel in the operator's place."""
+    """No class will do for a prefill, and there is no kernel in the operator's place."""
 
 
 def choose(
@@ -187,19 +187,21 @@ def choose(
 
     It is the class that leaves most of the measured row counts as they are, or that of the largest,
     where the kernel joins it. A plan that is clearly faster, by the times of calls with the row
-    counts of decode graphs, is taken instead.
+    counts of decode graphs, is taken instead. For a prefill a class must hold the largest row
+    count, or be one of which large pieces make it up.
 
     Args:
         classes: a class number for each measured row count.
         times: for some of these row counts.
-        to_the_top: only a class that holds the largest row count will do: it is a prefill's.
+        to_the_top: only a class that will do for a prefill, up to the largest row count.
 
     Raises:
         NoPlanError: with `to_the_top`, where nothing will do.
     """
     found = sorted(members(classes).values(), key=lambda counts: (-len(counts), counts[0]))
     if to_the_top:
-        found = [counts for counts in (top(classes),) if counts[0] <= MOST_PADDED]
+        found.sort(key=lambda counts: counts[-1] < max(classes))  # one without pieces first
+        found = [counts for counts in found if _serves_prefill(counts, max(classes))]
     plans = [RowPlan(spans(counts)) for counts in found]
     if times is not None and times.kernel is not None:
         if times.joins:
@@ -214,10 +216,16 @@ def choose(
 
 
 MOST_PADDED = 64  # rows that a step of one row may be padded to
+LARGE = 1024  # rows of a piece that takes as long a row as a larger call: products bound it
 ROUTED = 128  # rows up to which the kernel is tried where the operator is in the class too
 CLEARLY = 0.98  # times differ from run to run; a plan should not
 CALLS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # of decode graphs
 EXTRA_US = 2.5  # to pad, or to put pieces together: a small kernel each, within a graph
+
+
+def _serves_prefill(counts: Sequence[int], largest: int) -> bool:
+    """Whether a class of these counts, ascending, may run a prefill of up to `largest` rows."""
+    return counts[0] <= MOST_PADDED and counts[-1] >= min(largest, LARGE)
 
 
 def timed_counts(classes: Mapping[int, int]) -> list[int]:

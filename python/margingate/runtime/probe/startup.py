@@ -90,8 +90,17 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     execute.redirect(operators, planned)
     _settle_dual_gemm(runner, bool(prefill))
     probed = {finding.name for finding in _findings}
-    if prefill and HEAD in probed and all(finding.prefill for finding in _findings):
+    apart = [finding.name for finding in _findings if not finding.prefill]
+    if prefill and HEAD in probed and not apart:
         limit = math.inf
+    elif prefill and apart:
+        logger.warning(
+            "margingate: nothing keeps %s to one class in prefills of up to %d rows: gated prompts "
+            "are prefilled one at a time and answers are not cached; choose a "
+            "--chunked-prefill-size up to which the list above has one class.",
+            ", ".join(apart),
+            max(prefill),
+        )
     if not plans.settle_kernels(operators, planned, decoded):
         logger.warning(
             "margingate: the batch-invariant matmul gives a row other bits at some row counts of "
