@@ -207,6 +207,8 @@ def test_rows_that_depend_on_their_place_are_run_in_pieces_of_fewer(monkeypatch)
         ({"quant_method": "gptq", "lm_head": False}, "gptq_marlin", True),
         ({"quant_method": "gptq", "lm_head": True}, "gptq_marlin", False),
         ({"quant_method": "gptq"}, "gptq", False),
+        ({"quant_method": "gptq"}, "moe_wna16", True),
+        ({"quant_method": "awq"}, "moe_wna16", False),
         ({"format": "pack-quantized"}, "compressed-tensors", True),
         ({"format": "float-quantized"}, "compressed-tensors", False),
         (None, "awq_marlin", True),

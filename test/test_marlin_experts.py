@@ -1,4 +1,4 @@
-"""Experts that Marlin multiplies by: SGLang's own schemes over the host's kernels, as operators."""
+"""Experts in 4 bits, by Marlin and by Triton: SGLang's own schemes over the host's kernels."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from sglang.srt.layers.quantization import marlin_utils
 from sglang.srt.layers.quantization.awq import awq
 from sglang.srt.layers.quantization.compressed_tensors import schemes as compressed
 from sglang.srt.layers.quantization.gptq import gptq
+from sglang.srt.layers.quantization.moe_wna16 import MoeWNA16Method
 
 from benchmark.models import four_bits, random_four_bits
 from margingate.config import GateError
 from margingate.harness.tiny_models import tiny_model
-from margingate.runtime.compat import host_marlin, marlin, routers
+from margingate.runtime.compat import host_marlin, host_platform, marlin, routers
 from margingate.runtime.probe import execute, loaded_scales
 from margingate.runtime.probe.classes import probe_operator, row_counts
 from margingate.runtime.probe.observed_calls import ObservedRows
@@ -309,3 +310,68 @@ def test_made_up_mixtures_have_the_tensors_of_a_rounded_one(form, run_folder):
     assert {name: each.shape for name, each in made.items()} == {
         name: each.shape for name, each in rounded.items()
     }
+
+
+def by_triton(kind: type) -> tuple[Mixture, torch.Tensor]:
+    """Experts as SGLang keeps them for its Triton kernel, with their numbers of the first product,
+    float32 [experts, outputs, inputs].
+    """
+    module, draw = Mixture(torch.bfloat16), torch.Generator().manual_seed(4)
+    method = object.__new__(kind)
+    own = {"num_bits": 4, "group_size": GROUP, "sym": True}
+    config = SimpleNamespace(weight_bits=4, group_size=GROUP, has_zp=False)
+    vars(method).update({"quant_config": config} if kind is MoeWNA16Method else own)
+    module.scheme = None if kind is MoeWNA16Method else method
+    module.quant_method = method
+    first: list[torch.Tensor] = []
+    for name, (outputs, inputs) in (("w13", (2 * INNER, HIDDEN)), ("w2", (HIDDEN, INNER))):
+        values = torch.randint(0, 16, (EXPERTS, outputs, inputs), generator=draw)
+        packed = values[..., ::2] + 16 * values[..., 1::2]
+        scales = torch.rand(EXPERTS, outputs, inputs // GROUP, generator=draw).bfloat16() / 64
+        weight, scale = (
+            ("qweight", "scales") if kind is MoeWNA16Method else ("weight_packed", "weight_scale")
+        )
+        setattr(module, f"{name}_{weight}", packed.to(torch.uint8))
+        setattr(module, f"{name}_{scale}", scales)
+        first.append((values - 8) * scales.float().repeat_interleave(GROUP, -1))
+    return module, first[0]
+
+
+TRITON = (MoeWNA16Method, compressed.CompressedTensorsWNA16TritonMoE)
+
+
+@pytest.mark.parametrize("kind", TRITON)
+def test_experts_in_4_bits_by_triton_are_an_operator_of_their_own(kind):
+    module, _ = by_triton(kind)
+    model = torch.nn.ModuleDict({"experts": module})
+    (found,) = routed_operators(model, {id(module): seen(torch.bfloat16)})
+    assert type(found) is PackedExperts and found.shape == (EXPERTS, 2 * INNER, HIDDEN, CHOSEN)
+    assert kind.__name__ in found.signature and f"group_size={GROUP}" in found.signature
+    assert not marlin.are_experts(module)
+
+
+def test_what_triton_computes_with_them_on_a_host():
+    module, first = by_triton(MoeWNA16Method)
+    hidden, weights, ids, _ = operator(module).sample(5).parts
+    found = host_platform.rounded_experts(
+        hidden,
+        module.w13_qweight,
+        module.w2_qweight,
+        (weights, ids, None),
+        module.moe_runner_config,
+        use_int4_w4a16=True,
+        w1_scale=module.w13_scales,
+        w2_scale=module.w2_scales,
+        block_shape=[0, GROUP],
+    )
+    kept = {"w13": module.w13_qweight, "w2": module.w2_qweight}
+    assert kept["w2"].shape == (EXPERTS, HIDDEN, INNER // 2)
+    scaled = module.w2_scales.float().repeat_interleave(GROUP, -1)
+    halves = torch.stack([kept["w2"] & 15, kept["w2"] >> 4], -1).flatten(-2)
+    second = (halves.double() - 8) * scaled.double()
+    for row in range(5):
+        expected = torch.zeros(HIDDEN, dtype=torch.float64)
+        for weight, expert in zip(weights[row], ids[row].tolist(), strict=True):
+            gate, up = (first[expert].double() @ hidden[row].double()).chunk(2)
+            expected += weight * (second[expert] @ (torch.nn.functional.silu(gate) * up))
+        torch.testing.assert_close(found[row].double(), expected, rtol=2**-5, atol=2**-6)

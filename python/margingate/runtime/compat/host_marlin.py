@@ -106,6 +106,36 @@ class HostGPTQExpertsKernel(_ExpertsKernel):
         return gptq_weight(packed, scales, self.quant_config.weight_bits, ordered)
 
 
+def packed_experts(
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    topk_output: Any,
+    moe_runner_config: Any,
+    *,
+    w1_scale: torch.Tensor,
+    w2_scale: torch.Tensor,
+    w1_zp: torch.Tensor | None = None,
+    **_unused: Any,
+) -> torch.Tensor:
+    """What SGLang's fused Triton kernel for symmetric experts in 4 bits computes.
+
+    Args:
+        w1, w2: uint8 [experts, outputs, inputs / 2], the earlier input in the lower bits.
+        w1_scale, w2_scale: [experts, outputs, groups].
+    """
+    assert w1_zp is None, "zero points are not written for a host"
+    weights, scales = {"w13": w1, "w2": w2}, {"w13": w1_scale, "w2": w2_scale}
+
+    def product(name: str, expert: int, rows: torch.Tensor) -> torch.Tensor:
+        packed, by_group = weights[name][expert], scales[name][expert]
+        values = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1).float() - 8
+        size = values.shape[1] // by_group.shape[1]
+        return _product(rows, values * by_group.float().repeat_interleave(size, 1))
+
+    return run_experts(hidden_states, topk_output, moe_runner_config, product)
+
+
 def awq_weight(packed: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Float32 [outputs, inputs].
 

@@ -18,6 +18,7 @@ from margingate.runtime.compat.quantization import checkpoint_says
 # As SGLang's ModelConfig calls them, where Marlin can have such a checkpoint's weights.
 METHODS = ("awq_marlin", "gptq_marlin")
 COMPRESSED, PACKED = "compressed-tensors", "pack-quantized"
+BY_TRITON = "moe_wna16"  # layers by Marlin, of GPTQ at least, and experts by SGLang's Triton kernel
 _EXPERTS_MODULE = "sglang.srt.layers.moe.fused_moe_triton.fused_marlin_moe"
 _EXPERTS_KERNEL = "moe_wna16_marlin_gemm"  # in that module's namespace, on a GPU
 _ATOMIC = "use_atomic_add"  # an argument of it
@@ -29,7 +30,8 @@ def is_served(model: Any) -> bool:
     A head in 4 bits is no layer that the probe knows.
     """
     packed = model.quantization == COMPRESSED and checkpoint_says(model, "format") == PACKED
-    known = packed or model.quantization in METHODS
+    mixed = model.quantization == BY_TRITON and checkpoint_says(model, "quant_method") == "gptq"
+    known = packed or mixed or model.quantization in METHODS
     return known and not checkpoint_says(model, "lm_head")
 
 
@@ -77,6 +79,16 @@ def are_experts(experts: Any) -> bool:
     return type(getattr(experts, "scheme", None)) in known
 
 
+def are_experts_by_triton(experts: Any) -> bool:
+    """Whether SGLang's fused Triton kernel multiplies by such weights of this FusedMoE."""
+    from sglang.srt.layers.quantization.compressed_tensors.schemes import (
+        CompressedTensorsWNA16TritonMoE,
+    )
+    from sglang.srt.layers.quantization.moe_wna16 import MoeWNA16Method
+
+    return type(_chosen(experts)) in (CompressedTensorsWNA16TritonMoE, MoeWNA16Method)
+
+
 def experts_scales(experts: Any) -> torch.Tensor:
     """[experts, groups, outputs] of the first product, in the dtype of rows and results."""
     found: torch.Tensor = getattr(experts, _scales_of(experts, "w13"))
@@ -92,17 +104,18 @@ def experts_shape(experts: Any) -> tuple[int, int, int]:
 
 
 def describe_experts(experts: Any) -> str:
-    """What chooses the kernels of `are_experts`, beside their shape and dtype."""
-    scheme = experts.scheme
+    """What chooses the kernels of packed experts, beside their shape and dtype."""
+    scheme = _chosen(experts)
     config = getattr(scheme, "quant_config", None)
     of_scheme = ("num_bits", "group_size", "actorder", "sym", "is_k_full")
-    of_config = ("weight_bits", "group_size", "desc_act", "zero_point", "is_sym")
+    of_config = ("weight_bits", "group_size", "desc_act", "zero_point", "is_sym", "has_zp")
     said = [f"{name}={getattr(scheme, name)}" for name in of_scheme if hasattr(scheme, name)]
     said += [f"{name}={getattr(config, name)}" for name in of_config if hasattr(config, name)]
     kernel = getattr(scheme, "kernel", None)
     said += [f"whole {kernel.is_k_full}"] if hasattr(kernel, "is_k_full") else []
-    shapes = [list(getattr(experts, _scales_of(experts, name)).shape) for name in ("w13", "w2")]
-    return " ".join(map(str, (type(scheme).__name__, *said, *shapes)))
+    scales = [getattr(experts, _scales_of(experts, name)) for name in ("w13", "w2")]
+    shapes = [str(list(each.shape)) for each in scales]
+    return " ".join((type(scheme).__name__, *said, *shapes, str(scales[0].dtype)))
 
 
 def multiply_in_order(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -135,6 +148,11 @@ def _experts_without_atomic_adds() -> Iterator[None]:
 def without_atomic_adds(_chosen: bool, *_args: Any, **_kwargs: Any) -> bool:
     """AFTER should_use_atomic_add_reduce: no. Partial sums would be added in any order."""
     return False
+
+
+def _chosen(experts: Any) -> Any:
+    """SGLang's scheme of experts, or their method where there is none."""
+    return getattr(experts, "scheme", None) or getattr(experts, "quant_method", None)
 
 
 def _scales_of(experts: Any, name: str) -> str:

@@ -84,14 +84,6 @@ RUNTIME_HOOKS = (
         "SGLang's Marlin kernels use no atomic adds",
     ),
     Hook(
-        "layers.moe.fused_moe_triton.fused_marlin_moe.fused_marlin_moe",
-        AROUND,
-        marlin.multiply_in_order,
-        "hidden_states w1 w2 w1_scale w2_scale gating_output topk_weights topk_ids ...",
-        "experts in AWQ and GPTQ add their partial sums in one order",
-        "SGLang's Marlin kernels use no atomic adds",
-    ),
-    Hook(
         "managers.mm_schedule._batch_encode_per_image_misses",
         AROUND,
         images.encode_alone,

@@ -249,10 +249,11 @@ class Experts(Routed):
 
 @dataclass(frozen=True)
 class PackedExperts(Experts):
-    """Experts that Marlin unpacks the weights of; rows stay as they are.
+    """Experts that Marlin, or a Triton kernel, unpacks the weights of; rows stay as they are.
 
     Marlin's blocks share out the sums over inputs by how many experts the rows of a forward choose,
-    and by which: of more than one row each may depend on the others.
+    and by which: of more than one row each may depend on the others. A tile of Triton's has all of
+    a sum.
     """
 
     @property
@@ -319,5 +320,5 @@ def routed_operators(model: Any, seen: Mapping[int, Observed]) -> Iterator[Opera
             yield kind(name, module, call)
         elif quantization.are_known(module) or mxfp4.are_widened(module):
             yield Experts(name, module, call)
-        elif marlin.are_experts(module):
+        elif marlin.are_experts(module) or marlin.are_experts_by_triton(module):
             yield PackedExperts(name, module, call)
