@@ -18,7 +18,7 @@ from margingate.runtime.compat.quantization import checkpoint_says
 # As SGLang's ModelConfig calls them, where Marlin can have such a checkpoint's weights.
 METHODS = ("awq_marlin", "gptq_marlin")
 COMPRESSED, PACKED = "compressed-tensors", "pack-quantized"
-BY_TRITON = "moe_wna16"  # layers by Marlin, of GPTQ at least, and experts by SGLang's Triton kernel
+BY_TRITON = "moe_wna16"  # experts by SGLang's Triton kernel; layers by Marlin, if they are GPTQ's
 _EXPERTS_MODULE = "sglang.srt.layers.moe.fused_moe_triton.fused_marlin_moe"
 _EXPERTS_KERNEL = "moe_wna16_marlin_gemm"  # in that module's namespace, on a GPU
 _ATOMIC = "use_atomic_add"  # an argument of it
@@ -86,7 +86,7 @@ def are_experts_by_triton(experts: Any) -> bool:
     )
     from sglang.srt.layers.quantization.moe_wna16 import MoeWNA16Method
 
-    return type(_chosen(experts)) in (CompressedTensorsWNA16TritonMoE, MoeWNA16Method)
+    return type(_method(experts)) in (CompressedTensorsWNA16TritonMoE, MoeWNA16Method)
 
 
 def experts_scales(experts: Any) -> torch.Tensor:
@@ -105,17 +105,21 @@ def experts_shape(experts: Any) -> tuple[int, int, int]:
 
 def describe_experts(experts: Any) -> str:
     """What chooses the kernels of packed experts, beside their shape and dtype."""
-    scheme = _chosen(experts)
-    config = getattr(scheme, "quant_config", None)
-    of_scheme = ("num_bits", "group_size", "actorder", "sym", "is_k_full")
+    method = _method(experts)
     of_config = ("weight_bits", "group_size", "desc_act", "zero_point", "is_sym", "has_zp")
-    said = [f"{name}={getattr(scheme, name)}" for name in of_scheme if hasattr(scheme, name)]
-    said += [f"{name}={getattr(config, name)}" for name in of_config if hasattr(config, name)]
-    kernel = getattr(scheme, "kernel", None)
-    said += [f"whole {kernel.is_k_full}"] if hasattr(kernel, "is_k_full") else []
+    said = [
+        f"{name}={getattr(held, name)}"
+        for held, names in (
+            (method, ("num_bits", "group_size", "actorder", "sym", "is_k_full")),
+            (getattr(method, "quant_config", None), of_config),
+            (getattr(method, "kernel", None), ("is_k_full",)),
+        )
+        for name in names
+        if hasattr(held, name)
+    ]
     scales = [getattr(experts, _scales_of(experts, name)) for name in ("w13", "w2")]
-    shapes = [str(list(each.shape)) for each in scales]
-    return " ".join((type(scheme).__name__, *said, *shapes, str(scales[0].dtype)))
+    said += [str(list(each.shape)) for each in scales]
+    return " ".join((type(method).__name__, *said, str(scales[0].dtype)))
 
 
 def multiply_in_order(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -150,7 +154,7 @@ def without_atomic_adds(_chosen: bool, *_args: Any, **_kwargs: Any) -> bool:
     return False
 
 
-def _chosen(experts: Any) -> Any:
+def _method(experts: Any) -> Any:
     """SGLang's scheme of experts, or their method where there is none."""
     return getattr(experts, "scheme", None) or getattr(experts, "quant_method", None)
 
