@@ -207,6 +207,8 @@ def test_rows_that_depend_on_their_place_are_run_in_pieces_of_fewer(monkeypatch)
         ({"quant_method": "gptq", "lm_head": False}, "gptq_marlin", True),
         ({"quant_method": "gptq", "lm_head": True}, "gptq_marlin", False),
         ({"quant_method": "gptq"}, "gptq", False),
+        ({"quant_method": "gptq"}, "moe_wna16", True),
+        ({"quant_method": "awq"}, "moe_wna16", False),
         ({"format": "pack-quantized"}, "compressed-tensors", True),
         ({"format": "float-quantized"}, "compressed-tensors", False),
         (None, "awq_marlin", True),
@@ -220,7 +222,7 @@ def test_which_checkpoints_are_served(said, quantization, served):
         )
 
     assert marlin.is_served(model({})) is served
-    assert not marlin.is_served(model({"num_experts": 8}))
+    assert marlin.is_served(model({"num_experts": 8})) is served
 
 
 def test_partial_sums_are_never_added_in_any_order():

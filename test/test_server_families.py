@@ -1,7 +1,7 @@
 """Families whose rows depend on their number and company on a CPU: same answers, same experts.
 
 Mixtures of experts, windows and the text of a vision model in float32; a dense model in FP8 and in
-4 bits; a mixture in FP8 in blocks and by outputs, and gpt-oss in MXFP4.
+4 bits; a mixture in FP8 in blocks and by outputs, and in 4 bits, and gpt-oss in MXFP4.
 """
 
 from __future__ import annotations
@@ -27,22 +27,27 @@ DENSE = "qwen3"
 IN_BLOCKS = (DENSE, "qwen3_moe-blocks")  # in FP8 with a scale a block, between layers in BF16
 CHANNELS = "w8a8"  # a mixture in FP8 with a scale an output, beside those in blocks
 PACKED, GROUP = ("gptq", "awq"), 32  # the dense model in 4 bits; inputs that share a scale
+EXPERTS_PACKED = "gptq-experts"  # a mixture so
 MXFP4, PUBLISHED = "mxfp4", "gpt_oss"  # the latter's experts as its published checkpoints have them
+# What each is made of, beside those in FP8 blocks.
+QUANTIZED = dict.fromkeys(PACKED, DENSE) | {
+    **dict.fromkeys((EXPERTS_PACKED, CHANNELS), IN_BLOCKS[1]),
+    MXFP4: PUBLISHED,
+}
 WINDOWED, LONGER = "gemma3_text", 40  # tokens of an answer, so that its windows of 16 are passed
 LOGPROBS = {"return_logprob": True, "top_logprobs_num": 2}
 EXPERTS = {"return_routed_experts": True}
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES, *PACKED, CHANNELS, MXFP4, "qwen3_vl"])
+@pytest.fixture(scope="module", params=[*FAMILIES, *QUANTIZED, "qwen3_vl"])
 def model(request: pytest.FixtureRequest, run_folder: Path, tmp_path_factory) -> Path:
     """In place of SmolLM2: a family's tiny model, so a server of each, one after the other."""
-    packed = request.param in PACKED
-    of = dict.fromkeys(PACKED, DENSE) | {CHANNELS: IN_BLOCKS[1], MXFP4: PUBLISHED}
-    folder = tiny_model(of.get(request.param, request.param), run_folder)
+    packed = request.param in (*PACKED, EXPERTS_PACKED)
+    folder = tiny_model(QUANTIZED.get(request.param, request.param), run_folder)
     named = packed or request.param == MXFP4
     rounded = tmp_path_factory.mktemp("model") / (request.param if named else "fp8")
     if packed:
-        four_bits.make(request.param, folder, rounded, GROUP)
+        four_bits.make(request.param.partition("-")[0], folder, rounded, GROUP)
     elif request.param == MXFP4:
         mxfp4.make(folder, rounded)
     elif request.param in IN_BLOCKS:
@@ -54,7 +59,11 @@ def model(request: pytest.FixtureRequest, run_folder: Path, tmp_path_factory) ->
 
 @pytest.fixture(scope="module")
 def dtype(model: Path) -> tuple[str, str]:
-    """What a server of this model is started with; SGLang has no rounded layers in float32."""
+    """What a server of this model is started with; SGLang has no rounded layers in float32, and
+    keeps the scales of GPTQ's experts in float16.
+    """
+    if model.name == EXPERTS_PACKED:
+        return ("--dtype", "float16")
     return ("--dtype", "bfloat16" if model.name in ("fp8", MXFP4, *PACKED) else "float32")
 
 

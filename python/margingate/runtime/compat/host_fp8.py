@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.functional import silu
+
+from margingate.runtime.compat.host_experts import run_experts
 
 _FP8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_FP8).max
@@ -98,20 +99,14 @@ def fp8_experts(
     Returns:
         [rows, hidden] in the dtype of `hidden_states`.
     """
-    assert moe_runner_config.activation == "silu", "no other activation is written for a host"
-    weights, ids, _ = topk_output
-    result = torch.zeros(hidden_states.shape, dtype=torch.float32)
-    for expert in ids.unique().tolist():
-        rows, place = (ids == expert).nonzero(as_tuple=True)
-        gate_up = _product(
-            hidden_states[rows], (w1[expert], w1_scale[expert]), a1_scale, block_shape
-        )
-        gate, up = gate_up.chunk(2, dim=-1)
-        inner = silu(gate.float()).to(gate.dtype) * up
-        outputs = _product(inner, (w2[expert], w2_scale[expert]), a2_scale, block_shape)
-        result[rows] += outputs.float() * weights[rows, place, None].float()
-    scale = moe_runner_config.routed_scaling_factor
-    return (result if scale is None else result * scale).to(hidden_states.dtype)
+    weights, scales = {"w13": w1, "w2": w2}, {"w13": w1_scale, "w2": w2_scale}
+    given = {"w13": a1_scale, "w2": a2_scale}
+
+    def product(name: str, expert: int, rows: torch.Tensor) -> torch.Tensor:
+        scaled = weights[name][expert], scales[name][expert]
+        return _product(rows, scaled, given[name], block_shape)
+
+    return run_experts(hidden_states, topk_output, moe_runner_config, product)
 
 
 def _product(

@@ -13,6 +13,7 @@ from sglang.srt.platforms.interface import SRTPlatform
 from margingate.runtime.compat import host_marlin, host_mxfp4, mxfp4
 from margingate.runtime.compat.architectures import has_sinks
 from margingate.runtime.compat.host_fp8 import block_fp8_linear, fp8_experts, scaled_fp8_linear
+from margingate.runtime.compat.host_marlin import packed_experts
 
 AMX = "intel_amx"  # SGLang's kernels for CPUs, which are in a build of their own
 
@@ -41,6 +42,11 @@ def gate_shared_expert(
     gates = sums.repeat(1, 2)[:, :1].sigmoid()
     gated = gates * shared_output.float()
     output.copy_(gated + output.float() if do_add else gated)
+
+
+def rounded_experts(*args: Any, use_int4_w4a16: bool = False, **kwargs: Any) -> torch.Tensor:
+    """SGLang's fused Triton kernels for experts with weights in 4 bits, or in FP8."""
+    return (packed_experts if use_int4_w4a16 else fp8_experts)(*args, **kwargs)
 
 
 def _plain_memory(
@@ -100,7 +106,7 @@ class HostPlatform(CpuDeviceMixin, SRTPlatform):
         fp8_utils.triton_w8a8_block_fp8_linear = block_fp8_linear
         for module in (fp8, w8a8_fp8, compressed_tensors_w8a8_fp8):
             module.apply_fp8_linear = scaled_fp8_linear
-        fused_moe.fused_experts = fp8_experts
+        fused_moe.fused_experts = rounded_experts
         host_marlin.install()
         ALLOC_MEMORY_FUNCS[self.device_name] = _plain_memory
         host_mxfp4.install()

@@ -1,4 +1,4 @@
-"""Which linear layers with packed weights the gate knows, as SGLang loaded them for Marlin.
+"""Which layers and experts with packed weights the gate knows, as SGLang loaded them for Marlin.
 
 Weights are whole numbers of 4 or 8 bits, with a scale, and in AWQ a zero point, for each group of
 inputs; rows stay as they are. AWQ, GPTQ and compressed-tensors come to the same kernel.
@@ -6,26 +6,33 @@ inputs; rows stay as they are. AWQ, GPTQ and compressed-tensors come to the same
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
 
-from margingate.runtime.compat.quantization import checkpoint_says, has_experts
+from margingate.runtime.compat.quantization import checkpoint_says
 
 # As SGLang's ModelConfig calls them, where Marlin can have such a checkpoint's weights.
 METHODS = ("awq_marlin", "gptq_marlin")
 COMPRESSED, PACKED = "compressed-tensors", "pack-quantized"
+BY_TRITON = "moe_wna16"  # experts by SGLang's Triton kernel; layers by Marlin, if they are GPTQ's
+_EXPERTS_MODULE = "sglang.srt.layers.moe.fused_moe_triton.fused_marlin_moe"
+_EXPERTS_KERNEL = "moe_wna16_marlin_gemm"  # in that module's namespace, on a GPU
+_ATOMIC = "use_atomic_add"  # an argument of it
 
 
 def is_served(model: Any) -> bool:
-    """Whether SGLang's ModelConfig says a dense model whose linear layers may be such.
+    """Whether SGLang's ModelConfig says a model whose linear layers and experts may be such.
 
     A head in 4 bits is no layer that the probe knows.
     """
     packed = model.quantization == COMPRESSED and checkpoint_says(model, "format") == PACKED
-    if model.quantization not in METHODS and not packed:
-        return False
-    return not (has_experts(model) or checkpoint_says(model, "lm_head"))
+    mixed = model.quantization == BY_TRITON and checkpoint_says(model, "quant_method") == "gptq"
+    known = packed or mixed or model.quantization in METHODS
+    return known and not checkpoint_says(model, "lm_head")
 
 
 def is_layer(module: Any) -> bool:
@@ -61,9 +68,101 @@ def describe(layer: Any) -> str:
     return f"{type(scheme).__name__} {config} {list(scales(layer).shape)}"
 
 
+def are_experts(experts: Any) -> bool:
+    """Whether Marlin multiplies by the weights of this FusedMoE."""
+    from sglang.srt.layers.quantization.awq.schemes import AWQMoEScheme
+    from sglang.srt.layers.quantization.compressed_tensors.schemes import CompressedTensorsWNA16MoE
+    from sglang.srt.layers.quantization.gptq.schemes import GPTQMarlinMoEScheme
+
+    # Not those that are derived of them: they bring such weights to other kernels.
+    known = (AWQMoEScheme, GPTQMarlinMoEScheme, CompressedTensorsWNA16MoE)
+    return type(getattr(experts, "scheme", None)) in known
+
+
+def are_experts_by_triton(experts: Any) -> bool:
+    """Whether SGLang's fused Triton kernel multiplies by such weights of this FusedMoE."""
+    from sglang.srt.layers.quantization.compressed_tensors.schemes import (
+        CompressedTensorsWNA16TritonMoE,
+    )
+    from sglang.srt.layers.quantization.moe_wna16 import MoeWNA16Method
+
+    return type(_method(experts)) in (CompressedTensorsWNA16TritonMoE, MoeWNA16Method)
+
+
+def experts_scales(experts: Any) -> torch.Tensor:
+    """[experts, groups, outputs] of the first product, in the dtype of rows and results."""
+    found: torch.Tensor = getattr(experts, _scales_of(experts, "w13"))
+    return found
+
+
+def experts_shape(experts: Any) -> tuple[int, int, int]:
+    """Experts on this rank, outputs of the first product, and inputs."""
+    config = experts.moe_runner_config
+    products = 2 if config.is_gated else 1
+    outputs = products * config.intermediate_size_per_partition
+    return config.num_local_experts, outputs, config.hidden_size
+
+
+def describe_experts(experts: Any) -> str:
+    """What chooses the kernels of packed experts, beside their shape and dtype."""
+    method = _method(experts)
+    of_config = ("weight_bits", "group_size", "desc_act", "zero_point", "is_sym", "has_zp")
+    said = [
+        f"{name}={getattr(held, name)}"
+        for held, names in (
+            (method, ("num_bits", "group_size", "actorder", "sym", "is_k_full")),
+            (getattr(method, "quant_config", None), of_config),
+            (getattr(method, "kernel", None), ("is_k_full",)),
+        )
+        for name in names
+        if hasattr(held, name)
+    ]
+    scales = [getattr(experts, _scales_of(experts, name)) for name in ("w13", "w2")]
+    said += [str(list(each.shape)) for each in scales]
+    return " ".join((type(method).__name__, *said, str(scales[0].dtype)))
+
+
+def multiply_in_order(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """AROUND fused_marlin_moe, by which all experts go to Marlin: without atomic adds.
+
+    On Hopper SGLang asks for them in every call: partial sums would be added in any order.
+    """
+    with _experts_without_atomic_adds():
+        return original(*args, **kwargs)
+
+
+@contextmanager
+def _experts_without_atomic_adds() -> Iterator[None]:
+    """SGLang decides inside of the function, and hands it to the kernel by name."""
+    module = import_module(_EXPERTS_MODULE)
+    kernel = getattr(module, _EXPERTS_KERNEL)
+
+    def in_order(*args: Any, **kwargs: Any) -> Any:
+        if _ATOMIC not in kwargs:
+            raise RuntimeError(f"{_EXPERTS_KERNEL} was called without {_ATOMIC}: nothing is known")
+        return kernel(*args, **{**kwargs, _ATOMIC: False})
+
+    setattr(module, _EXPERTS_KERNEL, in_order)
+    try:
+        yield
+    finally:
+        setattr(module, _EXPERTS_KERNEL, kernel)
+
+
 def without_atomic_adds(_chosen: bool, *_args: Any, **_kwargs: Any) -> bool:
     """AFTER should_use_atomic_add_reduce: no. Partial sums would be added in any order."""
     return False
+
+
+def _method(experts: Any) -> Any:
+    """SGLang's scheme of experts, or their method where there is none."""
+    return getattr(experts, "scheme", None) or getattr(experts, "quant_method", None)
+
+
+def _scales_of(experts: Any, name: str) -> str:
+    """The attribute with the scales of w13 or w2."""
+    given = f"{name}_scales"
+    return given if hasattr(experts, given) else f"{name}_weight_scale"
 
 
 def _kernel_config(scheme: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from margingate.runtime.attention import invariant_attention
-from margingate.runtime.compat import head_norms
+from margingate.runtime.compat import head_norms, marlin
 from margingate.runtime.compat.server_args import gate_config
 from margingate.runtime.hooks import handlers, registry
 from margingate.runtime.hooks.registry import AFTER, AROUND, BEFORE, Hook
@@ -67,6 +67,14 @@ INVARIANT_HOOKS = (
         "return_down_config",
         "gives experts in FP8 large tiles at all row counts, whose rows have the same bits",
         "SGLang's FP8 experts are batch-invariant at this cost",
+    ),
+    Hook(
+        "layers.moe.fused_moe_triton.fused_marlin_moe.fused_marlin_moe",
+        AROUND,
+        marlin.multiply_in_order,
+        "hidden_states w1 w2 w1_scale w2_scale gating_output topk_weights topk_ids ...",
+        "experts in AWQ and GPTQ add their partial sums in one order",
+        "SGLang's Marlin kernels use no atomic adds",
     ),
     Hook(
         "distributed.parallel_state.GroupCoordinator.all_reduce",

@@ -1,11 +1,13 @@
-"""Scales of FP8 as a model was loaded: refused where rows share one, or where none was read."""
+"""Scales as a model was loaded: refused where rows share one in FP8, where none was read, and where
+Marlin's are of another type than rows.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from margingate.config import GateError
-from margingate.runtime.compat import quantization
+from margingate.runtime.compat import marlin, quantization
 from margingate.runtime.compat.routers import experts
 
 SHARED = "rounds the inputs of experts in {} to FP8 by one scale for all rows of a forward"
@@ -21,6 +23,7 @@ def refuse(model: torch.nn.Module) -> None:
     """Check a loaded model. Raises GateError naming what no plan makes right."""
     _refuse_shared(model)
     _refuse_unread(model)
+    _refuse_other_type(model)
 
 
 def _refuse_shared(model: torch.nn.Module) -> None:
@@ -45,4 +48,17 @@ def _refuse_unread(model: torch.nn.Module) -> None:
                 "layer has no scales and answers mean nothing: use a checkpoint whose "
                 "architecture SGLang reads FP8 blocks of (Qwen3 is one, Llama is not), or one in "
                 "BF16."
+            )
+
+
+def _refuse_other_type(model: torch.nn.Module) -> None:
+    """SGLang keeps scales of GPTQ's experts in float16, and its first forward would end by that."""
+    for name, module in experts(model):
+        if not marlin.are_experts(module):
+            continue
+        wanted, found = module.moe_runner_config.params_dtype, marlin.experts_scales(module).dtype
+        if wanted != found:
+            raise GateError(
+                f"SGLang keeps the scales of {name} in {found}, and Marlin takes rows of that type "
+                f"only, but the model's type is {wanted}: use --dtype {str(found).split('.')[-1]}."
             )

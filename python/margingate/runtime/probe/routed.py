@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from margingate.runtime.compat import mxfp4, quantization
+from margingate.runtime.compat import marlin, mxfp4, quantization
 from margingate.runtime.compat.routers import routed_experts
 from margingate.runtime.probe import fused_gate
 from margingate.runtime.probe.observed_calls import Observed, ObservedRows, choice_of
@@ -248,6 +248,38 @@ class Experts(Routed):
 
 
 @dataclass(frozen=True)
+class PackedExperts(Experts):
+    """Experts that Marlin, or a Triton kernel, unpacks the weights of; rows stay as they are.
+
+    Marlin's blocks share out the sums over inputs by how many experts the rows of a forward choose,
+    and by which: of more than one row each may depend on the others. A tile of Triton's has all of
+    a sum.
+    """
+
+    @property
+    def rounds_rows(self) -> bool:
+        return False
+
+    @property
+    def experts(self) -> int:
+        return marlin.experts_shape(self.module)[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*marlin.experts_shape(self.module), self.chosen)
+
+    @property
+    def row_elements(self) -> int:
+        _, outputs, hidden = marlin.experts_shape(self.module)
+        widths = sum(width for width, _ in self.call.parts)
+        return widths + self.chosen * (2 * outputs + hidden)
+
+    @property
+    def described(self) -> str:
+        return marlin.describe_experts(self.module)
+
+
+@dataclass(frozen=True)
 class SharedGate(Routed):
     """A shared expert's gate where one kernel multiplies by it and adds to the experts' rows."""
 
@@ -288,3 +320,5 @@ def routed_operators(model: Any, seen: Mapping[int, Observed]) -> Iterator[Opera
             yield kind(name, module, call)
         elif quantization.are_known(module) or mxfp4.are_widened(module):
             yield Experts(name, module, call)
+        elif marlin.are_experts(module) or marlin.are_experts_by_triton(module):
+            yield PackedExperts(name, module, call)

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from margingate.config import GateError
+from margingate.config import GateConfig, GateError
 from margingate.runtime.compat import marlin, mxfp4, quantization, settings, vision
 from margingate.runtime.compat.architectures import has_two_pools
+from margingate.runtime.compat.routers import experts
 from margingate.runtime.probe import loaded_scales
 
 
@@ -63,8 +64,8 @@ REFUSED_FAMILIES = (
     ),
     ModelFamily("keeps recurrent state (Mamba or linear attention)", _has_a_state),
     ModelFamily(
-        "is quantized ({model.quantization}), of which FP8 is known, gpt-oss in MXFP4, and dense "
-        "models with packed weights for Marlin (AWQ, GPTQ, compressed-tensors)",
+        "is quantized ({model.quantization}), of which FP8 is known, gpt-oss in MXFP4, and packed "
+        "weights for Marlin (AWQ, GPTQ, compressed-tensors)",
         lambda model: model.quantization is not None and not _is_quantized_as_known(model),
         "use a checkpoint in BF16 or in FP8, or serve it without the flag",
     ),
@@ -81,6 +82,21 @@ def refuse_model(model: Any) -> None:
             raise GateError(
                 f"--deterministic-gate does not serve this model yet, because it "
                 f"{family.said(model)}: {family.way_out}."
+            )
+
+
+def refuse_stock_experts(model: Any, config: GateConfig) -> None:
+    """A loaded model's experts for Marlin, where no plan runs them in pieces. Raises GateError.
+
+    A row of a verify pass would depend on which experts the pass's other rows choose.
+    """
+    if config.invariant or config.policy == "observe":
+        return
+    for name, module in experts(model):
+        if marlin.are_experts(module):
+            raise GateError(
+                f"--gate-fast-path is {config.fast_path}, but Marlin shares out the sums of {name} "
+                "by the experts that all rows choose: use --gate-fast-path invariant."
             )
 
 
