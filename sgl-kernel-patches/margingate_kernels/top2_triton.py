@@ -21,10 +21,11 @@ import triton.language as tl
 
 from margingate_kernels.ordered_triton import as_rank, unrank
 from margingate_kernels.overlap import (
-    launch_options,
+    can_overlap,
     let_the_next_kernel_start,
     wait_for_the_kernel_before,
 )
+from margingate_kernels.relaunch import Relaunch
 
 LANES = 32  # threads of a warp
 COLUMNS_PER_LANE = 32  # of one part; they stay in registers between ranking and summing
@@ -38,6 +39,7 @@ _NEG_INF = tl.constexpr(float("-inf"))
 _INF = tl.constexpr(float("inf"))
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _POINTERS = ["logits", "values", "ids"]
+_OUT = ["out_ids", "out_runner_up", "out_margin", "out_logprob"]
 
 
 def part_count(vocab: int) -> int:
@@ -183,7 +185,7 @@ def scan_parts(  # noqa: PLR0917
     tl.store(ids + part * 2 + lane, tl.where(lane == 0, at1, at2), mask=lane < 2)
 
 
-@triton.jit(do_not_specialize=["row_stride"], do_not_specialize_on_alignment=_POINTERS)
+@triton.jit(do_not_specialize=["row_stride"], do_not_specialize_on_alignment=_POINTERS + _OUT)
 def merge_parts(  # noqa: PLR0917
     logits: tl.tensor,  # [rows, vocab]
     row_stride: tl.tensor,  # elements
@@ -235,6 +237,9 @@ def merge_parts(  # noqa: PLR0917
     tl.store(out_logprob + row + one, logprob)
 
 
+_scan, _merge = Relaunch(scan_parts), Relaunch(merge_parts)
+
+
 def launch(
     logits: torch.Tensor,
     out: tuple[torch.Tensor, ...],
@@ -242,36 +247,31 @@ def launch(
     valid_vocab: int,
 ) -> None:
     """Both launches, on checked arguments with at least one row; writes `out` and `workspace`."""
-    rows, vocab = logits.shape
+    (rows, vocab), stride = logits.shape, logits.stride(0)
     parts = part_count(valid_vocab)
     group = _group(logits)
-    early = launch_options(logits.device)
+    overlap = can_overlap(logits.device)
+    early = {"launch_pdl": True} if overlap else {}
+    scanned = {
+        "vocab": vocab,
+        "valid_vocab": valid_vocab,
+        "parts": parts,
+        "group": group,
+        "steps": COLUMNS_PER_LANE // group,
+        "warps": WARPS,
+        "overlap": overlap,
+    }
+    merged = {
+        "valid_vocab": valid_vocab,
+        "parts": parts,
+        "padded_parts": 1 << (parts - 1).bit_length(),
+        "group": group,
+        "overlap": overlap,
+    }
     with torch.cuda.device_of(logits):
-        scan_parts[(rows * parts // WARPS,)](
-            logits,
-            logits.stride(0),
-            *workspace,
-            vocab=vocab,
-            valid_vocab=valid_vocab,
-            parts=parts,
-            group=group,
-            steps=COLUMNS_PER_LANE // group,
-            warps=WARPS,
-            num_warps=WARPS,
-            **early,
-        )
-        merge_parts[(rows,)](
-            logits,
-            logits.stride(0),
-            *workspace,
-            *out,
-            valid_vocab=valid_vocab,
-            parts=parts,
-            padded_parts=triton.next_power_of_2(parts),
-            group=group,
-            num_warps=1,
-            **early,
-        )
+        args = (logits, stride, *workspace)
+        _scan((rows * parts // WARPS,), args, scanned, num_warps=WARPS, **early)
+        _merge((rows,), (*args, *out), merged, num_warps=1, **early)
 
 
 def _group(logits: torch.Tensor) -> int:
