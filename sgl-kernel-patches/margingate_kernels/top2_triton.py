@@ -15,6 +15,8 @@ the body carries a NaN logit. So s is taken against 0 where m1 is infinite. In t
 counts as -inf: tl.max passes over it, and so does every `>`.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -32,6 +34,7 @@ COLUMNS_PER_LANE = 32  # of one part; they stay in registers between ranking and
 PART = LANES * COLUMNS_PER_LANE  # columns
 WARPS = 4  # parts per program; a program's registers stay taken until its last warp is done
 _WIDEST_LOAD = 16  # bytes
+_INT32 = 2**31 - 1  # Triton takes larger whole numbers as 64 bits wide
 
 _LANES = tl.constexpr(LANES)
 _NO_COLUMN = tl.constexpr(2**31 - 1)  # loses every tie
@@ -237,9 +240,6 @@ def merge_parts(  # noqa: PLR0917
     tl.store(out_logprob + row + one, logprob)
 
 
-_scan, _merge = Relaunch(scan_parts), Relaunch(merge_parts)
-
-
 def launch(
     logits: torch.Tensor,
     out: tuple[torch.Tensor, ...],
@@ -248,30 +248,37 @@ def launch(
 ) -> None:
     """Both launches, on checked arguments with at least one row; writes `out` and `workspace`."""
     (rows, vocab), stride = logits.shape, logits.stride(0)
-    parts = part_count(valid_vocab)
-    group = _group(logits)
-    overlap = can_overlap(logits.device)
-    early = {"launch_pdl": True} if overlap else {}
-    scanned = {
-        "vocab": vocab,
-        "valid_vocab": valid_vocab,
-        "parts": parts,
-        "group": group,
-        "steps": COLUMNS_PER_LANE // group,
-        "warps": WARPS,
-        "overlap": overlap,
-    }
-    merged = {
-        "valid_vocab": valid_vocab,
-        "parts": parts,
-        "padded_parts": 1 << (parts - 1).bit_length(),
-        "group": group,
-        "overlap": overlap,
-    }
+    form = (logits.device, logits.dtype, vocab, stride > _INT32)
+    scan, merge, programs = _launches(*form, valid_vocab, _group(logits))
     with torch.cuda.device_of(logits):
-        args = (logits, stride, *workspace)
-        _scan((rows * parts // WARPS,), args, scanned, num_warps=WARPS, **early)
-        _merge((rows,), (*args, *out), merged, num_warps=1, **early)
+        scan((rows * programs, 1, 1), logits, stride, *workspace)
+        merge((rows, 1, 1), logits, stride, *workspace, *out)
+
+
+@functools.lru_cache(maxsize=256)
+def _launches(  # noqa: PLR0917
+    device: torch.device,
+    _dtype: torch.dtype,
+    vocab: int,
+    _is_wide: bool,
+    valid_vocab: int,
+    group: int,
+) -> tuple[Relaunch, Relaunch, int]:
+    """The two kernels for logits of this form, and the programs of the first for each row.
+
+    _is_wide: whether the row stride needs 64 bits.
+    """
+    parts, overlap = part_count(valid_vocab), can_overlap(device)
+    early = {"launch_pdl": True} if overlap else {}
+    every = {"valid_vocab": valid_vocab, "parts": parts}
+    steps = {"group": group, "steps": COLUMNS_PER_LANE // group, "warps": WARPS}
+    padded = {"padded_parts": triton.next_power_of_2(parts), "group": group}
+    last = {"overlap": overlap}
+    return (
+        Relaunch(scan_parts, {"vocab": vocab, **every, **steps, **last}, num_warps=WARPS, **early),
+        Relaunch(merge_parts, {**every, **padded, **last}, num_warps=1, **early),
+        parts // WARPS,
+    )
 
 
 def _group(logits: torch.Tensor) -> int:
