@@ -11,6 +11,8 @@ The mode `stock` has no hooks: its turn of the scheduler's loop, with and withou
 device, is what the others' is to be held against. `--model` serves another model, with dummy
 weights: then a turn is that of its server. `--operators` counts torch's operators and Triton's
 launches in a step instead; times are of no use then. A mode may be NAME@FOLDER, another checkout's.
+All modes' engines are up at once, asleep while another is measured, and every point is measured
+engine by engine, so that a drift of the machine meets them all.
 
 Left out of the sum: the wait for the device, SGLang's own sending, and hooks on layers, which on a
 GPU run as a graph is captured. On a CPU, where kernels are oracles that go row by row, stand-ins
@@ -27,6 +29,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -182,22 +185,14 @@ def main() -> None:
     most = max(args.batches)
     args.kv_tokens = max(LEAST_KV, 2 * most * (PROMPT + args.tokens + most))
     results: list[dict[str, Any]] = []
-    for name in args.modes:
-        results += run(name, args)
-        engines.write(args.out, results)
-
-
-def run(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every point of one mode; what was measured, shown too."""
-    found = []
-    for worker in engines.all_up([name], args):
-        for kind in args.kinds:
-            for batch in args.batches:
-                if (said := worker.ask(kind, batch)) is not None:
-                    found.append({"mode": name, "kind": kind, "batch": batch, **said})
-                    show(found[-1:])
+    workers = engines.all_up(args.modes, args)
+    for kind, batch, worker in product(args.kinds, args.batches, workers):
+        if (said := worker.ask(kind, batch)) is not None:
+            results.append({"mode": worker.mode, "kind": kind, "batch": batch, **said})
+            show(results[-1:])
+            engines.write(args.out, results)
+    for worker in workers:
         worker.end()
-    return found
 
 
 if __name__ == "__main__":

@@ -256,7 +256,7 @@ def launch(
 
 
 @functools.lru_cache(maxsize=256)
-def _launches(  # noqa: PLR0917
+def _launches(
     device: torch.device,
     _dtype: torch.dtype,
     vocab: int,
