@@ -66,3 +66,29 @@ def test_a_step_belongs_to_the_batch_that_was_launched_before_it(clock: hook_clo
         clock.turn(decode(1))
     assert {size: found["steps"] for size, found in clock.take().items()} == {"3": 1, "1": 1}
     assert clock.take() == {}
+
+
+def test_a_wait_for_the_device_is_no_work_and_a_count_is_no_time(clock: hook_clock.Clock) -> None:
+    wait = clock.timed(hook_clock.WAIT, lambda: time.sleep(LONG), around=False)
+    clock.turn(decode(1))
+    wait()
+    clock.count("aten.add")
+    clock.count("aten.add")
+    clock.turn(decode(1))
+    found = clock.take()["1"]
+    assert found["turn_us"] - found["busy_us"] >= LONG * 1e6 > found["busy_us"]
+    assert found["hooks"][f"{hook_clock.OPERATOR}aten.add"] == [0, 2]
+
+
+def test_what_else_runs_is_not_taken_for_the_clocks_own_time(monkeypatch) -> None:
+    """A few calls that were interrupted weigh on a mean, and not on the least of some."""
+    real, calls = hook_clock.now, iter(range(10**9))
+    late = [0]
+
+    def now() -> int:
+        if next(calls) % 1000 == 999:
+            late[0] += 10**9
+        return real() + late[0]
+
+    monkeypatch.setattr(hook_clock, "now", now)
+    assert max(hook_clock.own_ns(calls=20)) < 10**6

@@ -232,6 +232,15 @@ def check_buffers(device: str) -> None:
     assert [len(field) for field in run_body(logits[:0])] == [0] * 4
 
 
+def check_again(device: str) -> None:
+    """From the second launch on, Triton is not asked what it compiled."""
+    for vocab in (BLOCK, BLOCK + 1, BLOCK):
+        for rows in (1, 2):
+            logits = random_logits(rows, vocab, torch.bfloat16, device)
+            for each in (logits, logits.flip(1), logits.float()):
+                assert_matches_oracle(run_body(each), softmax_top2_reference(each), vocab)
+
+
 CHECKS = checks_in(globals())
 
 

@@ -243,12 +243,12 @@ def test_a_backend_without_the_kernels_has_none():
     assert of(TritonAttnBackend()) is None and of(object()) is None
 
 
-def test_the_backend_is_told_of_one_split(kernels: Kernels):
+def test_the_backend_has_room_for_one_split_and_counts_none(kernels: Kernels):
     backend, own, _ = make()
     assert of(backend) is own and backend.max_kv_splits == 1
     splits = torch.full((3,), 7, dtype=torch.int32)
     backend.get_num_kv_splits(splits, torch.tensor([1, 500, 9]), torch.zeros(1))
-    assert splits.tolist() == [1, 1, 1]
+    assert splits.tolist() == [7, 7, 7], "a launch a step, for a kernel that does not run"
     assert fixed_split.split_of(backend) == own.record() == [ARITHMETIC, 64, SEGMENT]
 
 
@@ -488,7 +488,7 @@ def test_the_rules_of_splits_take_what_sglang_gives_them():
     theirs = list(inspect.signature(Sglangs.get_num_kv_splits).parameters)[1:]
     ruled = SimpleNamespace(max_kv_splits=8, max_context_len=100, device="cpu")
     fixed_split._fix_triton(ruled)
-    for rule in (ruled.get_num_kv_splits, invariant_attention._one_split):
+    for rule in (ruled.get_num_kv_splits, invariant_attention._no_splits):
         taken = inspect.signature(rule).parameters
         assert list(taken)[: len(theirs)] == theirs
         assert all(taken[name].default is None for name in taken.keys() - theirs)

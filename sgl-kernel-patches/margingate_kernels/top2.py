@@ -41,12 +41,9 @@ class Top2Workspace(NamedTuple):
 
 def empty_top2(rows: int, device: torch.device | str) -> Top2:
     """Uninitialised result buffers for `rows` rows, to pass as `out`."""
-    return Top2(
-        torch.empty(rows, dtype=torch.int64, device=device),
-        torch.empty(rows, dtype=torch.int64, device=device),
-        torch.empty(rows, dtype=torch.float32, device=device),
-        torch.empty(rows, dtype=torch.float32, device=device),
-    )
+    ids = torch.empty(rows, dtype=torch.int64, device=device)
+    margin = torch.empty(rows, dtype=torch.float32, device=device)
+    return Top2(ids, torch.empty_like(ids), margin, torch.empty_like(margin))
 
 
 def top2_workspace(rows: int, vocab: int, device: torch.device | str) -> Top2Workspace:
@@ -58,7 +55,6 @@ def top2_workspace(rows: int, vocab: int, device: torch.device | str) -> Top2Wor
     )
 
 
-@torch.no_grad()
 def softmax_top2(
     logits: torch.Tensor,
     out: Top2 | None = None,

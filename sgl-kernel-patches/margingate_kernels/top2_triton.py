@@ -15,22 +15,26 @@ the body carries a NaN logit. So s is taken against 0 where m1 is infinite. In t
 counts as -inf: tl.max passes over it, and so does every `>`.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from margingate_kernels.ordered_triton import as_rank, unrank
 from margingate_kernels.overlap import (
-    launch_options,
+    can_overlap,
     let_the_next_kernel_start,
     wait_for_the_kernel_before,
 )
+from margingate_kernels.relaunch import Relaunch
 
 LANES = 32  # threads of a warp
 COLUMNS_PER_LANE = 32  # of one part; they stay in registers between ranking and summing
 PART = LANES * COLUMNS_PER_LANE  # columns
 WARPS = 4  # parts per program; a program's registers stay taken until its last warp is done
 _WIDEST_LOAD = 16  # bytes
+_INT32 = 2**31 - 1  # Triton takes larger whole numbers as 64 bits wide
 
 _LANES = tl.constexpr(LANES)
 _NO_COLUMN = tl.constexpr(2**31 - 1)  # loses every tie
@@ -38,6 +42,7 @@ _NEG_INF = tl.constexpr(float("-inf"))
 _INF = tl.constexpr(float("inf"))
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _POINTERS = ["logits", "values", "ids"]
+_OUT = ["out_ids", "out_runner_up", "out_margin", "out_logprob"]
 
 
 def part_count(vocab: int) -> int:
@@ -183,7 +188,7 @@ def scan_parts(  # noqa: PLR0917
     tl.store(ids + part * 2 + lane, tl.where(lane == 0, at1, at2), mask=lane < 2)
 
 
-@triton.jit(do_not_specialize=["row_stride"], do_not_specialize_on_alignment=_POINTERS)
+@triton.jit(do_not_specialize=["row_stride"], do_not_specialize_on_alignment=_POINTERS + _OUT)
 def merge_parts(  # noqa: PLR0917
     logits: tl.tensor,  # [rows, vocab]
     row_stride: tl.tensor,  # elements
@@ -242,36 +247,38 @@ def launch(
     valid_vocab: int,
 ) -> None:
     """Both launches, on checked arguments with at least one row; writes `out` and `workspace`."""
-    rows, vocab = logits.shape
-    parts = part_count(valid_vocab)
-    group = _group(logits)
-    early = launch_options(logits.device)
+    (rows, vocab), stride = logits.shape, logits.stride(0)
+    form = (logits.device, logits.dtype, vocab, stride > _INT32)
+    scan, merge, programs = _launches(*form, valid_vocab, _group(logits))
     with torch.cuda.device_of(logits):
-        scan_parts[(rows * parts // WARPS,)](
-            logits,
-            logits.stride(0),
-            *workspace,
-            vocab=vocab,
-            valid_vocab=valid_vocab,
-            parts=parts,
-            group=group,
-            steps=COLUMNS_PER_LANE // group,
-            warps=WARPS,
-            num_warps=WARPS,
-            **early,
-        )
-        merge_parts[(rows,)](
-            logits,
-            logits.stride(0),
-            *workspace,
-            *out,
-            valid_vocab=valid_vocab,
-            parts=parts,
-            padded_parts=triton.next_power_of_2(parts),
-            group=group,
-            num_warps=1,
-            **early,
-        )
+        scan((rows * programs, 1, 1), logits, stride, *workspace)
+        merge((rows, 1, 1), logits, stride, *workspace, *out)
+
+
+@functools.lru_cache(maxsize=256)
+def _launches(
+    device: torch.device,
+    _dtype: torch.dtype,
+    vocab: int,
+    _is_wide: bool,
+    valid_vocab: int,
+    group: int,
+) -> tuple[Relaunch, Relaunch, int]:
+    """The two kernels for logits of this form, and the programs of the first for each row.
+
+    _is_wide: whether the row stride needs 64 bits.
+    """
+    parts, overlap = part_count(valid_vocab), can_overlap(device)
+    early = {"launch_pdl": True} if overlap else {}
+    every = {"valid_vocab": valid_vocab, "parts": parts}
+    steps = {"group": group, "steps": COLUMNS_PER_LANE // group, "warps": WARPS}
+    padded = {"padded_parts": triton.next_power_of_2(parts), "group": group}
+    last = {"overlap": overlap}
+    return (
+        Relaunch(scan_parts, {"vocab": vocab, **every, **steps, **last}, num_warps=WARPS, **early),
+        Relaunch(merge_parts, {**every, **padded, **last}, num_warps=1, **early),
+        parts // WARPS,
+    )
 
 
 def _group(logits: torch.Tensor) -> int:

@@ -16,6 +16,7 @@ def _edges() -> tuple[float, ...]:
 
 
 EDGES = _edges()  # logits; a bin holds its lower edge, the last also all above
+_UNCOUNTED = 1024  # margins; to count them together takes less than a few at each step
 _WAITING = 4096  # different margins; those of BF16 logits are few, and come again and again
 
 
@@ -25,7 +26,8 @@ class MarginHistogram:
     def __init__(self) -> None:
         self.flips = [0] * (len(EDGES) - 1)
         self._steps = [0] * (len(EDGES) - 1)
-        self._waiting: Counter[float] = Counter()  # margins of steps that are in no bin yet
+        self._uncounted: list[float] = []  # margins of steps, as they came
+        self._waiting: Counter[float] = Counter()  # and those counted that are in no bin yet
 
     @property
     def steps(self) -> list[int]:
@@ -35,9 +37,11 @@ class MarginHistogram:
 
     def add_steps(self, margins: Iterable[float]) -> None:
         """Count one step for each margin."""
-        self._waiting.update(margins)
-        if len(self._waiting) > _WAITING:
-            self._fill()
+        self._uncounted.extend(margins)
+        if len(self._uncounted) > _UNCOUNTED:
+            self._count()
+            if len(self._waiting) > _WAITING:
+                self._fill()
 
     def add_flip(self, margin: float) -> None:
         """Count a flip of a row that the fast path emitted with this margin."""
@@ -49,7 +53,12 @@ class MarginHistogram:
         steps: list[float] = [*self.steps]
         return {"edges": list(EDGES), "steps": steps, "flips": list(self.flips)}
 
+    def _count(self) -> None:
+        self._waiting.update(self._uncounted)
+        self._uncounted.clear()
+
     def _fill(self) -> None:
+        self._count()
         for margin, count in self._waiting.items():
             if not isnan(margin):
                 self._steps[_bin(margin)] += count

@@ -47,12 +47,16 @@ class MicroBatchQueue:
         self._since.pop(rid, None)
         self._draining.discard(rid)
 
+    def waits(self) -> bool:
+        """Whether any request has wanted rows, or had; after most steps none is known."""
+        return bool(self._since or self._draining)
+
     def due(self, ledger: Ledger, step: int, idle: bool) -> Due | None:
         """Whether a pass should run at decode step `step`, and why; None if nothing is wanted.
 
         `idle`: no decode work is left. Rows of a request with rows in flight do not count.
         """
-        if not self._since and not self._draining:  # as after most steps
+        if not self.waits():
             return None
         wanted = dict(self._wanted(ledger))
         if not wanted:

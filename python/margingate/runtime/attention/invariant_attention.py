@@ -66,6 +66,7 @@ class OwnAttention:
         self._pool = segments_of(runner.token_to_kv_pool.size, self._head_size)
         graphs = settings.view(runner.server_args).cuda_graph_config.decode.max_bs or 0
         self._workspaces = self._make_workspaces(max(MOST_ROWS, graphs))
+        self.room = self._room()  # tokens that rows of a decode forward may see together, at least
         self._larger: Workspaces | None = None  # graphs hold addresses of the first
         self.seen: dict[int, Rules] = {}  # what each layer asked for, by its number
         self._backend = backend
@@ -78,7 +79,7 @@ class OwnAttention:
         backend.decode_attention_fwd = self._attend_rows
         backend.extend_attention_fwd = self._attend_chunks
         backend.max_kv_splits = 1  # of the buffers that its own kernels would fill
-        backend.get_num_kv_splits = _one_split
+        backend.get_num_kv_splits = _no_splits
         backend.margingate = self
 
     def confirm(self, *, prefill: bool) -> None:
@@ -90,9 +91,7 @@ class OwnAttention:
                     "choose --attention-backend flashinfer, or --gate-fast-path stock."
                 )
 
-    @property
-    def room(self) -> int:
-        """Tokens that the rows of a decode forward may see together, at the least."""
+    def _room(self) -> int:
         any_plan = next(iter(self._workspaces.values()))
         capacity, rows = len(any_plan.segments.records), _rows(self._workspaces)
         if capacity >= rows * self._longest:
@@ -217,8 +216,8 @@ class OwnAttention:
         return rules
 
 
-def _one_split(num_kv_splits: torch.Tensor, seq_lens: Any, uneven_batch: Any = None) -> None:
-    num_kv_splits.fill_(1)
+def _no_splits(num_kv_splits: torch.Tensor, seq_lens: Any, uneven_batch: Any = None) -> None:
+    """Leave them: only the kernel that is replaced would read them, and this runs each step."""
 
 
 def first_with(layers: Sequence[Any]) -> dict[int | None, int]:

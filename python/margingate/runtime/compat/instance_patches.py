@@ -33,7 +33,7 @@ ON_TRITON = (
     InstancePatch(_TRITON, "extend_attention_fwd", "the gate's prefill kernel", _KERNELS),
     InstancePatch(_TRITON, "forward_decode", "notes the layer for the kernel", _KERNELS),
     InstancePatch(_TRITON, "forward_extend", "notes the batch for the kernel", _KERNELS),
-    InstancePatch(_TRITON, "get_num_kv_splits", "a split by the length alone", _SPLIT),
+    InstancePatch(_TRITON, "get_num_kv_splits", "a split by the length alone, or none", _SPLIT),
     InstancePatch(_TRITON, "max_kv_splits", "room for that split, and no more", _SPLIT),
 )
 ON_FLASHINFER = (

@@ -92,8 +92,12 @@ def accept_failed(original: Any, accumulator: Any, *, req: Any) -> None:
 def stream_output(
     original: Any, streamer: Any, reqs: Any, return_logprob: bool, skip_req: Any = None
 ) -> None:
-    """AROUND SchedulerOutputStreamer.stream_output: `accept` is asked only where it may send."""
-    original(streamer, _gate().output.sendable(reqs), return_logprob, skip_req)
+    """AROUND SchedulerOutputStreamer.stream_output: `accept` is asked only where it may send, and
+    SGLang not at all where it may send nothing, as while most results are processed.
+    """
+    sendable = _gate().output.sendable(reqs)
+    if sendable or not reqs:
+        original(streamer, sendable, return_logprob, skip_req)
 
 
 # -- batches

@@ -67,8 +67,8 @@ class InFlight:
         Its first tokens then leave before the next step is launched, and not behind it. Ranks may
         not see it at the same time, and must go on alike: so not where there are several.
         """
-        pending = self._pending()
-        if not pending or not self._is_alone:
+        pending = self._pending() if self._is_alone else ()
+        if not pending:
             return
         batch, result = pending[0]
         if not batch.forward_mode.is_extend():  # most are decode steps, and need not be asked for

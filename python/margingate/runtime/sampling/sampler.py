@@ -86,7 +86,9 @@ class Sampling:
             record.router = self._routers.sampled(batch, len(forward.best.margin))
         if self._observes:
             return tokens
-        ids = forward.best.ids.to(tokens.dtype)
+        ids = forward.best.ids
+        if ids.dtype != tokens.dtype:
+            ids = ids.to(tokens.dtype)
         return ids if forward.ours is None else torch.where(forward.ours, ids, tokens)
 
     def after_preprocess(self, logits: torch.Tensor) -> torch.Tensor | None:

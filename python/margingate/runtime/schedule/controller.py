@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 from margingate.config import GateConfig
@@ -25,6 +26,8 @@ from margingate.runtime.verify.merged_passes import MergedPasses
 from margingate.runtime.verify.passes import Passes
 from margingate.runtime.verify.retraction import Retractions
 from margingate.runtime.verify.simulation import Simulator
+
+_NOBODY = nullcontext()
 
 
 class GateController:
@@ -101,12 +104,22 @@ class GateController:
         whose result came, or is on its way.
         """
         self.in_flight.bring_in_prefill()
+        if self._is_quiet():
+            self.merged.note_due(None)
+            return
         if self.in_flight.overlaps:
             self._verify_what_waits(last)
         if self.requests.failed():
             self.in_flight.bring_in()
             lifecycle.end_failed(self.requests, self.scheduler.tree_cache)
             self.send([])
+
+    def _is_quiet(self) -> bool:
+        """Whether nothing at all waits, as after most steps; exact: not known at so little cost."""
+        requests = self.requests
+        waits = requests.outside() or requests.any_retracted() or requests.prefilled_again
+        known = waits or requests.queue.waits() or self.merged.waiting
+        return not known and self.config.guarantee != "exact"
 
     def _verify_what_waits(self, last: Any) -> None:
         due = self.requests.due(idle=False)
@@ -143,7 +156,7 @@ class GateController:
         With overlap a withheld request may have one row more, whose token nobody wants.
         """
         behind = list(filter(self.requests.is_held, gated)) if self.requests.held else []
-        with self.output.muted(), lifecycle.passed_over(behind):
+        with self.output.muted(), lifecycle.passed_over(behind) if behind else _NOBODY:
             original(self.scheduler, batch, result)
         if batch.forward_mode.is_extend():
             constraints.abort_failed(gated)

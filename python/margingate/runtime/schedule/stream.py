@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
@@ -23,6 +21,21 @@ class _WithLastToken(list[Any]):
         return list(self)
 
 
+class _Muted:
+    """A context in which `on` is true. Each step enters it."""
+
+    __slots__ = ("on",)
+
+    def __init__(self) -> None:
+        self.on = False
+
+    def __enter__(self) -> None:
+        self.on = True
+
+    def __exit__(self, *_raised: object) -> None:
+        self.on = False
+
+
 class SettledStream:
     """What SGLang's output streamer takes of a request."""
 
@@ -38,22 +51,17 @@ class SettledStream:
         self._config, self._requests = config, requests
         self._retractions, self._fingerprint = retractions, fingerprint
         self._scores = scores
-        self._muted = False
+        self._muted = _Muted()
 
-    @contextmanager
-    def muted(self) -> Iterator[None]:
+    def muted(self) -> _Muted:
         """SGLang sends as it processes results, when nothing is known of the new tokens yet: only
         ends are taken meanwhile, and requests that are not gated.
         """
-        self._muted = True
-        try:
-            yield
-        finally:
-            self._muted = False
+        return self._muted
 
     def sendable(self, reqs: list[Any]) -> list[Any]:
         """`reqs` without those of which `accept` would send nothing now, whatever they have."""
-        if not self._muted:
+        if not self._muted.on:
             return reqs
         return [req for req in reqs if req.finished_reason is not None or not is_gated(req)]
 
@@ -63,7 +71,7 @@ class SettledStream:
             self._send_last(original, accumulator, req)
         elif not is_gated(req):
             original(accumulator, req=req)
-        elif req.stream and not self._muted:
+        elif req.stream and not self._muted.on:
             self._send_settled(original, accumulator, req)
 
     def accept_failed(self, original: Any, accumulator: Any, req: Any) -> None:

@@ -1,0 +1,92 @@
+"""A step after which nothing waits asks for nothing, and whatever waits is seen."""
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from margingate.config import GateConfig
+from margingate.runtime.hooks import handlers
+from margingate.runtime.request.open_requests import OpenRequests
+from margingate.runtime.request.record import GateRequest, Hold
+from margingate.runtime.schedule.controller import GateController
+from margingate.runtime.schedule.stream import SettledStream
+
+
+def hold(requests: OpenRequests, req: Any) -> None:
+    requests.withhold(req, Hold(None, None, 0.0))
+
+
+def rejoin(requests: OpenRequests, req: Any) -> None:
+    requests.mark_rejoining(req)
+
+
+def retract(requests: OpenRequests, req: Any) -> None:
+    requests.retract(req)
+
+
+def prefill_again(requests: OpenRequests, req: Any) -> None:
+    requests.mark_prefilled_again(req)
+
+
+def flag(requests: OpenRequests, req: Any) -> None:
+    requests.ledger.emit(req.gate.key, flagged=True)
+    requests.queue.note(req.gate.key, requests.step)
+
+
+def controller(guarantee: str = "sparse") -> tuple[Any, Any, list[str]]:
+    """One with a decoding request, the request, and what was asked of the rest."""
+    made, asked = cast(Any, GateController.__new__(GateController)), cast(list[str], [])
+    made.config = GateConfig(guarantee=guarantee, rows=8, max_delay=0)
+    made.requests = OpenRequests(made.config)
+    made.in_flight = SimpleNamespace(overlaps=True, bring_in_prefill=lambda: asked.append("in"))
+    made.merged = SimpleNamespace(waiting=[], note_due=lambda due: asked.append(f"due {due}"))
+    made._verify_what_waits = lambda _last: asked.append("waits")
+    req = SimpleNamespace(gate=GateRequest("a", True), rid="a")
+    made.requests.open(req)
+    made.requests.ledger.emit("a", flagged=False, canonical=True)
+    return made, req, asked
+
+
+def test_a_quiet_step_asks_for_nothing() -> None:
+    gate, _, asked = controller()
+    gate.before_next_batch(None)
+    assert asked == ["in", "due None"], "and a pass that was due is due no more"
+
+
+@pytest.mark.parametrize("happens", [hold, rejoin, retract, prefill_again, flag])
+def test_whatever_waits_is_looked_at(happens) -> None:
+    gate, req, asked = controller()
+    happens(gate.requests, req)
+    gate.before_next_batch(None)
+    assert asked == ["in", "waits"]
+
+
+def test_verdicts_that_wait_and_exact_streams_are_looked_at() -> None:
+    gate, _, asked = controller()
+    gate.merged.waiting = [object()]
+    gate.before_next_batch(None)
+    assert asked == ["in", "waits"]
+    gate, _, asked = controller("exact")
+    gate.before_next_batch(None)
+    assert asked == ["in", "waits"]
+
+
+def test_sglang_is_not_asked_to_send_for_nobody(monkeypatch) -> None:
+    nothing = cast(Any, None)
+    output = SettledStream(nothing, nothing, nothing, nothing)
+    monkeypatch.setattr(handlers, "_controller", SimpleNamespace(output=output))
+    gated = SimpleNamespace(gate=SimpleNamespace(gated=True), finished_reason=None)
+    free = SimpleNamespace(finished_reason=None)
+    sent: list[Any] = []
+
+    def original(_streamer: Any, reqs: Any, *_rest: Any) -> None:
+        sent.append(reqs)
+
+    with output.muted():
+        handlers.stream_output(original, None, [gated], False)
+        assert sent == []
+        handlers.stream_output(original, None, [gated, free], False)
+        handlers.stream_output(original, None, [], False)
+    handlers.stream_output(original, None, [gated], False)
+    assert sent == [[free], [], [gated]]
