@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from margingate.cli import main as cli
 from margingate.cli import probe as command
+from margingate.config import GateError
 from margingate.core.rowclass import Route, RowPlan
 from margingate.runtime.compat import ranks
-from margingate.runtime.probe import cache, classes, plans
-from margingate.runtime.probe.operators import Linear, MadeUp, Norm
+from margingate.runtime.probe import cache, classes, plans, startup
+from margingate.runtime.probe.operators import Linear, MadeUp, Norm, Operator
 from margingate.study.plots import plot_classes
 
 FINDINGS = [
@@ -277,6 +278,30 @@ def test_findings_say_whether_plans_hold_for_prefill(steady):
     assert (len(set(down.classes.values())) == 1) == steady
     without = plans.probe_groups(found, 64)
     assert not any(f.prefill for f in without) and max(without[0].classes) == 64
+
+
+def test_a_layer_without_a_class_for_prefill_is_named(caplog):
+    found = classes.groups(Wide(steady=False))
+    findings = plans.probe_groups(found, 64, classes.prefill_counts(64, 700))
+    assert not startup.hold_for_prefill(findings, 700)
+    (said,) = caplog.messages
+    assert "keeps down_proj to one class in prefills of up to 700 rows" in said
+    steady = classes.groups(Wide(steady=True))
+    caplog.clear()
+    held = plans.probe_groups(steady, 64, classes.prefill_counts(64, 700))
+    assert startup.hold_for_prefill(held, 700) and not caplog.messages
+
+
+def test_experts_that_take_few_rows_at_a_time_are_refused_on_a_gpu():
+    def capped(device: str, **more: object) -> Operator:
+        return cast(Operator, SimpleNamespace(name="e", device=torch.device(device), **more))
+
+    few, enough = RowPlan(((1, 31),)), RowPlan(((1, 32),))
+    with pytest.raises(GateError, match=r"call e with 31 rows at a time.*moe_wna16 for GPTQ"):
+        plans.refuse_small_pieces(capped("cuda", is_capped=True), few)
+    plans.refuse_small_pieces(capped("cuda", is_capped=True), enough)
+    plans.refuse_small_pieces(capped("cuda", is_capped=False), few)
+    plans.refuse_small_pieces(capped("cpu", is_capped=True), few)
 
 
 def test_a_norm_that_changes_above_some_count_keeps_prompts_alone():

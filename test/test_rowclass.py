@@ -153,6 +153,10 @@ def test_a_prefill_above_its_class_runs_in_large_pieces():
     assert all(router[call.made] == 0 for call in pieces)
     largest = {count: int(count >= 48) for count in counts}  # that of the largest count, padded
     assert choose(largest, to_the_top=True) == of(largest, 1)
+    either = {count: int(count >= 48 or count % 2) for count in (*range(1, 65), 1088, 8192)}
+    either[1088] = 0
+    fast = {count: 100.0 if either.get(count) else 10.0 for count in timed_counts(either)}
+    assert choose(either, Times(fast, None), to_the_top=True) == of(either, 1), "no pieces"
     small = {count: int(count > 992) for count in counts}  # more small calls than large ones
     with pytest.raises(NoPlanError):
         choose(small, to_the_top=True)

@@ -25,7 +25,8 @@ class Relaunch:
 
         Raises:
             TypeError: Triton compiles it anew for some values or addresses of its arguments, or
-                the constants are others.
+                the constants are others. Whole numbers must be in `do_not_specialize`; that a
+                parameter is one is not seen here.
         """
         for each in getattr(kernel, "params", ()):
             fixed = each.do_not_specialize or each.do_not_specialize_on_alignment

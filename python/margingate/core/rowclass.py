@@ -200,8 +200,9 @@ def choose(
     """
     found = sorted(members(classes).values(), key=lambda counts: (-len(counts), counts[0]))
     if to_the_top:
-        found.sort(key=lambda counts: counts[-1] < max(classes))  # one without pieces first
         found = [counts for counts in found if _serves_prefill(counts, max(classes))]
+        whole = [counts for counts in found if counts[-1] == max(classes)]
+        found = whole or found  # no pieces where none are needed
     plans = [RowPlan(spans(counts)) for counts in found]
     if times is not None and times.kernel is not None:
         if times.joins:

@@ -35,6 +35,7 @@ from margingate.runtime.probe.operators import MadeUp, Operator
 logger = logging.getLogger(__name__)
 
 TIMED_CALLS = 20
+FEWEST = 32  # rows of a piece, below which a capped operator is not served on a GPU
 LARGEST_SMALL = 256  # row counts up to this are compared in windows, larger ones in blocks
 
 
@@ -149,6 +150,7 @@ def _finding(same: list[Operator], measured: Classes, prefilled: bool) -> Findin
         many = wide if prefilled and first.sees_prefill else None
         with torch.inference_mode(), refusing(first.name):
             plan, holds = plan_of(same, measured.decode, many)
+        refuse_small_pieces(first, plan)
         holds |= prefilled and not first.sees_prefill  # more rows run in pieces
     if first.must_agree and len(set(wide.values())) > 1:
         raise GateError(
@@ -157,6 +159,20 @@ def _finding(same: list[Operator], measured: Classes, prefilled: bool) -> Findin
         )
     seconds = measured.seconds + time.monotonic() - start
     return Finding(first.kind, first.name, first.shape, len(same), wide, plan, seconds, holds)
+
+
+def refuse_small_pieces(operator: Operator, plan: RowPlan) -> None:
+    """A capped operator that takes few rows at a time on a GPU. Raises GateError.
+
+    A prefill of some thousand rows would take seconds a layer, and its graphs the memory.
+    """
+    if operator.is_capped and operator.device.type == "cuda" and plan.high < FEWEST:
+        raise GateError(
+            f"--deterministic-gate would call {operator.name} with {plan.high} rows at a time, "
+            "since more depend on each other, and a prompt would take minutes: serve packed experts by "
+            "Triton (--quantization moe_wna16 for GPTQ, --moe-runner-backend triton for "
+            "compressed-tensors), or this model without the flag."
+        )
 
 
 def plan_of(

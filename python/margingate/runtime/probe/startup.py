@@ -32,6 +32,7 @@ from margingate.runtime.probe import (
     tile_heights,
 )
 from margingate.runtime.probe.attention_operator import probe_attention
+from margingate.runtime.probe.classes import Finding
 from margingate.runtime.probe.observed_calls import (
     ROWS,
     Observed,
@@ -90,17 +91,8 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     execute.redirect(operators, planned)
     _settle_dual_gemm(runner, bool(prefill))
     probed = {finding.name for finding in _findings}
-    apart = [finding.name for finding in _findings if not finding.prefill]
-    if prefill and HEAD in probed and not apart:
+    if prefill and HEAD in probed and hold_for_prefill(_findings, max(prefill)):
         limit = math.inf
-    elif prefill and apart:
-        logger.warning(
-            "margingate: nothing keeps %s to one class in prefills of up to %d rows: gated prompts "
-            "are prefilled one at a time and answers are not cached; choose a "
-            "--chunked-prefill-size up to which the list above has one class.",
-            ", ".join(apart),
-            max(prefill),
-        )
     if not plans.settle_kernels(operators, planned, decoded):
         logger.warning(
             "margingate: the batch-invariant matmul gives a row other bits at some row counts of "
@@ -108,6 +100,20 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
         )
         limit = decoded
     execute.keep_to(planned, limit)
+
+
+def hold_for_prefill(findings: Sequence[Finding], largest: int) -> bool:
+    """Whether all operators have one class in prefills; a warning names those that have not."""
+    apart = [finding.name for finding in findings if not finding.prefill]
+    if apart:
+        logger.warning(
+            "margingate: nothing keeps %s to one class in prefills of up to %d rows: gated prompts "
+            "are prefilled one at a time and answers are not cached; choose a "
+            "--chunked-prefill-size up to which the list above has one class.",
+            ", ".join(apart),
+            largest,
+        )
+    return not apart
 
 
 def refuse_unknown(

@@ -67,7 +67,8 @@ REFUSED_FAMILIES = (
         "is quantized ({model.quantization}), of which FP8 is known, gpt-oss in MXFP4, and packed "
         "weights for Marlin (AWQ, GPTQ, compressed-tensors)",
         lambda model: model.quantization is not None and not _is_quantized_as_known(model),
-        "use a checkpoint in BF16 or in FP8, or serve it without the flag",
+        "use a checkpoint in BF16 or in FP8, leave --quantization away, or serve it without the "
+        "flag",
     ),
     ModelFamily(
         loaded_scales.SHARED.format("the model"), quantization.shares_scales, loaded_scales.BY_ROW
