@@ -11,6 +11,7 @@ import torch
 from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from margingate.runtime.client import switch
 from margingate.runtime.client.parameter_types import refusal, validate_one_request
 
 MANAGER = SimpleNamespace(
@@ -194,3 +195,37 @@ def test_expressions_that_may_stall_the_scheduler_are_refused(expression):
 )
 def test_expressions_whose_repeats_share_no_character_are_served(expression):
     assert refusal({"stop_regex": expression}) == ""
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ({"text": "a", "sampling_params": {"n": None}}, "n is null"),
+        ({"text": ["a", "b"], "sampling_params": [{}, {"n": None}]}, "n is null"),
+        ({"input_ids": [1, 2], "sampling_params": []}, "sampling_params is an empty list"),
+        ({"input_ids": [1, 2], "rid": ["a", "b"]}, "rid is a list"),
+        ({"text": "a", "rid": ["a"]}, "rid is a list"),
+    ],
+)
+def test_a_body_that_sglang_would_fail_over_is_refused_in_words(body, sentence):
+    """It answers these HTTP 500."""
+    found = switch.contract_error(lambda _body: None, body)
+    assert found is not None and found.startswith(sentence)
+    assert switch.contract_error(lambda _body: "SGLang's own", body) == "SGLang's own"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"text": ["a", "b"], "rid": ["x", "y"], "sampling_params": [{}, {"n": 1}]},
+        {"input_ids": [[1], [2]], "rid": ["x", "y"]},
+        {"text": "a", "rid": "x", "sampling_params": {"deterministic": False}},
+        {"input_ids": 7, "rid": ["x"]},
+        {"text": "a", "rid": ["x", "y"], "sampling_params": {"n": 2}},
+        {"input_ids": [], "sampling_params": None},
+        [1],
+        None,
+    ],
+)
+def test_other_bodies_are_left_to_sglang(body):
+    assert switch.contract_error(lambda _body: None, body) is None

@@ -202,3 +202,22 @@ def validate_one_request(manager: Any, obj: Any, input_ids: Sized | None) -> Non
     )
     if sentence:
         raise ValueError(sentence)
+
+
+def body_error(body: Any) -> str | None:
+    """What is wrong with a body of /generate where SGLang would fail before it looks: HTTP 500."""
+    if not isinstance(body, dict):
+        return None
+    params = body.get("sampling_params")
+    if params == []:
+        return "sampling_params is an empty list: give an object, or one for each prompt."
+    each = params if isinstance(params, list) else [params]
+    if any(isinstance(one, dict) and "n" in one and one["n"] is None for one in each):
+        return "n is null: give a whole number from 1 on, or leave it out for one answer."
+    ids = body.get("input_ids")
+    are_ids = isinstance(ids, list) and bool(ids) and _whole(ids[0])
+    is_single = isinstance(body.get("text"), str) or are_ids
+    is_single &= not isinstance(params, dict) or params.get("n", 1) == 1  # copies have ids each
+    if is_single and isinstance(body.get("rid"), list):
+        return "rid is a list, but there is one prompt: give one id."
+    return None

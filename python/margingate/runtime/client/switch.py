@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from margingate.runtime.client import parameter_types
 from margingate.runtime.request.record import SWITCH, not_a_switch, not_an_object
 
 _NOTED = "margingate_deterministic"  # on an HTTP request's state
@@ -40,12 +41,12 @@ def tokenized_object(_manager: Any, obj: Any, *_args: Any, **_kwargs: Any) -> No
 def contract_error(original: Any, body: Any) -> str | None:
     """AROUND http_server.generate_contract_error: SGLang's schema of /generate has no switch.
 
-    Returns its sentence about the rest of the body, or None. The body stays as it is.
+    Returns its sentence about the rest of the body, or ours, or None. The body stays as it is.
     """
     if isinstance(body, dict) and "sampling_params" in body:
         body = {**body, "sampling_params": _without_switch(body["sampling_params"])}
     sentence: str | None = original(body)
-    return sentence
+    return sentence or parameter_types.body_error(body)
 
 
 def _without_switch(params: Any) -> Any:
