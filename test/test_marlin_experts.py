@@ -28,6 +28,10 @@ from margingate.runtime.probe.plans import plan_of
 from margingate.runtime.probe.routed import PackedExperts, Rows, call_experts, routed_operators
 from margingate.runtime.start import refused_models
 
+pytestmark = pytest.mark.skipif(
+    not marlin.experts_are_served(), reason="this SGLang's Marlin experts are not served"
+)
+
 HIDDEN, INNER, EXPERTS, CHOSEN, GROUP = 128, 64, 6, 2, 32
 FORMS = ("gptq", "awq")
 TYPES = {"gptq": torch.float16, "awq": torch.bfloat16}  # of rows and scales

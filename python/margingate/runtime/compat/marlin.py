@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from margingate.runtime.compat import release
 from margingate.runtime.compat.quantization import checkpoint_says
 
 # As SGLang's ModelConfig calls them, where Marlin can have such a checkpoint's weights.
@@ -66,6 +67,11 @@ def describe(layer: Any) -> str:
     scheme = layer.scheme
     config = _kernel_config(scheme) or scheme.quant_config
     return f"{type(scheme).__name__} {config} {list(scales(layer).shape)}"
+
+
+def experts_are_served() -> bool:
+    """Whether this release lets atomic adds be switched off for experts."""
+    return release.of_release("MARLIN_EXPERTS", newest=True)
 
 
 def are_experts(experts: Any) -> bool:

@@ -34,6 +34,9 @@ ABSENT_ATTRIBUTES = frozenset(
     }
 )
 
+# Experts go to Marlin by one of torch's operators here, which no hook can wrap.
+MARLIN_EXPERTS = False
+
 # Hooks' targets whose parameters differ.
 PARAMETERS = {
     "layers.logits_processor.LogitsProcessor._compute_lm_head": ""

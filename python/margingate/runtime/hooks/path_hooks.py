@@ -17,6 +17,15 @@ from margingate.runtime.probe import all_reduce, execute, expert_tiles, startup
 from margingate.runtime.request.guard import Policy
 from margingate.runtime.sampling import router_margins
 
+_MARLIN_EXPERTS = Hook(
+    "layers.moe.fused_moe_triton.fused_marlin_moe.fused_marlin_moe",
+    AROUND,
+    marlin.multiply_in_order,
+    "hidden_states w1 w2 w1_scale w2_scale gating_output topk_weights topk_ids ...",
+    "experts in AWQ and GPTQ add their partial sums in one order",
+    "SGLang's Marlin kernels use no atomic adds",
+)
+
 # Applied, besides, where --gate-fast-path is invariant.
 INVARIANT_HOOKS = (
     Hook(
@@ -68,14 +77,7 @@ INVARIANT_HOOKS = (
         "gives experts in FP8 large tiles at all row counts, whose rows have the same bits",
         "SGLang's FP8 experts are batch-invariant at this cost",
     ),
-    Hook(
-        "layers.moe.fused_moe_triton.fused_marlin_moe.fused_marlin_moe",
-        AROUND,
-        marlin.multiply_in_order,
-        "hidden_states w1 w2 w1_scale w2_scale gating_output topk_weights topk_ids ...",
-        "experts in AWQ and GPTQ add their partial sums in one order",
-        "SGLang's Marlin kernels use no atomic adds",
-    ),
+    *([_MARLIN_EXPERTS] if marlin.experts_are_served() else []),
     Hook(
         "distributed.parallel_state.GroupCoordinator.all_reduce",
         AROUND,

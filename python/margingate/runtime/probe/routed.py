@@ -320,5 +320,7 @@ def routed_operators(model: Any, seen: Mapping[int, Observed]) -> Iterator[Opera
             yield kind(name, module, call)
         elif quantization.are_known(module) or mxfp4.are_widened(module):
             yield Experts(name, module, call)
-        elif marlin.are_experts(module) or marlin.are_experts_by_triton(module):
+        elif marlin.are_experts_by_triton(module) or (
+            marlin.are_experts(module) and marlin.experts_are_served()
+        ):
             yield PackedExperts(name, module, call)
