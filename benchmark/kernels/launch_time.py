@@ -74,7 +74,7 @@ def without_a_gpu() -> None:
 
     driver.set_active(_Driver())
     jit.JITFunction._do_compile = compiled
-    top2_triton.can_overlap = lambda _device: True
+    top2_triton.launch_options = lambda _device: {"overlap": True, "launch_pdl": True}
     top2.softmax_top2_reference = lambda logits, valid_vocab: top2.launch_top2(
         logits, None, None, valid_vocab
     )

@@ -23,7 +23,7 @@ import triton.language as tl
 
 from margingate_kernels.ordered_triton import as_rank, unrank
 from margingate_kernels.overlap import (
-    can_overlap,
+    launch_options,
     let_the_next_kernel_start,
     wait_for_the_kernel_before,
 )
@@ -268,12 +268,11 @@ def _launches(
 
     _is_wide: whether the row stride needs 64 bits.
     """
-    parts, overlap = part_count(valid_vocab), can_overlap(device)
-    early = {"launch_pdl": True} if overlap else {}
+    parts, early = part_count(valid_vocab), launch_options(device)
     every = {"valid_vocab": valid_vocab, "parts": parts}
     steps = {"group": group, "steps": COLUMNS_PER_LANE // group, "warps": WARPS}
     padded = {"padded_parts": triton.next_power_of_2(parts), "group": group}
-    last = {"overlap": overlap}
+    last = {"overlap": early.pop("overlap")}
     return (
         Relaunch(scan_parts, {"vocab": vocab, **every, **steps, **last}, num_warps=WARPS, **early),
         Relaunch(merge_parts, {**every, **padded, **last}, num_warps=1, **early),

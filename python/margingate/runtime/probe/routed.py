@@ -189,18 +189,24 @@ class Experts(Routed):
         return self.call.parts[2][0]
 
     @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Experts on this rank, outputs of the first product, and inputs."""
+        experts, outputs, inputs = self.module.w13_weight.shape
+        return experts, outputs, inputs
+
+    @property
     def experts(self) -> int:
         """How many there are on this rank."""
-        return int(self.module.w13_weight.shape[0])
+        return self.sizes[0]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (*self.module.w13_weight.shape, self.chosen)
+        return (*self.sizes, self.chosen)
 
     @property
     def row_elements(self) -> int:
-        inner = self.module.w13_weight[0].numel() // self.call.parts[0][0]
-        return super().row_elements + self.chosen * (2 * inner + self.call.parts[0][0])
+        _, outputs, inputs = self.sizes
+        return super().row_elements + self.chosen * (2 * outputs + inputs)
 
     @property
     def signature(self) -> str:
@@ -261,18 +267,8 @@ class PackedExperts(Experts):
         return False
 
     @property
-    def experts(self) -> int:
-        return marlin.experts_shape(self.module)[0]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (*marlin.experts_shape(self.module), self.chosen)
-
-    @property
-    def row_elements(self) -> int:
-        _, outputs, hidden = marlin.experts_shape(self.module)
-        widths = sum(width for width, _ in self.call.parts)
-        return widths + self.chosen * (2 * outputs + hidden)
+    def sizes(self) -> tuple[int, int, int]:
+        return marlin.experts_shape(self.module)
 
     @property
     def described(self) -> str:

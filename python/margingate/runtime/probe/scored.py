@@ -51,17 +51,13 @@ class ScoredExperts(Experts):
         return routed_experts(self.call.router.topk_config)
 
     @property
-    def experts(self) -> int:
-        return mxfp4.shapes(self.module)[0][0]
+    def sizes(self) -> tuple[int, int, int]:
+        experts, inputs, outputs = mxfp4.shapes(self.module)[0]
+        return experts, outputs, inputs
 
     @property
     def shape(self) -> tuple[int, ...]:
         return (*mxfp4.shapes(self.module)[0], self.chosen)
-
-    @property
-    def row_elements(self) -> int:
-        (_, hidden, outputs), parts = mxfp4.shapes(self.module)[0], self.call.parts
-        return sum(width for width, _ in parts) + self.chosen * (2 * outputs + hidden)
 
     @property
     def described(self) -> str:

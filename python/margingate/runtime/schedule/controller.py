@@ -117,9 +117,13 @@ class GateController:
     def _is_quiet(self) -> bool:
         """Whether nothing at all waits, as after most steps; exact: not known at so little cost."""
         requests = self.requests
-        waits = requests.outside() or requests.any_retracted() or requests.prefilled_again
-        known = waits or requests.queue.waits() or self.merged.waiting
-        return not known and self.config.guarantee != "exact"
+        waits = self._is_open() or requests.any_retracted() or requests.queue.waits()
+        return not waits and self.config.guarantee != "exact"
+
+    def _is_open(self) -> bool:
+        """Whether something is begun that needs nothing in flight to be ended, due or not."""
+        requests = self.requests
+        return bool(requests.outside() or requests.prefilled_again or self.merged.waiting)
 
     def _verify_what_waits(self, last: Any) -> None:
         due = self.requests.due(idle=False)
@@ -183,13 +187,10 @@ class GateController:
 
     def _waits(self, due: str | None) -> bool:
         """Whether anything is to be done that needs nothing in flight; `due` as was noted."""
-        requests = self.requests
-        return bool(
-            requests.outside()
-            or requests.prefilled_again
-            or self.merged.waiting
+        return (
+            self._is_open()
             or (due is not None and not self.merged.will_merge())
-            or any(self._full_tails(requests))
+            or any(self._full_tails(self.requests))
         )
 
     def _full_tails(self, reqs: Iterable[Any]) -> Iterator[Any]:
