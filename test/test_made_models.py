@@ -244,6 +244,9 @@ def test_padding_keeps_the_function(monkeypatch, llama, tmp_path):
     wanted, found = logits(llama), logits(tmp_path)
     assert (found - wanted).abs().max() < 0.02 * wanted.std()  # norms are rounded once more
     assert fp8_blocks.to_blocks(after["model.layers.0.self_attn.k_proj.weight"])[1].shape == (2, 6)
+    qwen2 = made(monkeypatch, padded, "--qwen2", llama, tmp_path / "qwen2")[0]
+    assert qwen2["architectures"] == ["Qwen2ForCausalLM"]
+    assert torch.equal(logits(tmp_path / "qwen2"), found)
 
 
 def test_experts_without_noise_are_the_model_and_with_it_are_not(monkeypatch, llama, tmp_path):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from margingate.harness.embedded_model import MANIFEST
 
 Tensors = dict[str, torch.Tensor]
+LLAMA_ONLY = ("attention_bias", "mlp_bias", "pretraining_tp")  # of a configuration
 _OWN = {"config.json", "model.safetensors.index.json", MANIFEST}  # never copied
 _KEPT = ("embed_tokens", "lm_head", "shared_expert_gate", "mlp.gate.", "block_sparse_moe.gate.")
 

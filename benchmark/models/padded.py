@@ -3,7 +3,8 @@
     python -m benchmark.models.padded SmolLM2-FOLDER FOLDER
 
 SmolLM2's hidden size of 576 becomes 768, its 9 query and 3 K/V heads of 64 become 12 and 4. FP8 by
-blocks and Marlin ask for this.
+blocks and Marlin ask for this. `--qwen2` writes it as a Qwen2 model, whose biases are zeros: SGLang
+does not load the scales of FP8 blocks of a Llama model.
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ HEADS |= dict.fromkeys(("k_proj", "v_proj"), "num_key_value_heads")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     checkpoints.add_folders(parser, "a Llama model's folder")
+    parser.add_argument("--qwen2", action="store_true", help="written as a Qwen2 model")
     args = parser.parse_args()
     config, tensors = checkpoints.read(args.source)
     if config["model_type"] != "llama":
         raise SystemExit(f"{args.source} has a {config['model_type']} model: give a llama model's.")
     wide = padded_config(config)
-    checkpoints.write(args.folder, args.source, wide, padded(tensors, config, wide))
+    whole_tensors = padded(tensors, config, wide)
+    if args.qwen2:
+        wide, whole_tensors = as_qwen2(wide, whole_tensors)
+    checkpoints.write(args.folder, args.source, wide, whole_tensors)
 
 
 def padded_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -69,6 +74,18 @@ def padded(tensors: Tensors, config: dict[str, Any], wide: dict[str, Any]) -> Te
         whole_tensor[tuple(slice(size) for size in tensor.shape)] = kept.to(tensor.dtype)
         made[name] = whole_tensor
     return made
+
+
+def as_qwen2(config: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    """The same function in Qwen2's layout, which has biases of queries, keys and values."""
+    biases = {
+        name.removesuffix("weight") + "bias": tensor.new_zeros(len(tensor))
+        for name, tensor in tensors.items()
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+    }
+    kept = {name: value for name, value in config.items() if name not in checkpoints.LLAMA_ONLY}
+    named = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    return kept | named, tensors | biases
 
 
 if __name__ == "__main__":

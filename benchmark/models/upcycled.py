@@ -17,7 +17,6 @@ from benchmark.bench import checkpoints
 from benchmark.bench.checkpoints import Tensors
 
 PARTS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}  # Llama's names and Mixtral's
-LLAMA_ONLY = ("attention_bias", "mlp_bias", "pretraining_tp")
 
 
 def main() -> None:
@@ -40,7 +39,7 @@ def main() -> None:
 
 def mixtral(config: dict[str, Any], experts: int, top: int) -> dict[str, Any]:
     """The configuration of the mixture; the head is a tensor of its own."""
-    kept = {name: value for name, value in config.items() if name not in LLAMA_ONLY}
+    kept = {name: value for name, value in config.items() if name not in checkpoints.LLAMA_ONLY}
     own = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
     counts = {"num_local_experts": experts, "num_experts_per_tok": top}
     return kept | own | counts | {"tie_word_embeddings": False, "sliding_window": None}
