@@ -113,6 +113,23 @@ def check_where_keys_come_from(device: str) -> None:
         assert_close(rows, world.oracle(1)[300:])
 
 
+def check_parts(device: str) -> None:
+    """However many programs share a head's lanes, and wherever its keys come from."""
+    world = World(device, (150,), (2, 1, 64))
+    blocks = attention.blocks_for(64)
+    found = []
+    for parts, copies_tiles in ((1, True), (2, True), (2, False), (4, True)):
+        shared = blocks._replace(extend=blocks.extend._replace(parts=parts))
+        with (
+            patch.object(attention, "blocks_for", lambda _, it=shared: it),
+            patch.object(attention_prefill, "_copies_tiles", lambda _, it=copies_tiles: it),
+        ):
+            found.append(world.extend((0, 70, 150))[0])
+    assert_close(found[0], world.oracle(0)[70:])
+    for rows in found[1:]:
+        assert torch.equal(rows, found[0])
+
+
 def check_neighbours(device: str) -> None:
     """Longer and shorter sequences before and behind; `longest` only an upper bound."""
     world = World(device, (130, 300, 7))
@@ -308,8 +325,9 @@ def test_jit_bodies_compile_for_hopper(head_size: int) -> None:
     """Without a GPU: what the interpreter accepts the compiler may not."""
     blocks = attention.blocks_for(head_size)
     halves = dict.fromkeys(("q", "out", "k_buffer", "v_buffer", "k_new", "v_new"), "*bf16")
-    tile = f"tensordesc<bf16[{blocks.keys}, {head_size}]>"
-    halves |= dict.fromkeys(("k_tiles", "v_tiles"), tile)
+    parts = blocks.extend.parts
+    halves["k_tiles"] = f"tensordesc<bf16[{blocks.keys}, {head_size}]>"
+    halves["v_tiles"] = f"tensordesc<bf16[{blocks.keys}, {head_size // parts}]>"
     numbers = {"scale": "fp32", "table_stride": "i32", "rows": "i32", "capacity": "i32"}
     ints = dict.fromkeys(("page_table", "prefix_lens", "indptr", "firsts", "records"), "*i32")
     longs = dict.fromkeys(("table_rows", "starts", "slots"), "*i64")
@@ -317,7 +335,7 @@ def test_jit_bodies_compile_for_hopper(head_size: int) -> None:
     strides = {f"stride_{name}": 8 * head_size for name in (*"qokv", "k_new", "v_new")}
     sizes = {"head_size": head_size, "heads": 8, "group": 4, "SEGMENT": blocks.segment}
     known: dict[str, object] = {**strides, **sizes, "BLOCK_N": blocks.keys, "BLOCK": 32}
-    known["overlap"] = True
+    known |= {"overlap": True, "PARTS": parts}
     extend, decode = ({**known, "BLOCK_M": each.rows} for each in (blocks.extend, blocks.decode))
 
     def ptx(kernel: Any, constants: dict[str, object], warps: int) -> str:
@@ -330,8 +348,8 @@ def test_jit_bodies_compile_for_hopper(head_size: int) -> None:
     compiled = for_hopper(kernel, types, own, blocks.extend.warps, blocks.extend.stages)
     assert "wgmma.mma_async" in compiled.asm["ptx"]
     assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
-    programs = 2 if head_size <= 128 else 1  # that fit an SM's shared memory
-    assert programs * (compiled.metadata.shared + HOPPER_PER_PROGRAM) <= HOPPER_SHARED
+    # Two programs fit an SM's shared memory.
+    assert 2 * (compiled.metadata.shared + HOPPER_PER_PROGRAM) <= HOPPER_SHARED
     types |= dict.fromkeys(("k_tiles", "v_tiles"), "*bf16")
     assert ptx(kernel, {**extend, "KIND": attention_triton.FLAT.value}, blocks.extend.warps)
     assert "mma.sync" in ptx(attention_decode_triton.decode, decode, blocks.decode.warps)

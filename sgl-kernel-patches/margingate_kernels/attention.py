@@ -41,6 +41,8 @@ class Cut(NamedTuple):
     rows: int  # queries; 64 or more takes the matrix unit's wide instructions
     warps: int
     stages: int  # tiles in flight
+    parts: int = 1  # of a head's lanes, by a program each: its sums take fewer registers, and all
+    # of them weigh the same keys
 
 
 class Blocks(NamedTuple):
@@ -56,7 +58,7 @@ def blocks_for(head_size: int) -> Blocks:
     """`head_size` is 64, 128 or 256."""
     if head_size <= 128:
         return Blocks(64, 256, Cut(64, 4, 3), Cut(16, 2, 3))
-    return Blocks(32, 256, Cut(64, 8, 2), Cut(16, 4, 2))
+    return Blocks(32, 256, Cut(64, 4, 3, parts=2), Cut(16, 4, 2))
 
 
 class Segments(NamedTuple):

@@ -115,8 +115,8 @@ def decode(  # noqa: PLR0917
             end = tl.minimum((first // SEGMENT + 1) * SEGMENT, length)
         top, total, mean = sum_tiles(
             *(queries, positions, first, end, end, slots + start.to(tl.int64)),
-            *(k_buffer + of * head_size, v_buffer + of * head_size, 0, 0, scale, squeeze),
-            *(stride_k, stride_v, head_size, BLOCK_M, BLOCK_N, WINDOW, PAGED, True),
+            *(k_buffer + of * head_size, v_buffer + of * head_size, 0, 0, 0, scale, squeeze),
+            *(stride_k, stride_v, head_size, head_size, BLOCK_M, BLOCK_N, WINDOW, PAGED, True),
         )
         at = (segment * heads + its_heads).to(tl.int64)
         tl.store(tops + at * 2, top, mask=real)

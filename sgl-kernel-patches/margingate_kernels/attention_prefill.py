@@ -109,12 +109,14 @@ def _launch_extend(  # noqa: PLR0917
 ) -> None:
     heads, head_size = q.shape[1:]
     blocks = attention.blocks_for(head_size)
+    parts = blocks.extend.parts
     tiles, kind = (columns.k, columns.v), attention_triton.FLAT
     if _copies_tiles(q.device):
-        tiles = tuple(_tiles(each, blocks.keys) for each in (columns.k, columns.v))
+        shapes = [blocks.keys, head_size], [blocks.keys, head_size // parts]
+        tiles = tuple(map(_tiles, tiles, shapes))
         kind = attention_triton.TILES
     row_blocks = triton.cdiv(chunks.longest, blocks.extend.rows)
-    attention_prefill_triton.extend[(row_blocks, heads, len(chunks.prefix_lens))](
+    attention_prefill_triton.extend[(row_blocks, heads * parts, len(chunks.prefix_lens))](
         q,
         out,
         *columns,
@@ -131,6 +133,7 @@ def _launch_extend(  # noqa: PLR0917
         *(each.stride(0) for each in columns),
         heads // columns.k_buffer.shape[1],
         head_size,
+        parts,
         blocks.extend.rows,
         blocks.keys,
         blocks.segment,
@@ -147,7 +150,7 @@ def _copies_tiles(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _tiles(tensor: torch.Tensor, keys: int) -> TensorDescriptor:
-    """[tokens, heads, lanes] as a matrix of which a tile of some keys of a head is copied."""
+def _tiles(tensor: torch.Tensor, shape: list[int]) -> TensorDescriptor:
+    """[tokens, heads, lanes] as a matrix of which tiles of some keys and lanes are copied."""
     tokens, heads, lanes = tensor.shape
-    return TensorDescriptor(tensor, [tokens, heads * lanes], [heads * lanes, 1], [keys, lanes])
+    return TensorDescriptor(tensor, [tokens, heads * lanes], [heads * lanes, 1], shape)

@@ -29,11 +29,13 @@ def _segment(  # noqa: PLR0917
     v_at: tl.tensor,
     row: tl.tensor,
     column: tl.tensor,
+    v_column: tl.tensor,
     scale: tl.float32,
     squeeze: tl.tensor,
     stride_k: tl.constexpr,
     stride_v: tl.constexpr,
     head_size: tl.constexpr,
+    V_LANES: tl.constexpr,  # noqa: N803
     BLOCK_M: tl.constexpr,  # noqa: N803
     BLOCK_N: tl.constexpr,  # noqa: N803
     SEGMENT: tl.constexpr,  # noqa: N803
@@ -48,8 +50,8 @@ def _segment(  # noqa: PLR0917
     if WINDOW is not None:
         first = tl.maximum(first, seen)
     own_top, own_total, own_mean = sum_tiles(
-        *(queries, positions, first, last, end, slots, k_at, v_at, row, column, scale),
-        *(squeeze, stride_k, stride_v, head_size, BLOCK_M, BLOCK_N, WINDOW, KIND, MASKED),
+        *(queries, positions, first, last, end, slots, k_at, v_at, row, column, v_column, scale),
+        *(squeeze, stride_k, stride_v, head_size, V_LANES, BLOCK_M, BLOCK_N, WINDOW, KIND, MASKED),
     )
     higher = tl.maximum(top, own_top)
     base = higher
@@ -86,13 +88,14 @@ def extend(  # noqa: PLR0917
     stride_v_new: tl.constexpr,
     group: tl.constexpr,  # heads per K/V head
     head_size: tl.constexpr,
+    PARTS: tl.constexpr,  # noqa: N803
     BLOCK_M: tl.constexpr,  # noqa: N803
     BLOCK_N: tl.constexpr,  # noqa: N803
     SEGMENT: tl.constexpr,  # noqa: N803
     WINDOW: tl.constexpr,  # noqa: N803
     KIND: tl.constexpr,  # noqa: N803
 ) -> None:
-    """A program attends a block of one request's rows in one head.
+    """A program attends a block of one request's rows in one head, and makes a part of its lanes.
 
     Segments of old keys come from the pool by slot; those of new keys alone from `k_new`, which
     takes neither slots nor an address a key. Only the last ones need a mask, or all with a window.
@@ -100,6 +103,10 @@ def extend(  # noqa: PLR0917
     # The last blocks have most keys: they go first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     head, sequence = tl.program_id(1), tl.program_id(2)
+    lanes_each: tl.constexpr = head_size // PARTS
+    part = 0
+    if PARTS > 1:
+        head, part = head // PARTS, head % PARTS * lanes_each
     start = tl.load(starts + sequence)
     length = (tl.load(starts + sequence + 1) - start).to(tl.int32)
     if block * BLOCK_M >= length:
@@ -113,10 +120,11 @@ def extend(  # noqa: PLR0917
     columns = head * head_size + lanes[None, :]
     queries = tl.load(q + tokens * stride_q + columns, mask=rows[:, None] < length, other=0.0)
     of = (head // group) * head_size
+    v_of = of + part
     end = prefix + tl.minimum(length, (block + 1) * BLOCK_M)
     row = start.to(tl.int32) - prefix
     k_flat = k_new + row.to(tl.int64) * stride_k_new + of
-    v_flat = v_new + row.to(tl.int64) * stride_v_new + of
+    v_flat = v_new + row.to(tl.int64) * stride_v_new + v_of
 
     count = (end + SEGMENT - 1) // SEGMENT
     cached = prefix // SEGMENT
@@ -133,39 +141,40 @@ def extend(  # noqa: PLR0917
         )
     top = tl.full([BLOCK_M], NEG_INF, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    mean = tl.zeros([BLOCK_M, head_size], tl.float32)
+    mean = tl.zeros([BLOCK_M, lanes_each], tl.float32)
     for i in range(first, cached):
         top, total, mean = _segment(
             *(top, total, mean, queries, positions, i * SEGMENT, visible, end, slots),
-            *(k_buffer + of, v_buffer + of),
-            *(row, of, scale, squeeze, stride_k, stride_v),
-            *(head_size, BLOCK_M, BLOCK_N, SEGMENT, WINDOW, PAGED, False),
+            *(k_buffer + of, v_buffer + v_of),
+            *(row, of, v_of, scale, squeeze, stride_k, stride_v),
+            *(head_size, lanes_each, BLOCK_M, BLOCK_N, SEGMENT, WINDOW, PAGED, False),
         )
     for i in range(mixed, new):
         top, total, mean = _segment(
             *(top, total, mean, queries, positions, i * SEGMENT, visible, end, slots),
-            *(k_buffer + of, v_buffer + of),
-            *(row, of, scale, squeeze, stride_k, stride_v),
-            *(head_size, BLOCK_M, BLOCK_N, SEGMENT, WINDOW, PAGED, True),
+            *(k_buffer + of, v_buffer + v_of),
+            *(row, of, v_of, scale, squeeze, stride_k, stride_v),
+            *(head_size, lanes_each, BLOCK_M, BLOCK_N, SEGMENT, WINDOW, PAGED, True),
         )
     for i in range(whole, seen):
         top, total, mean = _segment(
             *(top, total, mean, queries, positions, i * SEGMENT, visible, end, slots),
             *(k_tiles if KIND == TILES else k_flat, v_tiles if KIND == TILES else v_flat),
-            *(row, of, scale, squeeze, stride_k_new, stride_v_new),
-            *(head_size, BLOCK_M, BLOCK_N, SEGMENT, WINDOW, KIND, False),
+            *(row, of, v_of, scale, squeeze, stride_k_new, stride_v_new),
+            *(head_size, lanes_each, BLOCK_M, BLOCK_N, SEGMENT, WINDOW, KIND, False),
         )
     for i in range(last, count):
         top, total, mean = _segment(
             *(top, total, mean, queries, positions, i * SEGMENT, visible, end, slots),
             *(k_flat, v_flat),
-            *(row, of, scale, squeeze, stride_k_new, stride_v_new),
-            *(head_size, BLOCK_M, BLOCK_N, SEGMENT, WINDOW, FLAT, True),
+            *(row, of, v_of, scale, squeeze, stride_k_new, stride_v_new),
+            *(head_size, lanes_each, BLOCK_M, BLOCK_N, SEGMENT, WINDOW, FLAT, True),
         )
     if sinks is not None:
         total = with_sink(total, top, tl.load(sinks + head))
+    made = head * head_size + part + tl.arange(0, lanes_each)
     tl.store(
-        out + tokens * stride_o + columns,
+        out + tokens * stride_o + made[None, :],
         (mean / total[:, None]).to(out.dtype.element_ty),
         mask=rows[:, None] < length,
     )

@@ -36,28 +36,31 @@ def columns_of(  # noqa: PLR0917
     end: tl.tensor,  # keys from here on do not exist
     slots: tl.tensor,  # PAGED: pointer to the slot of key 0
     k_at: tl.tensor,  # pointer to slot 0 (PAGED) or key 0 (FLAT) of this K/V head, or a descriptor
-    v_at: tl.tensor,
+    v_at: tl.tensor,  # its first lane is the first of V_LANES
     row: tl.tensor,  # TILES: of key 0
     column: tl.tensor,  # TILES: of this K/V head
+    v_column: tl.tensor,  # TILES: of the first of V_LANES
     stride_k: tl.constexpr,
     stride_v: tl.constexpr,
     head_size: tl.constexpr,
+    V_LANES: tl.constexpr,  # noqa: N803
     BLOCK_N: tl.constexpr,  # noqa: N803
     KIND: tl.constexpr,  # noqa: N803
     MASKED: tl.constexpr,  # noqa: N803
 ) -> tuple[tl.tensor, tl.tensor]:
-    """A tile's keys [head_size, BLOCK_N] and values [BLOCK_N, head_size]; 0 where none exist."""
+    """A tile's keys [head_size, BLOCK_N] and values [BLOCK_N, V_LANES]; 0 where none exist."""
     if KIND == TILES:
-        k, v = k_at.load([row + tile, column]).T, v_at.load([row + tile, column])
+        k, v = k_at.load([row + tile, column]).T, v_at.load([row + tile, v_column])
     else:
         lanes = tl.arange(0, head_size)
+        v_lanes = tl.arange(0, V_LANES)
         rows = tile + tl.arange(0, BLOCK_N)
         exists = rows < end
         if KIND == PAGED:
             rows = tl.load(slots + rows, mask=exists, other=0) if MASKED else tl.load(slots + rows)
         rows = rows.to(tl.int64)
         k_from = k_at + rows[None, :] * stride_k + lanes[:, None]
-        v_from = v_at + rows[:, None] * stride_v + lanes[None, :]
+        v_from = v_at + rows[:, None] * stride_v + v_lanes[None, :]
         if MASKED:
             k = tl.load(k_from, mask=exists[None, :], other=0.0)
             v = tl.load(v_from, mask=exists[:, None], other=0.0)
@@ -84,12 +87,12 @@ def with_sink(total: tl.tensor, top: tl.tensor, sink: tl.tensor) -> tl.tensor:
 def add_tile(  # noqa: PLR0917
     top: tl.tensor,  # float32 [rows]: what the scores so far were held against; whole, or -inf
     total: tl.tensor,  # float32 [rows]: sum of the weights
-    mean: tl.tensor,  # float32 [rows, head_size]: sum of the weighted values
+    mean: tl.tensor,  # float32 [rows, V_LANES]: sum of the weighted values
     queries: tl.tensor,  # [rows, head_size]
     positions: tl.tensor,  # int32 [rows]: the last key that each sees
     tile: tl.tensor,  # the first key
     k: tl.tensor,  # [head_size, BLOCK_N]
-    v: tl.tensor,  # [BLOCK_N, head_size]
+    v: tl.tensor,  # [BLOCK_N, V_LANES]
     scale: tl.float32,  # above 0
     squeeze: tl.tensor,  # of a cap, else None; see `capped`
     BLOCK_N: tl.constexpr,  # noqa: N803
@@ -133,11 +136,13 @@ def sum_tiles(  # noqa: PLR0917
     v_at: tl.tensor,
     row: tl.tensor,
     column: tl.tensor,
+    v_column: tl.tensor,
     scale: tl.float32,
     squeeze: tl.tensor,
     stride_k: tl.constexpr,
     stride_v: tl.constexpr,
     head_size: tl.constexpr,
+    V_LANES: tl.constexpr,  # noqa: N803
     BLOCK_M: tl.constexpr,  # noqa: N803
     BLOCK_N: tl.constexpr,  # noqa: N803
     WINDOW: tl.constexpr,  # noqa: N803
@@ -147,12 +152,12 @@ def sum_tiles(  # noqa: PLR0917
     """A segment's sums, tile by tile from nothing."""
     top = tl.full([BLOCK_M], NEG_INF, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    mean = tl.zeros([BLOCK_M, head_size], tl.float32)
+    mean = tl.zeros([BLOCK_M, V_LANES], tl.float32)
     # With one tile less in flight two programs fit an SM; FLAT segments are mostly the last ones.
     for tile in tl.range(first, last, BLOCK_N, num_stages=2 if KIND == FLAT else None):
         k, v = columns_of(
-            *(tile, end, slots, k_at, v_at, row, column),
-            *(stride_k, stride_v, head_size, BLOCK_N, KIND, MASKED),
+            *(tile, end, slots, k_at, v_at, row, column, v_column),
+            *(stride_k, stride_v, head_size, V_LANES, BLOCK_N, KIND, MASKED),
         )
         top, total, mean = add_tile(
             *(top, total, mean, queries, positions, tile, k, v, scale, squeeze),
