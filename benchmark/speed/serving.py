@@ -11,10 +11,10 @@ another. Ratios are to the first mode, within a group where it is up. At rate in
 requests as `--tokens` hold, or twice what the K/V pool does, and `--requests` at most. Results are
 written after every run.
 
-`stock-default` and `deterministic-default` have the attention that SGLang chooses (FlashAttention 3
-on Hopper), `-fa3` and `-triton` what they say, `stock` and `deterministic` FlashInfer; a CPU has one
-attention. All servers have CUDA graphs for prefill, as by SGLang's defaults; without them a server
-starts faster, and the first token of a short prompt comes later.
+`stock-default` and `deterministic-default` have the attention that SGLang chooses (on Hopper
+FlashAttention 3), `-fa3` and `-triton` what they say, `stock` and `deterministic` FlashInfer. A CPU
+has one attention. All servers have CUDA graphs for prefill, as by SGLang's defaults; without them a
+server starts faster, and the first token of a short prompt comes later.
 """
 
 from __future__ import annotations
