@@ -49,16 +49,17 @@ ABSENT = {COLUMNS[1]: "needs a GPU"}  # without one
 ON_GPU: dict[str, Any] = {
     **{"shape": "benchmark/models/configs/llama-3.1-8b", "per_file": 25, "tokens": 256},
     **{"batches": [1, 8, 32, 64, 128], "contexts": [256, 2048, 8192]},
-    **{"prefills": [1000, 2048, 4096, 8000], "kv_tokens": 120_000},
+    **{"prefills": [1000, 2048, 4096, 8000], "kv_tokens": 180_000},
     **{"mixes": ["sharegpt", "1k-1k", "4k-1k"], "rates": ["inf", "4"]},
-    **{"load_seconds": 10.0, "load_tokens": 100_000, "minutes": 14.0},
+    **{"load_seconds": 10.0, "load_tokens": 100_000, "minutes": 15.0},
 }
 SMALL: dict[str, Any] = {
     **{"shape": "tiny", "per_file": 6, "tokens": 24},
     **{"batches": [1, 4], "contexts": [32, 128], "prefills": [64, 256], "kv_tokens": 16_384},
     **{"mixes": ["32-16", "128-16"], "rates": ["inf", "4"]},
-    **{"load_seconds": 2.0, "load_tokens": 1_000, "minutes": 10.0},
+    **{"load_seconds": 2.0, "load_tokens": 1_000, "minutes": 20.0},
 }
+FEW_TOKENS = ["--max-total-tokens", "16384", "--max-running-requests", "16"]
 TINY = {
     **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16"},
     **{"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 64},
@@ -117,7 +118,7 @@ def sameness_command(args: argparse.Namespace, limit_s: float) -> list[str]:
         *("--per-file", str(args.per_file), "--others", str(most), "--tokens", str(args.tokens)),
         *("--at-once", str(args.at_once), "--servers", *modes(args, "sameness")),
         *("--arrangements", *asked, "--out", str(args.out / "sameness.json")),
-        *("--", *(fitting if args.gpu else ["--max-total-tokens", "16384"])),
+        *("--", *(fitting if args.gpu else FEW_TOKENS)),
     ]
 
 

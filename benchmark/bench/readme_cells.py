@@ -117,14 +117,18 @@ def _count_cell(found: list[dict[str, int]], from_cache: bool) -> str:
 
 
 def steps(part: Part) -> tuple[Figures, Figures]:
-    """Milliseconds of decode steps and of prefills."""
+    """Milliseconds of decode steps and of prefills; of several groups of engines the median."""
+    seen: dict[tuple[int, int], dict[str, list[float]]] = {}
+    for found in (part.record or {}).get("results", []):
+        point = seen.setdefault((found["batch"], found["context"]), {})
+        for column, figure in _by_column("steps", found["step_ms"]).items():
+            point.setdefault(column, []).append(figure)
     decode: Figures = {}
     prefill: Figures = {}
-    for found in (part.record or {}).get("results", []):
-        batch, context = found["batch"], found["context"]
+    for (batch, context), of in seen.items():
         where = decode if batch else prefill
         name = f"decode step, {batch} x {context:,}" if batch else f"prefill of {context:,} tokens"
-        where.setdefault(name, {}).update(_by_column("steps", found["step_ms"]))
+        where[name] = {column: statistics.median(found) for column, found in of.items()}
     return decode, prefill
 
 
