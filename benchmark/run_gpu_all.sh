@@ -34,11 +34,11 @@ card_0() {
 
 card_1() {
     export CUDA_VISIBLE_DEVICES=1
-    local steps=(python3 -m benchmark.speed.decode_step --modes stock gate-triton --together 1 --repeats 2)
+    local steps=(python3 -m benchmark.speed.decode_step --modes stock-default gate-default --together 1 --repeats 2)
     step calibrate 900 bash benchmark/run_gpu_study.sh "$data" "$model" calibrate
     step study 900 bash benchmark/run_gpu_study.sh "$data" "$model" study
     step sameness 600 python3 -m benchmark.sameness.servers --model "$model" --prompts "${files[@]}" \
-        --per-file 100 --others 400 --tokens 256 --servers gate exact-no-cache stock gate-stock-path \
+        --per-file 100 --others 400 --tokens 256 --servers gate exact-no-cache stock-default gate-stock-path \
         --out "$OUT/sameness.json" -- --max-total-tokens 60000 --mem-fraction-static 0.5 \
         --cuda-graph-max-bs-decode 64 --context-length 4096
     [ -z "$second" ] || step short 500 env OUT="$OUT/second" WORK=/tmp/margingate-second \

@@ -30,12 +30,12 @@ latency)
 serving)
     # One at a time, so that each server has the memory and the probe the GPU for itself.
     timeout -k 20 1400 python3 -m benchmark.speed.serving "${common[@]}" \
-        --modes ${MODES:-stock gate exact deterministic} --together 1 --start-s 300 \
+        --modes ${MODES:-stock-default gate exact deterministic-default} --together 1 --start-s 300 \
         --mixes sharegpt 1k-1k 4k-1k --rates inf 4 --seconds 10 --tokens 130000 --budget-s 480 "$@"
     ;;
 shares)
     timeout -k 20 600 python3 -m benchmark.speed.serving "${common[@]}" \
-        --modes ${MODES:-stock gate gate-50 gate-10} --together 1 --start-s 300 \
+        --modes ${MODES:-stock-default gate gate-50 gate-10} --together 1 --start-s 300 \
         --mixes sharegpt 1k-1k --rates inf --tokens 130000 --budget-s 140 "$@"
     ;;
 *)

@@ -66,6 +66,11 @@ def test_an_example_without_a_server_is_one_sentence_and_status_2(name):
             "--model: no/config.json cannot be read (No",
         ),
         (
+            "readme_table",
+            ["--out", "{tmp}", "--shape", "no", "--parts"],
+            "--shape no/config.json cannot be read (No such file or directory): give a folder",
+        ),
+        (
             "sameness.turns",
             [*TURNS, "--model", str(ROOT)],
             f"--model {ROOT} has no tokenizer that loads (",
@@ -92,15 +97,16 @@ def test_an_example_without_a_server_is_one_sentence_and_status_2(name):
         ),
     ],
 )
-def test_a_benchmark_that_lacks_something_is_one_sentence(script, arguments, said):
-    done = run_benchmark(script, *arguments)
+def test_a_benchmark_that_lacks_something_is_one_sentence(tmp_path, script, arguments, said):
+    done = run_benchmark(script, *(each.replace("{tmp}", str(tmp_path)) for each in arguments))
     assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
     assert said in done.stderr.splitlines()[-1]
 
 
 SCRIPTS = sorted(
     ".".join(path.relative_to(ROOT / "benchmark").with_suffix("").parts)
-    for path in (ROOT / "benchmark").glob("*/*.py")
+    for pattern in ("*.py", "*/*.py")
+    for path in (ROOT / "benchmark").glob(pattern)
     if 'if __name__ == "__main__"' in path.read_text()
 )
 

@@ -7,8 +7,9 @@ Starts several servers side by side. The gated ones, with other guarantees, pref
 and memory, share one reference: each of them answers a part of the prompts one at a time. Then each
 answers all of them in each arrangement, with log-probs, and is held to that reference. Other
 servers (stock, SGLang's deterministic mode, the gate on stock kernels) have a reference each, of
-fewer prompts. Counted are answers with the same token ids, and of these those whose log-probs have
-the same bits.
+fewer prompts; `stock-default` and `sglang-deterministic-default` have the attention that SGLang
+chooses, `stock` and `sglang-deterministic` FlashInfer. Counted are answers with the same token ids,
+and of these those whose log-probs have the same bits. Each arrangement is written as it ends.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import json
 import os
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -56,6 +58,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "exact-stock-path": (*STOCK_PATH, "--gate-guarantee", "exact"),
 }
 LITTLE = "exact-little-memory"
+_WRITING = threading.Lock()
 
 
 def arguments() -> argparse.Namespace:
@@ -142,8 +145,22 @@ def answer_alone(cases: list[Case]) -> None:
         case.reference = common if case in gated else {one.name: one for one in answers}
 
 
-def run(case: Case, args: argparse.Namespace) -> None:
-    """All arrangements of one server."""
+def write(args: argparse.Namespace, cases: list[Case]) -> None:
+    """What is known by now, whole at any moment; servers take turns."""
+    with _WRITING:
+        record = {
+            "environment": environment(),
+            "tokens": args.tokens,
+            "prompts": max((len(case.prompts) for case in cases), default=0),
+            "cases": {case.name: dict(case.record) for case in cases},
+        }
+        made = args.out.with_name(args.out.name + ".part")
+        made.write_text(json.dumps(record, indent=1))
+        made.replace(args.out)
+
+
+def run(case: Case, args: argparse.Namespace, cases: list[Case]) -> None:
+    """All arrangements of one of the servers."""
     at_once = 0 if case.name == LITTLE else args.at_once
     for name in args.arrangements:
         began = time.monotonic()
@@ -155,6 +172,7 @@ def run(case: Case, args: argparse.Namespace) -> None:
             return
         found = compare(case.reference, answers)
         case.record[name] = {**found, "seconds": time.monotonic() - began}
+        write(args, cases)
         print(f"{case.name:20} {name:10}", found, flush=True)
     case.record["gate"] = counters(case.client)
 
@@ -170,15 +188,9 @@ def main() -> None:
         answer_alone(cases)
         print(f"alone after {time.monotonic() - began:.0f} s", flush=True)
         with ThreadPoolExecutor(len(cases)) as pool:
-            list(pool.map(lambda case: run(case, args), cases))
+            list(pool.map(lambda case: run(case, args, cases), cases))
     finally:
-        record = {
-            "environment": environment(),
-            "tokens": args.tokens,
-            "prompts": len(prompts),
-            "cases": {case.name: case.record for case in cases},
-        }
-        args.out.write_text(json.dumps(record, indent=1))
+        write(args, cases)
         for case in cases:
             case.server.stop()
     print(f"done after {time.monotonic() - began:.0f} s")

@@ -46,7 +46,7 @@ SHOWN = ("canonical_rows", "prefill", "integrity")
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True, type=engines.model_folder)
-    parser.add_argument("--servers", nargs="+", choices=SERVERS, default=["stock", "gate"])
+    parser.add_argument("--servers", nargs="+", choices=SERVERS, default=["stock-default", "gate"])
     parser.add_argument("--tp-size", type=int, default=2)
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--tokens", type=int, default=64)

@@ -8,6 +8,9 @@ is measured engine by engine; ratios are to the first mode, within a group where
 request of a batch is streamed, the others are not: with all of them decoding, the time between its
 tokens is a step, scheduling and output included. Points beyond the K/V pool are left out.
 
+The modes NAME-default have the attention that they choose themselves: FlashAttention 3 on Hopper,
+Triton with the gate. Others have one that is told: FlashInfer where the name has none.
+
 `--prefills` times prompts of so many tokens too: from sending one, which nothing cached, to its
 first token. A mode NAME@FOLDER is measured with margingate from another checkout. On Blackwell,
 MARGINGATE_DUAL_GEMM=keep or off has gated engines use SGLang's DualGemm, or not, whatever its bits.
@@ -30,12 +33,14 @@ GATE = {"deterministic_gate": True}
 DETERMINISTIC = {"enable_deterministic_inference": True}
 FLASHINFER = {"attention_backend": "flashinfer"}
 TRITON = {"attention_backend": "triton"}
+FA3 = {"attention_backend": "fa3"}
 MODES: dict[str, dict[str, Any]] = {
     "stock-default": {},  # the attention backend is SGLang's choice
     "stock": FLASHINFER,
     "stock-triton": TRITON,
-    "stock-fa3": {"attention_backend": "fa3"},
+    "stock-fa3": FA3,
     "stock-no-overlap": {**FLASHINFER, "disable_overlap_schedule": True},
+    "gate-default": GATE,
     "gate": {**FLASHINFER, **GATE},
     "gate-triton": {**TRITON, **GATE},
     "gate-exact": {**FLASHINFER, **GATE, "gate_guarantee": "exact"},
@@ -43,8 +48,9 @@ MODES: dict[str, dict[str, Any]] = {
     "deterministic-default": DETERMINISTIC,
     "deterministic": {**FLASHINFER, **DETERMINISTIC},
     "deterministic-triton": {**TRITON, **DETERMINISTIC},
+    "deterministic-fa3": {**FA3, **DETERMINISTIC},
 }
-USUAL = ("stock", "gate", "gate-triton", "deterministic")
+USUAL = ("stock-default", "gate-default", "deterministic-default")
 SETTLING = 4  # tokens before the first gap that counts
 
 
@@ -67,6 +73,11 @@ def mode(text: str) -> str:
     if text.partition("@")[0] not in MODES:
         raise ValueError(text)
     return text
+
+
+def fits(batch: int, context: int, tokens: int, kv_tokens: int) -> bool:
+    """Whether a point's requests fit into the K/V pool, of which SGLang keeps some."""
+    return 1.25 * batch * (context + tokens + 64) <= kv_tokens
 
 
 async def gaps(engine: Any, batch: int, context: int, tokens: int) -> list[float]:
@@ -145,7 +156,7 @@ def run_group(
     deadline = time.monotonic() + seconds
     prefills = [(tokens, 0) for tokens in args.prefills]
     for context, batch in [*prefills, *product(args.contexts, args.batches)]:
-        if 1.25 * batch * (context + args.tokens + 64) > args.kv_tokens:  # SGLang keeps some
+        if not fits(batch, context, args.tokens, args.kv_tokens):
             continue
         if time.monotonic() > deadline:
             print("out of time before", context, batch)

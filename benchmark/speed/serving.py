@@ -11,9 +11,10 @@ another. Ratios are to the first mode, within a group where it is up. At rate in
 requests as `--tokens` hold, or twice what the K/V pool does, and `--requests` at most. Results are
 written after every run.
 
-On a GPU stock and SGLang's deterministic mode have FlashInfer; `stock-default` has what SGLang
-chooses. All servers have CUDA graphs for prefill, as by SGLang's defaults; without them a server
-starts faster, and the first token of a short prompt comes later.
+`stock-default` and `deterministic-default` have the attention that SGLang chooses (on Hopper
+FlashAttention 3), `-fa3` and `-triton` what they say, `stock` and `deterministic` FlashInfer. A CPU
+has one attention. All servers have CUDA graphs for prefill, as by SGLang's defaults; without them a
+server starts faster, and the first token of a short prompt comes later.
 """
 
 from __future__ import annotations
@@ -37,15 +38,18 @@ from margingate.harness.servers import GATE, Server, ServerError, launch
 
 FLASHINFER = ("--attention-backend", "flashinfer")
 TRITON = ("--attention-backend", "triton")
+FA3 = ("--attention-backend", "fa3")
 DETERMINISTIC = "--enable-deterministic-inference"
 STOCK_PATH = (GATE, "--gate-fast-path", "stock")
 SERVERS: dict[str, tuple[str, ...]] = {
     "stock": FLASHINFER,
     "stock-default": (),
     "stock-triton": TRITON,
+    "stock-fa3": FA3,
     "deterministic-default": (DETERMINISTIC,),
     "deterministic": (DETERMINISTIC, *FLASHINFER),
     "deterministic-triton": (DETERMINISTIC, *TRITON),
+    "deterministic-fa3": (DETERMINISTIC, *FA3),
     "gate": (GATE,),
     "gate-flashinfer": (GATE, *FLASHINFER),
     "exact": (GATE, "--gate-guarantee", "exact"),
@@ -54,7 +58,7 @@ SERVERS: dict[str, tuple[str, ...]] = {
 }
 SHARES = {"gate-50": 0.5, "gate-10": 0.1}  # of the requests that are gated, on the server "gate"
 MODES = (*SERVERS, *SHARES)
-USUAL = ("stock", "deterministic", "gate", "exact", "gate-50", "gate-10", "always")
+USUAL = ("stock-default", "deterministic-default", "gate", "exact", "gate-50", "gate-10", "always")
 WARM_UP = ((8, 16), (1, 4))  # requests and tokens of each, of every mix, before anything counts
 COUNTED = ("steps", "flagged", "verified", "passes", "flips", "missed", "retractions")
 TALLIED = ("decode_steps", "quiet_steps", "pass_rows", "waits", "waited_s")
@@ -100,7 +104,7 @@ def own_args(name: str) -> tuple[str, ...]:
     own = SERVERS[name]
     if engines.on_gpu():
         return own
-    return tuple(each for each in own if each not in {*FLASHINFER, *TRITON})
+    return tuple(each for each in own if each not in {*FLASHINFER, *TRITON, *FA3})
 
 
 @contextlib.contextmanager

@@ -3,7 +3,8 @@
     python -m benchmark.speed.verification_overhead \
         --model benchmark/models/configs/llama-3.1-8b --out inc.json
 
-Dummy weights. A stock engine (FlashInfer on a GPU), and gated ones with `--gate-fast-path stock`.
+Dummy weights. A stock engine and gated ones with `--gate-fast-path stock`, each with the attention
+that it chooses (stock on Hopper: FlashAttention 3) or all with that of `--attention-backend`.
 `always` verifies every row at every step, in passes of their own (`--gate-max-delay 0`) that are as
 small as the largest batch. `margin-RATE` has the gate's defaults, its flags simulated at that rate:
 its passes share the forwards of decode steps. In each of them a share `--flip-rate` of all rows is
@@ -57,7 +58,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=512, help="of the long generation")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--flip-rate", type=float, default=FLIPS, help="of all rows")
-    parser.add_argument("--attention-backend", help="of all engines")
+    parser.add_argument("--attention-backend", help="of all engines, as flashinfer")
     return parser.parse_args()
 
 
@@ -90,10 +91,8 @@ def gate_options(mode: str, flip_rate: float, largest: int) -> dict[str, Any]:
 
 
 def options(args: argparse.Namespace, mode: str) -> dict[str, Any]:
-    """For `sglang.Engine`. A gated one chooses its attention itself, if it is not told."""
-    usual = "flashinfer" if mode == STOCK and engines.on_gpu() else None
-    backend = args.attention_backend or usual
-    attention = {"attention_backend": backend} if backend else {}
+    """For `sglang.Engine`."""
+    attention = {"attention_backend": args.attention_backend} if args.attention_backend else {}
     if mode == STOCK:
         return attention
     return attention | gate_options(mode, args.flip_rate, max(args.batches))
