@@ -116,7 +116,7 @@ def _launch_extend(  # noqa: PLR0917
         tiles = tuple(map(_tiles, tiles, shapes))
         kind = attention_triton.TILES
     row_blocks = triton.cdiv(chunks.longest, blocks.extend.rows)
-    attention_prefill_triton.extend[(row_blocks, heads * parts, len(chunks.prefix_lens))](
+    attention_prefill_triton.extend[(heads * parts, row_blocks, len(chunks.prefix_lens))](
         q,
         out,
         *columns,

@@ -100,9 +100,9 @@ def extend(  # noqa: PLR0917
     Segments of old keys come from the pool by slot; those of new keys alone from `k_new`, which
     takes neither slots nor an address a key. Only the last ones need a mask, or all with a window.
     """
-    # The last blocks have most keys: they go first.
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    head, sequence = tl.program_id(1), tl.program_id(2)
+    # The last blocks have most keys: they go first, those of all heads.
+    block = tl.num_programs(1) - 1 - tl.program_id(1)
+    head, sequence = tl.program_id(0), tl.program_id(2)
     lanes_each: tl.constexpr = head_size // PARTS
     part = 0
     if PARTS > 1:
