@@ -1,0 +1,444 @@
+"""Gluon body of `extend_attention` for Hopper; its arithmetic is that of attention_triton.py.
+
+A program has three parts that run at once. One brings tiles of keys and values to rings in shared
+memory: new keys by the device's own copies of whole tiles, cached ones by slot, row by row. The two
+others attend 64 rows each: the same rows of two heads that share keys, or 128 rows of one head. A
+part multiplies the queries by the next tile before it weighs the present one, so the matrix unit
+has work meanwhile.
+
+Bits do not depend on any of that: tiles of 64 keys are added to segments and segments to each other
+as `add_tile` and `_segment` do it, operation by operation.
+"""
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+from margingate_kernels import attention_triton
+
+ROWS = gl.constexpr(128)  # of a program, in one head or two
+WARPS = gl.constexpr(8)  # that attend
+TILE = gl.constexpr(64)  # keys
+_NEG_INF = gl.constexpr(float("-inf"))
+_GRID = gl.constexpr(attention_triton._GRID.value)
+_ZEROS = gl.constexpr((64 * attention_triton._GRID_BITS.value + 2**31) % 2**32 - 2**31)
+
+power_of_two = gluon.jit(attention_triton.power_of_two.fn)
+
+
+@gluon.aggregate
+class Ring:
+    """Tiles in shared memory [stages, TILE, head_size], and barriers of each stage."""
+
+    tiles: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    free: gl.shared_memory_descriptor
+
+    @gluon.jit
+    def wait_full(self, tile, needed, STAGES: gl.constexpr):  # noqa: N803
+        mbarrier.wait(self.full.index(tile % STAGES), tile // STAGES & 1, pred=needed)
+
+    @gluon.jit
+    def wait_free(self, tile, STAGES: gl.constexpr):  # noqa: N803
+        mbarrier.wait(self.free.index(tile % STAGES), tile // STAGES & 1 ^ 1)
+
+    @gluon.jit
+    def release(self, tile, needed, STAGES: gl.constexpr):  # noqa: N803
+        mbarrier.arrive(self.free.index(tile % STAGES), count=1, pred=needed)
+
+
+@gluon.jit
+def ring(dtype: gl.constexpr, head_size: gl.constexpr, STAGES: gl.constexpr):  # noqa: N803
+    """A ring whose stages are all free."""
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, head_size], dtype)
+    barriers: gl.constexpr = mbarrier.MBarrierLayout()
+    tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, head_size], layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=1)
+    return Ring(tiles, full, free)
+
+
+@gluon.jit
+def copy_tile(  # noqa: PLR0917
+    ring, descriptor, row, column, tile, STAGES: gl.constexpr  # noqa: N803
+):
+    """Let the device copy a tile of new keys or values."""
+    ring.wait_free(tile, STAGES)
+    full = ring.full.index(tile % STAGES)
+    mbarrier.expect(full, descriptor.nbytes_per_cta)
+    tma.async_load(descriptor, [row, column], full, ring.tiles.index(tile % STAGES))
+
+
+@gluon.jit
+def gather_tile(  # noqa: PLR0917
+    ring, pointers, exists, tile, STAGES: gl.constexpr  # noqa: N803
+):
+    """Copy a tile's rows from where each of them is; 0 where none exist."""
+    ring.wait_free(tile, STAGES)
+    full = ring.full.index(tile % STAGES)
+    async_copy.async_load(ring.tiles.index(tile % STAGES), pointers, mask=exists[:, None])
+    async_copy.mbarrier_arrive(full, increment_count=True)
+    gl.barrier()  # all threads count before the phase may end
+    mbarrier.arrive(full, count=1)
+
+
+@gluon.jit
+def bring(  # noqa: PLR0917
+    keys,
+    values,
+    k_tiles,
+    v_tiles,
+    k_at,  # pointer to slot 0 of this K/V head
+    v_at,
+    slots,  # pointer to the slot of key 0
+    start,  # the sequence's first token
+    prefix,
+    length,
+    last,  # tiles from here on are not needed
+    column,  # of this K/V head
+    stride_k: gl.constexpr,
+    stride_v: gl.constexpr,
+    head_size: gl.constexpr,
+    STAGES: gl.constexpr,  # noqa: N803
+):
+    """Bring all tiles to the rings, as stages become free."""
+    lanes_per_row: gl.constexpr = head_size // 8  # a lane copies 16 bytes at a time
+    layout: gl.constexpr = gl.BlockedLayout(
+        [1, 8], [32 // lanes_per_row, lanes_per_row], [gl.num_warps(), 1], [1, 0]
+    )
+    end = prefix + length
+    rows = gl.arange(0, TILE, gl.SliceLayout(1, layout))
+    lanes = gl.arange(0, head_size, gl.SliceLayout(0, layout))[None, :]
+    slot = gl.load(slots + rows, mask=rows < end, other=0)
+    for tile in range(last):
+        first = tile * TILE
+        if first >= prefix and first + TILE <= end:
+            copy_tile(keys, k_tiles, start - prefix + first, column, tile, STAGES)
+            copy_tile(values, v_tiles, start - prefix + first, column, tile, STAGES)
+        else:
+            at = slot.to(gl.int64)[:, None]
+            exists = first + rows < end
+            gather_tile(keys, k_at + at * stride_k + lanes, exists, tile, STAGES)
+            gather_tile(values, v_at + at * stride_v + lanes, exists, tile, STAGES)
+        ahead = first + TILE + rows
+        slot = gl.load(slots + ahead, mask=(ahead < end) & (tile + 1 < last), other=0)
+
+
+@gluon.jit
+def load_queries(  # noqa: PLR0917
+    q,
+    place,
+    start,
+    row,
+    length,
+    column,
+    stride_q: gl.constexpr,
+    head_size: gl.constexpr,
+    HEADS: gl.constexpr,  # noqa: N803
+):
+    """Queries of a block of rows to shared memory; 0 where none exist."""
+    lanes_per_row: gl.constexpr = head_size // 8
+    layout: gl.constexpr = gl.BlockedLayout(
+        [1, 8], [32 // lanes_per_row, lanes_per_row], [gl.num_warps(), 1], [1, 0]
+    )
+    numbers = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    lanes = gl.arange(0, head_size, gl.SliceLayout(0, layout))
+    at = places(numbers, lanes, start, row, column, stride_q, head_size, HEADS)
+    exists = (row + numbers % (ROWS // HEADS) < length)[:, None]
+    place.store(gl.load(q + at, mask=exists, other=0.0))
+    hopper.fence_async_shared()
+
+
+@gluon.jit
+def places(  # noqa: PLR0917
+    numbers,
+    lanes,
+    start,
+    row,
+    column,
+    stride: gl.constexpr,
+    head_size: gl.constexpr,
+    HEADS: gl.constexpr,  # noqa: N803
+):
+    """Where the rows of a block are in a tensor [tokens, heads, head_size]: head behind head."""
+    per: gl.constexpr = ROWS // HEADS
+    tokens = start.to(gl.int64) + (row + numbers % per)
+    columns = column + numbers // per * head_size
+    return (tokens * stride + columns)[:, None] + lanes[None, :]
+
+
+@gluon.jit
+def weigh(  # noqa: PLR0917
+    scores,  # float32 [ROWS, TILE]
+    top,  # float32 [ROWS], as `add_tile`
+    total,  # as top
+    positions,  # int32 [ROWS]
+    first,  # key
+    scale,
+    layout: gl.constexpr,
+    MASKED: gl.constexpr,  # noqa: N803
+):
+    """A tile's weights, what the sums so far are multiplied by, and the new top and total."""
+    if MASKED:
+        keys = first + gl.arange(0, TILE, gl.SliceLayout(0, layout))
+        scores = gl.where(keys[None, :] <= positions[:, None], scores, _NEG_INF)
+    higher = gl.maximum(top, gl.ceil(gl.max(scores, 1) * scale))
+    base = gl.where(higher == _NEG_INF, 0.0, higher)
+    scales = gl.full([ROWS, TILE], scale, gl.float32, layout)
+    bases, scores = gl.broadcast((-base)[:, None], scores)
+    weights = gl.exp2(gl.fma(scores, scales, bases))
+    carry = power_of_two(top - base)
+    bits = (weights + _GRID).to(gl.int32, bitcast=True)
+    total = total * carry + (gl.sum(bits, 1) - _ZEROS).to(gl.float32) * (2.0**-17)
+    return weights, carry, higher, total
+
+
+@gluon.jit
+def multiply_next(queries, keys, tile, last, layout: gl.constexpr, STAGES: gl.constexpr):  # noqa: N803, PLR0917
+    """Start the scores of a tile; of one that is not there they are of no use, and not waited for."""
+    keys.wait_full(tile, tile < last, STAGES)
+    hopper.fence_async_shared()
+    k = keys.tiles.index(tile % STAGES).permute((1, 0))
+    empty = gl.zeros([ROWS, TILE], gl.float32, layout)
+    return warpgroup_mma(queries, k, empty, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def segment(  # noqa: PLR0917
+    scores,  # of the first tile, in flight if OVERLAP
+    own,  # what the last segment's mean was in: overwritten
+    top,  # of the segments before, as `weigh`
+    total,
+    mean,  # float32 [ROWS, head_size]
+    queries,
+    keys,
+    values,
+    positions,
+    first,  # tile
+    end,  # tiles from here on are not summed
+    last,  # tiles from here on do not exist
+    scale,
+    layout: gl.constexpr,
+    mean_layout: gl.constexpr,
+    STAGES: gl.constexpr,  # noqa: N803
+    MASKED: gl.constexpr,  # noqa: N803
+    OVERLAP: gl.constexpr,  # noqa: N803
+):
+    """Sum a segment up and add it to those before."""
+    dtype: gl.constexpr = values.tiles.dtype
+    weights_layout: gl.constexpr = gl.DotOperandLayout(0, mean_layout, 2)
+    row_layout: gl.constexpr = gl.SliceLayout(1, mean_layout)
+    own_top = gl.full([ROWS], _NEG_INF, gl.float32, gl.SliceLayout(1, layout))
+    own_total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
+    for tile in range(first, end):
+        if OVERLAP:
+            present = warpgroup_mma_wait(1, [scores])
+            keys.release(tile, True, STAGES)
+            scores = multiply_next(queries, keys, tile + 1, last, layout, STAGES)
+        else:
+            scores = multiply_next(queries, keys, tile, last, layout, STAGES)
+            present, own = warpgroup_mma_wait(0, [scores, own])
+            own = warpgroup_mma_init(own)
+            keys.release(tile, True, STAGES)
+            values.release(tile - 1, tile > 0, STAGES)
+        weights, carry, own_top, own_total = weigh(
+            present, own_top, own_total, positions, tile * TILE, scale, layout, MASKED
+        )
+        weights = gl.convert_layout(weights.to(dtype), weights_layout, assert_trivial=True)
+        carry = gl.convert_layout(carry, row_layout, assert_trivial=True)
+        so_far = warpgroup_mma_wait(1 if OVERLAP else 0, [own])
+        if OVERLAP:
+            values.release(tile - 1, tile > 0, STAGES)
+        values.wait_full(tile, True, STAGES)
+        hopper.fence_async_shared()
+        v = values.tiles.index(tile % STAGES)
+        own = warpgroup_mma(weights, v, so_far * carry[:, None], use_acc=tile > first, is_async=True)
+    if OVERLAP:
+        scores, done = warpgroup_mma_wait(0, [scores, own])
+        scores = warpgroup_mma_init(scores)
+    else:
+        done = warpgroup_mma_wait(0, [own])
+    own = warpgroup_mma_init(done)
+    higher = gl.maximum(top, own_top)
+    before, now = power_of_two(top - higher), power_of_two(own_top - higher)
+    total = total * before + own_total * now
+    before = gl.convert_layout(before, row_layout, assert_trivial=True)
+    now = gl.convert_layout(now, row_layout, assert_trivial=True)
+    mean = mean * before[:, None] + done * now[:, None]
+    return scores, own, higher, total, mean
+
+
+@gluon.jit
+def attend(  # noqa: PLR0917
+    q,
+    out,
+    place,  # shared memory of the queries
+    keys,
+    values,
+    start,
+    prefix,
+    length,
+    row,  # the first
+    last,  # tiles from here on are not needed
+    column,  # of the first head
+    scale,
+    stride_q: gl.constexpr,
+    stride_o: gl.constexpr,
+    head_size: gl.constexpr,
+    SEGMENT: gl.constexpr,  # noqa: N803
+    HEADS: gl.constexpr,  # noqa: N803
+    STAGES: gl.constexpr,  # noqa: N803
+    OVERLAP: gl.constexpr,  # noqa: N803
+    HELD: gl.constexpr,  # noqa: N803 - the queries in registers
+):
+    """Attend a block of rows to their keys."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TILE, 16])
+    mean_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, head_size, 16])
+    row_layout: gl.constexpr = gl.SliceLayout(1, mean_layout)
+    load_queries(q, place, start, row, length, column, stride_q, head_size, HEADS)
+    queries = place
+    if HELD:
+        queries = place.load(gl.DotOperandLayout(0, layout, 2))
+    numbers = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    positions = prefix + row + numbers % (ROWS // HEADS)
+    per: gl.constexpr = SEGMENT // TILE
+    whole = gl.minimum((prefix + row + 1) // SEGMENT, last // per)
+    scores = warpgroup_mma_init(gl.zeros([ROWS, TILE], gl.float32, layout))
+    own = warpgroup_mma_init(gl.zeros([ROWS, head_size], gl.float32, mean_layout))
+    top = gl.full([ROWS], _NEG_INF, gl.float32, gl.SliceLayout(1, layout))
+    total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
+    mean = gl.zeros([ROWS, head_size], gl.float32, mean_layout)
+    if OVERLAP:
+        scores = multiply_next(queries, keys, 0, last, layout, STAGES)
+        scores = warpgroup_mma_init(warpgroup_mma_wait(0, [scores]))
+    for i in range(whole):
+        scores, own, top, total, mean = segment(
+            *(scores, own, top, total, mean, queries, keys, values, positions),
+            *(i * per, i * per + per, last, scale, layout, mean_layout, STAGES, False, OVERLAP),
+        )
+    for i in range(whole, gl.cdiv(last, per)):
+        end = gl.minimum(i * per + per, last)
+        scores, own, top, total, mean = segment(
+            *(scores, own, top, total, mean, queries, keys, values, positions),
+            *(i * per, end, last, scale, layout, mean_layout, STAGES, True, OVERLAP),
+        )
+    numbers = gl.arange(0, ROWS, row_layout)
+    lanes = gl.arange(0, head_size, gl.SliceLayout(0, mean_layout))
+    at = places(numbers, lanes, start, row, column, stride_o, head_size, HEADS)
+    exists = (row + numbers % (ROWS // HEADS) < length)[:, None]
+    total = gl.convert_layout(total, row_layout, assert_trivial=True)
+    gl.store(out + at, (mean / total[:, None]).to(out.dtype.element_ty), mask=exists)
+
+
+@gluon.jit(do_not_specialize=["table_stride"])
+def extend(  # noqa: PLR0917
+    q,  # [tokens, heads, head_size]
+    out,  # as q
+    k_buffer,  # [slots, K/V heads, head_size]
+    v_buffer,  # as k_buffer
+    k_tiles,  # the new keys [tokens, K/V heads * head_size] as a descriptor
+    v_tiles,
+    page_table,  # int32 [requests, positions]: slots
+    table_stride,
+    table_rows,  # int64 [sequences]: rows of the page table
+    starts,  # [sequences + 1]: first token of each in q
+    prefix_lens,  # [sequences]: positions before the first of these tokens
+    scale,  # of the scores times log2(e)
+    stride_q: gl.constexpr,  # elements from token to token
+    stride_o: gl.constexpr,
+    stride_k: gl.constexpr,  # from slot to slot
+    stride_v: gl.constexpr,
+    group: gl.constexpr,  # heads per K/V head
+    head_size: gl.constexpr,
+    SEGMENT: gl.constexpr,  # noqa: N803
+    HEADS: gl.constexpr,  # noqa: N803 - of a program: 1, or 2 that share keys
+    STAGES: gl.constexpr,  # noqa: N803
+    OVERLAP: gl.constexpr,  # noqa: N803
+    HELD: gl.constexpr,  # noqa: N803
+    BLOCKS_FIRST: gl.constexpr,  # noqa: N803
+):
+    """A program attends a block of one request's rows in one head or two."""
+    axis: gl.constexpr = 0 if BLOCKS_FIRST else 1
+    # The last blocks have most keys: they go first.
+    block = gl.num_programs(axis) - 1 - gl.program_id(axis)
+    head, sequence = gl.program_id(1 - axis) * HEADS, gl.program_id(2)
+    start = gl.load(starts + sequence).to(gl.int32)
+    length = gl.load(starts + sequence + 1).to(gl.int32) - start
+    row = block * (ROWS // HEADS)
+    if row >= length:
+        return
+    prefix = gl.load(prefix_lens + sequence).to(gl.int32)
+    slots = page_table + gl.load(table_rows + sequence).to(gl.int64) * table_stride
+    of = (head // group) * head_size
+    dtype: gl.constexpr = q.dtype.element_ty
+    keys, values = ring(dtype, head_size, STAGES), ring(dtype, head_size, STAGES)
+    hopper.fence_async_shared()
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, head_size], dtype)
+    place = gl.allocate_shared_memory(dtype, [ROWS, head_size], layout)
+    last = gl.cdiv(prefix + gl.minimum(length, row + ROWS // HEADS), TILE)
+    k_at, v_at = k_buffer + of, v_buffer + of
+    gl.warp_specialize(
+        [
+            (
+                attend,
+                (
+                    q,
+                    out,
+                    place,
+                    keys,
+                    values,
+                    start,
+                    prefix,
+                    length,
+                    row,
+                    last,
+                    head * head_size,
+                    scale,
+                    stride_q,
+                    stride_o,
+                    head_size,
+                    SEGMENT,
+                    HEADS,
+                    STAGES,
+                    OVERLAP,
+                    HELD,
+                ),
+            ),
+            (
+                bring,
+                (
+                    keys,
+                    values,
+                    k_tiles,
+                    v_tiles,
+                    k_at,
+                    v_at,
+                    slots,
+                    start,
+                    prefix,
+                    length,
+                    last,
+                    of,
+                    stride_k,
+                    stride_v,
+                    head_size,
+                    STAGES,
+                ),
+            ),
+        ],
+        [4],
+        [40],
+    )
