@@ -36,6 +36,13 @@ _ZEROS = gl.constexpr((64 * attention_triton._GRID_BITS.value + 2**31) % 2**32 -
 power_of_two = gluon.jit(attention_triton.power_of_two.fn)
 
 
+@gluon.constexpr_function
+def rows_layout(head_size: int, warps: int) -> gl.BlockedLayout:
+    """Of rows that are read or written 16 bytes a lane."""
+    lanes = head_size // 8
+    return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [warps, 1], [1, 0])
+
+
 @gluon.aggregate
 class Ring:
     """Tiles in shared memory [stages, TILE, head_size], and barriers of each stage."""
@@ -45,16 +52,16 @@ class Ring:
     free: gl.shared_memory_descriptor
 
     @gluon.jit
-    def wait_full(self, tile, needed, STAGES: gl.constexpr):  # noqa: N803
-        mbarrier.wait(self.full.index(tile % STAGES), tile // STAGES & 1, pred=needed)
+    def wait_full(self, tile, STAGES: gl.constexpr):  # noqa: N803
+        mbarrier.wait(self.full.index(tile % STAGES), tile // STAGES & 1)
 
     @gluon.jit
     def wait_free(self, tile, STAGES: gl.constexpr):  # noqa: N803
         mbarrier.wait(self.free.index(tile % STAGES), tile // STAGES & 1 ^ 1)
 
     @gluon.jit
-    def release(self, tile, needed, STAGES: gl.constexpr):  # noqa: N803
-        mbarrier.arrive(self.free.index(tile % STAGES), count=1, pred=needed)
+    def release(self, tile, STAGES: gl.constexpr):  # noqa: N803
+        mbarrier.arrive(self.free.index(tile % STAGES), count=1)
 
 
 @gluon.jit
@@ -91,8 +98,7 @@ def gather_tile(  # noqa: PLR0917
     full = ring.full.index(tile % STAGES)
     async_copy.async_load(ring.tiles.index(tile % STAGES), pointers, mask=exists[:, None])
     async_copy.mbarrier_arrive(full, increment_count=True)
-    gl.barrier()  # all threads count before the phase may end
-    mbarrier.arrive(full, count=1)
+    mbarrier.arrive(full, count=1)  # after a barrier: all threads count before the phase may end
 
 
 @gluon.jit
@@ -115,10 +121,7 @@ def bring(  # noqa: PLR0917
     STAGES: gl.constexpr,  # noqa: N803
 ):
     """Bring all tiles to the rings, as stages become free."""
-    lanes_per_row: gl.constexpr = head_size // 8  # a lane copies 16 bytes at a time
-    layout: gl.constexpr = gl.BlockedLayout(
-        [1, 8], [32 // lanes_per_row, lanes_per_row], [gl.num_warps(), 1], [1, 0]
-    )
+    layout: gl.constexpr = rows_layout(head_size, gl.num_warps())
     end = prefix + length
     rows = gl.arange(0, TILE, gl.SliceLayout(1, layout))
     lanes = gl.arange(0, head_size, gl.SliceLayout(0, layout))[None, :]
@@ -138,46 +141,24 @@ def bring(  # noqa: PLR0917
 
 
 @gluon.jit
-def load_queries(  # noqa: PLR0917
-    q,
-    place,
-    start,
-    row,
-    length,
-    column,
-    stride_q: gl.constexpr,
-    head_size: gl.constexpr,
-    HEADS: gl.constexpr,  # noqa: N803
-):
-    """Queries of a block of rows to shared memory; 0 where none exist."""
-    lanes_per_row: gl.constexpr = head_size // 8
-    layout: gl.constexpr = gl.BlockedLayout(
-        [1, 8], [32 // lanes_per_row, lanes_per_row], [gl.num_warps(), 1], [1, 0]
-    )
-    numbers = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    lanes = gl.arange(0, head_size, gl.SliceLayout(0, layout))
-    at = places(numbers, lanes, start, row, column, stride_q, head_size, HEADS)
-    exists = (row + numbers % (ROWS // HEADS) < length)[:, None]
-    place.store(gl.load(q + at, mask=exists, other=0.0))
-    hopper.fence_async_shared()
-
-
-@gluon.jit
 def places(  # noqa: PLR0917
-    numbers,
-    lanes,
-    start,
-    row,
-    column,
+    start,  # the sequence's first token
+    length,
+    row,  # the first
+    column,  # of the first head
     stride: gl.constexpr,
     head_size: gl.constexpr,
     HEADS: gl.constexpr,  # noqa: N803
 ):
-    """Where the rows of a block are in a tensor [tokens, heads, head_size]: head behind head."""
+    """Where a block's rows are in a tensor [tokens, heads, head_size], head behind head; and if."""
+    layout: gl.constexpr = rows_layout(head_size, WARPS)
     per: gl.constexpr = ROWS // HEADS
+    numbers = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    lanes = gl.arange(0, head_size, gl.SliceLayout(0, layout))
     tokens = start.to(gl.int64) + (row + numbers % per)
     columns = column + numbers // per * head_size
-    return (tokens * stride + columns)[:, None] + lanes[None, :]
+    exists = row + numbers % per < length
+    return (tokens * stride + columns)[:, None] + lanes[None, :], exists[:, None]
 
 
 @gluon.jit
@@ -207,9 +188,9 @@ def weigh(  # noqa: PLR0917
 
 
 @gluon.jit
-def multiply_next(queries, keys, tile, last, layout: gl.constexpr, STAGES: gl.constexpr):  # noqa: N803, PLR0917
-    """Start the scores of a tile; of one that is not there they are of no use, and not waited for."""
-    keys.wait_full(tile, tile < last, STAGES)
+def multiply_keys(queries, keys, tile, layout: gl.constexpr, STAGES: gl.constexpr):  # noqa: N803
+    """Start the scores of a tile."""
+    keys.wait_full(tile, STAGES)
     hopper.fence_async_shared()
     k = keys.tiles.index(tile % STAGES).permute((1, 0))
     empty = gl.zeros([ROWS, TILE], gl.float32, layout)
@@ -217,68 +198,78 @@ def multiply_next(queries, keys, tile, last, layout: gl.constexpr, STAGES: gl.co
 
 
 @gluon.jit
-def segment(  # noqa: PLR0917
-    scores,  # of the first tile, in flight if OVERLAP
-    own,  # what the last segment's mean was in: overwritten
-    top,  # of the segments before, as `weigh`
-    total,
-    mean,  # float32 [ROWS, head_size]
-    queries,
-    keys,
-    values,
-    positions,
-    first,  # tile
-    end,  # tiles from here on are not summed
-    last,  # tiles from here on do not exist
-    scale,
-    layout: gl.constexpr,
-    mean_layout: gl.constexpr,
-    STAGES: gl.constexpr,  # noqa: N803
-    MASKED: gl.constexpr,  # noqa: N803
-    OVERLAP: gl.constexpr,  # noqa: N803
-):
-    """Sum a segment up and add it to those before."""
-    dtype: gl.constexpr = values.tiles.dtype
-    weights_layout: gl.constexpr = gl.DotOperandLayout(0, mean_layout, 2)
-    row_layout: gl.constexpr = gl.SliceLayout(1, mean_layout)
-    own_top = gl.full([ROWS], _NEG_INF, gl.float32, gl.SliceLayout(1, layout))
-    own_total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
-    for tile in range(first, end):
-        if OVERLAP:
-            present = warpgroup_mma_wait(1, [scores])
-            keys.release(tile, True, STAGES)
-            scores = multiply_next(queries, keys, tile + 1, last, layout, STAGES)
-        else:
-            scores = multiply_next(queries, keys, tile, last, layout, STAGES)
-            present, own = warpgroup_mma_wait(0, [scores, own])
-            own = warpgroup_mma_init(own)
-            keys.release(tile, True, STAGES)
-            values.release(tile - 1, tile > 0, STAGES)
-        weights, carry, own_top, own_total = weigh(
-            present, own_top, own_total, positions, tile * TILE, scale, layout, MASKED
-        )
-        weights = gl.convert_layout(weights.to(dtype), weights_layout, assert_trivial=True)
-        carry = gl.convert_layout(carry, row_layout, assert_trivial=True)
-        so_far = warpgroup_mma_wait(1 if OVERLAP else 0, [own])
-        if OVERLAP:
-            values.release(tile - 1, tile > 0, STAGES)
-        values.wait_full(tile, True, STAGES)
-        hopper.fence_async_shared()
-        v = values.tiles.index(tile % STAGES)
-        own = warpgroup_mma(weights, v, so_far * carry[:, None], use_acc=tile > first, is_async=True)
-    if OVERLAP:
-        scores, done = warpgroup_mma_wait(0, [scores, own])
-        scores = warpgroup_mma_init(scores)
-    else:
-        done = warpgroup_mma_wait(0, [own])
-    own = warpgroup_mma_init(done)
+def multiply_values(weights, values, own, tile, per: gl.constexpr, STAGES: gl.constexpr):  # noqa: N803
+    """Start to add a tile's weighted values to those of its segment before it."""
+    values.wait_full(tile, STAGES)
+    hopper.fence_async_shared()
+    v = values.tiles.index(tile % STAGES)
+    return warpgroup_mma(weights, v, own, use_acc=tile % per != 0, is_async=True)
+
+
+@gluon.jit
+def add_segment(top, total, mean, own_top, own_total, own, row_layout: gl.constexpr):
+    """Add a segment's sums to those before it."""
     higher = gl.maximum(top, own_top)
     before, now = power_of_two(top - higher), power_of_two(own_top - higher)
     total = total * before + own_total * now
     before = gl.convert_layout(before, row_layout, assert_trivial=True)
     now = gl.convert_layout(now, row_layout, assert_trivial=True)
-    mean = mean * before[:, None] + done * now[:, None]
-    return scores, own, higher, total, mean
+    return higher, total, mean * before[:, None] + own * now[:, None]
+
+
+@gluon.jit
+def add_tile(  # noqa: PLR0917
+    weights,  # of the tile before
+    own_top,  # of the tile before's segment
+    own_total,
+    own,
+    top,  # of the segments before that one
+    total,
+    mean,
+    queries,
+    keys,
+    values,
+    positions,
+    tile,
+    scale,
+    layout: gl.constexpr,
+    mean_layout: gl.constexpr,
+    per: gl.constexpr,  # tiles of a segment
+    STAGES: gl.constexpr,  # noqa: N803
+    MASKED: gl.constexpr,  # noqa: N803
+    EAGER: gl.constexpr,  # noqa: N803
+):
+    """Weigh a tile while the values of the tile before are multiplied."""
+    row_layout: gl.constexpr = gl.SliceLayout(1, mean_layout)
+    scores = multiply_keys(queries, keys, tile, layout, STAGES)
+    own = multiply_values(weights, values, own, tile - 1, per, STAGES)
+    scores = warpgroup_mma_wait(1, [scores])
+    if EAGER:
+        keys.release(tile, STAGES)
+    first = tile % per == 0
+    next_weights, carry, next_top, next_total = weigh(
+        scores,
+        gl.where(first, _NEG_INF, own_top),
+        gl.where(first, 0.0, own_total),
+        *(positions, tile * TILE, scale, layout, MASKED),
+    )
+    next_weights = as_operand(next_weights, values, mean_layout)
+    own = warpgroup_mma_wait(0, [own])
+    if not EAGER:
+        keys.release(tile, STAGES)
+    values.release(tile - 1, STAGES)
+    if first:
+        top, total, mean = add_segment(top, total, mean, own_top, own_total, own, row_layout)
+    else:
+        own = own * gl.convert_layout(carry, row_layout, assert_trivial=True)[:, None]
+    return next_weights, next_top, next_total, own, top, total, mean
+
+
+@gluon.jit
+def as_operand(weights, values, mean_layout: gl.constexpr):
+    """Weights as the left side of their product with values, in the same registers."""
+    operand: gl.constexpr = gl.DotOperandLayout(0, mean_layout, 2)
+    return gl.convert_layout(weights.to(values.tiles.dtype), operand, assert_trivial=True)
 
 
 @gluon.jit
@@ -301,46 +292,52 @@ def attend(  # noqa: PLR0917
     SEGMENT: gl.constexpr,  # noqa: N803
     HEADS: gl.constexpr,  # noqa: N803
     STAGES: gl.constexpr,  # noqa: N803
-    OVERLAP: gl.constexpr,  # noqa: N803
     HELD: gl.constexpr,  # noqa: N803 - the queries in registers
+    EAGER: gl.constexpr,  # noqa: N803
 ):
     """Attend a block of rows to their keys."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TILE, 16])
     mean_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, head_size, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, mean_layout)
-    load_queries(q, place, start, row, length, column, stride_q, head_size, HEADS)
+    per: gl.constexpr = SEGMENT // TILE
+    at, exists = places(start, length, row, column, stride_q, head_size, HEADS)
+    place.store(gl.load(q + at, mask=exists, other=0.0))
+    hopper.fence_async_shared()
+    gl.barrier()
     queries = place
     if HELD:
         queries = place.load(gl.DotOperandLayout(0, layout, 2))
     numbers = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     positions = prefix + row + numbers % (ROWS // HEADS)
-    per: gl.constexpr = SEGMENT // TILE
-    whole = gl.minimum((prefix + row + 1) // SEGMENT, last // per)
-    scores = warpgroup_mma_init(gl.zeros([ROWS, TILE], gl.float32, layout))
-    own = warpgroup_mma_init(gl.zeros([ROWS, head_size], gl.float32, mean_layout))
-    top = gl.full([ROWS], _NEG_INF, gl.float32, gl.SliceLayout(1, layout))
-    total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
-    mean = gl.zeros([ROWS, head_size], gl.float32, mean_layout)
-    if OVERLAP:
-        scores = multiply_next(queries, keys, 0, last, layout, STAGES)
-        scores = warpgroup_mma_init(warpgroup_mma_wait(0, [scores]))
-    for i in range(whole):
-        scores, own, top, total, mean = segment(
-            *(scores, own, top, total, mean, queries, keys, values, positions),
-            *(i * per, i * per + per, last, scale, layout, mean_layout, STAGES, False, OVERLAP),
+    own_top = gl.full([ROWS], _NEG_INF, gl.float32, gl.SliceLayout(1, layout))
+    own_total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
+    own = gl.zeros([ROWS, head_size], gl.float32, mean_layout)
+    top, total, mean = own_top, own_total, own
+    scores = warpgroup_mma_wait(0, [multiply_keys(queries, keys, 0, layout, STAGES)])
+    keys.release(0, STAGES)
+    weights, _, own_top, own_total = weigh(
+        scores, own_top, own_total, positions, 0, scale, layout, True
+    )
+    weights = as_operand(weights, values, mean_layout)
+    whole = gl.minimum((prefix + row + 1) // TILE, last)
+    for tile in range(1, whole):
+        weights, own_top, own_total, own, top, total, mean = add_tile(
+            *(weights, own_top, own_total, own, top, total, mean, queries, keys, values),
+            *(positions, tile, scale, layout, mean_layout, per, STAGES, False, EAGER),
         )
-    for i in range(whole, gl.cdiv(last, per)):
-        end = gl.minimum(i * per + per, last)
-        scores, own, top, total, mean = segment(
-            *(scores, own, top, total, mean, queries, keys, values, positions),
-            *(i * per, end, last, scale, layout, mean_layout, STAGES, True, OVERLAP),
+    for tile in range(gl.maximum(whole, 1), last):
+        weights, own_top, own_total, own, top, total, mean = add_tile(
+            *(weights, own_top, own_total, own, top, total, mean, queries, keys, values),
+            *(positions, tile, scale, layout, mean_layout, per, STAGES, True, EAGER),
         )
-    numbers = gl.arange(0, ROWS, row_layout)
-    lanes = gl.arange(0, head_size, gl.SliceLayout(0, mean_layout))
-    at = places(numbers, lanes, start, row, column, stride_o, head_size, HEADS)
-    exists = (row + numbers % (ROWS // HEADS) < length)[:, None]
+    own = multiply_values(weights, values, own, last - 1, per, STAGES)
+    own = warpgroup_mma_wait(0, [own])
+    top, total, mean = add_segment(top, total, mean, own_top, own_total, own, row_layout)
     total = gl.convert_layout(total, row_layout, assert_trivial=True)
-    gl.store(out + at, (mean / total[:, None]).to(out.dtype.element_ty), mask=exists)
+    place.store((mean / total[:, None]).to(out.dtype.element_ty))
+    gl.barrier()
+    at, exists = places(start, length, row, column, stride_o, head_size, HEADS)
+    gl.store(out + at, place.load(rows_layout(head_size, WARPS)), mask=exists)
 
 
 @gluon.jit(do_not_specialize=["table_stride"])
@@ -366,8 +363,8 @@ def extend(  # noqa: PLR0917
     SEGMENT: gl.constexpr,  # noqa: N803
     HEADS: gl.constexpr,  # noqa: N803 - of a program: 1, or 2 that share keys
     STAGES: gl.constexpr,  # noqa: N803
-    OVERLAP: gl.constexpr,  # noqa: N803
     HELD: gl.constexpr,  # noqa: N803
+    EAGER: gl.constexpr,  # noqa: N803
     BLOCKS_FIRST: gl.constexpr,  # noqa: N803
 ):
     """A program attends a block of one request's rows in one head or two."""
@@ -413,8 +410,8 @@ def extend(  # noqa: PLR0917
                     SEGMENT,
                     HEADS,
                     STAGES,
-                    OVERLAP,
                     HELD,
+                    EAGER,
                 ),
             ),
             (
