@@ -80,7 +80,12 @@ def ring(dtype: gl.constexpr, head_size: gl.constexpr, STAGES: gl.constexpr):  #
 
 @gluon.jit
 def copy_tile(  # noqa: PLR0917
-    ring, descriptor, row, column, tile, STAGES: gl.constexpr  # noqa: N803
+    ring,
+    descriptor,
+    row,
+    column,
+    tile,
+    STAGES: gl.constexpr,  # noqa: N803
 ):
     """Let the device copy a tile of new keys or values."""
     ring.wait_free(tile, STAGES)
@@ -91,7 +96,11 @@ def copy_tile(  # noqa: PLR0917
 
 @gluon.jit
 def gather_tile(  # noqa: PLR0917
-    ring, pointers, exists, tile, STAGES: gl.constexpr  # noqa: N803
+    ring,
+    pointers,
+    exists,
+    tile,
+    STAGES: gl.constexpr,  # noqa: N803
 ):
     """Copy a tile's rows from where each of them is; 0 where none exist."""
     ring.wait_free(tile, STAGES)
