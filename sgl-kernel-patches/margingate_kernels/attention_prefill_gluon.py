@@ -199,27 +199,17 @@ def weigh(  # noqa: PLR0917
 @gluon.jit
 def multiply_keys(queries, keys, tile, layout: gl.constexpr, STAGES: gl.constexpr):  # noqa: N803
     """Start the scores of a tile."""
-    keys.wait_full(tile, STAGES)
-    hopper.fence_async_shared()
     k = keys.tiles.index(tile % STAGES).permute((1, 0))
     empty = gl.zeros([ROWS, TILE], gl.float32, layout)
     return warpgroup_mma(queries, k, empty, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def multiply_values(weights, values, own, tile, per: gl.constexpr, STAGES: gl.constexpr):  # noqa: N803
-    """Start to add a tile's weighted values to those of its segment before it."""
-    values.wait_full(tile, STAGES)
-    hopper.fence_async_shared()
-    v = values.tiles.index(tile % STAGES)
-    return warpgroup_mma(weights, v, own, use_acc=tile % per != 0, is_async=True)
-
-
-@gluon.jit
 def add_segment(top, total, mean, own_top, own_total, own, row_layout: gl.constexpr):
     """Add a segment's sums to those before it."""
     higher = gl.maximum(top, own_top)
-    before, now = power_of_two(top - higher), power_of_two(own_top - higher)
+    base = gl.where(higher == _NEG_INF, 0.0, higher)  # before the first
+    before, now = power_of_two(top - base), power_of_two(own_top - base)
     total = total * before + own_total * now
     before = gl.convert_layout(before, row_layout, assert_trivial=True)
     now = gl.convert_layout(now, row_layout, assert_trivial=True)
@@ -227,12 +217,42 @@ def add_segment(top, total, mean, own_top, own_total, own, row_layout: gl.conste
 
 
 @gluon.jit
-def add_tile(  # noqa: PLR0917
-    weights,  # of the tile before
-    own_top,  # of the tile before's segment
+def add_values(  # noqa: PLR0917
+    weights,  # of the tile
+    carry,  # of its segment's sums before it
+    own_top,  # of the segment before, if the tile is a segment's first
     own_total,
     own,
     top,  # of the segments before that one
+    total,
+    mean,
+    values,
+    tile,
+    row_layout: gl.constexpr,
+    per: gl.constexpr,  # tiles of a segment
+    STAGES: gl.constexpr,  # noqa: N803
+):
+    """Start to add a tile's weighted values; a segment's first is added to nothing."""
+    first = tile % per == 0
+    if first:
+        top, total, mean = add_segment(top, total, mean, own_top, own_total, own, row_layout)
+    else:
+        own = own * gl.convert_layout(carry, row_layout, assert_trivial=True)[:, None]
+    v = values.tiles.index(tile % STAGES)
+    own = warpgroup_mma(weights, v, own, use_acc=tile % per != 0, is_async=True)
+    return own, top, total, mean
+
+
+@gluon.jit
+def add_tile(  # noqa: PLR0917
+    weights,  # of the tile before, as its own_top, own_total and carry
+    carry,
+    own_top,
+    own_total,
+    before_top,  # of the tile before that one
+    before_total,
+    own,
+    top,
     total,
     mean,
     queries,
@@ -240,10 +260,11 @@ def add_tile(  # noqa: PLR0917
     values,
     positions,
     tile,
+    last,
     scale,
     layout: gl.constexpr,
     mean_layout: gl.constexpr,
-    per: gl.constexpr,  # tiles of a segment
+    per: gl.constexpr,
     STAGES: gl.constexpr,  # noqa: N803
     MASKED: gl.constexpr,  # noqa: N803
     EAGER: gl.constexpr,  # noqa: N803
@@ -251,27 +272,29 @@ def add_tile(  # noqa: PLR0917
     """Weigh a tile while the values of the tile before are multiplied."""
     row_layout: gl.constexpr = gl.SliceLayout(1, mean_layout)
     scores = multiply_keys(queries, keys, tile, layout, STAGES)
-    own = multiply_values(weights, values, own, tile - 1, per, STAGES)
+    own, top, total, mean = add_values(
+        *(weights, carry, before_top, before_total, own, top, total, mean, values, tile - 1),
+        *(row_layout, per, STAGES),
+    )
     scores = warpgroup_mma_wait(1, [scores])
     if EAGER:
         keys.release(tile, STAGES)
     first = tile % per == 0
-    next_weights, carry, next_top, next_total = weigh(
+    weights, carry, next_top, next_total = weigh(
         scores,
         gl.where(first, _NEG_INF, own_top),
         gl.where(first, 0.0, own_total),
         *(positions, tile * TILE, scale, layout, MASKED),
     )
-    next_weights = as_operand(next_weights, values, mean_layout)
-    own = warpgroup_mma_wait(0, [own])
+    weights = as_operand(weights, values, mean_layout)
+    keys.wait_full(gl.minimum(tile + 1, last - 1), STAGES)
+    values.wait_full(tile, STAGES)
+    hopper.fence_async_shared()
+    own, weights, next_total = warpgroup_mma_wait(0, [own, weights, next_total])
     if not EAGER:
         keys.release(tile, STAGES)
     values.release(tile - 1, STAGES)
-    if first:
-        top, total, mean = add_segment(top, total, mean, own_top, own_total, own, row_layout)
-    else:
-        own = own * gl.convert_layout(carry, row_layout, assert_trivial=True)[:, None]
-    return next_weights, next_top, next_total, own, top, total, mean
+    return weights, carry, next_top, next_total, own_top, own_total, own, top, total, mean
 
 
 @gluon.jit
@@ -322,24 +345,39 @@ def attend(  # noqa: PLR0917
     own_total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
     own = gl.zeros([ROWS, head_size], gl.float32, mean_layout)
     top, total, mean = own_top, own_total, own
+    keys.wait_full(0, STAGES)
+    hopper.fence_async_shared()
     scores = warpgroup_mma_wait(0, [multiply_keys(queries, keys, 0, layout, STAGES)])
     keys.release(0, STAGES)
-    weights, _, own_top, own_total = weigh(
+    before_top, before_total = own_top, own_total
+    weights, carry, own_top, own_total = weigh(
         scores, own_top, own_total, positions, 0, scale, layout, True
     )
     weights = as_operand(weights, values, mean_layout)
+    keys.wait_full(gl.minimum(1, last - 1), STAGES)
+    values.wait_full(0, STAGES)
+    hopper.fence_async_shared()
     whole = gl.minimum((prefix + row + 1) // TILE, last)
     for tile in range(1, whole):
-        weights, own_top, own_total, own, top, total, mean = add_tile(
-            *(weights, own_top, own_total, own, top, total, mean, queries, keys, values),
-            *(positions, tile, scale, layout, mean_layout, per, STAGES, False, EAGER),
+        weights, carry, own_top, own_total, before_top, before_total, own, top, total, mean = (
+            add_tile(
+                *(weights, carry, own_top, own_total, before_top, before_total, own, top, total),
+                *(mean, queries, keys, values, positions, tile, last, scale),
+                *(layout, mean_layout, per, STAGES, False, EAGER),
+            )
         )
     for tile in range(gl.maximum(whole, 1), last):
-        weights, own_top, own_total, own, top, total, mean = add_tile(
-            *(weights, own_top, own_total, own, top, total, mean, queries, keys, values),
-            *(positions, tile, scale, layout, mean_layout, per, STAGES, True, EAGER),
+        weights, carry, own_top, own_total, before_top, before_total, own, top, total, mean = (
+            add_tile(
+                *(weights, carry, own_top, own_total, before_top, before_total, own, top, total),
+                *(mean, queries, keys, values, positions, tile, last, scale),
+                *(layout, mean_layout, per, STAGES, True, EAGER),
+            )
         )
-    own = multiply_values(weights, values, own, last - 1, per, STAGES)
+    own, top, total, mean = add_values(
+        *(weights, carry, before_top, before_total, own, top, total, mean, values, last - 1),
+        *(row_layout, per, STAGES),
+    )
     own = warpgroup_mma_wait(0, [own])
     top, total, mean = add_segment(top, total, mean, own_top, own_total, own, row_layout)
     total = gl.convert_layout(total, row_layout, assert_trivial=True)
