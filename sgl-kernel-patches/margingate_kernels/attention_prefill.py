@@ -130,7 +130,8 @@ def _launch_extend(  # noqa: PLR0917
     rules: Rules,
 ) -> None:
     heads, head_size = q.shape[1:]
-    if GLUON is not None and _copies_tiles(q.device) and rules == PLAIN and head_size <= 128:
+    plain = rules.window is None and rules.sinks is None and multiply[1] is None
+    if GLUON is not None and plain and head_size <= 128 and _copies_tiles(q.device):
         _launch_gluon(q, columns, chunks, multiply[0], out, GLUON)
         return
     blocks = attention.blocks_for(head_size)

@@ -1,17 +1,15 @@
 """Gluon body of `extend_attention` for Hopper; its arithmetic is that of attention_triton.py.
 
-A program has three parts that run at once. One brings tiles of keys and values to rings in shared
-memory: new keys by the device's own copies of whole tiles, cached ones by slot, row by row. The two
-others attend 64 rows each: the same rows of two heads that share keys, or 128 rows of one head. A
-part multiplies the queries by the next tile before it weighs the present one, so the matrix unit
-has work meanwhile.
+A program has two parts that run at once. One brings tiles of keys and values to rings in shared
+memory: new keys by the device's own copies of whole tiles; cached ones, and a sequence's last, row
+by row and by slot. The other attends 128 rows, 64 a group of four warps: the same rows of two heads
+that share keys, or rows of one head. It weighs a tile while the values of the tile before are
+multiplied, and rescales the sums while the scores of the next are.
 
 Bits do not depend on any of that: tiles of 64 keys are added to segments and segments to each other
 as `add_tile` and `_segment` do it, operation by operation.
 """
 
-import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
@@ -20,7 +18,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -52,20 +49,36 @@ class Ring:
     free: gl.shared_memory_descriptor
 
     @gluon.jit
-    def wait_full(self, tile, STAGES: gl.constexpr):  # noqa: N803
+    def wait_full(
+        self,
+        tile: gl.tensor,
+        STAGES: gl.constexpr,  # noqa: N803
+    ) -> None:
         mbarrier.wait(self.full.index(tile % STAGES), tile // STAGES & 1)
 
     @gluon.jit
-    def wait_free(self, tile, STAGES: gl.constexpr):  # noqa: N803
+    def wait_free(
+        self,
+        tile: gl.tensor,
+        STAGES: gl.constexpr,  # noqa: N803
+    ) -> None:
         mbarrier.wait(self.free.index(tile % STAGES), tile // STAGES & 1 ^ 1)
 
     @gluon.jit
-    def release(self, tile, STAGES: gl.constexpr):  # noqa: N803
+    def release(
+        self,
+        tile: gl.tensor,
+        STAGES: gl.constexpr,  # noqa: N803
+    ) -> None:
         mbarrier.arrive(self.free.index(tile % STAGES), count=1)
 
 
 @gluon.jit
-def ring(dtype: gl.constexpr, head_size: gl.constexpr, STAGES: gl.constexpr):  # noqa: N803
+def ring(
+    dtype: gl.constexpr,
+    head_size: gl.constexpr,
+    STAGES: gl.constexpr,  # noqa: N803
+) -> Ring:
     """A ring whose stages are all free."""
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, head_size], dtype)
     barriers: gl.constexpr = mbarrier.MBarrierLayout()
@@ -75,18 +88,18 @@ def ring(dtype: gl.constexpr, head_size: gl.constexpr, STAGES: gl.constexpr):  #
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(free.index(stage), count=1)
-    return Ring(tiles, full, free)
+    return Ring(tiles, full, free)  # type: ignore[call-arg]  # `aggregate` makes the constructor
 
 
 @gluon.jit
 def copy_tile(  # noqa: PLR0917
-    ring,
-    descriptor,
-    row,
-    column,
-    tile,
+    ring: Ring,
+    descriptor: tma.tensor_descriptor,
+    row: gl.tensor,
+    column: gl.tensor,
+    tile: gl.tensor,
     STAGES: gl.constexpr,  # noqa: N803
-):
+) -> None:
     """Let the device copy a tile of new keys or values."""
     ring.wait_free(tile, STAGES)
     full = ring.full.index(tile % STAGES)
@@ -95,13 +108,13 @@ def copy_tile(  # noqa: PLR0917
 
 
 @gluon.jit
-def gather_tile(  # noqa: PLR0917
-    ring,
-    pointers,
-    exists,
-    tile,
+def gather_tile(
+    ring: Ring,
+    pointers: gl.tensor,
+    exists: gl.tensor,
+    tile: gl.tensor,
     STAGES: gl.constexpr,  # noqa: N803
-):
+) -> None:
     """Copy a tile's rows from where each of them is; 0 where none exist."""
     ring.wait_free(tile, STAGES)
     full = ring.full.index(tile % STAGES)
@@ -112,23 +125,23 @@ def gather_tile(  # noqa: PLR0917
 
 @gluon.jit
 def bring(  # noqa: PLR0917
-    keys,
-    values,
-    k_tiles,
-    v_tiles,
-    k_at,  # pointer to slot 0 of this K/V head
-    v_at,
-    slots,  # pointer to the slot of key 0
-    start,  # the sequence's first token
-    prefix,
-    length,
-    last,  # tiles from here on are not needed
-    column,  # of this K/V head
+    keys: Ring,
+    values: Ring,
+    k_tiles: tma.tensor_descriptor,
+    v_tiles: tma.tensor_descriptor,
+    k_at: gl.tensor,  # pointer to slot 0 of this K/V head
+    v_at: gl.tensor,
+    slots: gl.tensor,  # pointer to the slot of key 0
+    start: gl.tensor,  # the sequence's first token
+    prefix: gl.tensor,
+    length: gl.tensor,
+    last: gl.tensor,  # tiles from here on are not needed
+    column: gl.tensor,  # of this K/V head
     stride_k: gl.constexpr,
     stride_v: gl.constexpr,
     head_size: gl.constexpr,
     STAGES: gl.constexpr,  # noqa: N803
-):
+) -> None:
     """Bring all tiles to the rings, as stages become free."""
     layout: gl.constexpr = rows_layout(head_size, gl.num_warps())
     end = prefix + length
@@ -151,14 +164,14 @@ def bring(  # noqa: PLR0917
 
 @gluon.jit
 def places(  # noqa: PLR0917
-    start,  # the sequence's first token
-    length,
-    row,  # the first
-    column,  # of the first head
+    start: gl.tensor,  # the sequence's first token
+    length: gl.tensor,
+    row: gl.tensor,  # the first
+    column: gl.tensor,  # of the first head
     stride: gl.constexpr,
     head_size: gl.constexpr,
     HEADS: gl.constexpr,  # noqa: N803
-):
+) -> tuple[gl.tensor, gl.tensor]:
     """Where a block's rows are in a tensor [tokens, heads, head_size], head behind head; and if."""
     layout: gl.constexpr = rows_layout(head_size, WARPS)
     per: gl.constexpr = ROWS // HEADS
@@ -172,15 +185,15 @@ def places(  # noqa: PLR0917
 
 @gluon.jit
 def weigh(  # noqa: PLR0917
-    scores,  # float32 [ROWS, TILE]
-    top,  # float32 [ROWS], as `add_tile`
-    total,  # as top
-    positions,  # int32 [ROWS]
-    first,  # key
-    scale,
+    scores: gl.tensor,  # float32 [ROWS, TILE]
+    top: gl.tensor,  # float32 [ROWS], as `add_tile`
+    total: gl.tensor,  # as top
+    positions: gl.tensor,  # int32 [ROWS]
+    first: gl.tensor,  # key
+    scale: gl.tensor,
     layout: gl.constexpr,
     MASKED: gl.constexpr,  # noqa: N803
-):
+) -> tuple[gl.tensor, gl.tensor, gl.tensor, gl.tensor]:
     """A tile's weights, what the sums so far are multiplied by, and the new top and total."""
     if MASKED:
         keys = first + gl.arange(0, TILE, gl.SliceLayout(0, layout))
@@ -197,7 +210,13 @@ def weigh(  # noqa: PLR0917
 
 
 @gluon.jit
-def multiply_keys(queries, keys, tile, layout: gl.constexpr, STAGES: gl.constexpr):  # noqa: N803
+def multiply_keys(
+    queries: gl.shared_memory_descriptor,
+    keys: Ring,
+    tile: gl.tensor,
+    layout: gl.constexpr,
+    STAGES: gl.constexpr,  # noqa: N803
+) -> hopper.warpgroup_mma_accumulator:
     """Start the scores of a tile."""
     k = keys.tiles.index(tile % STAGES).permute((1, 0))
     empty = gl.zeros([ROWS, TILE], gl.float32, layout)
@@ -205,7 +224,15 @@ def multiply_keys(queries, keys, tile, layout: gl.constexpr, STAGES: gl.constexp
 
 
 @gluon.jit
-def add_segment(top, total, mean, own_top, own_total, own, row_layout: gl.constexpr):
+def add_segment(  # noqa: PLR0917
+    top: gl.tensor,
+    total: gl.tensor,
+    mean: gl.tensor,
+    own_top: gl.tensor,
+    own_total: gl.tensor,
+    own: gl.tensor,
+    row_layout: gl.constexpr,
+) -> tuple[gl.tensor, gl.tensor, gl.tensor]:
     """Add a segment's sums to those before it."""
     higher = gl.maximum(top, own_top)
     base = gl.where(higher == _NEG_INF, 0.0, higher)  # before the first
@@ -218,20 +245,20 @@ def add_segment(top, total, mean, own_top, own_total, own, row_layout: gl.conste
 
 @gluon.jit
 def add_values(  # noqa: PLR0917
-    weights,  # of the tile
-    carry,  # of its segment's sums before it
-    own_top,  # of the segment before, if the tile is a segment's first
-    own_total,
-    own,
-    top,  # of the segments before that one
-    total,
-    mean,
-    values,
-    tile,
+    weights: gl.tensor,  # of the tile
+    carry: gl.tensor,  # of its segment's sums before it
+    own_top: gl.tensor,  # of the segment before, if the tile is a segment's first
+    own_total: gl.tensor,
+    own: gl.tensor,
+    top: gl.tensor,  # of the segments before that one
+    total: gl.tensor,
+    mean: gl.tensor,
+    values: Ring,
+    tile: gl.tensor,
     row_layout: gl.constexpr,
     per: gl.constexpr,  # tiles of a segment
     STAGES: gl.constexpr,  # noqa: N803
-):
+) -> tuple[hopper.warpgroup_mma_accumulator, gl.tensor, gl.tensor, gl.tensor]:
     """Start to add a tile's weighted values; a segment's first is added to nothing."""
     first = tile % per == 0
     if first:
@@ -245,30 +272,30 @@ def add_values(  # noqa: PLR0917
 
 @gluon.jit
 def add_tile(  # noqa: PLR0917
-    weights,  # of the tile before, as its own_top, own_total and carry
-    carry,
-    own_top,
-    own_total,
-    before_top,  # of the tile before that one
-    before_total,
-    own,
-    top,
-    total,
-    mean,
-    queries,
-    keys,
-    values,
-    positions,
-    tile,
-    last,
-    scale,
+    weights: gl.tensor,  # of the tile before, as its own_top, own_total and carry
+    carry: gl.tensor,
+    own_top: gl.tensor,
+    own_total: gl.tensor,
+    before_top: gl.tensor,  # of the tile before that one
+    before_total: gl.tensor,
+    own: gl.tensor,
+    top: gl.tensor,
+    total: gl.tensor,
+    mean: gl.tensor,
+    queries: gl.shared_memory_descriptor,
+    keys: Ring,
+    values: Ring,
+    positions: gl.tensor,
+    tile: gl.tensor,
+    last: gl.tensor,
+    scale: gl.tensor,
     layout: gl.constexpr,
     mean_layout: gl.constexpr,
     per: gl.constexpr,
     STAGES: gl.constexpr,  # noqa: N803
     MASKED: gl.constexpr,  # noqa: N803
     EAGER: gl.constexpr,  # noqa: N803
-):
+) -> tuple[gl.tensor, ...]:
     """Weigh a tile while the values of the tile before are multiplied."""
     row_layout: gl.constexpr = gl.SliceLayout(1, mean_layout)
     scores = multiply_keys(queries, keys, tile, layout, STAGES)
@@ -298,7 +325,11 @@ def add_tile(  # noqa: PLR0917
 
 
 @gluon.jit
-def as_operand(weights, values, mean_layout: gl.constexpr):
+def as_operand(
+    weights: gl.tensor,
+    values: Ring,
+    mean_layout: gl.constexpr,
+) -> gl.tensor:
     """Weights as the left side of their product with values, in the same registers."""
     operand: gl.constexpr = gl.DotOperandLayout(0, mean_layout, 2)
     return gl.convert_layout(weights.to(values.tiles.dtype), operand, assert_trivial=True)
@@ -306,18 +337,18 @@ def as_operand(weights, values, mean_layout: gl.constexpr):
 
 @gluon.jit
 def attend(  # noqa: PLR0917
-    q,
-    out,
-    place,  # shared memory of the queries
-    keys,
-    values,
-    start,
-    prefix,
-    length,
-    row,  # the first
-    last,  # tiles from here on are not needed
-    column,  # of the first head
-    scale,
+    q: gl.tensor,
+    out: gl.tensor,
+    place: gl.shared_memory_descriptor,  # shared memory of the queries
+    keys: Ring,
+    values: Ring,
+    start: gl.tensor,
+    prefix: gl.tensor,
+    length: gl.tensor,
+    row: gl.tensor,  # the first
+    last: gl.tensor,  # tiles from here on are not needed
+    column: gl.tensor,  # of the first head
+    scale: gl.tensor,
     stride_q: gl.constexpr,
     stride_o: gl.constexpr,
     head_size: gl.constexpr,
@@ -326,7 +357,7 @@ def attend(  # noqa: PLR0917
     STAGES: gl.constexpr,  # noqa: N803
     HELD: gl.constexpr,  # noqa: N803 - the queries in registers
     EAGER: gl.constexpr,  # noqa: N803
-):
+) -> None:
     """Attend a block of rows to their keys."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TILE, 16])
     mean_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, head_size, 16])
@@ -389,18 +420,18 @@ def attend(  # noqa: PLR0917
 
 @gluon.jit(do_not_specialize=["table_stride"])
 def extend(  # noqa: PLR0917
-    q,  # [tokens, heads, head_size]
-    out,  # as q
-    k_buffer,  # [slots, K/V heads, head_size]
-    v_buffer,  # as k_buffer
-    k_tiles,  # the new keys [tokens, K/V heads * head_size] as a descriptor
-    v_tiles,
-    page_table,  # int32 [requests, positions]: slots
-    table_stride,
-    table_rows,  # int64 [sequences]: rows of the page table
-    starts,  # [sequences + 1]: first token of each in q
-    prefix_lens,  # [sequences]: positions before the first of these tokens
-    scale,  # of the scores times log2(e)
+    q: gl.tensor,  # [tokens, heads, head_size]
+    out: gl.tensor,  # as q
+    k_buffer: gl.tensor,  # [slots, K/V heads, head_size]
+    v_buffer: gl.tensor,  # as k_buffer
+    k_tiles: tma.tensor_descriptor,  # the new keys [tokens, K/V heads * head_size] as a descriptor
+    v_tiles: tma.tensor_descriptor,
+    page_table: gl.tensor,  # int32 [requests, positions]: slots
+    table_stride: gl.tensor,
+    table_rows: gl.tensor,  # int64 [sequences]: rows of the page table
+    starts: gl.tensor,  # [sequences + 1]: first token of each in q
+    prefix_lens: gl.tensor,  # [sequences]: positions before the first of these tokens
+    scale: gl.tensor,  # of the scores times log2(e)
     stride_q: gl.constexpr,  # elements from token to token
     stride_o: gl.constexpr,
     stride_k: gl.constexpr,  # from slot to slot
@@ -413,7 +444,7 @@ def extend(  # noqa: PLR0917
     HELD: gl.constexpr,  # noqa: N803
     EAGER: gl.constexpr,  # noqa: N803
     BLOCKS_FIRST: gl.constexpr,  # noqa: N803
-):
+) -> None:
     """A program attends a block of one request's rows in one head or two."""
     axis: gl.constexpr = 0 if BLOCKS_FIRST else 1
     # The last blocks have most keys: they go first.
