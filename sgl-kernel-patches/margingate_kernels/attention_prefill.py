@@ -175,14 +175,8 @@ def _launch_gluon(  # noqa: PLR0917
     out: torch.Tensor,
     pipeline: Pipeline,
 ) -> None:
-    heads, head_size = q.shape[1:]
-    group = heads // columns.k_buffer.shape[1]
-    together = pipeline.heads if group % pipeline.heads == 0 else 1
-    row_blocks = triton.cdiv(chunks.longest, attention_prefill_gluon.ROWS.value // together)
-    grid = (row_blocks, heads // together)
-    attention_prefill_gluon.extend[
-        (*(grid if pipeline.blocks_first else reversed(grid)), len(chunks.prefix_lens))
-    ](
+    grid, constants = gluon_launch(q, columns, chunks, out, pipeline)
+    attention_prefill_gluon.extend[grid](
         q,
         out,
         columns.k_buffer,
@@ -194,19 +188,27 @@ def _launch_gluon(  # noqa: PLR0917
         chunks.starts,
         chunks.prefix_lens,
         scale,
-        q.stride(0),
-        out.stride(0),
-        columns.k_buffer.stride(0),
-        columns.v_buffer.stride(0),
-        group,
-        head_size,
-        attention.blocks_for(head_size).segment,
-        together,
-        pipeline.stages,
-        pipeline.held,
-        pipeline.eager,
-        pipeline.blocks_first,
+        *constants,
         num_warps=attention_prefill_gluon.WARPS.value,
+    )
+
+
+def gluon_launch(
+    q: torch.Tensor, columns: Columns, chunks: Chunks, out: torch.Tensor, pipeline: Pipeline
+) -> tuple[tuple[int, int, int], tuple[int, ...]]:
+    """The grid, and what is constant of the Gluon kernel's arguments, in their order."""
+    heads, head_size = q.shape[1:]
+    group = heads // columns.k_buffer.shape[1]
+    together = pipeline.heads if group % pipeline.heads == 0 else 1
+    blocks = triton.cdiv(chunks.longest, attention_prefill_gluon.ROWS.value // together)
+    first, second = blocks, heads // together
+    if not pipeline.blocks_first:
+        first, second = second, first
+    strides = (each.stride(0) for each in (q, out, columns.k_buffer, columns.v_buffer))
+    segment = attention.blocks_for(head_size).segment
+    return (first, second, len(chunks.prefix_lens)), (
+        *(*strides, group, head_size, segment, together, pipeline.stages),
+        *(pipeline.held, pipeline.eager, pipeline.blocks_first),
     )
 
 
