@@ -7,9 +7,16 @@ from typing import NamedTuple
 
 import torch
 import triton
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia import hopper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from margingate_kernels import attention, attention_prefill_triton, attention_triton
+from margingate_kernels import (
+    attention,
+    attention_prefill_gluon,
+    attention_prefill_triton,
+    attention_triton,
+)
 from margingate_kernels.attention_checks import (
     PLAIN,
     Rules,
@@ -18,6 +25,21 @@ from margingate_kernels.attention_checks import (
     check_rules,
     check_scale,
 )
+
+
+class Pipeline(NamedTuple):
+    """How the Gluon kernel works; no part of a row's bits."""
+
+    heads: int  # of a program at most: 2 share keys where a group has an even number
+    stages: int  # tiles of keys, and as many of values, in shared memory
+    held: bool  # queries in registers, not in shared memory
+    eager: bool  # a tile of keys is given back before it is weighed, not afterwards
+    blocks_first: bool  # programs of a head lie beside each other, not those of a block
+
+
+# On Hopper, for plain layers of heads of up to 128 lanes; None: Triton's kernel, whose bits are the
+# same, until a GPU has shown that.
+GLUON: Pipeline | None = Pipeline(heads=2, stages=3, held=False, eager=True, blocks_first=False)
 
 
 class Chunks(NamedTuple):
@@ -108,6 +130,10 @@ def _launch_extend(  # noqa: PLR0917
     rules: Rules,
 ) -> None:
     heads, head_size = q.shape[1:]
+    plain = rules.window is None and rules.sinks is None and multiply[1] is None
+    if GLUON is not None and plain and head_size <= 128 and _copies_tiles(q.device):
+        _launch_gluon(q, columns, chunks, multiply[0], out, GLUON)
+        return
     blocks = attention.blocks_for(head_size)
     parts = blocks.extend.parts
     tiles, kind = (columns.k, columns.v), attention_triton.FLAT
@@ -144,6 +170,51 @@ def _launch_extend(  # noqa: PLR0917
     )
 
 
+def _launch_gluon(  # noqa: PLR0917
+    q: torch.Tensor,
+    columns: Columns,
+    chunks: Chunks,
+    scale: float,
+    out: torch.Tensor,
+    pipeline: Pipeline,
+) -> None:
+    grid, constants = gluon_launch(q, columns, chunks, out, pipeline)
+    attention_prefill_gluon.extend[grid](
+        q,
+        out,
+        columns.k_buffer,
+        columns.v_buffer,
+        *(_gluon_tiles(each) for each in (columns.k, columns.v)),
+        chunks.page_table,
+        chunks.page_table.stride(0),
+        chunks.table_rows,
+        chunks.starts,
+        chunks.prefix_lens,
+        scale,
+        *constants,
+        num_warps=attention_prefill_gluon.WARPS.value,
+    )
+
+
+def gluon_launch(
+    q: torch.Tensor, columns: Columns, chunks: Chunks, out: torch.Tensor, pipeline: Pipeline
+) -> tuple[tuple[int, int, int], tuple[int, ...]]:
+    """The grid, and what is constant of the Gluon kernel's arguments, in their order."""
+    heads, head_size = q.shape[1:]
+    group = heads // columns.k_buffer.shape[1]
+    together = pipeline.heads if group % pipeline.heads == 0 else 1
+    blocks = triton.cdiv(chunks.longest, attention_prefill_gluon.ROWS.value // together)
+    first, second = blocks, heads // together
+    if not pipeline.blocks_first:
+        first, second = second, first
+    strides = (each.stride(0) for each in (q, out, columns.k_buffer, columns.v_buffer))
+    segment = attention.blocks_for(head_size).segment
+    return (first, second, len(chunks.prefix_lens)), (
+        *(*strides, group, head_size, segment, together, pipeline.stages),
+        *(pipeline.held, pipeline.eager, pipeline.blocks_first),
+    )
+
+
 @functools.cache
 def _copies_tiles(device: torch.device) -> bool:
     """Whether the device copies a tile to shared memory by itself, as Hopper does."""
@@ -154,3 +225,12 @@ def _tiles(tensor: torch.Tensor, shape: list[int]) -> TensorDescriptor:
     """[tokens, heads, lanes] as a matrix of which tiles of some keys and lanes are copied."""
     tokens, heads, lanes = tensor.shape
     return TensorDescriptor(tensor, [tokens, heads * lanes], [heads * lanes, 1], shape)
+
+
+def _gluon_tiles(tensor: torch.Tensor) -> hopper.TensorDescriptor:
+    """As `_tiles`, with how a tile lies in shared memory."""
+    tokens, heads, lanes = tensor.shape
+    block = [attention_prefill_gluon.TILE.value, lanes]
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)  # or float16: as wide
+    shape, strides = [tokens, heads * lanes], [heads * lanes, 1]
+    return hopper.TensorDescriptor(tensor, shape, strides, block, layout)

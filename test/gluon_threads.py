@@ -1,0 +1,270 @@
+"""The Gluon prefill kernel on a CPU: its own lines, on numpy, each part of a program in a thread.
+
+Gluon has no interpreter. What a GPU does later is done late here too: a product reads shared memory
+when it is waited for, and a tile arrives some time after it was asked for; so a stage that is given
+back too early, or read too early, changes the outcome. A barrier that is never reached is an error
+after `PATIENCE_S`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+import time
+from types import FunctionType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from margingate_kernels import attention, attention_prefill, attention_prefill_gluon
+from margingate_kernels.attention_prefill import Chunks, Columns, Pipeline
+
+PATIENCE_S = 10
+TYPES = {"fp32": np.float32, "int32": np.int32, "int64": np.int64, "fp16": np.float16}
+changed = threading.Condition()  # of all barriers
+thread = threading.local()  # its products in flight
+
+
+class Array(np.ndarray):
+    """A tensor of Gluon's, of any layout; scalars too."""
+
+    def __array_wrap__(self, found: Any, context: Any = None, scalar: bool = False) -> Array:
+        return array(found)
+
+    def __getitem__(self, at: Any) -> Array:
+        return array(super().__getitem__(at))
+
+    def to(self, dtype: Any, bitcast: bool = False) -> Array:
+        kind = TYPES.get(str(dtype), dtype)
+        return array(np.asarray(self).view(kind) if bitcast else np.asarray(self).astype(kind))
+
+
+def array(numbers: Any, dtype: Any = None) -> Array:
+    return np.asarray(numbers, dtype).view(Array)
+
+
+class Pointer:
+    def __init__(self, data: np.ndarray, at: Any = 0) -> None:
+        self.data, self.at = data, np.asarray(at)
+        self.dtype = SimpleNamespace(element_ty=data.dtype)
+
+    def __add__(self, more: Any) -> Pointer:
+        return Pointer(self.data, self.at + np.asarray(more))
+
+
+class Shared:
+    def __init__(self, data: np.ndarray) -> None:
+        self.data, self.dtype = data, data.dtype
+
+    def index(self, at: Any) -> Shared:
+        return Shared(self.data[int(at)])
+
+    def permute(self, order: Any) -> Shared:
+        return Shared(self.data.transpose(order))
+
+    def store(self, numbers: Any) -> None:
+        self.data[...] = numbers
+
+    def load(self, _: Any) -> Array:
+        return array(self.data.copy())
+
+
+class Barrier:
+    """Of a stage: a phase ends when all have arrived and all bytes are there."""
+
+    def init(self, count: int) -> None:
+        self.count = self.pending = count
+        self.bytes = self.phase = 0
+
+    def change(self, arrivals: int, more: int) -> None:
+        with changed:
+            self.pending -= arrivals
+            self.bytes += more
+            assert self.pending >= 0 and self.bytes >= 0, "more than the phase waits for"
+            if self.pending == self.bytes == 0:
+                self.phase, self.pending = self.phase ^ 1, self.count
+            changed.notify_all()
+
+    def wait(self, parity: Any) -> None:
+        with changed:
+            if not changed.wait_for(lambda: self.phase != int(parity), PATIENCE_S):
+                raise TimeoutError("a barrier is never reached")
+
+
+class Barriers:
+    def __init__(self, stages: int) -> None:
+        self.all = [Barrier() for _ in range(stages)]
+
+    def index(self, at: Any) -> Barrier:
+        return self.all[int(at)]
+
+
+class Descriptor:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.data = tensor.flatten(1).numpy()
+        self.block = (64, tensor.shape[-1])
+        self.nbytes_per_cta = 64 * tensor.shape[-1] * self.data.itemsize
+
+
+def copy_tile(descriptor: Descriptor, corner: Any, barrier: Barrier, result: Shared) -> None:
+    """By a thread, late; rows outside of the tensor are 0."""
+    row, column = (int(at) for at in corner)
+    rows, lanes = descriptor.block
+
+    def copy() -> None:
+        time.sleep(random.random() / 1000)
+        found = descriptor.data[row : row + rows, column : column + lanes]
+        result.data[...] = 0
+        result.data[: len(found)] = found
+        barrier.change(0, -descriptor.nbytes_per_cta)
+
+    threading.Thread(target=copy).start()
+
+
+class Product:
+    """Of the matrix unit, in flight."""
+
+    def __init__(self, left: Any, right: Shared, so_far: Any, use_acc: Any) -> None:
+        self.left, self.right, self.so_far, self.use_acc = left, right, so_far, bool(use_acc)
+        thread.products.append(self)
+
+    def finish(self) -> None:
+        left = self.left.data if isinstance(self.left, Shared) else self.left
+        exact = np.matmul(left, self.right.data, dtype=np.float64)
+        found = exact.astype(np.float32)
+        self.found = array(found + np.asarray(self.so_far) if self.use_acc else found)
+
+
+def wait_products(flying: int, deps: list[Any]) -> Any:
+    time.sleep(random.random() / 1000)
+    while len(thread.products) > flying:
+        thread.products.pop(0).finish()
+    found = tuple(each.found if isinstance(each, Product) else each for each in deps)
+    return found if len(found) > 1 else found[0]
+
+
+def load(pointer: Pointer, mask: Any = None, other: Any = 0) -> Array:
+    seen = np.broadcast_to(True if mask is None else mask, pointer.at.shape)
+    inside = (pointer.at >= 0) & (pointer.at < len(pointer.data))
+    assert (inside | ~seen).all(), "an address outside of a tensor"
+    found = pointer.data[np.where(seen, pointer.at, 0)]
+    return array(np.where(seen, found, np.asarray(other, found.dtype)))
+
+
+def store(pointer: Pointer, numbers: Any, mask: Any) -> None:
+    seen = np.broadcast_to(mask, pointer.at.shape)
+    pointer.data[pointer.at[seen]] = np.asarray(numbers)[seen]
+
+
+def allocate(dtype: Any, shape: Any, _: Any) -> Any:
+    return Barriers(shape[0]) if dtype == "int64" else Shared(np.full(shape, np.nan, dtype))
+
+
+def specialize(parts: Any, *_: Any) -> None:
+    errors: list[Exception] = []
+
+    def run(part: Any, arguments: Any) -> None:
+        thread.products = []
+        try:
+            part(*arguments)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=part) for part in parts]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    if errors:
+        raise errors[0]
+
+
+def nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+program: dict[str, list[int]] = {}  # of the grid: its place, and how many there are
+language = SimpleNamespace(
+    **{"float32": "fp32", "int32": "int32", "int64": "int64", "static_range": range},
+    **dict.fromkeys(("SliceLayout", "DotOperandLayout", "NVMMADistributedLayout"), nothing),
+    **{"barrier": nothing, "num_warps": lambda: 4, "load": load, "store": store},
+    NVMMASharedLayout=SimpleNamespace(get_default_for=nothing),
+    allocate_shared_memory=allocate,
+    warp_specialize=specialize,
+    program_id=lambda axis: array(program["at"][axis], np.int32),
+    num_programs=lambda axis: program["of"][axis],
+    arange=lambda first, end, _: array(np.arange(first, end, dtype=np.int32)),
+    full=lambda shape, number, *_: array(np.full(shape, np.asarray(number), np.float32)),
+    zeros=lambda shape, *_: array(np.zeros(shape, np.float32)),
+    convert_layout=lambda numbers, *_, **__: numbers,
+    broadcast=lambda *some: tuple(array(each) for each in np.broadcast_arrays(*some)),
+    where=lambda seen, a, b: array(np.where(seen, a, b).astype(np.float32)),
+    fma=lambda a, b, c: array(np.asarray(a) * np.asarray(b) + np.asarray(c)),
+    max=lambda numbers, axis: array(np.asarray(numbers).max(axis)),
+    sum=lambda numbers, axis: array(np.asarray(numbers).sum(axis, dtype=np.int32)),
+    cdiv=lambda a, b: array(-(-np.asarray(a) // b)),
+    **{"maximum": np.maximum, "minimum": np.minimum, "ceil": np.ceil, "exp2": np.exp2},
+)
+
+
+def power_of_two(numbers: Any) -> Array:
+    whole = np.maximum(numbers, -127).astype(np.int32) + 127
+    return array((np.asarray(whole) << 23).view(np.float32))
+
+
+def rewired() -> dict[str, Any]:
+    """The kernel's module, on the above."""
+    names = dict(vars(attention_prefill_gluon))
+    lines = {}
+    for name, value in names.items():
+        if type(value).__name__ == "constexpr":
+            lines[name] = value.value
+        elif isinstance(value, attention_prefill_gluon.gluon.GluonJITFunction):
+            lines[name] = FunctionType(value.fn.__code__, names)
+    ring = type("Ring", (), {"__init__": hold})
+    for name in ("wait_full", "wait_free", "release"):
+        body = getattr(attention_prefill_gluon.Ring, name).fn
+        setattr(ring, name, FunctionType(body.__code__, names))
+    barrier = SimpleNamespace(
+        init=lambda each, count: each.init(count),
+        wait=lambda each, parity: each.wait(parity),
+        arrive=lambda each, count: each.change(count, 0),
+        expect=lambda each, more: each.change(1, more),
+        MBarrierLayout=nothing,
+    )
+    rows = SimpleNamespace(
+        async_load=lambda result, pointers, mask: result.store(load(pointers, mask)),
+        mbarrier_arrive=nothing,
+    )
+    names |= lines | {
+        **{"gl": language, "mbarrier": barrier, "async_copy": rows, "Ring": ring},
+        "hopper": SimpleNamespace(fence_async_shared=nothing),
+        "tma": SimpleNamespace(async_load=copy_tile),
+        "warpgroup_mma": lambda a, b, c, use_acc, is_async: Product(a, b, c, use_acc),
+        **{"warpgroup_mma_wait": wait_products, "rows_layout": nothing},
+        "power_of_two": power_of_two,
+    }
+    return names
+
+
+def hold(self: Any, tiles: Any, full: Any, free: Any) -> None:
+    self.tiles, self.full, self.free = tiles, full, free
+
+
+def launch(
+    pipeline: Pipeline, q: torch.Tensor, columns: Columns, chunks: Chunks, scale: float, out: Any
+) -> None:
+    """As `attention_prefill._launch_gluon`: one program after the other."""
+    grid, constants = attention_prefill.gluon_launch(q, columns, chunks, out, pipeline)
+    program["of"] = list(grid)
+    tensors = [Pointer(each.view(-1).numpy()) for each in (q, out, *columns[:2])]
+    table, *lengths = (Pointer(each.view(-1).numpy()) for each in chunks[:4])
+    lines = rewired()
+    for at in itertools.product(*map(range, grid)):
+        program["at"] = list(at)
+        lines["extend"](
+            *(*tensors, Descriptor(columns.k), Descriptor(columns.v), table),
+            *(chunks.page_table.stride(0), *lengths, scale * attention.LOG2_E, *constants),
+        )

@@ -1,0 +1,113 @@
+"""The Gluon kernel of prefill: the bits of Triton's, in threads on a CPU; what Hopper's code is."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from unittest.mock import patch
+
+import gluon_threads
+import pytest
+import torch
+import triton
+from attention_world import World, exact_dot
+from jit_bodies import checks_in, jit_tests, run_checks
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from margingate_kernels import attention_prefill, attention_prefill_gluon, attention_prefill_triton
+from margingate_kernels.attention_prefill import Pipeline
+
+PIPELINE = Pipeline(2, 3, False, True, True)
+PIECES = ((0, 0, 1), (1, 0, 64), (2, 100, 170), (3, 64, 65), (2, 256, 300))
+
+
+def launched(pipeline, q, columns, chunks, multiply, out, rules):
+    """In place of `_launch_extend`, on a CPU."""
+    scale = multiply[0] / attention_prefill.attention.LOG2_E
+    gluon_threads.launch(pipeline, q, columns, chunks, scale, out)
+
+
+def extended(world, pieces, pipeline=PIPELINE):
+    if world.device == "cpu":
+        stand_in = partial(launched, pipeline)
+        with patch.object(attention_prefill, "_launch_extend", stand_in):
+            return world.extend(*pieces)
+    with patch.object(attention_prefill, "GLUON", pipeline):
+        return world.extend(*pieces)
+
+
+def assert_same(world, pieces, pipeline=PIPELINE):
+    """Bit for bit; both sum products as `exact_dot` does, which the order of sums cannot change."""
+    found, wanted = extended(world, pieces, pipeline), world.extend(*pieces)
+    for piece, a, b in zip(pieces, found, wanted, strict=True):
+        assert torch.equal(a, b), (piece, pipeline)
+
+
+def check_packed(device):
+    """Prompts, chunks behind cached keys that end within a tile, and one of a single token."""
+    assert_same(World(device, [1, 64, 300, 65]), PIECES)
+
+
+def check_heads(device):
+    """Groups of an even and an odd number of heads, and of one."""
+    for shape in ((4, 2, 64), (3, 1, 64), (1, 1, 128)):
+        assert_same(World(device, [70, 130], shape), ((0, 0, 70), (1, 65, 130)))
+
+
+def check_pipelines(device):
+    """Any number of stages, either order, one head or two: over more than a segment."""
+    for pipeline in (
+        Pipeline(2, 2, False, False, False),
+        Pipeline(1, 4, False, True, True),
+        Pipeline(1, 2, True, True, False),
+    ):
+        assert_same(World(device, [600]), ((0, 0, 300), (0, 300, 600)), pipeline)
+
+
+def check_neighbours(device):
+    """What no number is in another sequence's values stays there."""
+    world = World(device, [100, 90])
+    world.v[world.slots(1)] = torch.nan
+    found, beside = extended(world, ((0, 0, 100), (1, 0, 90)))
+    assert torch.equal(found, world.extend((0, 0, 100))[0]) and beside.isnan().all()
+
+
+CHECKS = checks_in(globals())
+interpreted, test_in_interpreter, test_on_gpu = jit_tests(CHECKS, __file__)
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_products_overlap_and_nothing_spills(size: int, capfd: pytest.CaptureFixture[str]) -> None:
+    """Hopper's assembler says where it makes matrix products wait for each other (C75..)."""
+    layout = gl.NVMMASharedLayout.get_default_for([64, size], gl.bfloat16)
+    tiles = f"tensordesc<bf16[64,{size}],{layout!r}>"
+    types = {
+        **dict.fromkeys(("q", "out", "k_buffer", "v_buffer"), "*bf16"),
+        **dict.fromkeys(("k_tiles", "v_tiles"), tiles),
+        **{"page_table": "*i32", "table_stride": "i32", "table_rows": "*i64", "starts": "*i32"},
+        **{"prefix_lens": "*i64", "scale": "fp32"},
+    }
+    kernel = attention_prefill_gluon.extend
+    names = [name for name in kernel.arg_names if name not in types]
+    strides = (32 * size, 32 * size, 8 * size, 8 * size)
+    constants = dict(zip(names, (*strides, 4, size, 256, *PIPELINE), strict=True))
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if "*" in kind
+    }
+    with knobs.nvidia.scope(), knobs.compilation.scope():
+        knobs.nvidia.dump_ptxas_log, knobs.compilation.always_compile = True, True
+        source = GluonASTSource(kernel, signature, constants, aligned)
+        target = GPUTarget("cuda", 90, 32)
+        made = triton.compile(source, target=target, options={"num_warps": 8})
+    said = capfd.readouterr().out
+    assert "0 bytes spill stores" in said and "C75" not in said, said
+    assert made.metadata.shared <= 227 * 1024
+
+
+if __name__ == "__main__":
+    triton.runtime.interpreter.InterpreterBuilder.create_dot = exact_dot
+    print(json.dumps(run_checks(CHECKS, attention_prefill_triton.extend)))
