@@ -203,7 +203,7 @@ def gluon_launch(
     heads, head_size = q.shape[1:]
     group = heads // columns.k_buffer.shape[1]
     together = pipeline.heads if group % pipeline.heads == 0 else 1
-    blocks = triton.cdiv(chunks.longest, attention_prefill_gluon.ROWS.value // together)
+    blocks = triton.cdiv(chunks.longest, 2 * attention_prefill_gluon.ROWS.value // together)
     first, second = blocks, heads // together
     if not pipeline.blocks_first:
         first, second = second, first
@@ -211,7 +211,7 @@ def gluon_launch(
     segment = attention.blocks_for(head_size).segment
     return (first, second, len(chunks.prefix_lens)), (
         *(*strides, group, head_size, segment, together, pipeline.stages),
-        *(pipeline.held, pipeline.eager, pipeline.blocks_first),
+        pipeline.blocks_first,
     )
 
 

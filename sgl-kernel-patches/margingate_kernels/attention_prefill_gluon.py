@@ -23,8 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from margingate_kernels import attention_triton
 
-ROWS = gl.constexpr(128)  # of a program, in one head or two
-WARPS = gl.constexpr(8)  # that attend
+ROWS = gl.constexpr(64)  # that a part attends, of the two of a program
+WARPS = gl.constexpr(4)  # of a part
 TILE = gl.constexpr(64)  # keys
 _NEG_INF = gl.constexpr(float("-inf"))
 _GRID = gl.constexpr(attention_triton._GRID.value)
@@ -87,7 +87,7 @@ def ring(
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(free.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=2)  # both that attend
     return Ring(tiles, full, free)  # type: ignore[call-arg]  # `aggregate` makes the constructor
 
 
@@ -167,20 +167,16 @@ def places(  # noqa: PLR0917
     start: gl.tensor,  # the sequence's first token
     length: gl.tensor,
     row: gl.tensor,  # the first
-    column: gl.tensor,  # of the first head
+    column: gl.tensor,  # of the head
     stride: gl.constexpr,
     head_size: gl.constexpr,
-    HEADS: gl.constexpr,  # noqa: N803
 ) -> tuple[gl.tensor, gl.tensor]:
-    """Where a block's rows are in a tensor [tokens, heads, head_size], head behind head; and if."""
+    """Where a head's rows are in a tensor [tokens, heads, head_size]; and if they exist."""
     layout: gl.constexpr = rows_layout(head_size, WARPS)
-    per: gl.constexpr = ROWS // HEADS
-    numbers = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     lanes = gl.arange(0, head_size, gl.SliceLayout(0, layout))
-    tokens = start.to(gl.int64) + (row + numbers % per)
-    columns = column + numbers // per * head_size
-    exists = row + numbers % per < length
-    return (tokens * stride + columns)[:, None] + lanes[None, :], exists[:, None]
+    tokens = start.to(gl.int64) + rows
+    return (tokens * stride + column)[:, None] + lanes[None, :], (rows < length)[:, None]
 
 
 @gluon.jit
@@ -294,7 +290,6 @@ def add_tile(  # noqa: PLR0917
     per: gl.constexpr,
     STAGES: gl.constexpr,  # noqa: N803
     MASKED: gl.constexpr,  # noqa: N803
-    EAGER: gl.constexpr,  # noqa: N803
 ) -> tuple[gl.tensor, ...]:
     """Weigh a tile while the values of the tile before are multiplied."""
     row_layout: gl.constexpr = gl.SliceLayout(1, mean_layout)
@@ -304,8 +299,7 @@ def add_tile(  # noqa: PLR0917
         *(row_layout, per, STAGES),
     )
     scores = warpgroup_mma_wait(1, [scores])
-    if EAGER:
-        keys.release(tile, STAGES)
+    keys.release(tile, STAGES)
     first = tile % per == 0
     weights, carry, next_top, next_total = weigh(
         scores,
@@ -318,8 +312,6 @@ def add_tile(  # noqa: PLR0917
     values.wait_full(tile, STAGES)
     hopper.fence_async_shared()
     own, weights, next_total = warpgroup_mma_wait(0, [own, weights, next_total])
-    if not EAGER:
-        keys.release(tile, STAGES)
     values.release(tile - 1, STAGES)
     return weights, carry, next_top, next_total, own_top, own_total, own, top, total, mean
 
@@ -347,38 +339,31 @@ def attend(  # noqa: PLR0917
     length: gl.tensor,
     row: gl.tensor,  # the first
     last: gl.tensor,  # tiles from here on are not needed
-    column: gl.tensor,  # of the first head
+    column: gl.tensor,  # of the head
     scale: gl.tensor,
     stride_q: gl.constexpr,
     stride_o: gl.constexpr,
     head_size: gl.constexpr,
     SEGMENT: gl.constexpr,  # noqa: N803
-    HEADS: gl.constexpr,  # noqa: N803
     STAGES: gl.constexpr,  # noqa: N803
-    HELD: gl.constexpr,  # noqa: N803 - the queries in registers
-    EAGER: gl.constexpr,  # noqa: N803
 ) -> None:
-    """Attend a block of rows to their keys."""
+    """Attend rows of one head to their keys."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TILE, 16])
     mean_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, head_size, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, mean_layout)
     per: gl.constexpr = SEGMENT // TILE
-    at, exists = places(start, length, row, column, stride_q, head_size, HEADS)
+    at, exists = places(start, length, row, column, stride_q, head_size)
     place.store(gl.load(q + at, mask=exists, other=0.0))
     hopper.fence_async_shared()
     gl.barrier()
-    queries = place
-    if HELD:
-        queries = place.load(gl.DotOperandLayout(0, layout, 2))
-    numbers = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    positions = prefix + row + numbers % (ROWS // HEADS)
+    positions = prefix + row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     own_top = gl.full([ROWS], _NEG_INF, gl.float32, gl.SliceLayout(1, layout))
     own_total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
     own = gl.zeros([ROWS, head_size], gl.float32, mean_layout)
     top, total, mean = own_top, own_total, own
     keys.wait_full(0, STAGES)
     hopper.fence_async_shared()
-    scores = warpgroup_mma_wait(0, [multiply_keys(queries, keys, 0, layout, STAGES)])
+    scores = warpgroup_mma_wait(0, [multiply_keys(place, keys, 0, layout, STAGES)])
     keys.release(0, STAGES)
     before_top, before_total = own_top, own_total
     weights, carry, own_top, own_total = weigh(
@@ -393,16 +378,16 @@ def attend(  # noqa: PLR0917
         weights, carry, own_top, own_total, before_top, before_total, own, top, total, mean = (
             add_tile(
                 *(weights, carry, own_top, own_total, before_top, before_total, own, top, total),
-                *(mean, queries, keys, values, positions, tile, last, scale),
-                *(layout, mean_layout, per, STAGES, False, EAGER),
+                *(mean, place, keys, values, positions, tile, last, scale),
+                *(layout, mean_layout, per, STAGES, False),
             )
         )
     for tile in range(gl.maximum(whole, 1), last):
         weights, carry, own_top, own_total, before_top, before_total, own, top, total, mean = (
             add_tile(
                 *(weights, carry, own_top, own_total, before_top, before_total, own, top, total),
-                *(mean, queries, keys, values, positions, tile, last, scale),
-                *(layout, mean_layout, per, STAGES, True, EAGER),
+                *(mean, place, keys, values, positions, tile, last, scale),
+                *(layout, mean_layout, per, STAGES, True),
             )
         )
     own, top, total, mean = add_values(
@@ -414,7 +399,7 @@ def attend(  # noqa: PLR0917
     total = gl.convert_layout(total, row_layout, assert_trivial=True)
     place.store((mean / total[:, None]).to(out.dtype.element_ty))
     gl.barrier()
-    at, exists = places(start, length, row, column, stride_o, head_size, HEADS)
+    at, exists = places(start, length, row, column, stride_o, head_size)
     gl.store(out + at, place.load(rows_layout(head_size, WARPS)), mask=exists)
 
 
@@ -441,18 +426,17 @@ def extend(  # noqa: PLR0917
     SEGMENT: gl.constexpr,  # noqa: N803
     HEADS: gl.constexpr,  # noqa: N803 - of a program: 1, or 2 that share keys
     STAGES: gl.constexpr,  # noqa: N803
-    HELD: gl.constexpr,  # noqa: N803
-    EAGER: gl.constexpr,  # noqa: N803
     BLOCKS_FIRST: gl.constexpr,  # noqa: N803
 ) -> None:
-    """A program attends a block of one request's rows in one head or two."""
+    """A program attends two blocks of one request's rows: the same in two heads, or in one."""
     axis: gl.constexpr = 0 if BLOCKS_FIRST else 1
     # The last blocks have most keys: they go first.
     block = gl.num_programs(axis) - 1 - gl.program_id(axis)
     head, sequence = gl.program_id(1 - axis) * HEADS, gl.program_id(2)
     start = gl.load(starts + sequence).to(gl.int32)
     length = gl.load(starts + sequence + 1).to(gl.int32) - start
-    row = block * (ROWS // HEADS)
+    rows: gl.constexpr = 2 * ROWS // HEADS
+    row = block * rows
     if row >= length:
         return
     prefix = gl.load(prefix_lens + sequence).to(gl.int32)
@@ -462,8 +446,10 @@ def extend(  # noqa: PLR0917
     keys, values = ring(dtype, head_size, STAGES), ring(dtype, head_size, STAGES)
     hopper.fence_async_shared()
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, head_size], dtype)
-    place = gl.allocate_shared_memory(dtype, [ROWS, head_size], layout)
-    last = gl.cdiv(prefix + gl.minimum(length, row + ROWS // HEADS), TILE)
+    first = gl.allocate_shared_memory(dtype, [ROWS, head_size], layout)
+    second = gl.allocate_shared_memory(dtype, [ROWS, head_size], layout)
+    last = gl.cdiv(prefix + gl.minimum(length, row + rows), TILE)
+    next_row, next_column = row + rows - ROWS, (head + HEADS - 1) * head_size
     k_at, v_at = k_buffer + of, v_buffer + of
     gl.warp_specialize(
         [
@@ -472,7 +458,7 @@ def extend(  # noqa: PLR0917
                 (
                     q,
                     out,
-                    place,
+                    first,
                     keys,
                     values,
                     start,
@@ -486,10 +472,29 @@ def extend(  # noqa: PLR0917
                     stride_o,
                     head_size,
                     SEGMENT,
-                    HEADS,
                     STAGES,
-                    HELD,
-                    EAGER,
+                ),
+            ),
+            (
+                attend,
+                (
+                    q,
+                    out,
+                    second,
+                    keys,
+                    values,
+                    start,
+                    prefix,
+                    length,
+                    next_row,
+                    last,
+                    next_column,
+                    scale,
+                    stride_q,
+                    stride_o,
+                    head_size,
+                    SEGMENT,
+                    STAGES,
                 ),
             ),
             (
@@ -514,6 +519,6 @@ def extend(  # noqa: PLR0917
                 ),
             ),
         ],
-        [4],
-        [40],
+        [4, 4],
+        [232, 40],
     )
