@@ -13,9 +13,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from margingate_kernels import (
     attention,
+    attention_gluon,
     attention_prefill_gluon,
     attention_prefill_triton,
     attention_triton,
+    gluon_rings,
 )
 from margingate_kernels.attention_checks import (
     PLAIN,
@@ -200,7 +202,7 @@ def gluon_launch(
     heads, head_size = q.shape[1:]
     group = heads // columns.k_buffer.shape[1]
     together = pipeline.heads if group % pipeline.heads == 0 else 1
-    blocks = triton.cdiv(chunks.longest, attention_prefill_gluon.ROWS.value // together)
+    blocks = triton.cdiv(chunks.longest, attention_gluon.ROWS.value // together)
     first, second = blocks, heads // together
     if not pipeline.blocks_first:
         first, second = second, first
@@ -227,7 +229,7 @@ def _tiles(tensor: torch.Tensor, keys: int) -> TensorDescriptor:
 def _gluon_tiles(tensor: torch.Tensor) -> hopper.TensorDescriptor:
     """As `_tiles`, with how a tile lies in shared memory."""
     tokens, heads, lanes = tensor.shape
-    block = [attention_prefill_gluon.TILE.value, lanes]
+    block = [gluon_rings.TILE.value, lanes]
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)  # or float16: as wide
     shape, strides = [tokens, heads * lanes], [heads * lanes, 1]
     return hopper.TensorDescriptor(tensor, shape, strides, block, layout)
