@@ -1,4 +1,4 @@
-"""The arithmetic of attention_triton.py in Gluon, operation by operation, so that bits are the same.
+"""The arithmetic of attention_triton.py in Gluon, operation by operation: the bits are the same.
 
 Products are only begun here: who calls waits for them.
 """

@@ -1,4 +1,4 @@
-"""Rings of tiles of keys and values in a Hopper GPU's shared memory, in Gluon, and who fills them."""
+"""Rings of tiles of keys and values in Hopper's shared memory, in Gluon, and who fills them."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
