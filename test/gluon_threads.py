@@ -17,9 +17,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from triton.experimental.gluon import GluonJITFunction
 
-from margingate_kernels import attention, attention_prefill, attention_prefill_gluon
-from margingate_kernels.attention_prefill import Chunks, Columns, Pipeline
+from margingate_kernels import (
+    attention,
+    attention_gluon,
+    attention_prefill,
+    attention_prefill_gluon,
+    gluon_rings,
+)
+from margingate_kernels.attention_prefill import Chunks, Columns
 
 PATIENCE_S = 10
 TYPES = {"fp32": np.float32, "int32": np.int32, "int64": np.int64, "fp16": np.float16}
@@ -215,17 +222,18 @@ def power_of_two(numbers: Any) -> Array:
 
 
 def rewired() -> dict[str, Any]:
-    """The kernel's module, on the above."""
-    names = dict(vars(attention_prefill_gluon))
+    """The kernel's modules as one, on the above."""
+    modules = (gluon_rings, attention_gluon, attention_prefill_gluon)
+    names = {name: value for module in modules for name, value in vars(module).items()}
     lines = {}
     for name, value in names.items():
         if type(value).__name__ == "constexpr":
             lines[name] = value.value
-        elif isinstance(value, attention_prefill_gluon.gluon.GluonJITFunction):
+        elif isinstance(value, GluonJITFunction):
             lines[name] = FunctionType(value.fn.__code__, names)
     ring = type("Ring", (), {"__init__": hold})
     for name in ("wait_full", "wait_free", "release"):
-        body = getattr(attention_prefill_gluon.Ring, name).fn
+        body = getattr(gluon_rings.Ring, name).fn
         setattr(ring, name, FunctionType(body.__code__, names))
     barrier = SimpleNamespace(
         init=lambda each, count: each.init(count),
@@ -254,10 +262,10 @@ def hold(self: Any, tiles: Any, full: Any, free: Any) -> None:
 
 
 def launch(
-    pipeline: Pipeline, q: torch.Tensor, columns: Columns, chunks: Chunks, scale: float, out: Any
+    stages: int, q: torch.Tensor, columns: Columns, chunks: Chunks, scale: float, out: Any
 ) -> None:
     """As `attention_prefill._launch_gluon`: one program after the other."""
-    grid, constants = attention_prefill.gluon_launch(q, columns, chunks, out, pipeline)
+    grid, constants = attention_prefill.gluon_launch(q, columns, chunks, out, stages)
     program["of"] = list(grid)
     tensors = [Pointer(each.view(-1).numpy()) for each in (q, out, *columns[:2])]
     table, *lengths = (Pointer(each.view(-1).numpy()) for each in chunks[:4])

@@ -26,20 +26,7 @@ from margingate_kernels.attention_checks import (
     check_scale,
 )
 
-
-class Pipeline(NamedTuple):
-    """How the Gluon kernel works; no part of a row's bits."""
-
-    heads: int  # of a program at most: 2 share keys where a group has an even number
-    stages: int  # tiles of keys, and as many of values, in shared memory
-    held: bool  # queries in registers, not in shared memory
-    eager: bool  # a tile of keys is given back before it is weighed, not afterwards
-    blocks_first: bool  # programs of a head lie beside each other, not those of a block
-
-
-# On Hopper, for plain layers of heads of up to 128 lanes; None: Triton's kernel, whose bits are the
-# same, until a GPU has shown that.
-GLUON: Pipeline | None = Pipeline(heads=2, stages=3, held=False, eager=True, blocks_first=False)
+STAGES = 3  # of the Gluon kernel, see `gluon_launch`
 
 
 class Chunks(NamedTuple):
@@ -130,9 +117,9 @@ def _launch_extend(  # noqa: PLR0917
     rules: Rules,
 ) -> None:
     heads, head_size = q.shape[1:]
-    plain = rules.window is None and rules.sinks is None and multiply[1] is None
-    if GLUON is not None and plain and head_size <= 128 and _copies_tiles(q.device):
-        _launch_gluon(q, columns, chunks, multiply[0], out, GLUON)
+    plain = rules.window is None and rules.sinks is None and not rules.cap
+    if plain and head_size <= 128 and _has_warpgroups(q.device):
+        _launch_gluon(q, columns, chunks, multiply[0], out)
         return
     blocks = attention.blocks_for(head_size)
     parts = blocks.extend.parts
@@ -170,15 +157,10 @@ def _launch_extend(  # noqa: PLR0917
     )
 
 
-def _launch_gluon(  # noqa: PLR0917
-    q: torch.Tensor,
-    columns: Columns,
-    chunks: Chunks,
-    scale: float,
-    out: torch.Tensor,
-    pipeline: Pipeline,
+def _launch_gluon(
+    q: torch.Tensor, columns: Columns, chunks: Chunks, scale: float, out: torch.Tensor
 ) -> None:
-    grid, constants = gluon_launch(q, columns, chunks, out, pipeline)
+    grid, constants = gluon_launch(q, columns, chunks, out)
     attention_prefill_gluon.extend[grid](
         q,
         out,
@@ -197,22 +179,27 @@ def _launch_gluon(  # noqa: PLR0917
 
 
 def gluon_launch(
-    q: torch.Tensor, columns: Columns, chunks: Chunks, out: torch.Tensor, pipeline: Pipeline
+    q: torch.Tensor, columns: Columns, chunks: Chunks, out: torch.Tensor, stages: int = STAGES
 ) -> tuple[tuple[int, int, int], tuple[int, ...]]:
-    """The grid, and what is constant of the Gluon kernel's arguments, in their order."""
+    """The grid, and what is constant of the Gluon kernel's arguments, in their order.
+
+    Args:
+        stages: tiles of keys, and as many of values, in shared memory; no part of a row's bits.
+    """
     heads, head_size = q.shape[1:]
     group = heads // columns.k_buffer.shape[1]
-    together = pipeline.heads if group % pipeline.heads == 0 else 1
-    blocks = triton.cdiv(chunks.longest, 2 * attention_prefill_gluon.ROWS.value // together)
-    first, second = blocks, heads // together
-    if not pipeline.blocks_first:
-        first, second = second, first
+    together = 2 if group % 2 == 0 else 1
+    rows = attention_prefill_gluon.READERS.value * attention_prefill_gluon.ROWS.value // together
+    grid = heads // together, triton.cdiv(chunks.longest, rows), len(chunks.prefix_lens)
     strides = (each.stride(0) for each in (q, out, columns.k_buffer, columns.v_buffer))
     segment = attention.blocks_for(head_size).segment
-    return (first, second, len(chunks.prefix_lens)), (
-        *(*strides, group, head_size, segment, together, pipeline.stages),
-        pipeline.blocks_first,
-    )
+    return grid, (*strides, group, head_size, segment, together, stages)
+
+
+@functools.cache
+def _has_warpgroups(device: torch.device) -> bool:
+    """Whether the device is a Hopper, whose instructions the Gluon kernel is made of."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @functools.cache

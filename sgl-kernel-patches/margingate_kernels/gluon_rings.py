@@ -1,0 +1,137 @@
+"""Rings of tiles of keys and values in Hopper's shared memory, in Gluon, and who fills them."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
+
+TILE = gl.constexpr(64)  # keys
+READERS = gl.constexpr(2)  # parts of a program that use each tile
+
+
+@gluon.constexpr_function
+def rows_layout(head_size: int, warps: int) -> gl.BlockedLayout:
+    """Of rows that are read or written 16 bytes a lane."""
+    lanes = head_size // 8
+    return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [warps, 1], [1, 0])
+
+
+@gluon.aggregate
+class Ring:
+    """Tiles in shared memory [stages, TILE, head_size], and barriers of each stage."""
+
+    tiles: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    free: gl.shared_memory_descriptor
+
+    @gluon.jit
+    def wait_full(
+        self,
+        tile: gl.tensor,
+        STAGES: gl.constexpr,  # noqa: N803
+    ) -> None:
+        mbarrier.wait(self.full.index(tile % STAGES), tile // STAGES & 1)
+
+    @gluon.jit
+    def wait_free(
+        self,
+        tile: gl.tensor,
+        STAGES: gl.constexpr,  # noqa: N803
+    ) -> None:
+        mbarrier.wait(self.free.index(tile % STAGES), tile // STAGES & 1 ^ 1)
+
+    @gluon.jit
+    def release(
+        self,
+        tile: gl.tensor,
+        STAGES: gl.constexpr,  # noqa: N803
+    ) -> None:
+        mbarrier.arrive(self.free.index(tile % STAGES), count=1)
+
+
+@gluon.jit
+def ring(
+    dtype: gl.constexpr,
+    head_size: gl.constexpr,
+    STAGES: gl.constexpr,  # noqa: N803
+) -> Ring:
+    """A ring whose stages are all free."""
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, head_size], dtype)
+    barriers: gl.constexpr = mbarrier.MBarrierLayout()
+    tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, head_size], layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=READERS)
+    return Ring(tiles, full, free)  # type: ignore[call-arg]  # `aggregate` makes the constructor
+
+
+@gluon.jit
+def copy_tile(  # noqa: PLR0917
+    ring: Ring,
+    descriptor: tma.tensor_descriptor,
+    row: gl.tensor,
+    column: gl.tensor,
+    tile: gl.tensor,
+    STAGES: gl.constexpr,  # noqa: N803
+) -> None:
+    """Let the device copy a tile of new keys or values."""
+    ring.wait_free(tile, STAGES)
+    full = ring.full.index(tile % STAGES)
+    mbarrier.expect(full, descriptor.nbytes_per_cta)
+    tma.async_load(descriptor, [row, column], full, ring.tiles.index(tile % STAGES))
+
+
+@gluon.jit
+def gather_tile(
+    ring: Ring,
+    pointers: gl.tensor,
+    exists: gl.tensor,
+    tile: gl.tensor,
+    STAGES: gl.constexpr,  # noqa: N803
+) -> None:
+    """Copy a tile's rows from where each of them is; 0 where none exist."""
+    ring.wait_free(tile, STAGES)
+    full = ring.full.index(tile % STAGES)
+    async_copy.async_load(ring.tiles.index(tile % STAGES), pointers, mask=exists[:, None])
+    async_copy.mbarrier_arrive(full, increment_count=True)
+    mbarrier.arrive(full, count=1)  # after a barrier: all threads count before the phase may end
+
+
+@gluon.jit
+def bring(  # noqa: PLR0917
+    keys: Ring,
+    values: Ring,
+    k_tiles: tma.tensor_descriptor,
+    v_tiles: tma.tensor_descriptor,
+    k_at: gl.tensor,  # pointer to slot 0 of this K/V head
+    v_at: gl.tensor,
+    slots: gl.tensor,  # pointer to the slot of key 0
+    start: gl.tensor,  # the sequence's first token
+    prefix: gl.tensor,
+    length: gl.tensor,
+    last: gl.tensor,  # tiles from here on are not needed
+    column: gl.tensor,  # of this K/V head
+    stride_k: gl.constexpr,
+    stride_v: gl.constexpr,
+    head_size: gl.constexpr,
+    STAGES: gl.constexpr,  # noqa: N803
+) -> None:
+    """Bring all tiles to the rings, as stages become free."""
+    layout: gl.constexpr = rows_layout(head_size, gl.num_warps())
+    end = prefix + length
+    rows = gl.arange(0, TILE, gl.SliceLayout(1, layout))
+    lanes = gl.arange(0, head_size, gl.SliceLayout(0, layout))[None, :]
+    slot = gl.load(slots + rows, mask=rows < end, other=0)
+    for tile in range(last):
+        first = tile * TILE
+        if first >= prefix and first + TILE <= end:
+            copy_tile(keys, k_tiles, start - prefix + first, column, tile, STAGES)
+            copy_tile(values, v_tiles, start - prefix + first, column, tile, STAGES)
+        else:
+            at = slot.to(gl.int64)[:, None]
+            exists = first + rows < end
+            gather_tile(keys, k_at + at * stride_k + lanes, exists, tile, STAGES)
+            gather_tile(values, v_at + at * stride_v + lanes, exists, tile, STAGES)
+        ahead = first + TILE + rows
+        slot = gl.load(slots + ahead, mask=(ahead < end) & (tile + 1 < last), other=0)
