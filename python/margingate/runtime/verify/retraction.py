@@ -15,6 +15,7 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from margingate.core.queue import Due
+from margingate.runtime.compat import columns
 from margingate.runtime.request import guard
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import Kept, is_gated, logprob_lists
@@ -107,6 +108,11 @@ class Retractions:
         """Returns whether there was room."""
         tokens = req.gate.kept.tokens
         more = len(tokens) - 1
+        if columns.allocated(req) + more > self._scheduler.token_to_kv_pool_allocator.size:
+            raise RuntimeError(
+                f"{len(tokens)} tokens that were kept do not fit behind a prompt of "
+                f"{columns.allocated(req)} at once: raise --swa-full-tokens-ratio"
+            )
         if more and not rollback.extend_columns(self._scheduler, req, more):
             self._retract_again(batch, req)
             return False
