@@ -84,9 +84,7 @@ class Paged(NamedTuple):
     k_buffer: torch.Tensor  # [pool slots, K/V heads, head_size]
     v_buffer: torch.Tensor  # as k_buffer
     slots: torch.Tensor  # int32 or int64, flat
-    indptr: (
-        torch.Tensor
-    )  # int32 [rows + 1]: a row's keys lie between two, as for `plan_decode`
+    indptr: torch.Tensor  # int32 [rows + 1]: a row's keys lie between two, as for `plan_decode`
 
 
 def segments_of(tokens: int, head_size: int, window: int | None = None) -> int:

@@ -113,7 +113,8 @@ def _check_owners(what: str, parts: list[tuple[str, torch.Tensor]], size: int) -
         slot = int(twice.nonzero()[0])
         owners = [name for name, slots in parts if (slots == slot).any()]
         raise AssertionError(f"{what} {slot} has several owners: {', '.join(owners)}")
-    assert not lost.any(), f"{int(lost.sum())} of {size} {what}s are nobody's"
+    each = what.replace("slot", "slots", 1)
+    assert not lost.any(), f"{int(lost.sum())} of {size} {each} are nobody's"
 
 
 def _check_windows(scheduler: Any, live: list[Any], cached: torch.Tensor) -> None:
