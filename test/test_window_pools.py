@@ -234,7 +234,7 @@ def test_integrity_tells_of_each_pool(world: Windows):
     with pytest.raises(AssertionError, match="gave up 0 columns of its windows"):
         world.check()
     mapping[slot] = mapping[before]
-    with pytest.raises(AssertionError, match="slot with a window .* has several owners"):
+    with pytest.raises(AssertionError, match=r"slot with a window .* has several owners"):
         world.check()
     mapping[slot] = own
     world.allocator.swa_attn_allocator.alloc(1)

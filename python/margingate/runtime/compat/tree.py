@@ -127,7 +127,7 @@ class LimitedWindowCache(_Limits, _PartedWindows):
 
     def release_swa_prefix_lock(self, req: Any) -> None:
         """As SGLang's; not while a replay would see what the tree has of the request."""
-        if self.replayable_from(req) >= columns.protected(req) + self.swa_retain_window:
+        if self.replayable_from(req) >= columns.protected(req) + self.sliding_window_size:
             super().release_swa_prefix_lock(req)
 
     def checkpoint(self, req: Any, *, up_to: int) -> None:

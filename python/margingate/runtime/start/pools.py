@@ -104,8 +104,8 @@ def _unfit(scheduler: Any, why_one_pool: str) -> str:
     if not isinstance(tree, LimitedWindowCache):
         return f"their radix tree is {type(tree).__name__}, not the gate's"
     widest = max(windows_of(runner.model), default=0)
-    if tree.swa_retain_window < widest:
-        return f"they keep {tree.swa_retain_window} tokens of a window of {widest}"
+    if tree.sliding_window_size < widest:
+        return f"they keep {tree.sliding_window_size} tokens of a window of {widest}"
     return ""
 
 
