@@ -185,7 +185,7 @@ class OwnAttention:
             rows = slice(part.start, part.stop + 1)
             its = indptr[rows]
             if is_first or len(self._parts) > 1:
-                plan_decode(its, workspace, None if ends is None else ends[rows])
+                plan_decode(its, workspace, *(() if ends is None else (ends[rows],)))
             paged = Paged(k_buffer, v_buffer, slots, its)
             decode_attention(q[part], paged, scale, out[part], workspace, rules)
 
