@@ -63,7 +63,7 @@ class _PartedWindows(_Parted, UnifiedRadixCache):
         return super()._match_tree(replace(params, key=self._of_version(params.key)))
 
 
-class _Limits(BasePrefixCache):
+class Limits(BasePrefixCache):
     """In front of either tree: a subclass says how much of a request it takes in and gives out.
 
     SGLang's own functions insert, lock and free, with a smaller length.
@@ -105,11 +105,11 @@ class _Limits(BasePrefixCache):
             super().checkpoint(req, up_to=end)
 
 
-class LimitedRadixCache(_Limits, _PartedTree):
+class LimitedRadixCache(Limits, _PartedTree):
     """The tree of one pool."""
 
 
-class LimitedWindowCache(_Limits, _PartedWindows):
+class LimitedWindowCache(Limits, _PartedWindows):
     """The tree of two pools: the columns of a window may go before those of the other layers."""
 
     def replayable_from(self, req: Any) -> int:

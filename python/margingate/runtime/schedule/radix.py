@@ -17,7 +17,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
 from sglang.srt.mem_cache.registry import (
     TreeCacheBuildContext,
     create_unified_radix_cache,
@@ -25,7 +24,7 @@ from sglang.srt.mem_cache.registry import (
 )
 
 from margingate.runtime.compat.server_args import gate_config
-from margingate.runtime.compat.tree import LimitedRadixCache, LimitedWindowCache
+from margingate.runtime.compat.tree import LimitedRadixCache, LimitedWindowCache, Limits
 from margingate.runtime.probe.check_prefill import Prefill
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import is_gated
@@ -43,7 +42,7 @@ def build(context: TreeCacheBuildContext) -> Any:
     return create_unified_radix_cache(context, cache_class=make)
 
 
-class GateTree(BasePrefixCache):
+class GateTree(Limits):
     """What the gate has either tree do: for gated requests hits and insertions end on the grid."""
 
     def __init__(self, params: Any, chunk: int) -> None:
