@@ -49,6 +49,8 @@ class Admission:
             return AddReqResult.OTHER
         if adder.can_run_list:
             return AddReqResult.OTHER  # nothing overtakes it, or it might wait for ever
+        if adder.is_hybrid_swa and _room_of_windows(adder) <= min(self._chunk, _left(req)):
+            return AddReqResult.NO_TOKEN  # SGLang would cut the chunk shorter
         adder.rem_chunk_tokens = self._chunk
         result = original(adder, req, has_chunked_req, align)
         return AddReqResult.OTHER if adder.can_run_list else result
@@ -58,7 +60,8 @@ class Admission:
         if not is_gated(req) or self._together:
             return original(adder, req)
         need = min(self._chunk, _left(req))
-        if need > adder.cur_rem_tokens or 0 < adder.rem_total_tokens < need:
+        lacks_windows = adder.is_hybrid_swa and _room_of_windows(adder) <= need
+        if lacks_windows or need > adder.cur_rem_tokens or 0 < adder.rem_total_tokens < need:
             columns.park(req)
             return req
         adder.rem_chunk_tokens = self._chunk
@@ -100,6 +103,11 @@ def _media_meet_others(adder: Any, req: Any) -> bool:
         return False
     alike = {vision.has_media(each) for each in together}
     return len(alike) > 1 or (alike == {True} and not all(map(is_gated, together)))
+
+
+def _room_of_windows(adder: Any) -> int:
+    """Tokens that the pool of windows has room for, where there is one."""
+    return int(adder.memory_budget.remaining_swa)
 
 
 def _left(req: Any) -> int:
