@@ -268,6 +268,7 @@ def test_slots_that_are_tried_before_the_first_request_are_in_both_pools():
 def test_pools_that_are_not_known_are_named():
     world = Windows()
     assert not window_pool.why_unknown(world.kv, world.allocator)
+    assert window_pool.sizes(world.allocator) == (SLOTS, WINDOW_SLOTS)
     other = SimpleNamespace(full_kv_pool=world.kv.full_kv_pool, swa_kv_pool=world.kv)
     assert window_pool.why_unknown(other, world.pool) == "ReqToTokenPool, SWAKVPool"
 

@@ -152,8 +152,8 @@ def evict(tree: Any, count: int) -> None:
 
 def slots(tree: Any) -> torch.Tensor:
     """int64 [columns] on the CPU, the slots that the tree holds; of a tree that is off, none."""
-    if isinstance(tree, LimitedWindowCache):
-        found: torch.Tensor = tree.all_values_flatten()
+    if isinstance(windows := tree, LimitedWindowCache):
+        found: torch.Tensor = windows.all_values_flatten()
         return found.to(torch.int64).cpu()
     values = [torch.empty(0, dtype=torch.int64)]
     nodes = list(tree.root_node.children.values()) if isinstance(tree, RadixCache) else []
@@ -169,9 +169,9 @@ def accounted(tree: Any) -> int:
     return int(tree.evictable_size() + tree.protected_size())
 
 
-def accounted_windows(tree: LimitedWindowCache) -> int:
+def accounted_windows(windows: LimitedWindowCache) -> int:
     """The columns that the tree takes itself to hold in the pool of windows."""
-    return int(tree.swa_evictable_size() + tree.swa_protected_size())
+    return int(windows.swa_evictable_size() + windows.swa_protected_size())
 
 
 def room(scheduler: Any) -> int:
@@ -179,12 +179,13 @@ def room(scheduler: Any) -> int:
     allocator, tree = scheduler.token_to_kv_pool_allocator, scheduler.tree_cache
     if not window_pool.is_split(allocator.get_kvcache()):
         return int(allocator.available_size() + tree.evictable_size())
-    whole = allocator.full_available_size() + tree.evictable_size()
-    return int(min(whole, allocator.swa_available_size() + tree.swa_evictable_size()))
+    both, windows = allocator, tree
+    whole = both.full_available_size() + tree.evictable_size()
+    return int(min(whole, both.swa_available_size() + windows.swa_evictable_size()))
 
 
 def free_slots(allocator: Any) -> torch.Tensor:
     """int64 [slots] on the CPU: free, or freed in a group that SGLang has not ended yet."""
-    allocator = getattr(allocator, "full_attn_allocator", allocator)
+    allocator = window_pool.whole_allocator(allocator)
     parts = [allocator.free_pages, allocator.release_pages, *(allocator.free_group or ())]
     return torch.cat([part.to(torch.int64).cpu() for part in parts if part is not None])

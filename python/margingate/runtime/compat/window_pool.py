@@ -28,6 +28,16 @@ def whole(pool: Any) -> Any:
     return pool.full_kv_pool if is_split(pool) else pool
 
 
+def whole_allocator(allocator: Any) -> Any:
+    """That of the slots of layers that see everything; the allocator itself where there is one."""
+    return allocator.full_attn_allocator if is_split(allocator.get_kvcache()) else allocator
+
+
+def sizes(allocator: Any) -> tuple[int, int]:
+    """Slots of the whole pool, and of that of windows."""
+    return int(allocator.size_full), int(allocator.size_swa)
+
+
 def why_unknown(pool: Any, allocator: Any) -> str:
     """What of a split pool is not as the gate knows it; empty where nothing is."""
     parts = (pool.full_kv_pool, pool.swa_kv_pool)
@@ -52,7 +62,8 @@ def windows_of(pool: Any, slots: torch.Tensor) -> torch.Tensor:
 
     0: there is none any more.
     """
-    found: torch.Tensor = pool.translate_loc_from_full_to_swa(slots)
+    on_device = slots.to(pool.full_to_swa_index_mapping.device)
+    found: torch.Tensor = pool.translate_loc_from_full_to_swa(on_device)
     return found
 
 

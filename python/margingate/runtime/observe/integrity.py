@@ -88,7 +88,7 @@ def _check_slots(scheduler: Any, live: list[Any]) -> None:
     parts = [("free", tree.free_slots(allocator)), ("in the tree", cached)]
     parts += [(f"of request {req.rid}", _own(scheduler, req)) for req in live]
     split = window_pool.is_split(allocator.get_kvcache())
-    _check_owners("slot", parts, allocator.size_full if split else allocator.size)
+    _check_owners("slot", parts, window_pool.sizes(allocator)[0] if split else allocator.size)
     accounted = tree.accounted(scheduler.tree_cache)
     assert len(cached) == accounted, (
         f"the tree holds {len(cached)} columns but accounts for {accounted}"
@@ -123,7 +123,7 @@ def _check_windows(scheduler: Any, live: list[Any], cached: torch.Tensor) -> Non
     pool = allocator.get_kvcache()
 
     def windows(slots: torch.Tensor) -> torch.Tensor:
-        return window_pool.windows_of(pool, slots.to(allocator.device)).cpu()
+        return window_pool.windows_of(pool, slots).cpu()
 
     held = windows(cached)
     parts = [("free", window_pool.free_slots(allocator)), ("in the tree", held[held > 0])]
@@ -134,7 +134,7 @@ def _check_windows(scheduler: Any, live: list[Any], cached: torch.Tensor) -> Non
             f"request {req.rid} gave up {gone} columns of its windows, but has other ones"
         )
         parts.append((f"of request {req.rid}", own[gone:]))
-    _check_owners("slot with a window", parts, allocator.size_swa)
+    _check_owners("slot with a window", parts, window_pool.sizes(allocator)[1])
     assert not windows(tree.free_slots(allocator)).any(), "a free slot has one with a window"
     accounted = tree.accounted_windows(cache)
     assert len(parts[1][1]) == accounted, (

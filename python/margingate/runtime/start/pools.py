@@ -81,7 +81,7 @@ def confirm(scheduler: Any, config: GateConfig) -> None:
             *(room_of_two(pool.size, *layers_of_each_kind(runner.model_config), ratio), ratio),
         )
         return
-    if reason := _unfit(scheduler, why):
+    if reason := _unfit(scheduler, config, why):
         raise GateError(
             f"SGLang made two K/V pools, but {reason}: use --disable-hybrid-swa-memory."
         )
@@ -92,7 +92,7 @@ def confirm(scheduler: Any, config: GateConfig) -> None:
     )
 
 
-def _unfit(scheduler: Any, why_one_pool: str) -> str:
+def _unfit(scheduler: Any, config: GateConfig, why_one_pool: str) -> str:
     """Why two pools that are there are not served; empty where they are."""
     runner, tree = scheduler.tp_worker.model_runner, scheduler.tree_cache
     if why_one_pool:
@@ -106,6 +106,9 @@ def _unfit(scheduler: Any, why_one_pool: str) -> str:
     widest = max(windows_of(runner.model), default=0)
     if tree.sliding_window_size < widest:
         return f"they keep {tree.sliding_window_size} tokens of a window of {widest}"
+    room, least = runner.token_to_kv_pool.size_swa, 2 * ((config.prefill_chunk or 0) + widest)
+    if room < least:
+        return f"that of windows has room for {room} tokens, where a prompt's chunks need {least}"
     return ""
 
 
