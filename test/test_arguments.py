@@ -717,8 +717,11 @@ def test_a_model_that_cannot_be_read_has_no_architecture(path):
     assert architectures.architectures(SimpleNamespace(model_path=path, revision=None)) == ()
 
 
-def test_two_pools_are_kept_where_few_rows_are_replayed_and_one_is_chosen_elsewhere(make, tmp_path):
+def test_two_pools_are_kept_where_few_rows_are_replayed(make, tmp_path, monkeypatch):
     folder = str(tiny_model("gpt_oss", tmp_path))
+    asked = make(model_path=folder, device="cpu", deterministic_gate=True)
+    assert settings.view(asked).disable_hybrid_swa_memory, "not shown yet"
+    monkeypatch.setattr(pools, "SHOWN", True)
     chosen = {
         "": {},
         "with --gate-fast-path stock": {"gate_fast_path": "stock"},

@@ -49,8 +49,6 @@ class Admission:
             return AddReqResult.OTHER
         if adder.can_run_list:
             return AddReqResult.OTHER  # nothing overtakes it, or it might wait for ever
-        if adder.is_hybrid_swa and _room_of_windows(adder) <= min(self._chunk, _left(req)):
-            return AddReqResult.NO_TOKEN  # SGLang would cut the chunk shorter
         adder.rem_chunk_tokens = self._chunk
         result = original(adder, req, has_chunked_req, align)
         return AddReqResult.OTHER if adder.can_run_list else result

@@ -20,6 +20,9 @@ from margingate.runtime.compat.tree import LimitedWindowCache
 
 logger = logging.getLogger(__name__)
 
+# One batched answer of sixteen differed on a CPU while the pool of windows was nearly full. A chunk
+# that SGLang cut short may have been why; test_server_pools.py is to pass before this is True.
+SHOWN = False
 ATTENTION = frozenset({None, "triton", "torch_native"})  # None: one of these is chosen
 KINDS = frozenset({"full_attention", "sliding_attention"})
 
@@ -41,6 +44,7 @@ def why_one(args: Any, config: GateConfig) -> str:
         args.decode_attention_backend,
     }
     reasons = {
+        "two pools were not shown to be right yet": not SHOWN,
         "with --gate-fast-path stock a row may be replayed however old it is": not config.invariant,
         "a study replays all rows": config.study,
         "--gate-repair column leaves rows behind that are never canonical": config.repair != "span",
