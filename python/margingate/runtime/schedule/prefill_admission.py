@@ -58,7 +58,7 @@ class Admission:
         if not is_gated(req) or self._together:
             return original(adder, req)
         need = min(self._chunk, _left(req))
-        lacks_windows = adder.is_hybrid_swa and _room_of_windows(adder) <= need
+        lacks_windows = getattr(adder, "is_hybrid_swa", False) and _room_of_windows(adder) <= need
         if lacks_windows or need > adder.cur_rem_tokens or 0 < adder.rem_total_tokens < need:
             columns.park(req)
             return req
