@@ -15,6 +15,7 @@ import test_radix
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sglang.srt.managers.schedule_policy import AddReqResult
 from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
@@ -190,15 +191,48 @@ def test_the_prompt_of_a_tree_stays_while_a_replay_would_see_it(world: Windows):
     world.verify(req)
 
 
-def test_a_prompt_that_enters_no_tree_leaves_its_window_as_it_goes(world: Windows):
+@pytest.mark.parametrize("hit", [0, 11])
+def test_a_prompt_that_enters_no_tree_leaves_its_window_as_it_goes(world: Windows, hit: int):
+    if hit:
+        world.answer(tuple(range(hit)))
     req = world.arrive(tuple(range(30)))
+    assert req.prefix_len == hit
     world.prefill(req, 4)
+    start = req.prefix_len
     req.gate.crosses(1, 0)  # of two weights
-    before = world.allocator.swa_available_size()
     while not world.is_prefilled(req):
         world.prefill(req, 4)
         world.check()
-    assert world.given_up(req) > 0 or world.allocator.swa_available_size() == before - 26
+    assert world.given_up(req) == 30 - WINDOW
+    assert not any(world.windows(req, start, 30 - WINDOW)), "they would fill the pool"
+
+
+@pytest.mark.parametrize("world", [ALONE], indirect=True)
+def test_a_chunk_that_finds_no_room_in_the_pool_of_windows_waits_whole(world, monkeypatch):
+    """SGLang would compute as much of it as there is room for, and its columns had other bits."""
+    req = world.arrive(tuple(range(30)))
+    world.prefill(req)
+    turn = test_radix.Turn(world, monkeypatch)
+    turn.adder.memory_budget.swa_offset = world.allocator.swa_available_size() - CHUNK
+    assert turn.go_on(req) is req and not turn.spans
+    assert req.extend_end == req.prefix_len == CHUNK, "SGLang stashes nothing of a parked chunk"
+    turn.adder.memory_budget.swa_offset -= 1
+    assert turn.go_on(req) is req and turn.spans == [(CHUNK, 2 * CHUNK)]
+
+
+@pytest.mark.parametrize("room", [13, 14])
+def test_a_retracted_request_waits_for_windows_of_all_that_it_keeps(world, monkeypatch, room: int):
+    """Else its prompt is computed in each turn, and finds no room for what is to be replayed."""
+    req, turn = world.arrive(PROMPT[:4]), test_radix.Turn(world, monkeypatch)
+    world.tree.unlock(req.lock)  # as it waits
+    req.gate.kept = SimpleNamespace(tokens=[0] * 9)
+    turn.adder.memory_budget.swa_offset = world.allocator.swa_available_size() - room
+    turn.adder.running_batch.reqs.append(req)
+    fits = room > 4 + 9
+    assert (turn.add(req) is not AddReqResult.NO_TOKEN) is fits and len(turn.spans) == fits
+    req.gate.kept = None
+    if not fits:
+        req.lock = world.tree.lock(req.last_node)
 
 
 @pytest.mark.parametrize("world", [ALONE], indirect=True)

@@ -131,11 +131,11 @@ class LimitedWindowCache(Limits, _PartedWindows):
             super().release_swa_prefix_lock(req)
 
     def checkpoint(self, req: Any, *, up_to: int) -> None:
-        """As the limits say. What does not enter a tree is the request's alone, and leaves its
+        """As the limits say. What does not enter the tree is the request's alone, and leaves its
         window as it goes: else a long prompt would not fit.
         """
         super().checkpoint(req, up_to=up_to)
-        if columns.protected(req) == 0 and not req.finished():
+        if columns.protected(req) < up_to and not req.finished():
             super().evict_sliding_windows(req, up_to)
 
 

@@ -28,7 +28,7 @@ class Admission:
         self, original: Any, adder: Any, req: Any, has_chunked_req: bool, align: int | None
     ) -> Any:
         """AROUND PrefillAdder.add_one_req: keep gated requests apart, where they must be."""
-        if _lacks_room_to_replay(adder, req):
+        if _lacks_room_to_replay(adder, req, self._chunk):
             return AddReqResult.NO_TOKEN
         if self._together:
             if _media_meet_others(adder, req):
@@ -58,8 +58,8 @@ class Admission:
         if not is_gated(req) or self._together:
             return original(adder, req)
         need = min(self._chunk, _left(req))
-        lacks_windows = getattr(adder, "is_hybrid_swa", False) and _room_of_windows(adder) <= need
-        if lacks_windows or need > adder.cur_rem_tokens or 0 < adder.rem_total_tokens < need:
+        lacks = need > adder.cur_rem_tokens or 0 < adder.rem_total_tokens < need
+        if lacks or _lacks_windows(adder, need):
             columns.park(req)
             return req
         adder.rem_chunk_tokens = self._chunk
@@ -74,10 +74,11 @@ def refuse_failed(original: Any, adder: Any, req: Any, *rest: Any, **named: Any)
     return AddReqResult.OTHER
 
 
-def _lacks_room_to_replay(adder: Any, req: Any) -> bool:
+def _lacks_room_to_replay(adder: Any, req: Any, chunk: int) -> bool:
     """Whether a retracted request would be retracted again: its kept tokens come on top.
 
-    SGLang counts the prompt, and of what is to come a few thousand tokens at most.
+    SGLang counts the prompt, and of what is to come a few thousand tokens at most. In a pool of
+    windows its kept tokens all have columns while they are replayed; of the prompt the last have.
     """
     kept = req.gate.kept
     if kept is None:
@@ -87,7 +88,8 @@ def _lacks_room_to_replay(adder: Any, req: Any) -> bool:
         return False  # there is not more room to wait for
     more = max(req.sampling_params.max_new_tokens - len(kept.tokens), 0)
     needed = _left(req) + len(kept.tokens) + min(more, CLIP_MAX_NEW_TOKENS)
-    return bool(needed >= adder.rem_total_tokens)
+    windows = min(_left(req), chunk) + len(kept.tokens)
+    return bool(needed >= adder.rem_total_tokens) or _lacks_windows(adder, windows)
 
 
 def _media_meet_others(adder: Any, req: Any) -> bool:
@@ -103,9 +105,9 @@ def _media_meet_others(adder: Any, req: Any) -> bool:
     return len(alike) > 1 or (alike == {True} and not all(map(is_gated, together)))
 
 
-def _room_of_windows(adder: Any) -> int:
-    """Tokens that the pool of windows has room for, where there is one."""
-    return int(adder.memory_budget.remaining_swa)
+def _lacks_windows(adder: Any, tokens: int) -> bool:
+    """Whether there is a pool of windows and it has no room for so many; SGLang spares one slot."""
+    return bool(adder.is_hybrid_swa) and int(adder.memory_budget.remaining_swa) <= tokens
 
 
 def _left(req: Any) -> int:
