@@ -121,7 +121,9 @@ def test_an_answer_that_the_pool_of_windows_could_not_hold(client: Client, long,
 def test_forced_flips(client: Client, prompts, one_pool, rows: list[int]):
     answers = client.together(prompts, sampling_params=forced(rows), **LOGPROBS)
     assert changed(one_pool, answers) == []
-    assert all(answer.meta["gate"]["flips"] >= len(rows) - 1 for answer in answers)
+    found = [(each.meta["num_retractions"], each.meta["gate"]["flips"]) for each in answers]
+    stayed = [flips for retractions, flips in found if not retractions]  # others forget rows
+    assert stayed and min(stayed) >= len(rows) - 1, found
     assert_clean(client)
 
 

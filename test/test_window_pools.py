@@ -220,18 +220,23 @@ def test_a_chunk_that_finds_no_room_in_the_pool_of_windows_waits_whole(world, mo
     assert turn.go_on(req) is req and turn.spans == [(CHUNK, 2 * CHUNK)]
 
 
-@pytest.mark.parametrize("room", [13, 14])
-def test_a_retracted_request_waits_for_windows_of_all_that_it_keeps(world, monkeypatch, room: int):
+@pytest.mark.parametrize("short", [1, 0])
+@pytest.mark.parametrize("hit", [0, 10])
+def test_a_retracted_request_waits_for_windows_of_all_that_it_keeps(world, monkeypatch, short, hit):
     """Else its prompt is computed in each turn, and finds no room for what is to be replayed."""
-    req, turn = world.arrive(PROMPT[:4]), test_radix.Turn(world, monkeypatch)
-    world.tree.unlock(req.lock)  # as it waits
+    if hit:
+        world.answer(PROMPT)
+    req, turn = world.arrive((*PROMPT[:hit], 1, 2, 3, 4)), test_radix.Turn(world, monkeypatch)
+    room = turn.adder.memory_budget.remaining_swa
+    assert req.prefix_len == hit and room == WINDOW_SLOTS - min(hit, WINDOW)
+    world.tree.unlock(req.lock)  # as it waits: the windows of its hit could be given up
     req.gate.kept = SimpleNamespace(tokens=[0] * 9)
-    turn.adder.memory_budget.swa_offset = world.allocator.swa_available_size() - room
+    turn.adder.memory_budget.swa_offset = room - (4 + 9 + 1) + short
     turn.adder.running_batch.reqs.append(req)
-    fits = room > 4 + 9
-    assert (turn.add(req) is not AddReqResult.NO_TOKEN) is fits and len(turn.spans) == fits
+    assert (turn.add(req) is AddReqResult.NO_TOKEN) is bool(short)
+    assert len(turn.spans) == 1 - short
     req.gate.kept = None
-    if not fits:
+    if short:
         req.lock = world.tree.lock(req.last_node)
 
 

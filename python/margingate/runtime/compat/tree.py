@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -143,6 +145,16 @@ def release(req: Any, tree: Any, *, checkpoint: bool) -> None:
     """Free the row and the slots of a request, if it has any; `checkpoint`: insert them first."""
     if columns.holds(req):
         release_kv_cache(req, tree, checkpoint=checkpoint)
+
+
+@contextmanager
+def locked(tree: Any, node: Any) -> Iterator[None]:
+    """Nothing that a hit which ends in this node has is given up meanwhile."""
+    lock = tree.lock(node)
+    try:
+        yield
+    finally:
+        tree.unlock(lock)
 
 
 def evict(tree: Any, count: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult
 
-from margingate.runtime.compat import columns, vision
+from margingate.runtime.compat import columns, tree, vision
 from margingate.runtime.probe.check_prefill import Prefill
 from margingate.runtime.request import guard
 from margingate.runtime.request.record import is_gated
@@ -77,8 +77,7 @@ def refuse_failed(original: Any, adder: Any, req: Any, *rest: Any, **named: Any)
 def _lacks_room_to_replay(adder: Any, req: Any, chunk: int) -> bool:
     """Whether a retracted request would be retracted again: its kept tokens come on top.
 
-    SGLang counts the prompt, and of what is to come a few thousand tokens at most. In a pool of
-    windows its kept tokens all have columns while they are replayed; of the prompt the last have.
+    SGLang counts the prompt, and of what is to come a few thousand tokens at most.
     """
     kept = req.gate.kept
     if kept is None:
@@ -88,8 +87,20 @@ def _lacks_room_to_replay(adder: Any, req: Any, chunk: int) -> bool:
         return False  # there is not more room to wait for
     more = max(req.sampling_params.max_new_tokens - len(kept.tokens), 0)
     needed = _left(req) + len(kept.tokens) + min(more, CLIP_MAX_NEW_TOKENS)
-    windows = min(_left(req), chunk) + len(kept.tokens)
-    return bool(needed >= adder.rem_total_tokens) or _lacks_windows(adder, windows)
+    return bool(needed >= adder.rem_total_tokens) or _lacks_windows_to_replay(adder, req, chunk)
+
+
+def _lacks_windows_to_replay(adder: Any, req: Any, chunk: int) -> bool:
+    """Whether its kept tokens would find no room in the pool of windows, where there is one.
+
+    All of them have columns there while they are replayed. Of a prompt that is computed, no more
+    than a chunk and a window have; those that the tree has of it cannot be given up meanwhile.
+    """
+    if not adder.is_hybrid_swa:
+        return False
+    computed = min(_left(req), chunk + adder.tree_cache.sliding_window_size)
+    with tree.locked(adder.tree_cache, req.last_node):
+        return _lacks_windows(adder, computed + len(req.gate.kept.tokens))
 
 
 def _media_meet_others(adder: Any, req: Any) -> bool:
