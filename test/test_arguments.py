@@ -717,13 +717,11 @@ def test_a_model_that_cannot_be_read_has_no_architecture(path):
     assert architectures.architectures(SimpleNamespace(model_path=path, revision=None)) == ()
 
 
-def test_two_pools_are_kept_where_few_rows_are_replayed(make, tmp_path, monkeypatch):
+def test_two_pools_are_kept_if_asked_for_where_few_rows_are_replayed(make, tmp_path):
     folder = str(tiny_model("gpt_oss", tmp_path))
-    asked = make(model_path=folder, device="cpu", deterministic_gate=True)
-    assert settings.view(asked).disable_hybrid_swa_memory, "not shown yet"
-    monkeypatch.setattr(pools, "SHOWN", True)
     chosen = {
         "": {},
+        "no --swa-full-tokens-ratio asks for two": {"swa_full_tokens_ratio": None},
         "with --gate-fast-path stock": {"gate_fast_path": "stock"},
         "a study replays": {"gate_study": True},
         "--gate-repair column": {"gate_repair": "column"},
@@ -732,12 +730,14 @@ def test_two_pools_are_kept_where_few_rows_are_replayed(make, tmp_path, monkeypa
         "--disable-hybrid-swa-memory is set": {"disable_hybrid_swa_memory": True},
     }
     for reason, options in chosen.items():
+        options = {"swa_full_tokens_ratio": 0.2} | options
         made = make(model_path=folder, device="cpu", deterministic_gate=True, **options)
         args, config = settings.view(made), gate_config(made)
         assert args.disable_hybrid_swa_memory is bool(reason), reason
         assert pools.why_one(args, config).startswith(reason) and config is not None
     given = SimpleNamespace(**dict.fromkeys(BACKENDS), disable_radix_cache=False, model_path=folder)
     given.revision, given.disable_hybrid_swa_memory = None, False
+    given.swa_full_tokens_ratio = 0.2
     assert pools.why_one(given, GateConfig()) == ""
     given.decode_attention_backend = "flashinfer"
     assert pools.why_one(given, GateConfig()) == "two pools take attention by triton"

@@ -2,8 +2,9 @@
 
 With two a column may be given up in the layers that see a window, once it has left it. No row that
 sees it may be computed again after that. Where decode steps are canonical, rows that are replayed
-are few and young, and the tree holds back what they see. Elsewhere a row may be replayed however
-old it is: then the gate sets SGLang's switch to one pool, and a layer with a window keeps all.
+are few and young, and the tree holds back what they see. There a server has two if it is asked to
+by their ratio. Elsewhere a row may be replayed however old it is: then, and if nobody asks, the
+gate sets SGLang's switch to one pool, and a layer with a window keeps all.
 """
 
 from __future__ import annotations
@@ -20,9 +21,6 @@ from margingate.runtime.compat.tree import LimitedWindowCache
 
 logger = logging.getLogger(__name__)
 
-# One batched answer of sixteen differed on a CPU while the pool of windows was nearly full. A chunk
-# that SGLang cut short may have been why; test_server_pools.py is to pass before this is True.
-SHOWN = False
 ATTENTION = frozenset({None, "triton", "torch_native"})  # None: one of these is chosen
 KINDS = frozenset({"full_attention", "sliding_attention"})
 
@@ -44,7 +42,7 @@ def why_one(args: Any, config: GateConfig) -> str:
         args.decode_attention_backend,
     }
     reasons = {
-        "two pools were not shown to be right yet": not SHOWN,
+        "no --swa-full-tokens-ratio asks for two": args.swa_full_tokens_ratio is None,
         "with --gate-fast-path stock a row may be replayed however old it is": not config.invariant,
         "a study replays all rows": config.study,
         "--gate-repair column leaves rows behind that are never canonical": config.repair != "span",
