@@ -191,7 +191,8 @@ OURS = {
         "token_ids_logprobs_val",
     },
     "mem_cache.radix_cache.RadixCache": {
-        *("accounted", "accounted_windows", "free_slots", "release", "room", "share", "slots"),
+        *("accounted", "accounted_windows", "free_slots", "hit_held", "release", "room", "share"),
+        "slots",
     },
 }
 

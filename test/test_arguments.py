@@ -730,8 +730,8 @@ def test_two_pools_are_kept_if_asked_for_where_few_rows_are_replayed(make, tmp_p
         "--disable-hybrid-swa-memory is set": {"disable_hybrid_swa_memory": True},
     }
     for reason, options in chosen.items():
-        options = {"swa_full_tokens_ratio": 0.2} | options
-        made = make(model_path=folder, device="cpu", deterministic_gate=True, **options)
+        given = {"swa_full_tokens_ratio": 0.2} | options
+        made = make(model_path=folder, device="cpu", deterministic_gate=True, **given)
         args, config = settings.view(made), gate_config(made)
         assert args.disable_hybrid_swa_memory is bool(reason), reason
         assert pools.why_one(args, config).startswith(reason) and config is not None

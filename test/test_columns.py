@@ -287,7 +287,7 @@ def test_kept_tokens_that_find_no_room_wait_for_others_and_fail_behind_none(monk
     if not alone:
         assert not again._restore_one(batch, req) and waits == [(batch, req)]
         return
-    with pytest.raises(RuntimeError, match="the 3 tokens .* raise --swa-full-tokens-ratio"):
+    with pytest.raises(RuntimeError, match=r"the 3 tokens .* raise --swa-full-tokens-ratio"):
         again._restore_one(batch, req)
 
 

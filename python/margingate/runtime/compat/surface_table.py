@@ -59,7 +59,7 @@ SURFACE: Mapping[str, str] = {
     "custom_logit_processor customized_info decode_batch_idx eos_token_ids extend_end "
     "extra_key finished finished_len finished_output finished_reason "
     "full_untruncated_fill_ids grammar inflight_middle_chunks input_embeds "
-    "is_prefill_only is_retracted kv logprob logprob_start_len lora_id "
+    "is_prefill_only is_retracted kv last_node logprob logprob_start_len lora_id "
     "multi_item_delimiter_indices multimodal_inputs origin_input_ids output_ids "
     "output_ids_through_stop "
     "positional_embed_overrides prefix_len reasoning_tokens return_hidden_states "
@@ -79,7 +79,7 @@ SURFACE: Mapping[str, str] = {
     "token_ids_logprobs",
     "managers.schedule_policy.PrefillAdder": ""
     "can_run_list cur_rem_tokens is_hybrid_swa "
-    "memory_budget rem_chunk_tokens rem_total_tokens running_batch",
+    "memory_budget rem_chunk_tokens rem_total_tokens running_batch tree_cache",
     "managers.scheduler.Scheduler": ""
     "_add_request_to_queue _build_hisparse_decode_batch _engine_paused batch_result_processor "
     "chunked_req enable_overlap forward_ct future_map grammar_manager ipc_channels is_fully_idle "
@@ -113,7 +113,7 @@ SURFACE: Mapping[str, str] = {
     "full_kv_pool full_to_swa_index_mapping layers_mapping size size_swa swa_kv_pool "
     "translate_loc_from_full_to_swa",
     "mem_cache.unified_radix_cache.UnifiedRadixCache": ""
-    "all_values_flatten sliding_window_size swa_evictable_size swa_protected_size",
+    "all_values_flatten lock sliding_window_size swa_evictable_size swa_protected_size unlock",
     "mem_cache.base_prefix_cache.MatchPrefixParams": "key req",
     "mem_cache.base_prefix_cache.MatchResult": "device_prefix_len",
     "mem_cache.kv_index_translator.KVIndexTranslator": "own_plan",
@@ -164,5 +164,5 @@ SURFACE: Mapping[str, str] = {
     "moe_a2a_backend moe_runner_backend nnodes node_rank offload_group_size page_size "
     "prefill_attention_backend preferred_sampling_params radix_cache_backend "
     "random_seed return_hidden_states_mode revision "
-    "smg_grpc_mode startup_weight_load_mode tokenizer_path tp_size",
+    "smg_grpc_mode startup_weight_load_mode swa_full_tokens_ratio tokenizer_path tp_size",
 }

@@ -148,13 +148,16 @@ def release(req: Any, tree: Any, *, checkpoint: bool) -> None:
 
 
 @contextmanager
-def locked(tree: Any, node: Any) -> Iterator[None]:
-    """Nothing that a hit which ends in this node has is given up meanwhile."""
-    lock = tree.lock(node)
+def hit_held(windows: LimitedWindowCache, req: Any) -> Iterator[int]:
+    """What the tree has of a request that waits is not given up meanwhile.
+
+    Yields the columns of a window.
+    """
+    lock = windows.lock(req.last_node)
     try:
-        yield
+        yield windows.sliding_window_size
     finally:
-        tree.unlock(lock)
+        windows.unlock(lock)
 
 
 def evict(tree: Any, count: int) -> None:

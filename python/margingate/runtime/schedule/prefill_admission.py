@@ -98,8 +98,8 @@ def _lacks_windows_to_replay(adder: Any, req: Any, chunk: int) -> bool:
     """
     if not adder.is_hybrid_swa:
         return False
-    computed = min(_left(req), chunk + adder.tree_cache.sliding_window_size)
-    with tree.locked(adder.tree_cache, req.last_node):
+    with tree.hit_held(adder.tree_cache, req) as window:
+        computed = min(_left(req), chunk + window)
         return _lacks_windows(adder, computed + len(req.gate.kept.tokens))
 
 
