@@ -23,11 +23,13 @@ from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from test_radix import ALONE, ANSWERS, CHUNK, LONGEST, PROMPT, REQUESTS, SLOTS, TOGETHER, Column
 
+from margingate.config import GateConfig
 from margingate.core.ledger import Outcome
 from margingate.runtime.compat import window_pool
 from margingate.runtime.observe import integrity
 from margingate.runtime.probe.check_prefill import Prefill
 from margingate.runtime.schedule.radix import GateWindowCache
+from margingate.runtime.start import pools
 from margingate.runtime.verify import rollback
 
 server = test_radix.server  # SGLang's global settings
@@ -310,6 +312,30 @@ def test_pools_that_are_not_known_are_named():
     assert window_pool.sizes(world.allocator) == (SLOTS, WINDOW_SLOTS)
     other = SimpleNamespace(full_kv_pool=world.kv.full_kv_pool, swa_kv_pool=world.kv)
     assert window_pool.why_unknown(other, world.pool) == "ReqToTokenPool, SWAKVPool"
+
+
+def test_two_pools_that_cannot_be_served_are_refused_with_the_reason(monkeypatch):
+    world, wide = Windows(), WINDOW
+    runner = SimpleNamespace(token_to_kv_pool=world.kv, model=None)
+    stub = SimpleNamespace(
+        tp_worker=SimpleNamespace(model_runner=runner),
+        token_to_kv_pool_allocator=world.allocator,
+        tree_cache=world.tree,
+    )
+    monkeypatch.setattr(pools, "windows_of", lambda _: [wide])
+    config = GateConfig(prefill_chunk=CHUNK, rows=8)
+    needs = 2 * (CHUNK + WINDOW) + 8 + 128
+    said = f"that of windows has room for {WINDOW_SLOTS} tokens, where a request may need {needs}"
+    assert pools._unfit(stub, config, "") == said
+    monkeypatch.setattr(pools, "GIVEN_UP_AT_ONCE", 0)
+    assert pools._unfit(stub, config, "") == ""
+    assert pools._unfit(stub, config, "a study replays all rows") == "a study replays all rows"
+    wide = WINDOW + 1
+    assert pools._unfit(stub, config, "") == "they keep 6 tokens of a window of 7"
+    stub.tree_cache = object()
+    assert pools._unfit(stub, config, "") == "their radix tree is object, not the gate's"
+    runner.token_to_kv_pool = SimpleNamespace(full_kv_pool=world.pool, swa_kv_pool=world.pool)
+    assert pools._unfit(stub, config, "").endswith("does not know (ReqToTokenPool)")
 
 
 def take(world: Windows, step: test_radix.Step, flips: bool) -> None:
