@@ -421,8 +421,8 @@ def test_caps_and_sinks_go_to_both_kernels(kernels: Kernels):
 
 def make_two_pools(monkeypatch: pytest.MonkeyPatch, window: int = 20) -> tuple[Any, Any, Any]:
     """Slot i of the whole pool is slot POOL - i of the other one."""
-    pool = SimpleNamespace(size=POOL, full_to_swa=torch.arange(POOL, -1, -1))
-    pool.translate_loc_from_full_to_swa = lambda slots: pool.full_to_swa[slots]
+    pool = SimpleNamespace(size=POOL, full_to_swa_index_mapping=torch.arange(POOL, -1, -1))
+    pool.translate_loc_from_full_to_swa = lambda slots: pool.full_to_swa_index_mapping[slots]
     monkeypatch.setattr(window_pool, "is_split", lambda found: found is pool)
     layers = [make_layer(3, sliding_window_size=window), make_layer(4)]
     runner = make_runner(layers, token_to_kv_pool=pool)
