@@ -20,6 +20,7 @@ from margingate_kernels import (
     decode_attention,
     decode_workspace,
     extend_attention,
+    listed_keys,
     plan_decode,
     with_window,
 )
@@ -73,8 +74,13 @@ class World:
             self.q[sequence], self.k[slots], self.v[slots], self.scale, self.rules
         )
 
-    def extend(self, *pieces: tuple[int, int, int], longest: int = 0) -> list[torch.Tensor]:
-        """The positions from a to b of sequences (sequence, a, b), in one forward."""
+    def extend(
+        self, *pieces: tuple[int, int, int], longest: int = 0, listed: bool = False
+    ) -> list[torch.Tensor]:
+        """The positions from a to b of sequences (sequence, a, b), in one forward.
+
+        `listed`: the kernel is told no slots but those of a window and of the chunk.
+        """
         counts = [b - a for _, a, b in pieces]
         q = torch.cat([self.q[i][a:b] for i, a, b in pieces] + [self.q[0][:1]])
         chunks = Chunks(
@@ -84,6 +90,8 @@ class World:
             torch.tensor([a for _, a, _ in pieces], device=self.device),
             max(*counts, longest),
         )
+        if listed:
+            chunks = self._listed(chunks, pieces)
         out = torch.full_like(q, 7.0)
         slots = torch.cat([self.slots(i)[a:b] for i, a, b in pieces] + [self.order[-1:]])
         columns = Columns(self.k, self.v, self.k[slots], self.v[slots])
@@ -91,10 +99,32 @@ class World:
         assert (out[-1] == 7.0).all()  # behind the last sequence
         return list(out[:-1].split(counts))
 
+    def _listed(self, chunks: Chunks, pieces: Sequence[tuple[int, int, int]]) -> Chunks:
+        keys, lists, rows = self._keys(), [], []
+        for i, a, b in pieces:
+            first = max(a - keys, 0)
+            rows.append(sum(map(len, lists)) - first)
+            lists.append(self.slots(i)[first:b])
+        flat = torch.cat(lists).to(torch.int32)
+        table = flat.as_strided((len(flat), 1), (1, 1))
+        return chunks._replace(page_table=table, table_rows=torch.tensor(rows, device=self.device))
+
+    def _keys(self) -> int:
+        assert self.rules.window is not None
+        return listed_keys(self.rules.window, self.size)
+
     def decode(
-        self, rows: Sequence[tuple[int, int]], segments: int = 99, programs: int = 0
+        self,
+        rows: Sequence[tuple[int, int]],
+        segments: int = 99,
+        programs: int = 0,
+        *,
+        listed: bool = False,
     ) -> torch.Tensor:
-        """The rows (sequence, position) in one batch."""
+        """The rows (sequence, position) in one batch.
+
+        `listed`: the kernel is told no slots but those of a window.
+        """
         q = torch.stack([self.q[i][at] for i, at in rows])
         slots = torch.cat([self.slots(i)[: at + 1] for i, at in rows])
         indptr = torch.tensor([0, *(at + 1 for _, at in rows)], device=self.device).cumsum(0)
@@ -104,8 +134,14 @@ class World:
         for buffer in space.segments:  # left by another batch
             buffer.fill_(1 if buffer.dtype == torch.int32 else math.nan)
         space = space._replace(programs=programs or space.programs)
+        ends = None
+        if listed:
+            lists = [self.slots(i)[: at + 1][-self._keys() :] for i, at in rows]
+            slots = torch.cat(lists)
+            ends = torch.tensor([0, *map(len, lists)], device=self.device).cumsum(0)
+            ends = ends.to(torch.int32)
         paged = Paged(self.k, self.v, slots, indptr.to(torch.int32))
-        plan_decode(paged.indptr, space)
+        plan_decode(paged.indptr, space, ends)
         out = torch.full_like(q, 7.0)
         assert decode_attention(q, paged, self.scale, out, space, self.rules) is out
         return out

@@ -47,6 +47,10 @@ _SCHEDULER = "managers.scheduler.Scheduler"
 _TRITON = "layers.attention.triton_backend.TritonAttnBackend"
 _UPDATER = "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 
+_BOTH = "mem_cache.allocator.swa.SWATokenToKVPoolAllocator"
+_SPLIT = "mem_cache.swa_memory_pool.SWAKVPool"
+_WINDOWS = "mem_cache.unified_radix_cache.UnifiedRadixCache"
+
 # A variable, or the last attribute of a path; `[]` behind it: an item of it.
 NAMES = {
     "req": _REQ,
@@ -131,6 +135,7 @@ IN_FILES = {
         "metadata": "layers.attention.triton_backend.ForwardMetadata",
     },
     "attention/layer_rules.py": {"backend": _TRITON, "layer": _LAYER},
+    "attention/window_lists.py": {"batch": _FORWARD, "backend": _TRITON, "_backend": _TRITON},
     "attention/verify_backend.py": {"backend": _TRITON},
     "client/choices.py": {"manager": _MANAGER, "tokenized": _TOKENIZED},
     "client/detokenizer.py": {"manager": "managers.detokenizer_manager.DetokenizerManager"},
@@ -146,7 +151,9 @@ IN_FILES = {
     "compat/images.py": {"item": _IMAGE, "inputs": _IMAGES, "made": _IMAGES},
     "compat/settings.py": {"context": "runtime_context.RuntimeContext"},
     "compat/v0_5_22.py": {"item": _IMAGE},
-    "compat/tree.py": {"params": _MATCH},
+    "compat/tree.py": {"params": _MATCH, "both": _BOTH, "windows": _WINDOWS},
+    "compat/window_pool.py": {"pool": _SPLIT, "allocator": _BOTH},
+    "start/pools.py": {"pool": _SPLIT, "token_to_kv_pool": _SPLIT, "tree": _WINDOWS},
     "observe/study.py": {"processor": _LOGITS},
     "probe/all_reduce.py": {"group": _GROUP},
     "probe/check_images.py": {"image": _IMAGE},
@@ -183,7 +190,10 @@ OURS = {
         "token",
         "token_ids_logprobs_val",
     },
-    "mem_cache.radix_cache.RadixCache": {"accounted", "free_slots", "release", "share", "slots"},
+    "mem_cache.radix_cache.RadixCache": {
+        *("accounted", "accounted_windows", "free_slots", "hit_held", "release", "room", "share"),
+        "slots",
+    },
 }
 
 

@@ -23,7 +23,8 @@ from margingate.config import GateConfig, GateError
 from margingate.harness.embedded_model import ensure_model
 from margingate.harness.tiny_models import tiny_model
 from margingate.runtime.compat import architectures, machine, release, settings, settings_table
-from margingate.runtime.start import one_pool, refusals, refused_models
+from margingate.runtime.compat.server_args import gate_config
+from margingate.runtime.start import pools, refusals, refused_models
 from margingate.runtime.start.refused_settings import SERVER_REFUSALS, Refusal
 
 GATE = "--deterministic-gate"
@@ -627,10 +628,6 @@ def test_a_decoder_is_served_whatever_its_family(text):
         (model_config(is_generation=False), "does not generate text"),
         (model_config(attention_arch=SimpleNamespace(name="MLA")), "uses latent attention (MLA)"),
         (model_config(attention_arch=SimpleNamespace(name="SSM")), "keeps recurrent state"),
-        (
-            model_config(is_hybrid_swa=True, has_attention_sinks=True),
-            "keeps the layers that see a window in a K/V pool of their own, and one pool does not",
-        ),
         (model_config(is_encoder_decoder=True), "is an encoder-decoder"),
         (model_config(is_multimodal=True), "is multimodal and none of Qwen2-VL, Qwen2.5-VL and"),
         (
@@ -658,22 +655,21 @@ def test_each_kind_of_model_is_refused_in_words(model, what):
     ],
 )
 @pytest.mark.parametrize("architecture", ["GptOssForCausalLM", "OneForCausalLM"])
-def test_one_pool_in_place_of_two_serves_what_it_holds(architecture, text, changes, refused):
-    """As ModelConfig is with SGLang's switch, for an architecture with two pools and without."""
+def test_a_second_pool_is_served_of_windows_alone(architecture, text, changes, refused):
+    """For an architecture with two pools and without."""
     two = architecture != "OneForCausalLM"
     names = SimpleNamespace(get_text_config=lambda: None, architectures=[architecture])
-    said = pytest.raises(GateError, match="in a K/V pool of their own, and one pool does not do: ")
+    said = pytest.raises(GateError, match="chunks that are no windows: ")
     with said if refused and two else nullcontext():
         refused_models.refuse_model(model_config(text, hf_config=names, **changes))
 
 
-def test_a_gate_sets_one_pool_and_experts_that_take_rows(make, tmp_path):
+def test_a_gate_sets_experts_that_take_rows(make, tmp_path):
     """For gpt-oss SGLang would take kernels whose routing has no axis of rows."""
     folder = str(tiny_model("gpt_oss", tmp_path))
     args = settings.view(make(model_path=folder, device="cpu", deterministic_gate=True))
-    assert args.disable_hybrid_swa_memory and args.moe_runner_backend == "triton"
+    assert args.moe_runner_backend == "triton"
     stock = settings.view(make(model_path=folder, device="cpu"))
-    assert not stock.disable_hybrid_swa_memory
     assert stock.moe_runner_backend == "triton", "of the host's, whose experts are torch operators"
 
 
@@ -721,10 +717,44 @@ def test_a_model_that_cannot_be_read_has_no_architecture(path):
     assert architectures.architectures(SimpleNamespace(model_path=path, revision=None)) == ()
 
 
+def test_two_pools_are_kept_if_asked_for_where_few_rows_are_replayed(make, tmp_path):
+    folder = str(tiny_model("gpt_oss", tmp_path))
+    chosen = {
+        "": {},
+        "no --swa-full-tokens-ratio asks for two": {"swa_full_tokens_ratio": None},
+        "with --gate-fast-path stock": {"gate_fast_path": "stock"},
+        "a study replays": {"gate_study": True},
+        "--gate-repair column": {"gate_repair": "column"},
+        "an audit compares": {"gate_audit_rate": "0.5"},
+        "two pools take the gate's radix tree": {"disable_radix_cache": True},
+        "--disable-hybrid-swa-memory is set": {"disable_hybrid_swa_memory": True},
+    }
+    for reason, options in chosen.items():
+        given = {"swa_full_tokens_ratio": 0.2} | options
+        made = make(model_path=folder, device="cpu", deterministic_gate=True, **given)
+        args, config = settings.view(made), gate_config(made)
+        assert args.disable_hybrid_swa_memory is bool(reason), reason
+        assert pools.why_one(args, config).startswith(reason) and config is not None
+    given = SimpleNamespace(**dict.fromkeys(BACKENDS), disable_radix_cache=False, model_path=folder)
+    given.revision, given.disable_hybrid_swa_memory = None, False
+    given.swa_full_tokens_ratio = 0.2
+    assert pools.why_one(given, GateConfig()) == ""
+    given.decode_attention_backend = "flashinfer"
+    assert pools.why_one(given, GateConfig()) == "two pools take attention by triton"
+    config = json.loads((Path(folder) / "config.json").read_text())
+    config["layer_types"] = ["sliding_attention"] * 4
+    (Path(folder) / "config.json").write_text(json.dumps(config))
+    given.decode_attention_backend = None
+    assert pools.why_one(given, GateConfig()).startswith("its layers are not some with a window")
+
+
+BACKENDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+
+
 def test_the_room_of_one_pool_and_of_two():
     """gpt-oss-20b: 12 layers of each kind, of which the windowed ones would keep 0.8 as much."""
-    assert one_pool.room_of_two(90_000, 12, 12, 0.8) == 100_000
-    assert one_pool.room_of_two(1000, 0, 4, 1.0) == 1000
+    assert pools.room_of_two(90_000, 12, 12, 0.8) == 100_000
+    assert pools.room_of_two(1000, 0, 4, 1.0) == 1000
 
 
 def test_what_is_quantized_otherwise_is_refused_with_what_would_do():

@@ -29,6 +29,7 @@ from sglang.srt.utils.weight_versions import WeightVersionEvent, compute_weight_
 from margingate.config import GateConfig
 from margingate.runtime.compat import columns
 from margingate.runtime.hooks import handlers
+from margingate.runtime.observe import integrity
 from margingate.runtime.request import lifecycle
 from margingate.runtime.request.in_flight import InFlight
 from margingate.runtime.request.open_requests import OpenRequests
@@ -258,6 +259,36 @@ def test_log_probs_of_tokens_that_a_retraction_forgets_go_with_them(monkeypatch,
     assert (req.gate.kept is None) is (kept == 0)
     if kept:
         assert req.gate.kept.logprobs["output_token_logprobs_val"] == [-1.0, -2.0, -3.0][:kept]
+
+
+def test_all_agrees_while_a_prompt_is_computed_again_of_whose_answer_nothing_stands(monkeypatch):
+    """It is open, has no token, and some columns of its prompt."""
+    monkeypatch.setattr("margingate.runtime.sampling.constraints.follow", lambda *_: None)
+    world = World(overlap=False)
+    req = world.decoding(3, flagged=1)
+    assert retractions(world).release(lambda req: True, req)
+    columns.set_columns(req, len(PROMPT) - 2)
+    integrity._check_request(world.requests, world.in_flight, req)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_kept_tokens_that_find_no_room_wait_for_others_and_fail_behind_none(monkeypatch, alone):
+    monkeypatch.setattr("margingate.runtime.sampling.constraints.follow", lambda *_: None)
+    monkeypatch.setattr(rollback, "extend_columns", lambda *_: False)
+    world = World(overlap=False)
+    req = world.decoding(3)
+    again = retractions(world)
+    assert again.release(lambda req: True, req)
+    if not alone:
+        world.scheduler.running_batch.reqs.append(world.decoding(1, key="b"))
+    waits: list[Any] = []
+    monkeypatch.setattr(again, "_retract_again", lambda *given: waits.append(given))
+    batch = SimpleNamespace(reqs=[req])
+    if not alone:
+        assert not again._restore_one(batch, req) and waits == [(batch, req)]
+        return
+    with pytest.raises(RuntimeError, match=r"the 3 tokens .* raise --swa-full-tokens-ratio"):
+        again._restore_one(batch, req)
 
 
 def test_a_request_that_finds_no_room_is_released_as_sglang_asks():

@@ -209,6 +209,7 @@ def test_a_retracted_request_is_admitted_where_its_answer_has_room_too(kept, run
         can_run_list=[],
         running_batch=SimpleNamespace(is_empty=lambda: not running),
         rem_total_tokens=room,
+        is_hybrid_swa=False,
     )
     found = TOGETHER.add_one_req(lambda *_: "SGLang's", adder, req, False, None)
     assert found == ("SGLang's" if fits else AddReqResult.NO_TOKEN)

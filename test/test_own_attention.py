@@ -17,10 +17,11 @@ from margingate.config import GateConfig, GateError
 from margingate.runtime.attention import fixed_split, invariant_attention, layer_rules
 from margingate.runtime.attention.invariant_attention import MOST_ROWS, OwnAttention, of
 from margingate.runtime.attention.layer_rules import unfit
+from margingate.runtime.compat import window_pool
 from margingate.runtime.probe import check_attention
 from margingate.runtime.probe.attention_error import Found
 from margingate.runtime.verify.verifier import RowInput, Verifier, build
-from margingate_kernels import PLAIN, Rules, segments_of
+from margingate_kernels import PLAIN, Rules, listed_keys, segments_of
 from margingate_kernels.attention import ARITHMETIC
 
 HEADS, KV_HEADS, SIZE = 4, 2, 64
@@ -413,6 +414,82 @@ def test_caps_and_sinks_go_to_both_kernels(kernels: Kernels):
     assert [each[-1] for each in kernels.decodes] == [Rules(None, 30.0, sinks), Rules(sinks=sinks)]
     assert kernels.extends[0][-1] == Rules(None, 30.0, sinks)
     assert own.seen[0].cap == 30.0 and own.seen[1].sinks is sinks
+
+
+# -- a pool of windows beside the other
+
+
+def make_two_pools(monkeypatch: pytest.MonkeyPatch, window: int = 20) -> tuple[Any, Any, Any]:
+    """Slot i of the whole pool is slot POOL - i of the other one."""
+    pool = SimpleNamespace(size=POOL, full_to_swa_index_mapping=torch.arange(POOL, -1, -1))
+    pool.translate_loc_from_full_to_swa = lambda slots: pool.full_to_swa_index_mapping[slots]
+    monkeypatch.setattr(window_pool, "is_split", lambda found: found is pool)
+    layers = [make_layer(3, sliding_window_size=window), make_layer(4)]
+    runner = make_runner(layers, token_to_kv_pool=pool)
+    backend = TritonAttnBackend()
+    backend.sliding_window_size, prepared = 20, []
+    backend.forward_metadata = None
+
+    def init_forward_metadata(batch: Any) -> None:
+        prepared.append(batch)
+        backend.forward_metadata = SimpleNamespace()
+
+    backend.init_forward_metadata = init_forward_metadata
+    return backend, runner, prepared
+
+
+def test_decode_reads_sglangs_list_of_the_pool_of_windows(kernels: Kernels, monkeypatch):
+    """Which is made as long as the kernels read."""
+    backend, runner, _ = make_two_pools(monkeypatch)
+    own = OwnAttention(backend, runner)
+    assert backend.sliding_window_size == listed_keys(20, SIZE) == 84
+    plans: list[Any] = []
+    monkeypatch.setattr(invariant_attention, "plan_decode", lambda *given: plans.append(given))
+    q = torch.zeros(2, HEADS, SIZE)
+    whole, ends = torch.tensor([0, 100, 105]), torch.tensor([0, 84, 89, 89])
+    backend.forward_metadata = SimpleNamespace(kv_indptr=whole, kv_indices=torch.arange(105))
+    own._parts, own._layer = [slice(0, 2)], runner.model[0]
+    slots = torch.arange(89)
+    keys = torch.zeros(POOL, KV_HEADS, SIZE)
+    window = {"sliding_window_size": 20}
+    own._attend_rows(q, keys, keys, q, ends, slots, None, None, None, 1, 0.125, **window)
+    ((lengths, workspace, told),) = plans
+    assert lengths.tolist() == [0, 100, 105] and told.tolist() == [0, 84, 89]
+    assert workspace.window == 20 and kernels.decodes[0][1].slots is slots
+
+
+def test_a_prefill_reads_slots_that_were_looked_up_as_it_was_prepared(kernels, monkeypatch):
+    backend, runner, prepared = make_two_pools(monkeypatch)
+    OwnAttention(backend, runner)
+    table = runner.req_to_token_pool.req_to_token
+    table[5], table[2] = torch.arange(CONTEXT), torch.arange(CONTEXT) + 900
+    batch = prefill_batch()
+    batch.forward_mode = SimpleNamespace(is_extend=lambda: True)
+    batch.extend_seq_lens, batch.extend_seq_lens_cpu = torch.tensor([3, 7]), [3, 7]
+    batch.req_pool_indices, batch.extend_prefix_lens = torch.tensor([5, 2]), torch.tensor([200, 0])
+    batch.starts, batch.longest = torch.tensor([0, 3, 10]), 7
+    backend.init_forward_metadata(batch)
+    assert prepared == [batch]
+    table.zero_()  # as SGLang's scheduler may do while the forward runs
+    for layer in runner.model:
+        backend.forward_extend(*[torch.zeros(10, HEADS, SIZE)] * 3, layer, batch)
+    (_, _, windowed, *_), (_, _, plain, *_) = kernels.extends
+    assert plain.page_table is table and plain.table_rows is batch.req_pool_indices
+    flat, rows = windowed.page_table, windowed.table_rows.tolist()
+    assert flat.stride() == (1, 1) and flat.dtype == torch.int32
+    for at, row, first, end in ((0, 5, 200 - 84, 203), (1, 2, 0, 7)):
+        positions = torch.arange(first, end)
+        whole = positions if row == 5 else positions + 900
+        assert flat[rows[at] + positions, 0].tolist() == (POOL - whole).tolist()
+    backend.forward_metadata = SimpleNamespace()  # prepared in another way
+    with pytest.raises(RuntimeError, match="whose slots in the pool of windows were not looked up"):
+        extend(backend, runner, batch)
+
+
+def test_a_window_that_sglang_does_not_keep_is_refused(kernels, monkeypatch):
+    backend, runner, _ = make_two_pools(monkeypatch, window=21)
+    with pytest.raises(GateError, match="21 tokens before its own, but SGLang keeps 20"):
+        OwnAttention(backend, runner)
 
 
 class TorchNativeAttnBackend:

@@ -34,15 +34,22 @@ def flag(requests: OpenRequests, req: Any) -> None:
     requests.queue.note(req.gate.key, requests.step)
 
 
-def controller(guarantee: str = "sparse") -> tuple[Any, Any, list[str]]:
-    """One with a decoding request, the request, and what was asked of the rest."""
+def controller(
+    guarantee: str = "sparse", *, windows: bool = False, drift: bool = True
+) -> tuple[Any, Any, list[str]]:
+    """One with a decoding request, the request, and what was asked of the rest.
+
+    `windows`: they have a K/V pool of their own; `drift`: some steps are not canonical.
+    """
     made, asked = cast(Any, GateController.__new__(GateController)), cast(list[str], [])
     made.config = GateConfig(guarantee=guarantee, rows=8, max_delay=0)
     made.requests = OpenRequests(made.config)
+    made.checks = SimpleNamespace(drift=drift, verifier=SimpleNamespace(rows=8))
+    made._windows = windows
     made.in_flight = SimpleNamespace(overlaps=True, bring_in_prefill=lambda: asked.append("in"))
     made.merged = SimpleNamespace(waiting=[], note_due=lambda due: asked.append(f"due {due}"))
     made._verify_what_waits = lambda _last: asked.append("waits")
-    req = SimpleNamespace(gate=GateRequest("a", True), rid="a")
+    req = SimpleNamespace(gate=GateRequest("a", True), rid="a", stream=False)
     made.requests.open(req)
     made.requests.ledger.emit("a", flagged=False, canonical=True)
     return made, req, asked
@@ -70,6 +77,24 @@ def test_verdicts_that_wait_and_exact_streams_are_looked_at() -> None:
     gate, _, asked = controller("exact")
     gate.before_next_batch(None)
     assert asked == ["in", "waits"]
+
+
+@pytest.mark.parametrize("drift", [True, False])
+def test_rows_that_nothing_flags_are_looked_at_where_their_windows_fill_a_pool(drift) -> None:
+    gate, _, asked = controller(windows=True, drift=drift)
+    gate.before_next_batch(None)
+    assert asked == (["in", "waits"] if drift else ["in", "due None"])
+
+
+@pytest.mark.parametrize("windows", [True, False])
+def test_such_rows_are_verified_once_they_fill_a_pass(windows) -> None:
+    """Else their request would keep what they see to its end."""
+    gate, req, _ = controller(windows=windows)
+    for rows in range(1, 9):
+        gate.requests.ledger.emit("a", flagged=False)
+        assert list(gate._full_tails([req])) == ([req] if windows and rows == 8 else [])
+    req.stream = True
+    assert list(gate._full_tails([req])) == ([req] if windows else []), "exact alone has streams"
 
 
 def test_sglang_is_not_asked_to_send_for_nobody(monkeypatch) -> None:

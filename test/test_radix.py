@@ -68,9 +68,7 @@ class World:
 
     def __init__(self, prefill: Prefill = ALONE) -> None:
         self.pool = ReqToTokenPool(REQUESTS, LONGEST, "cpu", False)
-        self.allocator = TokenToKVPoolAllocator(SLOTS, torch.bfloat16, "cpu", None, False)
-        self.params = CacheInitParams(False, self.pool, self.allocator, page_size=1)
-        self.tree = GateRadixCache(self.params, CHUNK)
+        self.make()
         self.requests = OpenRequests(GateConfig(rows=64))
         self.tree.share(prefill, self.requests)
         self.alone = not prefill.together
@@ -88,6 +86,12 @@ class World:
             enable_overlap=False,
         )
         self.in_flight = InFlight(self.scheduler)
+
+    def make(self) -> None:
+        """The allocator of slots, and the tree."""
+        self.allocator = TokenToKVPoolAllocator(SLOTS, torch.bfloat16, "cpu", None, False)
+        self.params = CacheInitParams(False, self.pool, self.allocator, page_size=1)
+        self.tree = GateRadixCache(self.params, CHUNK)
 
     # -- what the scheduler does
 
@@ -510,7 +514,8 @@ def test_slots_that_sglang_collects_to_free_at_once_are_free(world: World):
 
 
 def test_the_factory_gives_the_gates_tree_where_a_gate_and_a_tree_are_wanted(monkeypatch):
-    context: Any = SimpleNamespace(server_args=SimpleNamespace(), disable_radix_cache=False)
+    names = ("disable_radix_cache", "is_hybrid_swa")
+    context: Any = SimpleNamespace(server_args=SimpleNamespace(), **dict.fromkeys(names, False))
     context.params = World().params
     monkeypatch.setattr(radix, "default_radix_cache_factory", lambda _context: "SGLang's")
     monkeypatch.setattr(radix, "replace", lambda context: context)

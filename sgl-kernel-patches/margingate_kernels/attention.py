@@ -86,7 +86,7 @@ class Paged(NamedTuple):
     k_buffer: torch.Tensor  # [pool slots, K/V heads, head_size]
     v_buffer: torch.Tensor  # as k_buffer
     slots: torch.Tensor  # int32 or int64, flat
-    indptr: torch.Tensor  # int32 [rows + 1]: where each row's slots start
+    indptr: torch.Tensor  # int32 [rows + 1]: a row's keys lie between two, as for `plan_decode`
 
 
 def segments_of(tokens: int, head_size: int, window: int | None = None) -> int:
@@ -102,6 +102,19 @@ def segments_of(tokens: int, head_size: int, window: int | None = None) -> int:
     segment = blocks_for(head_size).segment
     every = -(-tokens // segment)
     return every if window is None else min(every, -(-window // segment) + 1)
+
+
+def listed_keys(window: int, head_size: int) -> int:
+    """Keys of a row, its own the last, whose slots both kernels may read with this window.
+
+    They read whole tiles, so it is more than the row sees; those before a sequence's first do not
+    exist. Slots of keys that the row does not see may be any of the pool's.
+
+    Args:
+        window: as `Rules` has it.
+        head_size: 64, 128 or 256; not checked here.
+    """
+    return window + blocks_for(head_size).keys
 
 
 def decode_workspace(
@@ -149,7 +162,9 @@ def with_window(workspace: DecodeWorkspace, window: int) -> DecodeWorkspace:
     return workspace._replace(segments=segments, window=window)
 
 
-def plan_decode(indptr: torch.Tensor, workspace: DecodeWorkspace) -> None:
+def plan_decode(
+    indptr: torch.Tensor, workspace: DecodeWorkspace, ends: torch.Tensor | None = None
+) -> None:
     """Cut a batch's rows into segments; once for all layers of a forward that have its window.
 
     Neither allocates nor synchronises. Overwrites the workspace's plan. A batch of more segments
@@ -160,17 +175,27 @@ def plan_decode(indptr: torch.Tensor, workspace: DecodeWorkspace) -> None:
         indptr: int32 [R + 1], R >= 1, contiguous, on the workspace's device; row i has
             indptr[i + 1] - indptr[i] >= 1 keys. Need not start at 0. Neither the dtype, the device
             nor the values are checked.
+        ends: int32 [R + 1], contiguous, where the slots are those of a window alone: the slots of
+            row i end at ends[i + 1], as its keys do, and begin `listed_keys` before that or
+            earlier, or with key 0. None: all are there, and those of row i start at indptr[i].
 
     Raises:
-        ValueError: no row, or more rows than the workspace is for.
+        ValueError: no row, more rows than the workspace is for, or ends of another length or for
+            a plan without a window.
     """
     rows = len(indptr) - 1
     if not 1 <= rows < len(workspace.segments.firsts):
         most = len(workspace.segments.firsts) - 1
         raise ValueError(f"indptr has {rows} rows; the workspace is for 1 to {most}.")
+    if ends is not None and (workspace.window is None or len(ends) != len(indptr)):
+        raise ValueError(
+            f"ends has {len(ends)} entries, indptr {len(indptr)}, and the plan's window is "
+            f"{workspace.window}: slots of a window alone need as many ends, and a window."
+        )
     segments = workspace.segments
     attention_decode_triton.plan[(rows,)](
         indptr,
+        ends,
         segments.firsts,
         segments.records,
         rows,

@@ -15,7 +15,8 @@ _UNROLLED = tl.constexpr(8)  # segments that `add_up` reads at a time
 
 @triton.jit(do_not_specialize=["rows", "capacity"])
 def plan(  # noqa: PLR0917
-    indptr: tl.tensor,  # int32 [rows + 1]: where each row's slots start
+    indptr: tl.tensor,  # int32 [rows + 1]: between two, a row's keys; where its slots start
+    ends: tl.tensor,  # int32 [rows + 1]: where each row's slots end, from the second on; or None
     firsts: tl.tensor,  # int32 [rows + 1]: written; segments before each row's first
     records: tl.tensor,  # int32 [capacity, 4]: written; see `decode`
     rows: tl.tensor,
@@ -41,6 +42,8 @@ def plan(  # noqa: PLR0917
     behind = tl.sum(tl.where(every <= row, counts, 0), 0)
     start = tl.sum(tl.where(every == row, starts, 0), 0)
     length = tl.sum(tl.where(every == row, lengths, 0), 0)
+    if ends is not None:  # of a window's keys alone: key 0 would be as far before them
+        start = tl.load(ends + row + 1) - length
     count = (length + SEGMENT - 1) // SEGMENT
     if WINDOW is not None:
         seen = tl.maximum(length - 1 - WINDOW, 0)

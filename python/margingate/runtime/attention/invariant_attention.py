@@ -16,7 +16,8 @@ import torch
 
 from margingate.config import GateError
 from margingate.runtime.attention.layer_rules import attention_layers, rules_of, window_of
-from margingate.runtime.compat import settings
+from margingate.runtime.attention.window_lists import WindowLists
+from margingate.runtime.compat import settings, window_pool
 from margingate.runtime.compat.instance_patches import ON_TRITON, check_instance
 from margingate_kernels import (
     Chunks,
@@ -67,6 +68,7 @@ class OwnAttention:
         graphs = settings.view(runner.server_args).cuda_graph_config.decode.max_bs or 0
         self._workspaces = self._make_workspaces(max(MOST_ROWS, graphs))
         self.room = self._room()  # tokens that rows of a decode forward may see together, at least
+        self._lists = self._make_lists(backend, runner)
         self._larger: Workspaces | None = None  # graphs hold addresses of the first
         self.seen: dict[int, Rules] = {}  # what each layer asked for, by its number
         self._backend = backend
@@ -107,6 +109,13 @@ class OwnAttention:
         """What the bits depend on."""
         blocks = next(iter(self._workspaces.values())).blocks
         return [ARITHMETIC, blocks.keys, blocks.segment]
+
+    def _make_lists(self, backend: Any, runner: Any) -> WindowLists | None:
+        """None where all layers have one pool."""
+        windows = [window for window in self._first if window is not None]
+        if not windows or not window_pool.is_split(runner.token_to_kv_pool):
+            return None
+        return WindowLists(backend, runner, windows, self._head_size)
 
     def _make_workspaces(self, rows: int) -> Workspaces:
         """Room for the layers that see most, and a plan for each window."""
@@ -163,14 +172,20 @@ class OwnAttention:
         rules = self._rules(extras)
         self._ran["decode"] = True
         workspace = self._workspaces_for(len(q))[rules.window]
-        if rules.window is not None:  # SGLang's list for a window leaves out its first key
+        ends = None
+        if rules.window is not None:
             metadata = self._backend.forward_metadata
-            indptr, slots = metadata.kv_indptr, metadata.kv_indices
+            if self._lists is not None:  # SGLang's list, made longer, of the windows' own pool
+                ends = indptr
+            else:  # SGLang's list for a window leaves out its first key
+                slots = metadata.kv_indices
+            indptr = metadata.kv_indptr
         is_first = self._layer.layer_id == self._first[rules.window]
         for part in self._parts:
-            its = indptr[part.start : part.stop + 1]
+            rows = slice(part.start, part.stop + 1)
+            its = indptr[rows]
             if is_first or len(self._parts) > 1:
-                plan_decode(its, workspace)
+                plan_decode(its, workspace, *(() if ends is None else (ends[rows],)))
             paged = Paged(k_buffer, v_buffer, slots, its)
             decode_attention(q[part], paged, scale, out[part], workspace, rules)
 
@@ -200,13 +215,12 @@ class OwnAttention:
             raise RuntimeError("margingate: prefill attention with a mask of its own is not served")
         self._ran["prefill"] = True
         batch = self._batch
-        chunks = Chunks(
-            self._page_table,
-            batch.req_pool_indices,
-            starts[: len(batch.req_pool_indices) + 1],
-            batch.extend_prefix_lens,
-            longest,
-        )
+        starts = starts[: len(batch.req_pool_indices) + 1]
+        if rules.window is not None and self._lists is not None:
+            chunks = self._lists.chunks(starts, batch, longest)
+        else:
+            table, rows = self._page_table, batch.req_pool_indices
+            chunks = Chunks(table, rows, starts, batch.extend_prefix_lens, longest)
         extend_attention(q, Columns(k_buffer, v_buffer, k, v), chunks, scale, out, rules)
 
     def _rules(self, extras: Mapping[str, Any]) -> Rules:

@@ -12,6 +12,7 @@ import torch
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
 from margingate.config import GateError
+from margingate.runtime.compat import window_pool
 from margingate.runtime.compat.host_attention import attends_row_by_row
 from margingate_kernels import Rules
 from margingate_kernels.attention_checks import HEAD_SIZES, MOST_GROUPED
@@ -67,7 +68,7 @@ def unfit(backend: Any, runner: Any) -> str:
         return "the attention backend is not Triton's on CUDA"
     if not layers:
         return "the model has no attention layers that are known"
-    pool = runner.token_to_kv_pool
+    pool = window_pool.whole(runner.token_to_kv_pool)
     if runner.dtype not in DTYPES or getattr(pool, "store_dtype", None) != runner.dtype:
         return "the K/V cache has not the model's dtype"
     if getattr(backend, "use_mla", True) or getattr(backend, "dcp_size", 1) > 1:

@@ -36,6 +36,11 @@ ON_TRITON = (
     InstancePatch(_TRITON, "get_num_kv_splits", "a split by the length alone, or none", _SPLIT),
     InstancePatch(_TRITON, "max_kv_splits", "room for that split, and no more", _SPLIT),
 )
+_TWO_POOLS = "SGLang's lists of a window have its first key, and the kernels are SGLang's"
+ON_TWO_POOLS = (
+    InstancePatch(_TRITON, "sliding_window_size", "lists of what the kernels read", _TWO_POOLS),
+    InstancePatch(_TRITON, "init_forward_metadata", "looks up slots for a prefill", _TWO_POOLS),
+)
 ON_FLASHINFER = (
     InstancePatch(_FLASHINFER, "decode_use_tensor_cores", "one kernel for all steps", _SPLIT),
     InstancePatch(_FLASHINFER, "decode_split_tile_size", "a fixed split without graphs", _SPLIT),
@@ -105,7 +110,7 @@ ON_QUANTIZED = tuple(
     )
 )
 INSTANCE_PATCHES = (
-    *(*ON_TRITON, *ON_FLASHINFER, ON_LOGPROBS, ON_DUAL_GEMM),
+    *(*ON_TRITON, *ON_TWO_POOLS, *ON_FLASHINFER, ON_LOGPROBS, ON_DUAL_GEMM),
     *(ON_EXPERTS, ON_ROUTERS, *ON_GATES, *ON_QUANTIZED, *ON_ENGINE),
 )
 

@@ -122,7 +122,7 @@ NO_EFFECT: _Group = {
     "prefill_decode_interval_min_bs radix_eviction_policy_config "
     "_radix_eviction_policy_explicitly_set",
     "which replica serves; all have one fingerprint, or there is no start": "dp_size",
-    "the gate sets it, so that there is one K/V pool": "disable_hybrid_swa_memory",
+    "the gate sets it where there is to be one K/V pool": "disable_hybrid_swa_memory",
     "SGLang reads it for draft models alone, or nowhere": "num_continuous_decode_steps",
     "where processes run and find each other": "nccl_port dist_timeout dist_init_addr node_rank "
     "base_gpu_id gpu_id_step numa_node host port fastapi_root_path grpc_port sidecar sidecar_args "

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 SURFACE: Mapping[str, str] = {
     "configs.model_config.ModelConfig": ""
     "attention_arch context_len has_attention_sinks hf_config hf_text_config hidden_size "
-    "is_encoder_decoder is_generation is_hybrid_swa is_hybrid_swa_compress "
+    "is_encoder_decoder is_generation is_hybrid_swa_compress "
     "is_image_understandable_model is_multimodal model_is_mrope "
     "model_path quantization vocab_size",
     "constrained.base_grammar_backend.BaseGrammarObject": ""
@@ -24,7 +24,7 @@ SURFACE: Mapping[str, str] = {
     "layers.attention.triton_backend.TritonAttnBackend": ""
     "dcp_size decode_attention_fwd device extend_attention_fwd forward_decode "
     "forward_extend forward_metadata get_num_kv_splits init_forward_metadata max_context_len "
-    "max_kv_splits use_mla",
+    "max_kv_splits sliding_window_size use_mla",
     "layers.logits_processor.LogitsProcessor": ""
     "_compute_lm_head final_logit_softcapping logit_scale",
     "layers.logits_processor.LogitsProcessorOutput": "next_token_logits",
@@ -59,7 +59,7 @@ SURFACE: Mapping[str, str] = {
     "custom_logit_processor customized_info decode_batch_idx eos_token_ids extend_end "
     "extra_key finished finished_len finished_output finished_reason "
     "full_untruncated_fill_ids grammar inflight_middle_chunks input_embeds "
-    "is_prefill_only is_retracted kv logprob logprob_start_len lora_id "
+    "is_prefill_only is_retracted kv last_node logprob logprob_start_len lora_id "
     "multi_item_delimiter_indices multimodal_inputs origin_input_ids output_ids "
     "output_ids_through_stop "
     "positional_embed_overrides prefix_len reasoning_tokens return_hidden_states "
@@ -68,7 +68,8 @@ SURFACE: Mapping[str, str] = {
     "session set_finish_with_abort stream time_stats to_finish token_indices_to_pool "
     "tokenizer update_finish_state vocab_size weight_version_events",
     "managers.schedule_batch.ReqKvInfo": ""
-    "cache_protected_len holds_kv kv_allocated_len kv_committed_len req_pool_idx",
+    "cache_protected_len get_evicted_seqlen holds_kv "
+    "kv_allocated_len kv_committed_len req_pool_idx",
     "managers.schedule_batch.ReqLogprob": ""
     "output_token_ids_logprobs_val output_token_logprobs_idx output_token_logprobs_val "
     "output_top_logprobs_idx output_top_logprobs_val token_ids_logprob top_logprobs_num",
@@ -77,7 +78,8 @@ SURFACE: Mapping[str, str] = {
     "multimodal_inputs prepare_for_extend release_req reqs return_logprob seq_lens_sum "
     "token_ids_logprobs",
     "managers.schedule_policy.PrefillAdder": ""
-    "can_run_list cur_rem_tokens rem_chunk_tokens rem_total_tokens running_batch",
+    "can_run_list cur_rem_tokens is_hybrid_swa "
+    "memory_budget rem_chunk_tokens rem_total_tokens running_batch tree_cache",
     "managers.scheduler.Scheduler": ""
     "_add_request_to_queue _build_hisparse_decode_batch _engine_paused batch_result_processor "
     "chunked_req enable_overlap forward_ct future_map grammar_manager ipc_channels is_fully_idle "
@@ -104,6 +106,14 @@ SURFACE: Mapping[str, str] = {
     "mem_cache.allocator.token.TokenToKVPoolAllocator": ""
     "alloc available_size free_group free_pages free_segment get_kvcache release_pages "
     "size",
+    "mem_cache.allocator.swa.SWATokenToKVPoolAllocator": ""
+    "full_attn_allocator full_available_size get_kvcache size_full size_swa swa_attn_allocator "
+    "swa_available_size swa_free_group swa_page_ids_group",
+    "mem_cache.swa_memory_pool.SWAKVPool": ""
+    "full_kv_pool full_to_swa_index_mapping layers_mapping size size_swa swa_kv_pool "
+    "translate_loc_from_full_to_swa",
+    "mem_cache.unified_radix_cache.UnifiedRadixCache": ""
+    "all_values_flatten lock sliding_window_size swa_evictable_size swa_protected_size unlock",
     "mem_cache.base_prefix_cache.MatchPrefixParams": "key req",
     "mem_cache.base_prefix_cache.MatchResult": "device_prefix_len",
     "mem_cache.kv_index_translator.KVIndexTranslator": "own_plan",
@@ -116,7 +126,8 @@ SURFACE: Mapping[str, str] = {
     "mem_cache.radix_cache.TreeNode": "children value",
     "model_executor.cuda_graph_config.CudaGraphConfig": "decode prefill",
     "model_executor.forward_batch_info.ForwardBatch": ""
-    "batch_size extend_prefix_lens extend_seq_lens forward_mode input_ids mrope_positions "
+    "batch_size extend_prefix_lens extend_seq_lens extend_seq_lens_cpu "
+    "forward_mode input_ids mrope_positions "
     "out_cache_loc positions req_pool_indices return_logprob sampling_info seq_lens seq_lens_cpu "
     "seq_lens_sum",
     "model_executor.forward_batch_info.ForwardMode": "is_decode is_extend",
@@ -142,13 +153,16 @@ SURFACE: Mapping[str, str] = {
     "device_cache get_topk host_cache topk_size",
     "server_args.ServerArgs": ""
     "_resolution_finished attention_backend boundary_reduction chat_template chunked_prefill_size "
-    "cpu_offload_gb cuda_graph_backend_prefill cuda_graph_config debug_tensor_dump_output_folder "
-    "decoupled_spec_role device disaggregation_mode dp_size enable_flashinfer_allreduce_fusion "
+    "cpu_offload_gb cuda_graph_backend_prefill cuda_graph_config "
+    "decode_attention_backend debug_tensor_dump_output_folder "
+    "decoupled_spec_role device disable_hybrid_swa_memory disable_radix_cache "
+    "disaggregation_mode dp_size enable_flashinfer_allreduce_fusion "
     "enable_fp32_lm_head enable_return_hidden_states enable_return_routed_experts "
     "enable_torch_compile "
     "flashinfer_allreduce_fusion_backend grammar_backend grpc_mode init_expert_location "
     "kv_cache_dtype kv_canary load_format max_prefill_tokens max_running_requests model_path "
     "moe_a2a_backend moe_runner_backend nnodes node_rank offload_group_size page_size "
-    "preferred_sampling_params radix_cache_backend random_seed return_hidden_states_mode revision "
-    "smg_grpc_mode startup_weight_load_mode tokenizer_path tp_size",
+    "prefill_attention_backend preferred_sampling_params radix_cache_backend "
+    "random_seed return_hidden_states_mode revision "
+    "smg_grpc_mode startup_weight_load_mode swa_full_tokens_ratio tokenizer_path tp_size",
 }

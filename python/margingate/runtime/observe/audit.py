@@ -26,9 +26,9 @@ from sglang.srt.managers.utils import is_health_check_generate_req
 from margingate.confidence import miss_bound
 from margingate.config import GateConfig
 from margingate.core.audit import Audits, Bits, Recorded
-from margingate.runtime.compat import columns, settings, weights
+from margingate.runtime.compat import columns, settings, tree, weights
 from margingate.runtime.observe.fingerprint import Fingerprint
-from margingate.runtime.observe.replay import Part, Replay, room
+from margingate.runtime.observe.replay import Part, Replay
 from margingate.runtime.probe.startup_checks import StartupChecks
 from margingate.runtime.request.observer import Observer
 from margingate.runtime.request.open_requests import OpenRequests
@@ -148,7 +148,7 @@ class Auditor(Observer):
 
     def _fits(self, recorded: Recorded) -> bool:
         """Whether there is room, counting what the radix tree can give up."""
-        return recorded.size - 1 <= room(self._scheduler)
+        return recorded.size - 1 <= tree.room(self._scheduler)
 
     def _compare(self, recorded: Recorded, parts: Iterable[Part], replay: Replay) -> None:
         """Hold what the replay gives, a part for each forward, to what was noted."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from margingate.runtime.compat import columns, tree
+from margingate.runtime.compat import columns, tree, window_pool
 from margingate.runtime.request.in_flight import InFlight
 from margingate.runtime.request.open_requests import OpenRequests
 
@@ -56,7 +56,7 @@ def _check_request(requests: OpenRequests, in_flight: InFlight, req: Any) -> Non
     tokens = len(req.gate.kept.tokens) if req.gate.kept is not None else len(req.output_ids)
     emitted = ledger.emitted(key)
     assert tokens == emitted, f"request {req.rid} has {tokens} tokens, the ledger {emitted}"
-    if req.gate.kept is not None:
+    if req.gate.kept is not None or not emitted:  # its prompt is being prefilled again
         return
     committed, allocated = columns.committed(req), columns.allocated(req)
     wanted = len(req.origin_input_ids) + tokens - 1 + _rows_in_flight(in_flight, req)
@@ -86,18 +86,57 @@ def _check_slots(scheduler: Any, live: list[Any]) -> None:
     """Each slot is free, in the tree, or owned by exactly one request."""
     allocator, cached = scheduler.token_to_kv_pool_allocator, tree.slots(scheduler.tree_cache)
     parts = [("free", tree.free_slots(allocator)), ("in the tree", cached)]
-    table = scheduler.req_to_token_pool.req_to_token
-    for req in live:
-        own = table[columns.row(req), columns.protected(req) : columns.allocated(req)]
-        parts.append((f"of request {req.rid}", own.to(torch.int64).cpu()))
-    counts = torch.bincount(torch.cat([slots for _, slots in parts]), minlength=allocator.size + 1)
-    twice, lost = counts > 1, counts[1:] == 0
-    if twice.any():
-        slot = int(twice.nonzero()[0])
-        owners = [name for name, slots in parts if (slots == slot).any()]
-        raise AssertionError(f"slot {slot} has several owners: {', '.join(owners)}")
-    assert not lost.any(), f"{int(lost.sum())} of {allocator.size} slots are nobody's"
+    parts += [(f"of request {req.rid}", _own(scheduler, req)) for req in live]
+    split = window_pool.is_split(allocator.get_kvcache())
+    _check_owners("slot", parts, window_pool.sizes(allocator)[0] if split else allocator.size)
     accounted = tree.accounted(scheduler.tree_cache)
     assert len(cached) == accounted, (
         f"the tree holds {len(cached)} columns but accounts for {accounted}"
+    )
+    if split:
+        _check_windows(scheduler, live, cached)
+
+
+def _own(scheduler: Any, req: Any) -> torch.Tensor:
+    """int64 [columns] on the CPU: slots of the request that are not the tree's."""
+    table = scheduler.req_to_token_pool.req_to_token
+    own: torch.Tensor = table[columns.row(req), columns.protected(req) : columns.allocated(req)]
+    return own.to(torch.int64).cpu()
+
+
+def _check_owners(what: str, parts: list[tuple[str, torch.Tensor]], size: int) -> None:
+    """Of slots 1 to `size` each is in one part, once; slot 0 is in none."""
+    counts = torch.bincount(torch.cat([slots for _, slots in parts]), minlength=size + 1)
+    twice, lost = counts > 1, counts[1:] == 0
+    assert not counts[0], f"{what} 0 has an owner, and is to have none"
+    if twice.any():
+        slot = int(twice.nonzero()[0])
+        owners = [name for name, slots in parts if (slots == slot).any()]
+        raise AssertionError(f"{what} {slot} has several owners: {', '.join(owners)}")
+    each = what.replace("slot", "slots", 1)
+    assert not lost.any(), f"{int(lost.sum())} of {size} {each} are nobody's"
+
+
+def _check_windows(scheduler: Any, live: list[Any], cached: torch.Tensor) -> None:
+    """The same of the pool of windows. A request has all columns there that it did not give up."""
+    allocator, cache = scheduler.token_to_kv_pool_allocator, scheduler.tree_cache
+    pool = allocator.get_kvcache()
+
+    def windows(slots: torch.Tensor) -> torch.Tensor:
+        return window_pool.windows_of(pool, slots).cpu()
+
+    held = windows(cached)
+    parts = [("free", window_pool.free_slots(allocator)), ("in the tree", held[held > 0])]
+    for req in live:
+        own = windows(_own(scheduler, req))
+        gone = window_pool.given_up(req) - columns.protected(req)
+        assert not own[:gone].any() and own[gone:].all(), (
+            f"request {req.rid} gave up {gone} columns of its windows, but has other ones"
+        )
+        parts.append((f"of request {req.rid}", own[gone:]))
+    _check_owners("slot with a window", parts, window_pool.sizes(allocator)[1])
+    assert not windows(tree.free_slots(allocator)).any(), "a free slot has one with a window"
+    accounted = tree.accounted_windows(cache)
+    assert len(parts[1][1]) == accounted, (
+        f"the tree holds {len(parts[1][1])} columns of windows but accounts for {accounted}"
     )

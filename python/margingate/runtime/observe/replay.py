@@ -16,7 +16,7 @@ import torch
 
 from margingate.core.audit import Piece, Recorded, grid, pieces
 from margingate.core.chance import generator
-from margingate.runtime.compat import columns, settings
+from margingate.runtime.compat import columns, settings, tree
 from margingate.runtime.probe.startup_checks import StartupChecks
 from margingate.runtime.verify import rollback
 from margingate.runtime.verify.internal_prefill import extend, internal_request, release
@@ -80,7 +80,7 @@ class Replay:
         """Slots that the replay itself leaves."""
         if self._scheduler.req_to_token_pool.available_size() < 2:
             return 0
-        return max(room(self._scheduler) - self._recorded.size, 0)
+        return max(tree.room(self._scheduler) - self._recorded.size, 0)
 
     def _prefill(self, req: Any) -> Iterator[Part]:
         recorded, draw = self._recorded, generator(self._recorded.rid)
@@ -132,9 +132,3 @@ class Replay:
         table = self._scheduler.req_to_token_pool.req_to_token
         slots = table[columns.row(req), start:end].to(torch.int64)
         return Part(rows, start, self._columns.of(slots).cpu())
-
-
-def room(scheduler: Any) -> int:
-    """Free slots, counting what the radix tree can give up."""
-    free: int = scheduler.token_to_kv_pool_allocator.available_size()
-    return free + int(scheduler.tree_cache.evictable_size())

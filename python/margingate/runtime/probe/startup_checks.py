@@ -26,12 +26,16 @@ class StartupChecks:
     prefill: Prefill
     images: str = ""  # why they are not encoded canonically; empty: they are
 
+    @property
+    def drift(self) -> bool:
+        """Whether some decode steps make rows that are not canonical."""
+        return self.decode is None or not self.decode.everywhere
+
     def scores(self, config: GateConfig) -> str:
         """What the log-probs of a prompt's tokens are: those that decoding the same tokens gives,
         where every answer has canonical ones, or those that a prefill gives.
         """
-        settled = self.decode is not None and self.decode.everywhere
-        decoded = self.prefill.as_decoded and (settled or config.guarantee == "exact")
+        decoded = self.prefill.as_decoded and (not self.drift or config.guarantee == "exact")
         return "as_decoded" if decoded else "as_prefilled"
 
 

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from margingate.config import GateConfig
+from margingate.runtime.compat import window_pool
 from margingate.runtime.observe import fingerprint, integrity
 from margingate.runtime.observe.audit import Auditor
 from margingate.runtime.observe.tally import Tally
@@ -75,6 +76,7 @@ class GateController:
         self.auditor = Auditor(scheduler, config, checks, requests, self.fingerprint)
         self.integrity = integrity.Reports(scheduler, requests, in_flight)
         self.tally = Tally(exact=config.guarantee == "exact")
+        self._windows = window_pool.is_split(checks.verifier.runner.token_to_kv_pool)
 
     # -- a result's way to the clients
 
@@ -115,10 +117,13 @@ class GateController:
             self.send([])
 
     def _is_quiet(self) -> bool:
-        """Whether nothing at all waits, as after most steps; exact: not known at so little cost."""
+        """Whether nothing at all waits, as after most steps; not known at so little cost where rows
+        that nothing flagged may be (`_full_tails`).
+        """
         requests = self.requests
         waits = self._is_open() or requests.any_retracted() or requests.queue.waits()
-        return not waits and self.config.guarantee != "exact"
+        unflagged = self.config.guarantee == "exact" or (self._windows and self.checks.drift)
+        return not waits and not unflagged
 
     def _is_open(self) -> bool:
         """Whether something is begun that needs nothing in flight to be ended, due or not."""
@@ -194,13 +199,16 @@ class GateController:
         )
 
     def _full_tails(self, reqs: Iterable[Any]) -> Iterator[Any]:
-        """Exact: streams with so many rows to be replayed that a micro-batch is full."""
-        if self.config.guarantee != "exact":
+        """Those with so many rows to be replayed that a micro-batch is full: streams of exact, and
+        all where the windows of such rows fill a pool of their own.
+        """
+        if self.config.guarantee != "exact" and not self._windows:
             return
         requests, ledger = self.requests, self.requests.ledger
         for req in reqs:
             key = req.gate.key
-            if not req.stream or key not in requests or req.gate.kept is not None:
+            looked_at = key in requests and (req.stream or self._windows)
+            if not looked_at or req.gate.kept is not None:
                 continue
             if not ledger.stopped(key):
                 waiting = ledger.emitted(key) - ledger.canonical(key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from margingate.runtime.compat import tree
 from margingate.runtime.request import guard
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import is_gated
@@ -97,5 +98,4 @@ def _eject(requests: OpenRequests, batch: Any) -> None:
 
 def _memory_is_short(scheduler: Any, running: Any) -> bool:
     """Whether SGLang would soon retract requests for columns that held ones could free."""
-    free = scheduler.token_to_kv_pool_allocator.available_size()
-    return free + scheduler.tree_cache.evictable_size() < 2 * len(running.reqs)
+    return tree.room(scheduler) < 2 * len(running.reqs)

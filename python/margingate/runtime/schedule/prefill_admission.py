@@ -11,7 +11,7 @@ from typing import Any
 
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult
 
-from margingate.runtime.compat import columns, vision
+from margingate.runtime.compat import columns, tree, vision
 from margingate.runtime.probe.check_prefill import Prefill
 from margingate.runtime.request import guard
 from margingate.runtime.request.record import is_gated
@@ -28,7 +28,7 @@ class Admission:
         self, original: Any, adder: Any, req: Any, has_chunked_req: bool, align: int | None
     ) -> Any:
         """AROUND PrefillAdder.add_one_req: keep gated requests apart, where they must be."""
-        if _lacks_room_to_replay(adder, req):
+        if _lacks_room_to_replay(adder, req, self._chunk):
             return AddReqResult.NO_TOKEN
         if self._together:
             if _media_meet_others(adder, req):
@@ -58,7 +58,8 @@ class Admission:
         if not is_gated(req) or self._together:
             return original(adder, req)
         need = min(self._chunk, _left(req))
-        if need > adder.cur_rem_tokens or 0 < adder.rem_total_tokens < need:
+        lacks = need > adder.cur_rem_tokens or 0 < adder.rem_total_tokens < need
+        if lacks or _lacks_windows(adder, need):
             columns.park(req)
             return req
         adder.rem_chunk_tokens = self._chunk
@@ -73,7 +74,7 @@ def refuse_failed(original: Any, adder: Any, req: Any, *rest: Any, **named: Any)
     return AddReqResult.OTHER
 
 
-def _lacks_room_to_replay(adder: Any, req: Any) -> bool:
+def _lacks_room_to_replay(adder: Any, req: Any, chunk: int) -> bool:
     """Whether a retracted request would be retracted again: its kept tokens come on top.
 
     SGLang counts the prompt, and of what is to come a few thousand tokens at most.
@@ -86,7 +87,20 @@ def _lacks_room_to_replay(adder: Any, req: Any) -> bool:
         return False  # there is not more room to wait for
     more = max(req.sampling_params.max_new_tokens - len(kept.tokens), 0)
     needed = _left(req) + len(kept.tokens) + min(more, CLIP_MAX_NEW_TOKENS)
-    return bool(needed >= adder.rem_total_tokens)
+    return bool(needed >= adder.rem_total_tokens) or _lacks_windows_to_replay(adder, req, chunk)
+
+
+def _lacks_windows_to_replay(adder: Any, req: Any, chunk: int) -> bool:
+    """Whether its kept tokens would find no room in the pool of windows, where there is one.
+
+    All of them have columns there while they are replayed. Of a prompt that is computed, no more
+    than a chunk and a window have; those that the tree has of it cannot be given up meanwhile.
+    """
+    if not adder.is_hybrid_swa:
+        return False
+    with tree.hit_held(adder.tree_cache, req) as window:
+        computed = min(_left(req), chunk + window)
+        return _lacks_windows(adder, computed + len(req.gate.kept.tokens))
 
 
 def _media_meet_others(adder: Any, req: Any) -> bool:
@@ -100,6 +114,11 @@ def _media_meet_others(adder: Any, req: Any) -> bool:
         return False
     alike = {vision.has_media(each) for each in together}
     return len(alike) > 1 or (alike == {True} and not all(map(is_gated, together)))
+
+
+def _lacks_windows(adder: Any, tokens: int) -> bool:
+    """Whether there is a pool of windows and it has no room for so many; SGLang spares one slot."""
+    return bool(adder.is_hybrid_swa) and int(adder.memory_budget.remaining_swa) <= tokens
 
 
 def _left(req: Any) -> int:

@@ -12,13 +12,19 @@ and others alike, and what a request computed across the change stays out.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from sglang.srt.mem_cache.registry import TreeCacheBuildContext, default_radix_cache_factory
+from sglang.srt.mem_cache.registry import (
+    TreeCacheBuildContext,
+    create_unified_radix_cache,
+    default_radix_cache_factory,
+)
 
 from margingate.runtime.compat.server_args import gate_config
-from margingate.runtime.compat.tree import LimitedRadixCache
+from margingate.runtime.compat.tree import LimitedRadixCache, LimitedWindowCache, Limits
 from margingate.runtime.probe.check_prefill import Prefill
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import is_gated
@@ -30,22 +36,26 @@ def build(context: TreeCacheBuildContext) -> Any:
     if config is None or context.disable_radix_cache:
         return default_radix_cache_factory(replace(context))
     assert config.prefill_chunk is not None
-    return GateRadixCache(context.params, config.prefill_chunk)
+    if not context.is_hybrid_swa:
+        return GateRadixCache(context.params, config.prefill_chunk)
+    make: Any = partial(GateWindowCache, chunk=config.prefill_chunk)
+    return create_unified_radix_cache(context, cache_class=make)
 
 
-class GateRadixCache(LimitedRadixCache):
-    """SGLang's tree; for gated requests hits and insertions end on the grid."""
+class GateTree(Limits):
+    """What the gate has either tree do: for gated requests hits and insertions end on the grid."""
 
     def __init__(self, params: Any, chunk: int) -> None:
         super().__init__(params)
         self.chunk = chunk  # tokens
-        self._requests: OpenRequests | None = None  # whose canonical columns enter; None: none
+        self._requests: OpenRequests | None = None  # the open ones; None: before the first
+        self._answers = False  # whether their canonical columns enter
 
     def share(self, prefill: Prefill, requests: OpenRequests) -> None:
         """Adopt what was measured; before the first request."""
         if prefill.together:
             self.chunk = 1
-        self._requests = requests if prefill.as_decoded else None
+        self._requests, self._answers = requests, prefill.as_decoded
 
     def usable(self, req: Any, hit: int) -> int:
         """A gated request's hit ends on the grid."""
@@ -64,12 +74,26 @@ class GateRadixCache(LimitedRadixCache):
             return 0
         if not req.finished():
             return self._grid(length)
-        if self._requests is None:
+        if self._requests is None or not self._answers:
             return 0
         return min(self._requests.canonical_columns(req), length)
 
     def _grid(self, length: int) -> int:
         return length // self.chunk * self.chunk
+
+
+class GateRadixCache(GateTree, LimitedRadixCache):
+    """SGLang's tree over one pool."""
+
+
+class GateWindowCache(GateTree, LimitedWindowCache):
+    """SGLang's tree over two pools."""
+
+    def replayable_from(self, req: Any) -> int:
+        """Of a gated request: behind its canonical columns, as far as they go without a gap."""
+        if not is_gated(req):
+            return sys.maxsize
+        return 0 if self._requests is None else self._requests.canonical_columns(req)
 
 
 def _is_mixed(req: Any) -> bool:

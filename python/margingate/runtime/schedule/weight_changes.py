@@ -14,7 +14,7 @@ from margingate.runtime.observe import weight_updates
 from margingate.runtime.observe.fingerprint import Fingerprint
 from margingate.runtime.request.in_flight import InFlight
 from margingate.runtime.request.open_requests import OpenRequests
-from margingate.runtime.schedule.radix import GateRadixCache
+from margingate.runtime.schedule.radix import GateTree
 
 
 class WeightChanges:
@@ -75,7 +75,7 @@ class WeightChanges:
         for req in self._with_columns():
             req.gate.crosses(generation, len(req.output_ids))
         cache = self._scheduler.tree_cache
-        if isinstance(cache, GateRadixCache):  # else there is none
+        if isinstance(cache, GateTree):  # else there is none
             cache.part(generation)
 
     def _with_columns(self) -> list[Any]:

@@ -17,7 +17,7 @@ from margingate.runtime.compat import machine, mxfp4, release, settings
 from margingate.runtime.compat.architectures import has_sinks
 from margingate.runtime.compat.server_args import ATTRIBUTE, RADIX_BACKEND, gate_config
 from margingate.runtime.observe import event_socket
-from margingate.runtime.start import one_pool, refusals, refused_models
+from margingate.runtime.start import pools, refusals, refused_models
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def _prepare(server_args: Any, config: GateConfig) -> GateConfig:
         boundary_reduction="ar",
         enable_lean_attention=False,
     )
-    one_pool.choose(server_args)
+    pools.choose(server_args, config)
     if given.moe_runner_backend == "auto" and has_sinks(given):
         settings.choose(server_args, moe_runner_backend=mxfp4.runner(given))
     if not given.disable_radix_cache:

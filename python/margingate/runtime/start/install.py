@@ -22,7 +22,7 @@ from margingate.runtime.probe.startup_checks import run_checks
 from margingate.runtime.request.observer import Observer
 from margingate.runtime.schedule import radix, server_info
 from margingate.runtime.schedule.controller import GateController
-from margingate.runtime.start import arguments, one_pool, refused_models, replicas_alike
+from margingate.runtime.start import arguments, pools, refused_models, replicas_alike
 from margingate.runtime.start.engine import gate_to_launch
 from margingate.runtime.verify import delay
 
@@ -52,13 +52,13 @@ def init(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) 
     refused_models.refuse_stock_experts(self.tp_worker.model_runner.model, config)
     if not config.invariant:  # whose probe has looked already
         loaded_scales.refuse(self.tp_worker.model_runner.model)
-    one_pool.log_room(self.tp_worker.model_runner)
+    pools.confirm(self, config)
     checks = run_checks(self, config)
     quantized = self.tp_worker.model_runner.model_config.quantization is not None
     targets = firing.at_start(config, ranks=ranks.tp_size(self), quantized=quantized)
     firing.confirm(targets, "by the end of the checks")
     controller = GateController(self, config, checks)
-    if isinstance(self.tree_cache, radix.GateRadixCache):
+    if isinstance(self.tree_cache, radix.GateTree):
         self.tree_cache.share(controller.checks.prefill, controller.requests)
     controller.requests.observe(*_observers(controller))
     handlers.serve(controller)

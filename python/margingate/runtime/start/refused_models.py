@@ -28,14 +28,14 @@ class ModelFamily:
         return self.has.format(model=model)
 
 
-def _fits_no_single_pool(model: Any) -> bool:
-    """Whether the one pool that the gate asks for would not hold all layers, or not serve them.
+def _has_other_pools(model: Any) -> bool:
+    """Whether it has two pools that are served neither as two nor as one.
 
     Layers with other head sizes fit no single pool; a chunk that starts anew is no window.
     """
     chunked = getattr(model.hf_text_config, "attention_chunk_size", None)
     other = model.is_hybrid_swa_compress or chunked
-    return bool(model.is_hybrid_swa or (other and has_two_pools(model)))
+    return bool(other and has_two_pools(model))
 
 
 def _has_a_state(model: Any) -> bool:
@@ -54,8 +54,8 @@ REFUSED_FAMILIES = (
     ModelFamily("does not generate text", lambda model: not model.is_generation),
     ModelFamily("uses latent attention (MLA)", lambda model: model.attention_arch.name == "MLA"),
     ModelFamily(
-        "keeps the layers that see a window in a K/V pool of their own, and one pool does not do",
-        _fits_no_single_pool,
+        "has a second K/V pool for layers with other heads, or for chunks that are no windows",
+        _has_other_pools,
     ),
     ModelFamily("is an encoder-decoder", lambda model: model.is_encoder_decoder),
     ModelFamily(

@@ -11,7 +11,7 @@ from sglang.srt.managers.overlap_utils import resolve_forward_inputs
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from margingate.runtime.compat import columns, tree
+from margingate.runtime.compat import columns, tree, window_pool
 from margingate.runtime.compat.forward import fence
 from margingate.runtime.request.record import GateRequest
 
@@ -71,4 +71,6 @@ def stored(scheduler: Any, req: Any, length: int) -> list[torch.Tensor]:
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
     slots = scheduler.req_to_token_pool.req_to_token[columns.row(req), :length].to(torch.int64)
     layers = range(pool.start_layer, pool.start_layer + pool.layer_num)
-    return [part[slots] for i in layers for part in pool.get_kv_buffer(i)]
+    return [
+        part[window_pool.slots_in(pool, i, slots)] for i in layers for part in pool.get_kv_buffer(i)
+    ]

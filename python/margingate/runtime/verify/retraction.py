@@ -15,6 +15,7 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from margingate.core.queue import Due
+from margingate.runtime.compat import columns
 from margingate.runtime.request import guard
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import Kept, is_gated, logprob_lists
@@ -108,6 +109,11 @@ class Retractions:
         tokens = req.gate.kept.tokens
         more = len(tokens) - 1
         if more and not rollback.extend_columns(self._scheduler, req, more):
+            if self._has_all(batch, req):
+                raise RuntimeError(
+                    f"the {len(tokens)} tokens that were kept of its answer do not fit into the "
+                    "K/V pool of layers with a window at once: raise --swa-full-tokens-ratio"
+                )
             self._retract_again(batch, req)
             return False
         if req.output_ids[0] != tokens[0] and not req.gate.stands:
@@ -124,6 +130,11 @@ class Retractions:
         rollback.recount_reasoning(self._scheduler, req)
         self._requests.replay(req)
         return True
+
+    def _has_all(self, batch: Any, req: Any) -> bool:
+        """Whether no other request has columns: there is not more room to wait for."""
+        others = [*batch.reqs, *self._scheduler.running_batch.reqs, *self._requests]
+        return not any(columns.holds(other) for other in others if other is not req)
 
     def _retract_again(self, batch: Any, req: Any) -> None:
         """No room for the replay: wait in the queue for the running requests to end."""

@@ -19,7 +19,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from margingate.config import GateConfig, GateError
 from margingate.runtime.attention import invariant_attention, layer_rules, verify_backend
-from margingate.runtime.compat import routed_experts
+from margingate.runtime.compat import routed_experts, window_pool
 from margingate.runtime.compat.forward import DecodeRows, context, decode_batch, fence
 from margingate.runtime.compat.host_attention import attends_row_by_row
 from margingate.runtime.compat.routed_experts import ChosenExperts
@@ -228,7 +228,8 @@ def scratch_rows(runner: Any, count: int) -> Iterator[None]:
     before = table[1, :count].clone()
     table[1, :count] = torch.arange(1, count + 1, dtype=table.dtype, device=table.device)
     try:
-        yield
+        with window_pool.scratch(runner.token_to_kv_pool, count):
+            yield
     finally:
         table[1, :count] = before
 
