@@ -74,6 +74,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--arrangements", nargs="+", choices=AT_ONCE, default=AT_ONCE)
     parser.add_argument("--little", type=int, default=14_000, help=f"K/V tokens of {LITTLE}")
+    parser.add_argument("--start-s", type=float, default=300, help="for a server to come up")
     parser.add_argument("--gpus", type=int, default=1, help="servers take turns on them")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("server_args", nargs="*", help="for every server, after --")
@@ -101,7 +102,8 @@ def start(args: argparse.Namespace, prompts: list[Prompt]) -> list[Case]:
         if name == LITTLE:
             extra = (*extra, "--max-total-tokens", str(args.little))
         env = {"CUDA_VISIBLE_DEVICES": str(i % args.gpus)} if args.gpus > 1 else {}
-        server = launch(args.model, logs / f"same-{name}.log", *extra, env=env)
+        log = logs / f"same-{name}.log"
+        server = launch(args.model, log, *extra, env=env, start_s=args.start_s)
         asked = prompts if name in GATED else prompts[:: max(len(prompts) // args.others, 1)]
         cases.append(Case(name, server, asked, WithLogprobs(server.base_url, args.tokens)))
 

@@ -35,6 +35,7 @@ from margingate.runtime.probe.operators import MadeUp, Operator
 logger = logging.getLogger(__name__)
 
 TIMED_CALLS = 20
+LONG_S = 10  # of measuring an operator, behind which the log says so
 FEWEST = 32  # rows of a piece, below which a capped operator is not served on a GPU
 LARGEST_SMALL = 256  # row counts up to this are compared in windows, larger ones in blocks
 
@@ -101,7 +102,10 @@ def _classes(
             logger.log(level, said, max(classes), first.name)
         elif prefill and first.sees_prefill:
             wide = extended(first, classes, prefill)
-    return Classes(classes, wide, time.monotonic() - start)
+    seconds = time.monotonic() - start
+    if seconds > LONG_S:  # the log goes on
+        logger.info("margingate: measured %s in %.0f s", first.name, seconds)
+    return Classes(classes, wide, seconds)
 
 
 def _needs(found: Iterable[list[Operator]], measured: Iterable[Classes]) -> list[Need]:

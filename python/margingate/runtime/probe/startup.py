@@ -211,6 +211,11 @@ def _find(
         if (kept := None if fresh else cache.load(key)) is not None:
             return kept
         source = "measured now"
+        logger.info(
+            "margingate: measuring %d kinds of operators; kernels that this machine has not "
+            "compiled yet can take minutes.",
+            len(operators),
+        )
         made = plans.probe_groups(operators, decoded, prefill, _decode_graphs(runner))
         made += probe_attention(runner, classes.row_counts(decoded))
         cache.save(key, made)
