@@ -42,6 +42,7 @@ from margingate_kernels import (
     Columns,
     Rules,
     attention,
+    attention_prefill,
     attention_reference,
     extend_attention,
 )
@@ -61,7 +62,7 @@ BF16 = torch.bfloat16
 
 
 class Variant(NamedTuple):
-    """A way to cut the work; None is the kernels' own."""
+    """A way to cut the work; None is the kernels' own. Triton's kernels alone take `blocks`."""
 
     name: str
     blocks: Blocks | None = None
@@ -70,6 +71,7 @@ class Variant(NamedTuple):
 
 OWN = Variant("margingate")
 SWEEP = (
+    Variant("extend by Triton", Blocks(64, 256, Cut(64, 4, 3), Cut(16, 2, 3))),
     Variant("extend by 128 rows", Blocks(64, 256, Cut(128, 8, 3), Cut(16, 2, 3))),
     Variant("segments of 512", Blocks(64, 512, Cut(64, 4, 3), Cut(16, 2, 3))),
     Variant("tiles of 128 keys", Blocks(128, 256, Cut(128, 8, 3), Cut(16, 4, 2))),
@@ -201,6 +203,8 @@ def cut(variant: Variant) -> Iterator[None]:
     with ExitStack() as stack:
         if blocks is not None:
             stack.enter_context(patch.object(attention, "blocks_for", lambda _: blocks))
+            without = patch.object(attention_prefill, "_has_warpgroups", lambda _: False)
+            stack.enter_context(without)
         if variant.programs is not None:
             stack.enter_context(patch.object(attention, "PROGRAMS_PER_SM", variant.programs))
         yield
