@@ -535,7 +535,9 @@ class Forwards:
             req_to_token_pool=SimpleNamespace(
                 available_size=lambda: 4, req_to_token=torch.arange(64).view(1, 64)
             ),
-            token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: 60),
+            token_to_kv_pool_allocator=SimpleNamespace(
+                available_size=lambda: 60, get_kvcache=lambda: None
+            ),
             tree_cache=SimpleNamespace(evictable_size=lambda: 0),
         )
         prefill = SimpleNamespace(together=together)
