@@ -271,23 +271,34 @@ def test_all_agrees_while_a_prompt_is_computed_again_of_whose_answer_nothing_sta
     integrity._check_request(world.requests, world.in_flight, req)
 
 
-@pytest.mark.parametrize("alone", [True, False])
-def test_kept_tokens_that_find_no_room_wait_for_others_and_fail_behind_none(monkeypatch, alone):
+@pytest.mark.parametrize("other", ["running", "in chunks", ""])
+@pytest.mark.parametrize("split", [True, False])
+def test_kept_tokens_that_find_no_room_wait_for_others_and_fail_behind_none(
+    monkeypatch, other, split
+):
+    monkeypatch.setattr("margingate.runtime.compat.window_pool.is_split", lambda _: split)
     monkeypatch.setattr("margingate.runtime.sampling.constraints.follow", lambda *_: None)
     monkeypatch.setattr(rollback, "extend_columns", lambda *_: False)
     world = World(overlap=False)
     req = world.decoding(3)
     again = retractions(world)
     assert again.release(lambda req: True, req)
-    if not alone:
+    allocator = world.scheduler.token_to_kv_pool_allocator
+    monkeypatch.setattr(allocator, "get_kvcache", lambda: None, raising=False)
+    if other == "running":
         world.scheduler.running_batch.reqs.append(world.decoding(1, key="b"))
+    monkeypatch.setattr(world.scheduler, "chunked_req", None, raising=False)
+    if other == "in chunks":  # without a token it is not open
+        half = SimpleNamespace(kv=SimpleNamespace(holds_kv=True))
+        monkeypatch.setattr(world.scheduler, "chunked_req", half)
     waits: list[Any] = []
     monkeypatch.setattr(again, "_retract_again", lambda *given: waits.append(given))
     batch = SimpleNamespace(reqs=[req])
-    if not alone:
+    if other:
         assert not again._restore_one(batch, req) and waits == [(batch, req)]
         return
-    with pytest.raises(RuntimeError, match=r"the 3 tokens .* raise --swa-full-tokens-ratio"):
+    way_out = "--swa-full-tokens-ratio" if split else "--mem-fraction-static"
+    with pytest.raises(RuntimeError, match=f"the 3 tokens .* raise {way_out}"):
         again._restore_one(batch, req)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from margingate.core.queue import Due
-from margingate.runtime.compat import columns
+from margingate.runtime.compat import columns, window_pool
 from margingate.runtime.request import guard
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import Kept, is_gated, logprob_lists
@@ -110,10 +110,7 @@ class Retractions:
         more = len(tokens) - 1
         if more and not rollback.extend_columns(self._scheduler, req, more):
             if self._has_all(batch, req):
-                raise RuntimeError(
-                    f"the {len(tokens)} tokens that were kept of its answer do not fit into the "
-                    "K/V pool of layers with a window at once: raise --swa-full-tokens-ratio"
-                )
+                raise RuntimeError(self._does_not_fit(len(tokens)))
             self._retract_again(batch, req)
             return False
         if req.output_ids[0] != tokens[0] and not req.gate.stands:
@@ -134,7 +131,16 @@ class Retractions:
     def _has_all(self, batch: Any, req: Any) -> bool:
         """Whether no other request has columns: there is not more room to wait for."""
         others = [*batch.reqs, *self._scheduler.running_batch.reqs, *self._requests]
+        if self._scheduler.chunked_req is not None:  # of whose prompt a part is computed
+            others.append(self._scheduler.chunked_req)
         return not any(columns.holds(other) for other in others if other is not req)
+
+    def _does_not_fit(self, tokens: int) -> str:
+        pool, way_out = "K/V pool", "--mem-fraction-static"
+        if window_pool.is_split(self._scheduler.token_to_kv_pool_allocator.get_kvcache()):
+            pool, way_out = "K/V pool of layers with a window", "--swa-full-tokens-ratio"
+        kept = f"the {tokens} tokens that were kept of its answer"
+        return f"{kept} do not fit into the {pool} at once: raise {way_out}"
 
     def _retract_again(self, batch: Any, req: Any) -> None:
         """No room for the replay: wait in the queue for the running requests to end."""
