@@ -23,7 +23,7 @@ from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from test_radix import ALONE, ANSWERS, CHUNK, LONGEST, PROMPT, REQUESTS, SLOTS, TOGETHER, Column
 
-from margingate.config import GateConfig
+from margingate.config import GateConfig, GateError
 from margingate.core.ledger import Outcome
 from margingate.runtime.compat import window_pool
 from margingate.runtime.observe import integrity
@@ -336,6 +336,18 @@ def test_two_pools_that_cannot_be_served_are_refused_with_the_reason(monkeypatch
     assert pools._unfit(stub, config, "") == "their radix tree is object, not the gate's"
     runner.token_to_kv_pool = SimpleNamespace(full_kv_pool=world.pool, swa_kv_pool=world.pool)
     assert pools._unfit(stub, config, "").endswith("does not know (ReqToTokenPool)")
+
+
+def test_windows_in_a_pool_of_another_kind_end_the_start(monkeypatch):
+    monkeypatch.setattr(pools, "has_two_pools", lambda _: True)
+    monkeypatch.setattr(pools.settings, "in_effect", lambda _: 0.8)
+    monkeypatch.setattr(pools, "why_one", lambda *_: "")
+    model = SimpleNamespace(is_hybrid_swa=True)
+    runner = SimpleNamespace(model_config=model, token_to_kv_pool=object())
+    server_args = SimpleNamespace(_resolved_overrides=None)
+    stub = SimpleNamespace(tp_worker=SimpleNamespace(model_runner=runner), server_args=server_args)
+    with pytest.raises(GateError, match=r"of a kind that the gate does not know \(object\)"):
+        pools.confirm(stub, GateConfig())
 
 
 def take(world: Windows, step: test_radix.Step, flips: bool) -> None:

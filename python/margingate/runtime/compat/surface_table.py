@@ -10,7 +10,7 @@ from collections.abc import Mapping
 SURFACE: Mapping[str, str] = {
     "configs.model_config.ModelConfig": ""
     "attention_arch context_len has_attention_sinks hf_config hf_text_config hidden_size "
-    "is_encoder_decoder is_generation is_hybrid_swa_compress "
+    "is_encoder_decoder is_generation is_hybrid_swa is_hybrid_swa_compress "
     "is_image_understandable_model is_multimodal model_is_mrope "
     "model_path quantization vocab_size",
     "constrained.base_grammar_backend.BaseGrammarObject": ""

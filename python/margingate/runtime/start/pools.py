@@ -77,6 +77,11 @@ def confirm(scheduler: Any, config: GateConfig) -> None:
     pool, ratio = runner.token_to_kv_pool, float(settings.in_effect("swa_full_tokens_ratio"))
     why = why_one(settings.view(scheduler.server_args), config)
     if not window_pool.is_split(pool):
+        if runner.model_config.is_hybrid_swa:
+            raise GateError(
+                "SGLang made a K/V pool for this model's windows of a kind that the gate does not "
+                f"know ({type(pool).__name__}): use --disable-hybrid-swa-memory."
+            )
         logger.info(
             "margingate serves one K/V pool, because %s: it has room for %d tokens, where SGLang's "
             "two would have room for %d (--swa-full-tokens-ratio %g).",
