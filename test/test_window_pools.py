@@ -327,7 +327,7 @@ def test_two_pools_that_cannot_be_served_are_refused_with_the_reason(monkeypatch
     needs = 2 * (CHUNK + WINDOW) + 8 + 128
     said = f"that of windows has room for {WINDOW_SLOTS} tokens, where a request may need {needs}"
     assert pools._unfit(stub, config, "") == said
-    monkeypatch.setattr(pools, "GIVEN_UP_AT_ONCE", 0)
+    monkeypatch.setattr(window_pool, "given_up_at_once", lambda: 0)
     assert pools._unfit(stub, config, "") == ""
     assert pools._unfit(stub, config, "a study replays all rows") == "a study replays all rows"
     wide = WINDOW + 1

@@ -104,7 +104,8 @@ def extend_attention(  # noqa: PLR0917
     )
     if chunks.page_table.stride(1) != 1:
         raise ValueError("page_table has gaps along its positions; pass it contiguous.")
-    _launch_extend(q, columns, chunks, attention.factors(scale, rules), out, rules)
+    if len(q):  # no tile can be copied of nothing
+        _launch_extend(q, columns, chunks, attention.factors(scale, rules), out, rules)
     return out
 
 

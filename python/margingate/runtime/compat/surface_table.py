@@ -62,7 +62,7 @@ SURFACE: Mapping[str, str] = {
     "is_prefill_only is_retracted kv last_node logprob logprob_start_len lora_id "
     "multi_item_delimiter_indices multimodal_inputs origin_input_ids output_ids "
     "output_ids_through_stop "
-    "positional_embed_overrides prefix_len reasoning_tokens return_hidden_states "
+    "positional_embed_overrides prefix_len reasoning_tokens retraction_count return_hidden_states "
     "return_logprob return_routed_experts return_sampling_mask rid routed_experts "
     "routed_experts_start_len sampling_params send_token_offset "
     "session set_finish_with_abort stream time_stats to_finish token_indices_to_pool "

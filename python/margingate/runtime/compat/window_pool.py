@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from sglang.srt.environ import envs
 from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
@@ -73,6 +74,11 @@ def free_slots(allocator: Any) -> torch.Tensor:
     parts = [part.free_pages, part.release_pages, *allocator.swa_free_group]
     parts += allocator.swa_page_ids_group
     return torch.cat([each.to(torch.int64).cpu() for each in parts if each is not None])
+
+
+def given_up_at_once() -> int:
+    """Columns that leave their window before SGLang gives them up."""
+    return max(1, int(envs.SGLANG_SWA_EVICTION_INTERVAL.get()))
 
 
 def given_up(req: Any) -> int:

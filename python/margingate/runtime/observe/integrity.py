@@ -56,7 +56,8 @@ def _check_request(requests: OpenRequests, in_flight: InFlight, req: Any) -> Non
     tokens = len(req.gate.kept.tokens) if req.gate.kept is not None else len(req.output_ids)
     emitted = ledger.emitted(key)
     assert tokens == emitted, f"request {req.rid} has {tokens} tokens, the ledger {emitted}"
-    if req.gate.kept is not None or not emitted:  # its prompt is being prefilled again
+    again = not emitted and req.retraction_count > 0
+    if req.gate.kept is not None or again:  # its prompt is being prefilled again
         return
     committed, allocated = columns.committed(req), columns.allocated(req)
     wanted = len(req.origin_input_ids) + tokens - 1 + _rows_in_flight(in_flight, req)

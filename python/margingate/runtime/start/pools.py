@@ -22,7 +22,6 @@ from margingate.runtime.compat.tree import LimitedWindowCache
 logger = logging.getLogger(__name__)
 
 ATTENTION = frozenset({None, "triton", "torch_native"})  # None: one of these is chosen
-GIVEN_UP_AT_ONCE = 128  # columns that have left their window: SGLANG_SWA_EVICTION_INTERVAL
 KINDS = frozenset({"full_attention", "sliding_attention"})
 
 
@@ -115,7 +114,8 @@ def _unfit(scheduler: Any, config: GateConfig, why_one_pool: str) -> str:
     if tree.sliding_window_size < widest:
         return f"they keep {tree.sliding_window_size} tokens of a window of {widest}"
     chunk, rows = config.prefill_chunk or 0, config.rows or 0  # rows that wait for a pass
-    room, least = runner.token_to_kv_pool.size_swa, 2 * (chunk + widest) + rows + GIVEN_UP_AT_ONCE
+    room = runner.token_to_kv_pool.size_swa
+    least = 2 * (chunk + widest) + rows + window_pool.given_up_at_once()
     if room < least:
         return f"that of windows has room for {room} tokens, where a request may need {least}"
     return ""
