@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from margingate.harness.embedded_model import MANIFEST
 
 Tensors = dict[str, torch.Tensor]
-LLAMA_ONLY = ("attention_bias", "mlp_bias", "pretraining_tp")  # of a configuration
+_LLAMA_ONLY = ("attention_bias", "mlp_bias", "pretraining_tp")  # of a configuration
 _OWN = {"config.json", "model.safetensors.index.json", MANIFEST}  # never copied
 _KEPT = ("embed_tokens", "lm_head", "shared_expert_gate", "mlp.gate.", "block_sparse_moe.gate.")
 
@@ -50,6 +50,12 @@ def write(folder: Path, source: Path, config: dict[str, Any], tensors: Tensors) 
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)  # save_file leaves 0600
+
+
+def of_family(config: dict[str, Any], model_type: str, architecture: str) -> dict[str, Any]:
+    """A Llama model's configuration as that of another family, without what is Llama's alone."""
+    kept = {name: value for name, value in config.items() if name not in _LLAMA_ONLY}
+    return kept | {"model_type": model_type, "architectures": [architecture]}
 
 
 def linear_layers(tensors: Tensors) -> list[str]:

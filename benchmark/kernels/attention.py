@@ -71,7 +71,7 @@ class Variant(NamedTuple):
 
 OWN = Variant("margingate")
 SWEEP = (
-    Variant("extend by Triton", Blocks(64, 256, Cut(64, 4, 3), Cut(16, 2, 3))),
+    Variant("extend by Triton", attention.blocks_for(128)),
     Variant("extend by 128 rows", Blocks(64, 256, Cut(128, 8, 3), Cut(16, 2, 3))),
     Variant("segments of 512", Blocks(64, 512, Cut(64, 4, 3), Cut(16, 2, 3))),
     Variant("tiles of 128 keys", Blocks(128, 256, Cut(128, 8, 3), Cut(16, 4, 2))),

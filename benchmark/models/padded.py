@@ -83,9 +83,7 @@ def as_qwen2(config: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], 
         for name, tensor in tensors.items()
         if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
     }
-    kept = {name: value for name, value in config.items() if name not in checkpoints.LLAMA_ONLY}
-    named = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
-    return kept | named, tensors | biases
+    return checkpoints.of_family(config, "qwen2", "Qwen2ForCausalLM"), tensors | biases
 
 
 if __name__ == "__main__":

@@ -39,10 +39,9 @@ def main() -> None:
 
 def mixtral(config: dict[str, Any], experts: int, top: int) -> dict[str, Any]:
     """The configuration of the mixture; the head is a tensor of its own."""
-    kept = {name: value for name, value in config.items() if name not in checkpoints.LLAMA_ONLY}
-    own = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+    own = checkpoints.of_family(config, "mixtral", "MixtralForCausalLM")
     counts = {"num_local_experts": experts, "num_experts_per_tok": top}
-    return kept | own | counts | {"tie_word_embeddings": False, "sliding_window": None}
+    return own | counts | {"tie_word_embeddings": False, "sliding_window": None}
 
 
 def upcycle(tensors: Tensors, experts: int, noise: float, spread: float) -> Tensors:

@@ -12,9 +12,9 @@ from margingate_kernels import attention_triton
 from margingate_kernels.gluon_rings import TILE, Ring
 
 ROWS = gl.constexpr(64)  # that four warps attend
-NEG_INF = gl.constexpr(float("-inf"))
+NEG_INF = gl.constexpr(attention_triton.NEG_INF.value)
 _GRID = gl.constexpr(attention_triton._GRID.value)
-_ZEROS = gl.constexpr((64 * attention_triton._GRID_BITS.value + 2**31) % 2**32 - 2**31)
+_ZEROS = gl.constexpr((TILE.value * attention_triton._GRID_BITS.value + 2**31) % 2**32 - 2**31)
 
 power_of_two = gluon.jit(attention_triton.power_of_two.fn)
 

@@ -211,14 +211,22 @@ def _copies_tiles(device: torch.device) -> bool:
 
 def _tiles(tensor: torch.Tensor, shape: list[int]) -> TensorDescriptor:
     """[tokens, heads, lanes] as a matrix of which tiles of some keys and lanes are copied."""
-    tokens, heads, lanes = tensor.shape
-    return TensorDescriptor(tensor, [tokens, heads * lanes], [heads * lanes, 1], shape)
+    return TensorDescriptor(tensor, *_matrix(tensor), shape)
 
 
 def _gluon_tiles(tensor: torch.Tensor) -> hopper.TensorDescriptor:
     """As `_tiles`, with how a tile lies in shared memory."""
+    tile = [attention_prefill_gluon.TILE.value, tensor.shape[2]]
+    return hopper.TensorDescriptor(tensor, *_matrix(tensor), tile, _tile_layout(*tile))
+
+
+@functools.cache
+def _tile_layout(keys: int, lanes: int) -> gl.NVMMASharedLayout:
+    """That of a ring's tiles; it is the same for bfloat16 and float16, which are as wide."""
+    return gl.NVMMASharedLayout.get_default_for([keys, lanes], gl.bfloat16)
+
+
+def _matrix(tensor: torch.Tensor) -> tuple[list[int], list[int]]:
+    """Shape and strides of [tokens, heads, lanes], contiguous, as [tokens, heads * lanes]."""
     tokens, heads, lanes = tensor.shape
-    block = [attention_prefill_gluon.TILE.value, lanes]
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)  # or float16: as wide
-    shape, strides = [tokens, heads * lanes], [heads * lanes, 1]
-    return hopper.TensorDescriptor(tensor, shape, strides, block, layout)
+    return [tokens, heads * lanes], [heads * lanes, 1]
