@@ -26,7 +26,7 @@ from typing import Any
 from benchmark.bench.machine import processor
 
 CPU = {"device": "cpu", "mem_fraction_static": 0.3}
-LONGEST = 16384  # tokens of a request
+LONGEST = 16384  # tokens of a request, where nobody asks for more
 MOST_KV = 400_000  # tokens of a K/V pool that is fitted
 BESIDE = 6 << 30  # bytes of a server beside weights and K/V: context, graphs, workspaces, prefill
 NO_PREFILL_GRAPHS = {"cuda_graph_backend_prefill": "disabled"}  # they take long to capture
@@ -155,10 +155,10 @@ def has_weights(model: str) -> bool:
     return any(Path(model).glob("*.safetensors"))
 
 
-def context(model: str) -> int:
-    """LONGEST, or less where the model's positions end before."""
+def context(model: str, longest: int = LONGEST) -> int:
+    """`longest` tokens of a request, or less where the model's positions end before."""
     config: dict[str, int] = json.loads((Path(model) / "config.json").read_text())
-    return min(LONGEST, config.get("max_position_embeddings", LONGEST))
+    return min(longest, config.get("max_position_embeddings", longest))
 
 
 def _machine() -> dict[str, Any]:

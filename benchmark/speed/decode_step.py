@@ -52,6 +52,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 USUAL = ("stock-default", "gate-default", "deterministic-default")
 SETTLING = 4  # tokens before the first gap that counts
+BEHIND = 64  # tokens of the others behind the streamed one's last
 
 
 def arguments() -> argparse.Namespace:
@@ -77,7 +78,7 @@ def mode(text: str) -> str:
 
 def fits(batch: int, context: int, tokens: int, kv_tokens: int) -> bool:
     """Whether a point's requests fit into the K/V pool, of which SGLang keeps some."""
-    return 1.25 * batch * (context + tokens + 64) <= kv_tokens
+    return 1.25 * batch * (context + tokens + BEHIND) <= kv_tokens
 
 
 async def gaps(engine: Any, batch: int, context: int, tokens: int) -> list[float]:
@@ -85,7 +86,7 @@ async def gaps(engine: Any, batch: int, context: int, tokens: int) -> list[float
     rng = random.Random(batch * 1000 + context)
     prompts = [[rng.randrange(10, 30000) for _ in range(context)] for _ in range(batch)]
     params = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
-    whole = {**params, "max_new_tokens": tokens + 64}  # they end behind the streamed one
+    whole = {**params, "max_new_tokens": tokens + BEHIND}  # they end behind the streamed one
 
     async def unstreamed(prompt: list[int]) -> None:
         await engine.async_generate(input_ids=prompt, sampling_params=whole)
@@ -141,6 +142,9 @@ def serve(args: argparse.Namespace) -> None:
         options["cuda_graph_backend_prefill"] = None
     if args.tp_size > 1:
         options["tp_size"] = args.tp_size
+    longest = max([*args.contexts, *args.prefills]) + args.tokens + BEHIND + 8
+    if longest > engines.LONGEST:
+        options["context_length"] = engines.context(args.model, longest)
     engine = engines.start(args.model, args.kv_tokens, max(args.batches), **options)
     engines.serve(engine, partial(measure, args=args))
     if state := engines.gate_state(engine):
