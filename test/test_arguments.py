@@ -184,13 +184,13 @@ def test_every_option_reaches_the_settings(prepare):
 def test_sizes_default_by_device_and_given_ones_stand(device, sizes):
     from margingate.runtime.start.arguments import _with_device_defaults
 
-    def server(device, chunk=8192, graphs=None):
+    def server(device, chunk=8192, graphs=None, requests=None):
         config = SimpleNamespace(decode=graphs)
         return SimpleNamespace(
             device=device,
             chunked_prefill_size=chunk,
             cuda_graph_config=config,
-            max_running_requests=None,
+            max_running_requests=requests,
         )
 
     config = _with_device_defaults(GateConfig(), server(device))
@@ -202,6 +202,11 @@ def test_sizes_default_by_device_and_given_ones_stand(device, sizes):
     assert (tight.rows, tight.prefill_chunk) == (16, 128)
     stock = _with_device_defaults(GateConfig(fast_path="stock"), server("cuda", 128, small))
     assert stock.rows == 128
+    large = SimpleNamespace(backend="full", bs=[1, 256], max_bs=256)
+    for graphs in (large, None):
+        assert _with_device_defaults(GateConfig(), server("cuda", 512, graphs, 12)).rows == 12
+    stock = _with_device_defaults(GateConfig(fast_path="stock"), server("cuda", requests=12))
+    assert stock.rows == 12
 
 
 @pytest.mark.parametrize("option", sorted(OPTIONS))

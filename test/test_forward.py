@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import random
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +17,10 @@ from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig
 from sglang.srt.model_executor.runner.base_cuda_graph_runner import get_batch_sizes_to_capture
 from sglang.srt.runtime_context import get_context, get_model
 
+from margingate.config import GateConfig, GateError
 from margingate.runtime.compat import forward, settings
-from margingate.runtime.verify import internal_prefill
+from margingate.runtime.probe import check_decode, startup
+from margingate.runtime.verify import internal_prefill, verifier
 from margingate.runtime.verify.verifier import RowInput, Verifier
 
 TABLE = torch.arange(24, dtype=torch.int32).view(3, 8) + 50
@@ -163,3 +169,48 @@ def test_graphs_made_meanwhile_have_these_sizes(runner):
             raise ZeroDivisionError
         assert get_batch_sizes_to_capture(runner) == ([1, 2, 4, 8], [])
     assert config.decode.bs == [1, 2, 4, 8]
+
+
+def test_a_pass_has_no_more_rows_than_the_server_runs_requests(runner):
+    runner.device, runner.decode_cuda_graph_runner = "cuda", None
+    config = GateConfig(rows=65)
+    with pytest.raises(GateError, match=r"--gate-rows is 65, but the server runs 64 requests at"):
+        verifier.build(runner, config)
+    assert verifier.build(runner, replace(config, rows=64)).most_rows == 64
+
+
+def test_torch_native_attention_has_places_for_any_number_of_rows(runner, monkeypatch):
+    monkeypatch.setattr(verifier, "attends_row_by_row", lambda backend: True)
+    assert Verifier(runner, 128).most_rows == math.inf
+
+
+@pytest.mark.parametrize("graphs", [[], [1, 2, 4]])
+def test_the_steps_that_a_start_decodes_have_room(runner, graphs, monkeypatch):
+    """SGLang's backends for GPUs have lists of as many places as the server runs requests."""
+    counts = []
+
+    class Measured(Verifier):
+        def graph_sizes(self, largest):
+            return graphs
+
+        def forward(self, rows, count, **_):
+            counts.append(count)
+            return torch.zeros(count, 5)
+
+    runner.req_to_token_pool.size = 6
+    monkeypatch.setattr(check_decode, "scratch_rows", lambda *_: nullcontext())
+    monkeypatch.setattr(check_decode, "agreed", lambda scheduler, found: found)
+    monkeypatch.setattr(check_decode.drawing, "shared", lambda _: random.Random(3))
+    monkeypatch.setattr(check_decode.invariant_attention, "of", lambda backend: backend)
+    monkeypatch.setattr(check_decode.execute, "borders", lambda: [2, 5, 64])
+    scheduler = SimpleNamespace(model_config=SimpleNamespace(vocab_size=99))
+    steps = check_decode.measure(Measured(runner, 4), scheduler, 256)
+    assert max(counts) <= 6 and steps.is_canonical(4, by_graph=True)
+    drawn = steps.record()["eager"]
+    assert bool(drawn) == bool(graphs) and all(1 <= count <= 6 for count, _ in drawn)
+
+
+def test_a_server_of_two_requests_cannot_be_measured(runner):
+    runner.device, runner.req_to_token_pool.size = "cuda", 2
+    with pytest.raises(GateError, match=r"run 2 requests at once, but the step .* give 3 or more"):
+        startup.observe(runner)

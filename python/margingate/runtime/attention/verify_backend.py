@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from margingate.config import GateError
 from margingate.runtime.attention import layer_rules
 from margingate.runtime.attention.fixed_split import fix_split
 from margingate.runtime.compat import settings
@@ -27,9 +26,6 @@ def build(runner: Any, rows: int) -> tuple[Any, Any]:
     """A second attention backend with a fixed split, and its graph runner for `rows` rows.
 
     The runner is None where decode graphs are switched off.
-
-    Raises:
-        GateError: the pool has room for fewer requests than `rows`.
     """
     from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 
@@ -37,11 +33,6 @@ def build(runner: Any, rows: int) -> tuple[Any, Any]:
     fix_split(backend, runner)
     if runner.decode_cuda_graph_runner is None:
         return backend, None
-    if rows > runner.req_to_token_pool.size:
-        raise GateError(
-            f"--gate-rows is {rows}, but the server holds {runner.req_to_token_pool.size} requests "
-            "at most, so no graph of as many rows can be made: lower --gate-rows."
-        )
     with _captures(runner, rows):
         return backend, DecodeCudaGraphRunner(runner, attn_backend=backend)
 

@@ -166,8 +166,14 @@ def observe(runner: Any) -> dict[int, Observed]:
     """How a decode step calls each module. Writes to slots that are free, before the first request.
 
     Norms that it does not call are measured as their weights suggest; the check of the whole model
-    runs them as they are.
+    runs them as they are. Raises GateError where the server runs fewer requests than are observed.
     """
+    requests = runner.req_to_token_pool.size
+    if runner.device != "cpu" and requests < ROWS:
+        raise GateError(
+            f"--max-running-requests lets the server run {requests} requests at once, but the step "
+            f"that is measured at start has {ROWS}: give {ROWS} or more."
+        )
     rows = [RowInput(1, position, 3 + position) for position in range(ROWS)]
     with (
         dual_gemm.switched_off(runner.model),

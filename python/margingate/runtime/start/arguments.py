@@ -232,10 +232,14 @@ def _with_device_defaults(config: GateConfig, args: Any) -> GateConfig:
 
 
 def _rows_on_a_gpu(config: GateConfig, args: Any) -> int:
-    """On the stock path the verifier has a graph of its own: larger, since spans fill it."""
+    """On the stock path the verifier has a graph of its own: larger, since spans fill it.
+
+    A forward has no more rows than the server runs requests.
+    """
+    most = args.max_running_requests or STOCK_PATH_ROWS
     if not config.invariant:
-        return min(STOCK_PATH_ROWS, args.max_running_requests or STOCK_PATH_ROWS)
-    return min(DEFAULTS["rows"], _largest_graph(args) or DEFAULTS["rows"])
+        return min(STOCK_PATH_ROWS, most)
+    return min(DEFAULTS["rows"], most, _largest_graph(args) or most)
 
 
 def _largest_graph(args: Any) -> int | None:

@@ -93,7 +93,7 @@ def observers(
 def measure(verifier: Verifier) -> tuple[float, float]:
     """Milliseconds of SGLang's decode step of a few rows and of a verify pass, on padding alone."""
     graphs = verifier.runner.decode_cuda_graph_runner  # None: switched off
-    sizes = [FEW] if graphs is None else graphs.capture_bs
+    sizes = [min(FEW, verifier.rows)] if graphs is None else graphs.capture_bs
     few = min((size for size in sizes if size >= FEW), default=max(sizes))
     step = Verifier(verifier.runner, few, graphs=graphs)
     return _ms(step), _ms(verifier)

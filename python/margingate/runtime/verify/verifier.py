@@ -157,6 +157,13 @@ class Verifier:
             output = self.runner.model.forward(batch.input_ids, batch.positions, batch)
         return output.next_token_logits
 
+    @property
+    def most_rows(self) -> float:
+        """Rows of a forward without a graph. SGLang's backends for GPUs keep a place for as many
+        requests as the server runs; torch-native attention keeps none.
+        """
+        return math.inf if self._attends_row_by_row else self.runner.req_to_token_pool.size
+
     def graph_sizes(self, largest: int) -> list[int]:
         """Row counts that have a decode graph, up to `largest`; empty without graphs."""
         sizes = [] if self._graphs is None else sorted(self._graphs.capture_bs)
@@ -204,6 +211,12 @@ def build(model_runner: Any, config: GateConfig) -> Verifier:
     stock path a CPU's attention is, row by row; a GPU's is not, so the verifier brings its own.
     """
     assert config.rows is not None
+    requests = model_runner.req_to_token_pool.size
+    if model_runner.device != "cpu" and config.rows > requests:
+        raise GateError(
+            f"--gate-rows is {config.rows}, but the server runs {requests} requests at most, and "
+            "no pass has more rows: lower it, or raise --max-running-requests."
+        )
     if config.invariant:
         graphs = model_runner.decode_cuda_graph_runner
         if graphs is not None and max(graphs.capture_bs) < config.rows:
