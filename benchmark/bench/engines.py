@@ -143,10 +143,9 @@ def start(model: str, kv_tokens: int, largest: int, **options: Any) -> Any:
         load_format="auto" if has_weights(model) else "dummy",
         skip_tokenizer_init=True,
         cuda_graph_max_bs_decode=largest,
-        context_length=context(model),
         max_total_tokens=kv_tokens,
         log_level="info",
-        **{**_machine(), **NO_PREFILL_GRAPHS, **options},
+        **{"context_length": context(model), **_machine(), **NO_PREFILL_GRAPHS, **options},
     )
 
 
