@@ -27,7 +27,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.weight_versions import WeightVersionEvent, compute_weight_version_spans
 
 from margingate.config import GateConfig
-from margingate.runtime.compat import columns
+from margingate.runtime.compat.kv import columns
 from margingate.runtime.hooks import handlers
 from margingate.runtime.observe import integrity
 from margingate.runtime.request import lifecycle
@@ -279,7 +279,7 @@ def test_all_agrees_while_a_prompt_is_computed_again_of_whose_answer_nothing_sta
 def test_kept_tokens_that_find_no_room_wait_for_others_and_fail_behind_none(
     monkeypatch, other, split
 ):
-    monkeypatch.setattr("margingate.runtime.compat.window_pool.is_split", lambda _: split)
+    monkeypatch.setattr("margingate.runtime.compat.kv.window_pool.is_split", lambda _: split)
     monkeypatch.setattr("margingate.runtime.sampling.constraints.follow", lambda *_: None)
     monkeypatch.setattr(rollback, "extend_columns", lambda *_: False)
     world = World(overlap=False)

@@ -13,7 +13,8 @@ from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig
 from sglang.srt.model_executor.runner.base_cuda_graph_runner import get_batch_sizes_to_capture
 from sglang.srt.runtime_context import get_context, get_model
 
-from margingate.runtime.compat import forward, settings
+from margingate.runtime.compat.arguments import settings
+from margingate.runtime.compat.compute import forward
 from margingate.runtime.verify import internal_prefill
 from margingate.runtime.verify.verifier import RowInput, Verifier
 

@@ -16,7 +16,7 @@ from sglang.srt.state_capturer import routed_experts as of_sglang
 from sglang.srt.state_capturer.base import BaseDeviceCache, BaseTopkCapturer
 
 from margingate.config import GateConfig
-from margingate.runtime.compat import routed_experts
+from margingate.runtime.compat.kv import routed_experts
 from margingate.runtime.request import admission, lifecycle
 from margingate.runtime.request.forward_record import ForwardRecord, MergedPass, record_on
 from margingate.runtime.request.open_requests import OpenRequests

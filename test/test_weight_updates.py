@@ -14,7 +14,8 @@ from sglang.srt.managers.scheduler_components import weight_updater
 from sglang.srt.utils.weight_versions import compute_weight_version_spans
 
 from margingate.config import GateConfig
-from margingate.runtime.compat import columns, weights
+from margingate.runtime.compat.kv import columns
+from margingate.runtime.compat.model import weights
 from margingate.runtime.hooks import handlers
 from margingate.runtime.observe.fingerprint import CROSSED, STALE, UPDATING, Fingerprint
 from margingate.runtime.request.open_requests import OpenRequests

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from margingate.runtime.compat import columns, tree, window_pool
+from margingate.runtime.compat.kv import columns, tree, window_pool
 from margingate.runtime.request.in_flight import InFlight
 from margingate.runtime.request.open_requests import OpenRequests
 

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from margingate.config import GateConfig
-from margingate.runtime.compat import window_pool
+from margingate.runtime.compat.kv import window_pool
 from margingate.runtime.observe import fingerprint, integrity
 from margingate.runtime.observe.audit import Auditor
 from margingate.runtime.observe.tally import Tally

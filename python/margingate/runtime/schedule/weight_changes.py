@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from margingate.runtime.compat import columns, images, weights
+from margingate.runtime.compat.kv import columns
+from margingate.runtime.compat.model import images, weights
 from margingate.runtime.observe import weight_updates
 from margingate.runtime.observe.fingerprint import Fingerprint
 from margingate.runtime.request.in_flight import InFlight

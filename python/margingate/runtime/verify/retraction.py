@@ -15,7 +15,7 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from margingate.core.queue import Due
-from margingate.runtime.compat import columns, window_pool
+from margingate.runtime.compat.kv import columns, window_pool
 from margingate.runtime.request import guard
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import Kept, is_gated, logprob_lists

@@ -19,10 +19,10 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from margingate.config import GateConfig, GateError
 from margingate.runtime.attention import invariant_attention, layer_rules, verify_backend
-from margingate.runtime.compat import routed_experts, window_pool
-from margingate.runtime.compat.forward import DecodeRows, context, decode_batch, fence
-from margingate.runtime.compat.host_attention import attends_row_by_row
-from margingate.runtime.compat.routed_experts import ChosenExperts
+from margingate.runtime.compat.compute.forward import DecodeRows, context, decode_batch, fence
+from margingate.runtime.compat.host.attention import attends_row_by_row
+from margingate.runtime.compat.kv import routed_experts, window_pool
+from margingate.runtime.compat.kv.routed_experts import ChosenExperts
 from margingate.runtime.request.sampling_params import Draw
 from margingate.runtime.sampling import logprobs
 from margingate.runtime.sampling.constraints import Constraint

@@ -18,7 +18,7 @@ from sglang.srt.mem_cache.common import evict_from_tree_cache, release_kv_cache
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from margingate.runtime.compat import columns, window_pool
+from margingate.runtime.compat.kv import columns, window_pool
 
 
 class _Parted(BasePrefixCache):
