@@ -31,6 +31,7 @@ from margingate.runtime.compat.kv import columns
 from margingate.runtime.hooks import handlers
 from margingate.runtime.observe import integrity
 from margingate.runtime.request import lifecycle
+from margingate.runtime.request.column_holders import ColumnHolders
 from margingate.runtime.request.in_flight import InFlight
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import GateRequest
@@ -224,7 +225,15 @@ def test_of_a_prompt_in_chunks_nothing_is_told_that_sglang_told():
 
 def retractions(world: World) -> Retractions:
     nothing: Any = None
-    return Retractions(world.scheduler, world.requests, world.passes, nothing, nothing)
+    holders = ColumnHolders(world.scheduler, world.requests, world.in_flight)
+    return Retractions(
+        world.scheduler,
+        world.requests,
+        world.passes,
+        nothing,
+        penalties=nothing,
+        holders=holders,
+    )
 
 
 @pytest.mark.parametrize("resumable", [True, False])

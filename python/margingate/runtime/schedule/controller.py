@@ -13,6 +13,7 @@ from margingate.runtime.observe.audit import Auditor
 from margingate.runtime.observe.tally import Tally
 from margingate.runtime.probe.startup_checks import StartupChecks
 from margingate.runtime.request import aborts, guard, lifecycle
+from margingate.runtime.request.column_holders import ColumnHolders
 from margingate.runtime.request.in_flight import InFlight
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import gated_of
@@ -63,13 +64,19 @@ class GateController:
         )
         merges = checks.decode is None and not self.observes_only
         self.merged = MergedPasses(scheduler, requests, self.passes, checks.verifier, serves=merges)
+        holders = ColumnHolders(scheduler, requests, in_flight)
         self.retractions = Retractions(
-            scheduler, requests, self.passes, self.merged, self.penalties
+            scheduler,
+            requests,
+            self.passes,
+            self.merged,
+            penalties=self.penalties,
+            holders=holders,
         )
         self.admission = Admission(checks.prefill, config.prefill_chunk)
         self.fingerprint = fingerprint.make(scheduler, config, checks.verifier, checks.prefill)
         self.weights = WeightChanges(
-            scheduler, requests, in_flight, self.fingerprint, self.verify_everything
+            scheduler, requests, holders, self.fingerprint, self.verify_everything
         )
         scores, retractions = checks.scores(config), self.retractions
         self.output = SettledStream(config, requests, retractions, self.fingerprint, scores)
