@@ -202,5 +202,5 @@ def room(scheduler: Any) -> int:
 def free_slots(allocator: Any) -> torch.Tensor:
     """int64 [slots] on the CPU: free, or freed in a group that SGLang has not ended yet."""
     allocator = window_pool.whole_allocator(allocator)
-    parts = [allocator.free_pages, allocator.release_pages, *(allocator.free_group or ())]
-    return torch.cat([part.to(torch.int64).cpu() for part in parts if part is not None])
+    groups = allocator.free_group or ()
+    return window_pool.on_cpu((allocator.free_pages, allocator.release_pages, *groups))
