@@ -41,8 +41,7 @@ class GateController:
     def __init__(self, scheduler: Any, config: GateConfig, checks: StartupChecks) -> None:
         assert config.prefill_chunk is not None
         self.scheduler, self.config, self.checks = scheduler, config, checks
-        self.observes_only = config.policy == "observe"
-        simulator = Simulator(config)
+        self.observes_only, simulator = config.policy == "observe", Simulator(config)
         self.requests = requests = OpenRequests(config)
         self.in_flight = in_flight = InFlight(scheduler)
         model, pool = checks.verifier.runner.model, checks.verifier.runner.req_to_token_pool
@@ -66,12 +65,7 @@ class GateController:
         self.merged = MergedPasses(scheduler, requests, self.passes, checks.verifier, serves=merges)
         holders = ColumnHolders(scheduler, requests, in_flight)
         self.retractions = Retractions(
-            scheduler,
-            requests,
-            self.passes,
-            self.merged,
-            penalties=self.penalties,
-            holders=holders,
+            scheduler, requests, self.passes, self.merged, penalties=self.penalties, holders=holders
         )
         self.admission = Admission(checks.prefill, config.prefill_chunk)
         self.fingerprint = fingerprint.make(scheduler, config, checks.verifier, checks.prefill)
