@@ -10,7 +10,7 @@ import torch
 
 from margingate.config import GateError
 from margingate.core.rowclass import RowPlan
-from margingate.runtime.compat import ranks
+from margingate.runtime.compat.process import ranks
 from margingate.runtime.probe import all_reduce, classes
 
 WIDTH = 24

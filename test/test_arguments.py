@@ -22,8 +22,11 @@ from benchmark.models import mxfp4
 from margingate.config import GateConfig, GateError
 from margingate.harness.embedded_model import ensure_model
 from margingate.harness.tiny_models import tiny_model
-from margingate.runtime.compat import architectures, machine, release, settings, settings_table
-from margingate.runtime.compat.server_args import gate_config
+from margingate.runtime.compat import release
+from margingate.runtime.compat.arguments import settings, settings_table
+from margingate.runtime.compat.arguments.server_args import gate_config
+from margingate.runtime.compat.model import architectures
+from margingate.runtime.compat.process import machine
 from margingate.runtime.start import pools, refusals, refused_models
 from margingate.runtime.start.refused_settings import SERVER_REFUSALS, Refusal
 
@@ -283,7 +286,7 @@ def test_a_refused_value_is_one_line(prepare, argv, words):
 
 
 def test_without_the_flag_there_is_no_attribute(prepare, make, server_args_class, folder):
-    from margingate.runtime.compat.server_args import gate_config
+    from margingate.runtime.compat.arguments.server_args import gate_config
 
     for server_args in (
         prepare(),

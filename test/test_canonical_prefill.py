@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from margingate.runtime.compat import ranks
+from margingate.runtime.compat.process import ranks
 from margingate.runtime.probe import check_prefill, execute
 from margingate.runtime.probe.check_prefill import LONGEST, Prefill, measure
 from margingate.runtime.verify import internal_prefill

@@ -27,10 +27,11 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.weight_versions import WeightVersionEvent, compute_weight_version_spans
 
 from margingate.config import GateConfig
-from margingate.runtime.compat import columns
+from margingate.runtime.compat.kv import columns
 from margingate.runtime.hooks import handlers
 from margingate.runtime.observe import integrity
 from margingate.runtime.request import lifecycle
+from margingate.runtime.request.column_holders import ColumnHolders
 from margingate.runtime.request.in_flight import InFlight
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import GateRequest
@@ -224,7 +225,15 @@ def test_of_a_prompt_in_chunks_nothing_is_told_that_sglang_told():
 
 def retractions(world: World) -> Retractions:
     nothing: Any = None
-    return Retractions(world.scheduler, world.requests, world.passes, nothing, nothing)
+    holders = ColumnHolders(world.scheduler, world.requests, world.in_flight)
+    return Retractions(
+        world.scheduler,
+        world.requests,
+        world.passes,
+        nothing,
+        penalties=nothing,
+        holders=holders,
+    )
 
 
 @pytest.mark.parametrize("resumable", [True, False])
@@ -279,7 +288,7 @@ def test_all_agrees_while_a_prompt_is_computed_again_of_whose_answer_nothing_sta
 def test_kept_tokens_that_find_no_room_wait_for_others_and_fail_behind_none(
     monkeypatch, other, split
 ):
-    monkeypatch.setattr("margingate.runtime.compat.window_pool.is_split", lambda _: split)
+    monkeypatch.setattr("margingate.runtime.compat.kv.window_pool.is_split", lambda _: split)
     monkeypatch.setattr("margingate.runtime.sampling.constraints.follow", lambda *_: None)
     monkeypatch.setattr(rollback, "extend_columns", lambda *_: False)
     world = World(overlap=False)

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from margingate.runtime.compat import batch_invariant_matmul
+from margingate.runtime.compat.compute import batch_invariant_matmul
 from margingate.runtime.probe import compile_kernels
 
 COUNTS = [*range(1, 17), *range(24, 257, 8)]

@@ -87,7 +87,7 @@ def test_every_size_of_bursts(tokenizer, text):
 @pytest.mark.parametrize("gated", [True, False])
 def test_a_gated_servers_detokenizer_has_the_hook_and_no_other(monkeypatch, gated):
     from margingate.config import GateConfig
-    from margingate.runtime.compat.server_args import ATTRIBUTE
+    from margingate.runtime.compat.arguments.server_args import ATTRIBUTE
     from margingate.runtime.hooks import registry
     from margingate.runtime.hooks.launcher_table import DETOKENIZER_HOOKS
     from margingate.runtime.start import install

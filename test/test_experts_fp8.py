@@ -16,8 +16,8 @@ from sglang.srt.layers.quantization.w8a8_fp8 import W8A8FP8MoEMethod
 
 from benchmark.models.fp8_blocks import BLOCK, from_blocks, to_blocks
 from margingate.config import GateError
-from margingate.runtime.compat import quantization, routers
-from margingate.runtime.compat.host_fp8 import fp8_experts, round_to_fp8
+from margingate.runtime.compat.compute import quantization, routers
+from margingate.runtime.compat.host.fp8 import fp8_experts, round_to_fp8
 from margingate.runtime.probe import expert_tiles, loaded_scales, startup
 from margingate.runtime.probe.classes import probe_operator, row_counts
 from margingate.runtime.probe.observed_calls import ObservedRows

@@ -18,7 +18,8 @@ from sglang.srt.model_executor.runner.base_cuda_graph_runner import get_batch_si
 from sglang.srt.runtime_context import get_context, get_model
 
 from margingate.config import GateConfig, GateError
-from margingate.runtime.compat import forward, settings
+from margingate.runtime.compat.arguments import settings
+from margingate.runtime.compat.compute import forward
 from margingate.runtime.probe import check_decode, startup
 from margingate.runtime.verify import internal_prefill, verifier
 from margingate.runtime.verify.verifier import RowInput, Verifier

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sglang.srt.layers.layernorm import Gemma3RMSNorm
 
-from margingate.runtime.compat import head_norms
+from margingate.runtime.compat.compute import head_norms
 
 SIZE = 256
 

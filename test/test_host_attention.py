@@ -9,7 +9,7 @@ import pytest
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-from margingate.runtime.compat.host_attention import (
+from margingate.runtime.compat.host.attention import (
     HostAttention,
     attend,
     attends_row_by_row,

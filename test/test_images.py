@@ -26,7 +26,7 @@ from margingate.core.ledger import Row
 from margingate.harness.pictures import SIZES, drawn, plain
 from margingate.harness.tiny_models import tiny_model
 from margingate.runtime.client import parameter_types
-from margingate.runtime.compat import images
+from margingate.runtime.compat.model import images
 from margingate.runtime.probe import check_images
 from margingate.runtime.probe.check_prefill import Prefill
 from margingate.runtime.request.admission import queue

@@ -223,6 +223,29 @@ def test_the_packages_of_the_runtime_are_those_of_the_architecture():
     assert levels == sorted(levels, reverse=True), "from the highest to the lowest"
 
 
+# Packages of `compat`: each imports those before it alone. A module at its top is written for a
+# release; packages import it, and it imports none of them (`release` finds that of a release).
+COMPAT_ORDER = ("arguments", "process", "kv", "model", "compute", "host")
+COMPAT_TOP = {"release", "v0_5_22", "surface", "surface_table", "instance_patches"}
+COMPAT = [m for m in MODULES if below(m, "margingate.runtime.compat") and m.count(".") > 2]
+
+
+@pytest.mark.parametrize("module", COMPAT)
+def test_packages_of_compat_import_downwards(module):
+    mine = module.split(".")[3]
+    used = {f"{one}...".split(".")[3] for one in imported(module) if one in COMPAT} - {mine}
+    lower = COMPAT_ORDER[: COMPAT_ORDER.index(mine)] if mine in COMPAT_ORDER else ()
+    assert used <= {*lower, *COMPAT_TOP}
+
+
+def test_the_packages_of_compat_are_those_of_the_architecture():
+    listed = re.findall(
+        r"^\| `compat/(\w+)` \| ", (ROOT / "docs" / "architecture.md").read_text(), re.M
+    )
+    assert listed == list(reversed(COMPAT_ORDER))
+    assert {m.split(".")[3] for m in COMPAT} == {*COMPAT_ORDER} | COMPAT_TOP
+
+
 def test_who_opens_the_controller():
     """Others are given what they use."""
     controller = "margingate.runtime.schedule.controller"
@@ -307,7 +330,7 @@ def f(server_args, runner):
 
 @pytest.mark.parametrize("module", [m for m in MODULES if below(m, "margingate.runtime")])
 def test_server_arguments_are_read_as_they_were_resolved(module):
-    """SGLang decides beside the record, which keeps what was given: compat/settings.py."""
+    """SGLang decides beside the record, which keeps what was given: `settings` in compat."""
     if not below(module, "margingate.runtime.compat"):
         assert not raw_settings(ast.parse(MODULES[module].read_text()))
 

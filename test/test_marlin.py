@@ -16,7 +16,8 @@ from sglang.srt.layers.quantization.gptq import gptq
 
 from benchmark.models import four_bits, random_four_bits
 from margingate.core.rowclass import RowPlan
-from margingate.runtime.compat import host_marlin, marlin
+from margingate.runtime.compat.compute import marlin
+from margingate.runtime.compat.host import marlin as host_marlin
 from margingate.runtime.probe import execute
 from margingate.runtime.probe.classes import probe_operator
 from margingate.runtime.probe.observed_calls import ObservedCall, observing

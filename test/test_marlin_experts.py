@@ -20,7 +20,9 @@ from sglang.srt.layers.quantization.moe_wna16 import MoeWNA16Method
 from benchmark.models import four_bits, random_four_bits
 from margingate.config import GateError
 from margingate.harness.tiny_models import tiny_model
-from margingate.runtime.compat import host_marlin, host_platform, marlin, routers
+from margingate.runtime.compat.compute import marlin, routers
+from margingate.runtime.compat.host import marlin as host_marlin
+from margingate.runtime.compat.host import platform as host_platform
 from margingate.runtime.probe import execute, loaded_scales
 from margingate.runtime.probe.classes import probe_operator, row_counts
 from margingate.runtime.probe.observed_calls import ObservedRows

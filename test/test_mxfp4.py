@@ -17,7 +17,8 @@ from test_routed import crowds_and_strangers
 from benchmark.models.mxfp4 import BLOCK, from_blocks, to_blocks
 from margingate.config import GateError
 from margingate.core.rowclass import Route, RowPlan
-from margingate.runtime.compat import host_mxfp4, mxfp4
+from margingate.runtime.compat.compute import mxfp4
+from margingate.runtime.compat.host import mxfp4 as host_mxfp4
 from margingate.runtime.observe import weight_digest
 from margingate.runtime.probe import execute, plans, startup, tile_heights
 from margingate.runtime.probe.classes import extended, groups, probe_operator, row_counts

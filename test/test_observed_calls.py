@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sglang.srt.layers.radix_attention import RadixAttention
 
 from margingate.config import GateError
-from margingate.runtime.compat.routers import use_linear_kernels
+from margingate.runtime.compat.compute.routers import use_linear_kernels
 from margingate.runtime.probe import drawing
 from margingate.runtime.probe.observed_calls import ROWS, ObservedCall, observing, refuse_unmeasured
 from margingate.runtime.probe.operators import dense_operators

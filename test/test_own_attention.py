@@ -17,7 +17,7 @@ from margingate.config import GateConfig, GateError
 from margingate.runtime.attention import fixed_split, invariant_attention, layer_rules
 from margingate.runtime.attention.invariant_attention import MOST_ROWS, OwnAttention, of
 from margingate.runtime.attention.layer_rules import unfit
-from margingate.runtime.compat import window_pool
+from margingate.runtime.compat.kv import window_pool
 from margingate.runtime.probe import check_attention
 from margingate.runtime.probe.attention_error import Found
 from margingate.runtime.verify.verifier import RowInput, Verifier, build

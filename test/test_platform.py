@@ -13,7 +13,7 @@ import torch
 from jit_bodies import checks_in, run_checks, run_in_interpreter
 from sglang.kernels.ops.elementwise import elementwise
 
-from margingate.runtime.compat.host_platform import HostPlatform, gate_shared_expert
+from margingate.runtime.compat.host.platform import HostPlatform, gate_shared_expert
 
 
 def defaults(**asked: object) -> SimpleNamespace:

@@ -17,7 +17,7 @@ from margingate.cli import main as cli
 from margingate.cli import probe as command
 from margingate.config import GateError
 from margingate.core.rowclass import Route, RowPlan
-from margingate.runtime.compat import ranks
+from margingate.runtime.compat.process import ranks
 from margingate.runtime.probe import cache, classes, plans, startup
 from margingate.runtime.probe.operators import Linear, MadeUp, Norm, Operator
 from margingate.study.plots import plot_classes

@@ -15,8 +15,8 @@ from sglang.srt.layers.quantization.w8a8_fp8 import W8A8Fp8LinearMethod
 from benchmark.models.fp8_blocks import BLOCK, from_blocks, to_blocks
 from margingate.config import GateError
 from margingate.core.rowclass import RowPlan
-from margingate.runtime.compat import quantization
-from margingate.runtime.compat.host_fp8 import block_fp8_linear, round_to_fp8, scaled_fp8_linear
+from margingate.runtime.compat.compute import quantization
+from margingate.runtime.compat.host.fp8 import block_fp8_linear, round_to_fp8, scaled_fp8_linear
 from margingate.runtime.probe import execute
 from margingate.runtime.probe.classes import RowDependenceError, probe_operator
 from margingate.runtime.probe.observed_calls import ObservedCall, observing

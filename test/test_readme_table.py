@@ -122,6 +122,12 @@ def test_an_arrangement_for_which_nothing_was_cached_says_so():
     assert cells(Part("sameness", record, ""), 1)[2] == "400 of 400, nothing was cached"
 
 
+def test_arrangements_of_other_numbers_of_prompts_say_each():
+    record = recorded("sameness")
+    record["cases"]["gate"]["batched"]["of"] -= 1
+    assert cells(Part("sameness", record, ""), 0)[2].endswith(" of 399 to 400")
+
+
 def test_a_point_that_two_groups_of_engines_measured_is_their_median():
     """Where not all fit into a GPU, each group has a stock engine of its own."""
     point = {"context": 256, "batch": 8}
@@ -236,6 +242,16 @@ def lives(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def test_the_group_that_is_killed_is_the_commands(monkeypatch, tmp_path):
+    """One that was waited for is gone, and its number may be another's."""
+    seen: list[str] = []
+    monkeypatch.setattr(
+        timed_command.os, "killpg", lambda pid, _: seen.append(psutil.Process(pid).status())
+    )
+    timed_command.run([sys.executable, "-c", ""], tmp_path / "log.txt", 60.0)
+    assert seen == [psutil.STATUS_ZOMBIE]
 
 
 def test_a_command_that_ends_by_itself_has_its_status(tmp_path):

@@ -16,7 +16,8 @@ from margingate import api
 from margingate.config import GateConfig, GateError
 from margingate.core.rowclass import RowPlan
 from margingate.runtime.client import replica_counters
-from margingate.runtime.compat import ranks, replicas, server_args
+from margingate.runtime.compat.arguments import server_args
+from margingate.runtime.compat.process import ranks, replicas
 from margingate.runtime.probe import shared_plans
 from margingate.runtime.probe.classes import Finding
 from margingate.runtime.request.record import Counts

@@ -16,7 +16,7 @@ from sglang.srt.layers.moe.topk import TopK, TopKConfig
 
 from margingate.config import GateError
 from margingate.core.rowclass import Route, RowPlan
-from margingate.runtime.compat import routers
+from margingate.runtime.compat.compute import routers
 from margingate.runtime.probe import execute, fused_gate, plans, shared_plans, startup
 from margingate.runtime.probe.classes import Finding, extended, groups, probe_operator, row_counts
 from margingate.runtime.probe.observed_calls import (

@@ -16,7 +16,7 @@ from sglang.srt.state_capturer import routed_experts as of_sglang
 from sglang.srt.state_capturer.base import BaseDeviceCache, BaseTopkCapturer
 
 from margingate.config import GateConfig
-from margingate.runtime.compat import routed_experts
+from margingate.runtime.compat.kv import routed_experts
 from margingate.runtime.request import admission, lifecycle
 from margingate.runtime.request.forward_record import ForwardRecord, MergedPass, record_on
 from margingate.runtime.request.open_requests import OpenRequests
@@ -109,9 +109,24 @@ def test_a_pass_enters_what_it_chose_for_the_slots_that_it_wrote(capturer, monke
     verifier.rows, verifier.device, verifier._pins, verifier._page_table = 4, "cpu", False, PAGES
     rows = [RowInput(1, position, 50) for position in (1, 2, 3)]
     monkeypatch.setattr(Verifier, "that_fit", lambda _self, rows: iter((rows[:2], rows[2:])))
-    monkeypatch.setattr(Verifier, "forward", lambda _self, rows, _count: torch.zeros(len(rows), 5))
+    monkeypatch.setattr("margingate.runtime.verify.verifier.decode_batch", lambda *_: None)
+    verifier.runner, verifier._attends_row_by_row = None, False
+    uploads: list[int] = []
+    upload = Verifier._on_device
+
+    def on_device(self: Verifier, rows: Any) -> Any:
+        uploads.append(len(rows))
+        return upload(self, rows)
+
+    def forward(self: Verifier, rows: Any, count: int) -> torch.Tensor:
+        self.batch(rows, count)
+        return torch.zeros(len(rows), 5)
+
+    monkeypatch.setattr(Verifier, "_on_device", on_device)
+    monkeypatch.setattr(Verifier, "forward", forward)
     verifier.run(rows)
     assert held(capturer) == {5: 1, 9: 2, 2: 1}
+    assert uploads == [4, 4], "each forward's rows, with its padding, once"
 
 
 def test_a_pass_of_a_server_that_keeps_none_looks_at_none(monkeypatch):

@@ -16,7 +16,7 @@ from sglang.srt.runtime_context import get_context, get_parallel
 
 from margingate.config import GateConfig, GateError
 from margingate.core.policy import Reason
-from margingate.runtime.compat.server_args import ATTRIBUTE
+from margingate.runtime.compat.arguments.server_args import ATTRIBUTE
 from margingate.runtime.hooks import firing, path_hooks, registry
 from margingate.runtime.request import guard
 from margingate.runtime.request.forward_record import ForwardRecord, record_on

@@ -26,7 +26,7 @@ from margingate.core.rowclass import (
     spans,
     timed_counts,
 )
-from margingate.runtime.compat import ranks, replicas
+from margingate.runtime.compat.process import ranks, replicas
 from margingate.runtime.probe import execute, plans, startup
 from margingate.runtime.probe.classes import (
     RowDependenceError,

@@ -20,7 +20,7 @@ from margingate.harness.client import Answer, Client, Prompt, chat_prompts, read
 from margingate.harness.defaults import PROMPTS
 from margingate.harness.servers import retracting
 from margingate.harness.tiny_models import FAMILIES, tiny_model
-from margingate.runtime.compat.quantization import has_experts
+from margingate.runtime.compat.compute.quantization import has_experts
 
 TOKENS = 16  # of an answer
 DENSE = "qwen3"

@@ -36,7 +36,7 @@ import sys
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import prepare_server_args
 load_plugins()
-from margingate.runtime.compat.server_args import gate_config
+from margingate.runtime.compat.arguments.server_args import gate_config
 print("threshold", gate_config(prepare_server_args(sys.argv[1:])).threshold)
 """
 

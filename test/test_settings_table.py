@@ -14,8 +14,14 @@ import pytest
 import torch
 
 from margingate.config import GateConfig, GateError
-from margingate.runtime.compat import environment, machine, request_table, settings, settings_table
-from margingate.runtime.compat.settings_table import ARITHMETIC, COUNTED, NO_EFFECT, REFUSED
+from margingate.runtime.compat.arguments import environment, request_table, settings, settings_table
+from margingate.runtime.compat.arguments.settings_table import (
+    ARITHMETIC,
+    COUNTED,
+    NO_EFFECT,
+    REFUSED,
+)
+from margingate.runtime.compat.process import machine
 
 MakeArgs = Callable[..., Any]
 

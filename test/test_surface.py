@@ -54,7 +54,7 @@ def test_what_is_missing_is_named_at_start(monkeypatch, path):
 
 def test_a_scheduler_that_lacks_something_does_not_come_up(monkeypatch):
     from margingate.config import GateConfig
-    from margingate.runtime.compat.server_args import ATTRIBUTE
+    from margingate.runtime.compat.arguments.server_args import ATTRIBUTE
     from margingate.runtime.hooks import registry
     from margingate.runtime.start import install
 

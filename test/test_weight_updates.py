@@ -14,9 +14,11 @@ from sglang.srt.managers.scheduler_components import weight_updater
 from sglang.srt.utils.weight_versions import compute_weight_version_spans
 
 from margingate.config import GateConfig
-from margingate.runtime.compat import columns, weights
+from margingate.runtime.compat.kv import columns
+from margingate.runtime.compat.model import weights
 from margingate.runtime.hooks import handlers
 from margingate.runtime.observe.fingerprint import CROSSED, STALE, UPDATING, Fingerprint
+from margingate.runtime.request.column_holders import ColumnHolders
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import GateRequest
 from margingate.runtime.schedule import next_batch
@@ -94,8 +96,9 @@ class Gate:
         self.fingerprint = Fingerprint({"a": 1}, self._digest, lambda: self.forwards)
         self.settled: list[int] = []  # generations that were in memory then
         self.forwards += 1
+        holders = ColumnHolders(of, self.requests, cast(Any, self.in_flight))
         self.weights = WeightChanges(
-            of, self.requests, cast(Any, self.in_flight), self.fingerprint, self.verify_everything
+            of, self.requests, holders, self.fingerprint, self.verify_everything
         )
 
     def _digest(self) -> str:

@@ -25,7 +25,7 @@ from test_radix import ALONE, ANSWERS, CHUNK, LONGEST, PROMPT, REQUESTS, SLOTS, 
 
 from margingate.config import GateConfig, GateError
 from margingate.core.ledger import Outcome
-from margingate.runtime.compat import window_pool
+from margingate.runtime.compat.kv import window_pool
 from margingate.runtime.observe import integrity
 from margingate.runtime.probe.check_prefill import Prefill
 from margingate.runtime.schedule.radix import GateWindowCache

@@ -113,7 +113,8 @@ def _counted(part: Part, label: str, key: str, wanted: Callable[[str], bool]) ->
 def _count_cell(found: list[dict[str, int]], from_cache: bool) -> str:
     same = _range([each["tokens"] for each in found], "d")
     nothing = from_cache and not any(each["cached"] for each in found)
-    return f"{same} of {found[0]['of']}" + (", nothing was cached" if nothing else "")
+    asked = _range([each["of"] for each in found], "d")
+    return f"{same} of {asked}" + (", nothing was cached" if nothing else "")
 
 
 def steps(part: Part) -> tuple[Figures, Figures]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 GRACE_S = 15.0  # to write results and end servers after an interrupt
+POLL_S = 0.05
 SERVERS_S = 6.0  # servers have sessions of their own, and end this long behind a killed command
 
 
@@ -42,20 +42,24 @@ def run(
             start_new_session=True,
         )
     try:
-        status: int | None = process.wait(limit_s)
-    except subprocess.TimeoutExpired:
-        status = None
-        _interrupt(process)
+        in_time = _ended_within(process, limit_s)
+        if not in_time:
+            process.send_signal(signal.SIGINT)
+            _ended_within(process, GRACE_S)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # also what a command left behind
-        process.wait()
-    if status is None:
+        os.killpg(process.pid, signal.SIGKILL)  # also what a command left behind
+        status = process.wait()
+    if not in_time:
         time.sleep(SERVERS_S)
-    return Ended(status, time.monotonic() - begun)
+    return Ended(status if in_time else None, time.monotonic() - begun)
 
 
-def _interrupt(process: subprocess.Popen[bytes]) -> None:
-    process.send_signal(signal.SIGINT)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(GRACE_S)
+def _ended_within(process: subprocess.Popen[bytes], limit_s: float) -> bool:
+    """Whether it ends in time. It is not reaped, so its group's number is nobody else's yet."""
+    deadline = time.monotonic() + limit_s
+    ended = os.WEXITED | os.WNOWAIT | os.WNOHANG
+    while os.waitid(os.P_PID, process.pid, ended) is None:
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(POLL_S)
+    return True

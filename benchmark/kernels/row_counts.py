@@ -316,7 +316,7 @@ def padded(x: torch.Tensor, buffer: torch.Tensor) -> Call:
 
 def invariant(layer: Layer, tokens: int) -> tuple[Call, float]:
     """SGLang's batch-invariant matmul, and the seconds of its first call."""
-    from margingate.runtime.compat.batch_invariant_matmul import invariant_matmul
+    from margingate.runtime.compat.compute.batch_invariant_matmul import invariant_matmul
 
     x = layer.rows[:tokens].clone()
     began = time.monotonic()

@@ -26,4 +26,4 @@ def host_platform() -> str | None:
         return None
     if torch.cuda.is_available() or torch.xpu.is_available():
         return None
-    return "margingate.runtime.compat.host_platform.HostPlatform"
+    return "margingate.runtime.compat.host.platform.HostPlatform"

@@ -57,7 +57,7 @@ def missing_attributes() -> Iterator[Row]:
 
 def fields() -> Iterator[Row]:
     """Fields of settings and requests that nobody has looked at, or that are no more."""
-    from margingate.runtime.compat.fields import differences
+    from margingate.runtime.compat.arguments.fields import differences
 
     for path, (unseen, gone) in differences().items():
         yield from (("field", f"{path}.{name}", "nobody has looked at it") for name in unseen)

@@ -9,7 +9,7 @@ import torch
 
 from margingate.config import GateError
 from margingate.runtime.attention import invariant_attention, layer_rules
-from margingate.runtime.compat.host_attention import attends_row_by_row
+from margingate.runtime.compat.host.attention import attends_row_by_row
 from margingate.runtime.compat.instance_patches import ON_FLASHINFER, check_instance
 
 logger = logging.getLogger(__name__)

@@ -17,8 +17,9 @@ import torch
 from margingate.config import GateError
 from margingate.runtime.attention.layer_rules import attention_layers, rules_of, window_of
 from margingate.runtime.attention.window_lists import WindowLists
-from margingate.runtime.compat import settings, window_pool
+from margingate.runtime.compat.arguments import settings
 from margingate.runtime.compat.instance_patches import ON_TRITON, check_instance
+from margingate.runtime.compat.kv import window_pool
 from margingate_kernels import (
     Chunks,
     Columns,

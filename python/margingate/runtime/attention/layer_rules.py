@@ -12,8 +12,8 @@ import torch
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
 from margingate.config import GateError
-from margingate.runtime.compat import window_pool
-from margingate.runtime.compat.host_attention import attends_row_by_row
+from margingate.runtime.compat.host.attention import attends_row_by_row
+from margingate.runtime.compat.kv import window_pool
 from margingate_kernels import Rules
 from margingate_kernels.attention_checks import HEAD_SIZES, MOST_GROUPED
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from margingate.runtime.attention import layer_rules
 from margingate.runtime.attention.fixed_split import fix_split
-from margingate.runtime.compat import settings
-from margingate.runtime.compat.forward import captures
+from margingate.runtime.compat.arguments import settings
+from margingate.runtime.compat.compute.forward import captures
 
 logger = logging.getLogger(__name__)
 

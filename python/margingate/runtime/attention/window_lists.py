@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from margingate.config import GateError
-from margingate.runtime.compat import window_pool
 from margingate.runtime.compat.instance_patches import ON_TWO_POOLS, check_instance
+from margingate.runtime.compat.kv import window_pool
 from margingate_kernels import Chunks, listed_keys
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from sglang.srt.managers.embed_types import PositionalEmbeds
 
-from margingate.runtime.compat import request_table
+from margingate.runtime.compat.arguments import request_table
 from margingate.runtime.request.record import SWITCH
 from margingate.runtime.request.stop_expressions import LIMIT, UNBOUNDED, stalls
 

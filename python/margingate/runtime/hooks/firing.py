@@ -20,7 +20,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from margingate.config import GateConfig, GateError
 from margingate.runtime.client import openai_answers
-from margingate.runtime.compat import replicas
+from margingate.runtime.compat.process import replicas
 from margingate.runtime.compat.release import SGLANG_VERSION
 from margingate.runtime.request import guard
 from margingate.runtime.request.observer import Observer

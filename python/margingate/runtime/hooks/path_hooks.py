@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from margingate.runtime.attention import invariant_attention
-from margingate.runtime.compat import head_norms, marlin
-from margingate.runtime.compat.server_args import gate_config
+from margingate.runtime.compat.arguments.server_args import gate_config
+from margingate.runtime.compat.compute import head_norms, marlin
 from margingate.runtime.hooks import handlers, registry
 from margingate.runtime.hooks.registry import AFTER, AROUND, BEFORE, Hook
 from margingate.runtime.probe import all_reduce, execute, expert_tiles, startup

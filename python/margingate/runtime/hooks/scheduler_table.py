@@ -11,7 +11,8 @@ with others would stay in SGLang's cache; the two hooks on towers see shapes of 
 
 from __future__ import annotations
 
-from margingate.runtime.compat import images, marlin
+from margingate.runtime.compat.compute import marlin
+from margingate.runtime.compat.model import images
 from margingate.runtime.hooks import handlers
 from margingate.runtime.hooks.path_hooks import INVARIANT_HOOKS, ROUTER_HOOKS, STOCK_HOOKS
 from margingate.runtime.hooks.registry import AFTER, AROUND, BEFORE, Hook

@@ -26,7 +26,9 @@ from sglang.srt.managers.utils import is_health_check_generate_req
 from margingate.confidence import miss_bound
 from margingate.config import GateConfig
 from margingate.core.audit import Audits, Bits, Recorded
-from margingate.runtime.compat import columns, settings, tree, weights
+from margingate.runtime.compat.arguments import settings
+from margingate.runtime.compat.kv import columns, tree
+from margingate.runtime.compat.model import weights
 from margingate.runtime.observe.fingerprint import Fingerprint
 from margingate.runtime.observe.replay import Part, Replay
 from margingate.runtime.probe.startup_checks import StartupChecks

@@ -8,7 +8,7 @@ from typing import Any
 
 from margingate.core.ledger import Outcome
 from margingate.events import End, Flag, Pass, Settled, Step, Totals, Verdict
-from margingate.runtime.compat import ranks
+from margingate.runtime.compat.process import ranks
 from margingate.runtime.observe.event_socket import Publisher, endpoint_of
 from margingate.runtime.request.observer import Observer
 from margingate.runtime.request.open_requests import OpenRequests

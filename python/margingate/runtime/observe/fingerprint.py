@@ -21,8 +21,9 @@ import margingate
 from margingate.config import GateConfig
 from margingate.core.rowclass import RowPlan
 from margingate.runtime.attention import fixed_split
-from margingate.runtime.compat import machine, settings, settings_table
-from margingate.runtime.compat.ranks import gathered
+from margingate.runtime.compat.arguments import settings, settings_table
+from margingate.runtime.compat.process import machine
+from margingate.runtime.compat.process.ranks import gathered
 from margingate.runtime.observe import weight_digest
 from margingate.runtime.probe import cache, startup
 from margingate.runtime.probe.check_prefill import Prefill

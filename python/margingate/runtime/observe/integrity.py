@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from margingate.runtime.compat import columns, tree, window_pool
+from margingate.runtime.compat.kv import columns, tree, window_pool
+from margingate.runtime.request.column_holders import ColumnHolders
 from margingate.runtime.request.in_flight import InFlight
 from margingate.runtime.request.open_requests import OpenRequests
 
@@ -19,7 +20,7 @@ def check(scheduler: Any, requests: OpenRequests, in_flight: InFlight) -> None:
     requests.ledger.check_integrity()
     for req in requests:
         _check_request(requests, in_flight, req)
-    _check_slots(scheduler, _live_requests(scheduler, requests, in_flight))
+    _check_slots(scheduler, ColumnHolders(scheduler, requests, in_flight).all())
 
 
 class Reports:
@@ -70,17 +71,6 @@ def _rows_in_flight(in_flight: InFlight, req: Any) -> int:
     """Decode rows of the request whose results are not processed yet (overlap scheduling)."""
     batches = [b for b in in_flight.batches() if b.forward_mode.is_decode()]
     return sum(other is req for batch in batches for other in batch.reqs)
-
-
-def _live_requests(scheduler: Any, requests: OpenRequests, in_flight: InFlight) -> list[Any]:
-    """Every request that holds slots, gated or not."""
-    batches = [*in_flight.around(), *in_flight.batches()]
-    reqs = [req for batch in batches for req in batch.reqs]
-    reqs += [*requests.held, *requests.rejoining]
-    if scheduler.chunked_req is not None:
-        reqs.append(scheduler.chunked_req)
-    unique = {id(req): req for req in reqs if columns.holds(req)}
-    return list(unique.values())
 
 
 def _check_slots(scheduler: Any, live: list[Any]) -> None:

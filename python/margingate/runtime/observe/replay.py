@@ -16,7 +16,8 @@ import torch
 
 from margingate.core.audit import Piece, Recorded, grid, pieces
 from margingate.core.chance import generator
-from margingate.runtime.compat import columns, settings, tree
+from margingate.runtime.compat.arguments import settings
+from margingate.runtime.compat.kv import columns, tree
 from margingate.runtime.probe.startup_checks import StartupChecks
 from margingate.runtime.verify import rollback
 from margingate.runtime.verify.internal_prefill import extend, internal_request, release

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from sglang.srt.utils import use_intel_amx_backend
 
-from margingate.runtime.compat import columns
+from margingate.runtime.compat.kv import columns
 from margingate.runtime.request.forward_record import record_on
 from margingate.runtime.request.record import ColumnsWanted, GateRequest
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from margingate.runtime.compat import mxfp4
+from margingate.runtime.compat.compute import mxfp4
 
 WORDS = 1 << 22  # of 4 bytes; a checksum's temporaries take some 100 MB of the device
 # Odd constants of 64 bits (Weyl's and Steele's, of SplitMix64).

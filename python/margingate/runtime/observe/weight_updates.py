@@ -6,7 +6,7 @@ from typing import Any
 
 from sglang.srt.managers import io_struct
 
-from margingate.runtime.compat import weights
+from margingate.runtime.compat.model import weights
 
 
 def refusal(scheduler: Any, received: Any) -> Any:

@@ -16,7 +16,7 @@ import torch
 
 from margingate.config import GateError
 from margingate.core.rowclass import RowPlan, choose
-from margingate.runtime.compat import ranks
+from margingate.runtime.compat.process import ranks
 from margingate.runtime.probe.classes import (
     Finding,
     RowDependenceError,

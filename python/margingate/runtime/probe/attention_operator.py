@@ -17,8 +17,8 @@ import torch
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
-from margingate.runtime.compat.forward import context, plan_slots
-from margingate.runtime.compat.host_attention import attends_row_by_row
+from margingate.runtime.compat.compute.forward import context, plan_slots
+from margingate.runtime.compat.host.attention import attends_row_by_row
 from margingate.runtime.probe.classes import SEED, Finding, Rows, classify, refusing, sample_rows
 from margingate.runtime.verify.verifier import RowInput, Verifier, scratch_rows
 

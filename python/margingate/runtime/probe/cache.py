@@ -14,7 +14,8 @@ import torch
 
 import margingate
 from margingate.paths import cache_root
-from margingate.runtime.compat import environment, machine, ranks, settings, settings_table
+from margingate.runtime.compat.arguments import environment, settings, settings_table
+from margingate.runtime.compat.process import machine, ranks
 from margingate.runtime.probe.classes import Finding
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ import torch
 from margingate.config import GateError
 from margingate.core.rowclass import spans
 from margingate.runtime.attention import invariant_attention
-from margingate.runtime.compat import ranks
-from margingate.runtime.compat.ranks import agreed
+from margingate.runtime.compat.process import ranks
+from margingate.runtime.compat.process.ranks import agreed
 from margingate.runtime.probe import drawing, execute
 from margingate.runtime.probe.classes import SEED
 from margingate.runtime.verify.verifier import RowInput, Verifier, scratch_rows

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from margingate.runtime.compat import images, vision
-from margingate.runtime.compat.ranks import agreed
+from margingate.runtime.compat.model import images, vision
+from margingate.runtime.compat.process.ranks import agreed
 from margingate.runtime.probe.check_prefill import Prefill
 from margingate.runtime.probe.classes import SEED
 from margingate.runtime.verify.internal_prefill import extend, internal_request, release, stored

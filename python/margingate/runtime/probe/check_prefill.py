@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from margingate.runtime.attention import layer_rules
-from margingate.runtime.compat import columns, settings
-from margingate.runtime.compat.ranks import agreed
+from margingate.runtime.compat.arguments import settings
+from margingate.runtime.compat.kv import columns
+from margingate.runtime.compat.process.ranks import agreed
 from margingate.runtime.probe import drawing, execute
 from margingate.runtime.probe.classes import SEED
 from margingate.runtime.verify import rollback

@@ -20,7 +20,7 @@ from contextlib import suppress
 
 import torch
 
-from margingate.runtime.compat.batch_invariant_matmul import (
+from margingate.runtime.compat.compute.batch_invariant_matmul import (
     deterministic,
     invariant_matmul,
     is_deep_gemm,

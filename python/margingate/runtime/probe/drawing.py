@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Iterable
 from typing import Any
 
-from margingate.runtime.compat.ranks import gathered
+from margingate.runtime.compat.process.ranks import gathered
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ import torch
 
 from margingate.config import GateError
 from margingate.core.rowclass import RowPlan, spans
-from margingate.runtime.compat.environment import choice
+from margingate.runtime.compat.arguments.environment import choice
 from margingate.runtime.probe.classes import (
     Finding,
     RowDependenceError,

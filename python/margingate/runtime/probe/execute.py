@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from margingate.core.rowclass import RowPlan
-from margingate.runtime.compat import instance_patches, mxfp4
-from margingate.runtime.compat.batch_invariant_matmul import invariant_matmul
+from margingate.runtime.compat import instance_patches
+from margingate.runtime.compat.compute import mxfp4
+from margingate.runtime.compat.compute.batch_invariant_matmul import invariant_matmul
 from margingate.runtime.probe import fused_gate
 from margingate.runtime.probe.observed_calls import routing_tensors
 from margingate.runtime.probe.operators import Inputs, Operator, Plain, Quantized, Run

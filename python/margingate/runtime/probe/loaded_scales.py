@@ -7,8 +7,8 @@ from __future__ import annotations
 import torch
 
 from margingate.config import GateError
-from margingate.runtime.compat import marlin, quantization
-from margingate.runtime.compat.routers import experts
+from margingate.runtime.compat.compute import marlin, quantization
+from margingate.runtime.compat.compute.routers import experts
 
 SHARED = "rounds the inputs of experts in {} to FP8 by one scale for all rows of a forward"
 BY_ROW = (

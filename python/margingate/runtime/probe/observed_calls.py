@@ -18,8 +18,9 @@ import torch
 from sglang.srt.layers.radix_attention import RadixAttention
 
 from margingate.config import GateError
-from margingate.runtime.compat import marlin, mxfp4, quantization, vision
-from margingate.runtime.compat.routers import experts, routers
+from margingate.runtime.compat.compute import marlin, mxfp4, quantization
+from margingate.runtime.compat.compute.routers import experts, routers
+from margingate.runtime.compat.model import vision
 from margingate.runtime.probe import fused_gate
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from margingate.runtime.compat import marlin, quantization, vision
+from margingate.runtime.compat.compute import marlin, quantization
+from margingate.runtime.compat.model import vision
 from margingate.runtime.probe.observed_calls import AS_WEIGHT, Observed, ObservedCall
 
 HEAD = "lm_head"

@@ -14,7 +14,7 @@ import torch
 
 from margingate.config import GateError
 from margingate.core.rowclass import NoPlanError, RowPlan, Times, choose, reach, timed_counts, top
-from margingate.runtime.compat.batch_invariant_matmul import (
+from margingate.runtime.compat.compute.batch_invariant_matmul import (
     invariant_matmul,
     is_deep_gemm,
     kernel_counts,

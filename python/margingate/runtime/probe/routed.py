@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from margingate.runtime.compat import marlin, mxfp4, quantization
-from margingate.runtime.compat.routers import routed_experts
+from margingate.runtime.compat.compute import marlin, mxfp4, quantization
+from margingate.runtime.compat.compute.routers import routed_experts
 from margingate.runtime.probe import fused_gate
 from margingate.runtime.probe.observed_calls import Observed, ObservedRows, choice_of
 from margingate.runtime.probe.operators import LOUD, SEED, Inputs, Operator, normal_rows

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from margingate.runtime.compat import mxfp4
-from margingate.runtime.compat.routers import routed_experts
+from margingate.runtime.compat.compute import mxfp4
+from margingate.runtime.compat.compute.routers import routed_experts
 from margingate.runtime.probe import tile_heights
 from margingate.runtime.probe.observed_calls import Observed, ObservedRows
 from margingate.runtime.probe.operators import Inputs, Operator

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from margingate.config import GateError
-from margingate.runtime.compat import ranks, replicas
+from margingate.runtime.compat.process import ranks, replicas
 from margingate.runtime.probe.classes import Finding
 from margingate.runtime.probe.operators import Operator
 

@@ -17,9 +17,11 @@ import torch
 
 from margingate.config import GateConfig, GateError
 from margingate.runtime.attention import fixed_split, invariant_attention
-from margingate.runtime.compat import ranks, replicas, routed_experts, settings
-from margingate.runtime.compat.routers import use_linear_kernels
-from margingate.runtime.compat.server_args import gate_config
+from margingate.runtime.compat.arguments import settings
+from margingate.runtime.compat.arguments.server_args import gate_config
+from margingate.runtime.compat.compute.routers import use_linear_kernels
+from margingate.runtime.compat.kv import routed_experts
+from margingate.runtime.compat.process import ranks, replicas
 from margingate.runtime.probe import (
     all_reduce,
     cache,

@@ -7,7 +7,7 @@ from typing import Any
 
 from margingate.config import GateConfig
 from margingate.runtime.attention import invariant_attention
-from margingate.runtime.compat import routed_experts
+from margingate.runtime.compat.kv import routed_experts
 from margingate.runtime.probe import check_attention, check_decode, check_images, check_prefill
 from margingate.runtime.probe.check_decode import CanonicalSteps
 from margingate.runtime.probe.check_prefill import Prefill

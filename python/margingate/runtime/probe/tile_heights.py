@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from margingate.runtime.compat import instance_patches, mxfp4
+from margingate.runtime.compat import instance_patches
+from margingate.runtime.compat.compute import mxfp4
 
 logger = logging.getLogger(__name__)
 

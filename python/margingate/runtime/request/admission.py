@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from margingate.config import GateConfig
-from margingate.runtime.compat import images, routed_experts, vision
+from margingate.runtime.compat.kv import routed_experts
+from margingate.runtime.compat.model import images, vision
 from margingate.runtime.request.record import (
     CACHE_NAMESPACE,
     COLUMNS,

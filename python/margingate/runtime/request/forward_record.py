@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from margingate.core.ledger import Row
-from margingate.runtime.compat.routed_experts import ChosenExperts
+from margingate.runtime.compat.kv.routed_experts import ChosenExperts
 from margingate_kernels import Top2
 
 _ATTRIBUTE = "margingate"  # of SGLang's LogitsProcessorOutput, which goes all the way

@@ -12,7 +12,7 @@ from typing import Any
 
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 
-from margingate.runtime.compat import ranks
+from margingate.runtime.compat.process import ranks
 
 _PROCESSED = object()  # stands in SGLang's queue for a result that was brought in early
 

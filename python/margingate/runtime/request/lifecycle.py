@@ -9,8 +9,9 @@ from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
-from margingate.runtime.compat import images, routed_experts
-from margingate.runtime.compat.tree import release as release_columns
+from margingate.runtime.compat.kv import routed_experts
+from margingate.runtime.compat.kv.tree import release as release_columns
+from margingate.runtime.compat.model import images
 from margingate.runtime.request import guard
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import Hold

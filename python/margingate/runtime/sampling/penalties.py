@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from margingate.runtime.compat import columns
+from margingate.runtime.compat.kv import columns
 from margingate.runtime.request import guard
 from margingate.runtime.request.sampling_params import NONE, Penalties
 

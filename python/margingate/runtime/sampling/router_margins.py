@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from margingate.config import GateConfig, GateError
-from margingate.runtime.compat.routers import experts, routed_experts, routers
+from margingate.runtime.compat.compute.routers import experts, routed_experts, routers
 from margingate_kernels import Routing, router_margin
 
 TARGET = "layers.moe.topk.TopK.forward"  # of the hook, below sglang.srt

@@ -7,12 +7,13 @@ from contextlib import nullcontext
 from typing import Any
 
 from margingate.config import GateConfig
-from margingate.runtime.compat import window_pool
+from margingate.runtime.compat.kv import window_pool
 from margingate.runtime.observe import fingerprint, integrity
 from margingate.runtime.observe.audit import Auditor
 from margingate.runtime.observe.tally import Tally
 from margingate.runtime.probe.startup_checks import StartupChecks
 from margingate.runtime.request import aborts, guard, lifecycle
+from margingate.runtime.request.column_holders import ColumnHolders
 from margingate.runtime.request.in_flight import InFlight
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import gated_of
@@ -40,8 +41,7 @@ class GateController:
     def __init__(self, scheduler: Any, config: GateConfig, checks: StartupChecks) -> None:
         assert config.prefill_chunk is not None
         self.scheduler, self.config, self.checks = scheduler, config, checks
-        self.observes_only = config.policy == "observe"
-        simulator = Simulator(config)
+        self.observes_only, simulator = config.policy == "observe", Simulator(config)
         self.requests = requests = OpenRequests(config)
         self.in_flight = in_flight = InFlight(scheduler)
         model, pool = checks.verifier.runner.model, checks.verifier.runner.req_to_token_pool
@@ -63,13 +63,14 @@ class GateController:
         )
         merges = checks.decode is None and not self.observes_only
         self.merged = MergedPasses(scheduler, requests, self.passes, checks.verifier, serves=merges)
+        holders = ColumnHolders(scheduler, requests, in_flight)
         self.retractions = Retractions(
-            scheduler, requests, self.passes, self.merged, self.penalties
+            scheduler, requests, self.passes, self.merged, penalties=self.penalties, holders=holders
         )
         self.admission = Admission(checks.prefill, config.prefill_chunk)
         self.fingerprint = fingerprint.make(scheduler, config, checks.verifier, checks.prefill)
         self.weights = WeightChanges(
-            scheduler, requests, in_flight, self.fingerprint, self.verify_everything
+            scheduler, requests, holders, self.fingerprint, self.verify_everything
         )
         scores, retractions = checks.scores(config), self.retractions
         self.output = SettledStream(config, requests, retractions, self.fingerprint, scores)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from margingate.runtime.compat import tree
+from margingate.runtime.compat.kv import tree
 from margingate.runtime.request import guard
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import is_gated

@@ -11,7 +11,8 @@ from typing import Any
 
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult
 
-from margingate.runtime.compat import columns, tree, vision
+from margingate.runtime.compat.kv import columns, tree
+from margingate.runtime.compat.model import vision
 from margingate.runtime.probe.check_prefill import Prefill
 from margingate.runtime.request import guard
 from margingate.runtime.request.record import is_gated

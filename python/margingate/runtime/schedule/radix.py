@@ -23,8 +23,8 @@ from sglang.srt.mem_cache.registry import (
     default_radix_cache_factory,
 )
 
-from margingate.runtime.compat.server_args import gate_config
-from margingate.runtime.compat.tree import LimitedRadixCache, LimitedWindowCache, Limits
+from margingate.runtime.compat.arguments.server_args import gate_config
+from margingate.runtime.compat.kv.tree import LimitedRadixCache, LimitedWindowCache, Limits
 from margingate.runtime.probe.check_prefill import Prefill
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import is_gated

@@ -7,7 +7,7 @@ from typing import Any
 
 import margingate
 from margingate.config import GateConfig
-from margingate.runtime.compat import machine, ranks
+from margingate.runtime.compat.process import machine, ranks
 from margingate.runtime.observe import audit
 from margingate.runtime.probe import startup
 from margingate.runtime.request import guard

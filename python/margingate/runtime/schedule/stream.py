@@ -7,7 +7,7 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from margingate.config import GateConfig
-from margingate.runtime.compat import routed_experts
+from margingate.runtime.compat.kv import routed_experts
 from margingate.runtime.observe.fingerprint import Fingerprint
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import INFO_KEY, is_gated

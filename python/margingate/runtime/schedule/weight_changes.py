@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from margingate.runtime.compat import columns, images, weights
+from margingate.runtime.compat.model import images, weights
 from margingate.runtime.observe import weight_updates
 from margingate.runtime.observe.fingerprint import Fingerprint
-from margingate.runtime.request.in_flight import InFlight
+from margingate.runtime.request.column_holders import ColumnHolders
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.schedule.radix import GateTree
 
@@ -24,12 +24,12 @@ class WeightChanges:
         self,
         scheduler: Any,
         requests: OpenRequests,
-        in_flight: InFlight,
+        holders: ColumnHolders,
         fingerprint: Fingerprint,
         settle: Callable[[], None],
     ) -> None:
         """`settle`: verifies whatever waits."""
-        self._scheduler, self._requests, self._in_flight = scheduler, requests, in_flight
+        self._scheduler, self._requests, self._holders = scheduler, requests, holders
         self._fingerprint, self._settle = fingerprint, settle
 
     def around(self, original: Any, manager: Any, received: Any) -> Any:
@@ -72,19 +72,8 @@ class WeightChanges:
             return
         images.forget_embeddings()
         generation = self._fingerprint.generation
-        for req in self._with_columns():
+        for req in self._holders.recorded():
             req.gate.crosses(generation, len(req.output_ids))
         cache = self._scheduler.tree_cache
         if isinstance(cache, GateTree):  # else there is none
             cache.part(generation)
-
-    def _with_columns(self) -> list[Any]:
-        """The requests that hold columns and compute on with them."""
-        scheduler, requests = self._scheduler, self._requests
-        batches = (scheduler.running_batch, scheduler.last_batch, *self._in_flight.batches())
-        found = [req for batch in batches if batch is not None for req in batch.reqs]
-        found += [*requests.held, *requests.rejoining]
-        if scheduler.chunked_req is not None:
-            found.append(scheduler.chunked_req)
-        once = {id(req): req for req in found}.values()
-        return [req for req in once if columns.holds(req) and hasattr(req, "gate")]

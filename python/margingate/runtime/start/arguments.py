@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from margingate.config import GateConfig, GateError, load_threshold, make_config, option_name
-from margingate.runtime.compat import machine, mxfp4, release, settings
-from margingate.runtime.compat.architectures import has_sinks
-from margingate.runtime.compat.server_args import ATTRIBUTE, RADIX_BACKEND, gate_config
+from margingate.runtime.compat import release
+from margingate.runtime.compat.arguments import settings
+from margingate.runtime.compat.arguments.server_args import ATTRIBUTE, RADIX_BACKEND, gate_config
+from margingate.runtime.compat.compute import mxfp4
+from margingate.runtime.compat.model.architectures import has_sinks
+from margingate.runtime.compat.process import machine
 from margingate.runtime.observe import event_socket
 from margingate.runtime.start import pools, refusals, refused_models
 

@@ -11,8 +11,8 @@ from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.server_args import ServerArgs
 
 from margingate.config import GateConfig, GateError
+from margingate.runtime.compat.arguments.server_args import gate_config
 from margingate.runtime.compat.instance_patches import ON_ENGINE, check_instance
-from margingate.runtime.compat.server_args import gate_config
 from margingate.runtime.start import arguments
 
 

@@ -12,8 +12,10 @@ from sglang.srt.mem_cache.registry import (
 )
 
 from margingate.config import GateError
-from margingate.runtime.compat import ranks, release, replicas, surface, vision
-from margingate.runtime.compat.server_args import LAUNCHED, RADIX_BACKEND, gate_config
+from margingate.runtime.compat import release, surface
+from margingate.runtime.compat.arguments.server_args import LAUNCHED, RADIX_BACKEND, gate_config
+from margingate.runtime.compat.model import vision
+from margingate.runtime.compat.process import ranks, replicas
 from margingate.runtime.hooks import firing, handlers, registry, scheduler_table
 from margingate.runtime.hooks.launcher_table import DETOKENIZER_HOOKS, TOKENIZER_HOOKS
 from margingate.runtime.observe import audit, event_records, metrics

@@ -15,9 +15,10 @@ from typing import Any
 
 from margingate.config import GateConfig, GateError
 from margingate.runtime.attention.layer_rules import windows_of
-from margingate.runtime.compat import settings, window_pool
-from margingate.runtime.compat.architectures import checkpoint_config, has_two_pools
-from margingate.runtime.compat.tree import LimitedWindowCache
+from margingate.runtime.compat.arguments import settings
+from margingate.runtime.compat.kv import window_pool
+from margingate.runtime.compat.kv.tree import LimitedWindowCache
+from margingate.runtime.compat.model.architectures import checkpoint_config, has_two_pools
 
 logger = logging.getLogger(__name__)
 

@@ -6,14 +6,10 @@ import os
 from typing import Any
 
 from margingate.config import GateConfig, GateError
-from margingate.runtime.compat import (
-    machine,
-    mxfp4,
-    quantization,
-    release,
-    settings,
-    settings_table,
-)
+from margingate.runtime.compat import release
+from margingate.runtime.compat.arguments import settings, settings_table
+from margingate.runtime.compat.compute import mxfp4, quantization
+from margingate.runtime.compat.process import machine
 from margingate.runtime.start.refused_settings import SERVER_REFUSALS
 
 _REPLACES = "replaces parts that it patches"

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from margingate.config import GateConfig, GateError
-from margingate.runtime.compat import marlin, mxfp4, quantization, settings, vision
-from margingate.runtime.compat.architectures import has_two_pools
-from margingate.runtime.compat.routers import experts
+from margingate.runtime.compat.arguments import settings
+from margingate.runtime.compat.compute import marlin, mxfp4, quantization
+from margingate.runtime.compat.compute.routers import experts
+from margingate.runtime.compat.model import vision
+from margingate.runtime.compat.model.architectures import has_two_pools
 from margingate.runtime.probe import loaded_scales
 
 

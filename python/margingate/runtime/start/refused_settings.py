@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from margingate.runtime.compat import mxfp4
+from margingate.runtime.compat.compute import mxfp4
 from margingate.runtime.compat.release import absent
 
 

@@ -13,7 +13,7 @@ import torch
 
 from margingate.config import GateConfig
 from margingate.core.costs import Costs, Load, best_delay, overhead
-from margingate.runtime.compat.ranks import slowest
+from margingate.runtime.compat.process.ranks import slowest
 from margingate.runtime.request.observer import Observer
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.verify.verifier import RowInput, Verifier

@@ -11,8 +11,8 @@ from sglang.srt.managers.overlap_utils import resolve_forward_inputs
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from margingate.runtime.compat import columns, tree, window_pool
-from margingate.runtime.compat.forward import fence
+from margingate.runtime.compat.compute.forward import fence
+from margingate.runtime.compat.kv import columns, tree, window_pool
 from margingate.runtime.request.record import GateRequest
 
 

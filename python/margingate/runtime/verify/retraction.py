@@ -15,8 +15,9 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from margingate.core.queue import Due
-from margingate.runtime.compat import columns, window_pool
+from margingate.runtime.compat.kv import window_pool
 from margingate.runtime.request import guard
+from margingate.runtime.request.column_holders import ColumnHolders
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import Kept, is_gated, logprob_lists
 from margingate.runtime.sampling import constraints
@@ -37,9 +38,11 @@ class Retractions:
         requests: OpenRequests,
         passes: Passes,
         merged: MergedPasses,
+        *,
         penalties: Table,
+        holders: ColumnHolders,
     ) -> None:
-        self._scheduler, self._requests = scheduler, requests
+        self._scheduler, self._requests, self._holders = scheduler, requests, holders
         self._passes, self._merged, self._penalties = passes, merged, penalties
 
     def release(self, original: Any, req: Any, **kwargs: Any) -> bool:
@@ -109,7 +112,7 @@ class Retractions:
         tokens = req.gate.kept.tokens
         more = len(tokens) - 1
         if more and not rollback.extend_columns(self._scheduler, req, more):
-            if self._has_all(batch, req):
+            if not self._holders.others(batch, req):  # no more room to wait for
                 raise RuntimeError(self._does_not_fit(len(tokens)))
             self._retract_again(batch, req)
             return False
@@ -127,13 +130,6 @@ class Retractions:
         rollback.recount_reasoning(self._scheduler, req)
         self._requests.replay(req)
         return True
-
-    def _has_all(self, batch: Any, req: Any) -> bool:
-        """Whether no other request has columns: there is not more room to wait for."""
-        others = [*batch.reqs, *self._scheduler.running_batch.reqs, *self._requests]
-        if self._scheduler.chunked_req is not None:  # of whose prompt a part is computed
-            others.append(self._scheduler.chunked_req)
-        return not any(columns.holds(other) for other in others if other is not req)
 
     def _does_not_fit(self, tokens: int) -> str:
         pool, way_out = "K/V pool", "--mem-fraction-static"

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from margingate.runtime.compat import columns, tree, weights
+from margingate.runtime.compat.kv import columns, tree
+from margingate.runtime.compat.model import weights
 from margingate.runtime.request.record import logprob_lists
 from margingate.runtime.verify.verifier import RowResult
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from margingate.core.ledger import Row
-from margingate.runtime.compat import columns
+from margingate.runtime.compat.kv import columns
 from margingate.runtime.request.forward_record import record_of
 from margingate.runtime.request.record import GateRequest
 from margingate.runtime.sampling.constraints import Constraint

@@ -19,10 +19,10 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from margingate.config import GateConfig, GateError
 from margingate.runtime.attention import invariant_attention, layer_rules, verify_backend
-from margingate.runtime.compat import routed_experts, window_pool
-from margingate.runtime.compat.forward import DecodeRows, context, decode_batch, fence
-from margingate.runtime.compat.host_attention import attends_row_by_row
-from margingate.runtime.compat.routed_experts import ChosenExperts
+from margingate.runtime.compat.compute.forward import DecodeRows, context, decode_batch, fence
+from margingate.runtime.compat.host.attention import attends_row_by_row
+from margingate.runtime.compat.kv import routed_experts, window_pool
+from margingate.runtime.compat.kv.routed_experts import ChosenExperts
 from margingate.runtime.request.sampling_params import Draw
 from margingate.runtime.sampling import logprobs
 from margingate.runtime.sampling.constraints import Constraint
@@ -78,6 +78,7 @@ class Verifier:
         self.rows = rows
         self.device = model_runner.device
         self._pins = torch.device(self.device).type == "cuda"
+        self._slots = torch.empty(0, dtype=torch.int64)  # of the last batch's rows and padding
         self._page_table = model_runner.req_to_token_pool.req_to_token
         # SGLang's torch-native attention loops over the rows it is told of; padding rows are
         # there for the GEMMs, whose bits depend on the number of rows, and need no attention.
@@ -104,7 +105,7 @@ class Verifier:
         """
         if not routed_experts.are_kept():
             return None
-        return routed_experts.of_last_forward(self._on_device(rows).slots, first)
+        return routed_experts.of_last_forward(self._slots[: len(rows)], first)
 
     def that_fit(self, rows: Sequence[RowInput]) -> Iterator[Sequence[RowInput]]:
         """The rows in groups whose keys the attention's workspace has room for; mostly one."""
@@ -177,10 +178,14 @@ class Verifier:
     def batch(
         self, rows: Sequence[RowInput], count: int, beside: ForwardBatch | None = None
     ) -> ForwardBatch:
-        """A decode batch of `rows`, behind those of `beside`, padded to `count`."""
+        """A decode batch of `rows`, behind those of `beside`, padded to `count`.
+
+        Its slots are kept for `experts_of`.
+        """
         others = 0 if beside is None else beside.batch_size
         padding = [RowInput(0, 0, 0)] * (count - others - len(rows))
         made = self._on_device((*rows, *padding))
+        self._slots = made.slots
         if beside is not None:
             made = made.behind(beside)
         attended = others + len(rows) if self._attends_row_by_row else count

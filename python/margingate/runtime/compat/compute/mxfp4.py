@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from margingate.runtime.compat.architectures import checkpoint_config
-from margingate.runtime.compat.quantization import checkpoint_says
+from margingate.runtime.compat.compute.quantization import checkpoint_says
+from margingate.runtime.compat.model.architectures import checkpoint_config
 
 METHOD = "mxfp4"  # as SGLang's ModelConfig and checkpoints call it
 RUNNER = "triton_kernel"  # as --moe-runner-backend calls it

@@ -18,7 +18,7 @@ from sglang.srt.mem_cache.common import evict_from_tree_cache, release_kv_cache
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from margingate.runtime.compat import columns, window_pool
+from margingate.runtime.compat.kv import columns, window_pool
 
 
 class _Parted(BasePrefixCache):
@@ -202,5 +202,5 @@ def room(scheduler: Any) -> int:
 def free_slots(allocator: Any) -> torch.Tensor:
     """int64 [slots] on the CPU: free, or freed in a group that SGLang has not ended yet."""
     allocator = window_pool.whole_allocator(allocator)
-    parts = [allocator.free_pages, allocator.release_pages, *(allocator.free_group or ())]
-    return torch.cat([part.to(torch.int64).cpu() for part in parts if part is not None])
+    groups = allocator.free_group or ()
+    return window_pool.on_cpu((allocator.free_pages, allocator.release_pages, *groups))

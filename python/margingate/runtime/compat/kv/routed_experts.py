@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
-from margingate.runtime.compat import columns
+from margingate.runtime.compat.kv import columns
 
 
 class ChosenExperts:

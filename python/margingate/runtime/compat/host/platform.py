@@ -10,10 +10,12 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
-from margingate.runtime.compat import host_marlin, host_mxfp4, mxfp4
-from margingate.runtime.compat.architectures import has_sinks
-from margingate.runtime.compat.host_fp8 import block_fp8_linear, fp8_experts, scaled_fp8_linear
-from margingate.runtime.compat.host_marlin import packed_experts
+from margingate.runtime.compat.compute import mxfp4
+from margingate.runtime.compat.host import marlin as host_marlin
+from margingate.runtime.compat.host import mxfp4 as host_mxfp4
+from margingate.runtime.compat.host.fp8 import block_fp8_linear, fp8_experts, scaled_fp8_linear
+from margingate.runtime.compat.host.marlin import packed_experts
+from margingate.runtime.compat.model.architectures import has_sinks
 
 AMX = "intel_amx"  # SGLang's kernels for CPUs, which are in a build of their own
 
@@ -99,7 +101,7 @@ class HostPlatform(CpuDeviceMixin, SRTPlatform):
         )
         from sglang.srt.mem_cache.pool_host.common import ALLOC_MEMORY_FUNCS
 
-        from margingate.runtime.compat.host_attention import torch_attention
+        from margingate.runtime.compat.host.attention import torch_attention
 
         attention_registry.ATTENTION_BACKENDS["torch_native"] = torch_attention
         elementwise._launch_fused_gate_sigmoid_mul = gate_shared_expert

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from margingate.runtime.compat.host_experts import run_experts
+from margingate.runtime.compat.host.experts import run_experts
 
 _WORD = 32  # bits
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of the n-th column in a word; AWQ has 4 bits only

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from margingate.runtime.compat.host_experts import run_experts
+from margingate.runtime.compat.host.experts import run_experts
 
 _FP8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_FP8).max

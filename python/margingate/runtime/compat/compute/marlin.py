@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from margingate.runtime.compat import release
-from margingate.runtime.compat.quantization import checkpoint_says
+from margingate.runtime.compat.compute.quantization import checkpoint_says
 
 # As SGLang's ModelConfig calls them, where Marlin can have such a checkpoint's weights.
 METHODS = ("awq_marlin", "gptq_marlin")

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from margingate.processor import CPUINFO, cpu_name
-from margingate.runtime.compat import release, settings
+from margingate.runtime.compat import release
+from margingate.runtime.compat.arguments import settings
 
 
 @cache

@@ -7,7 +7,7 @@ reserved slot, where the column has left its window and was given up.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,9 +71,13 @@ def windows_of(pool: Any, slots: torch.Tensor) -> torch.Tensor:
 def free_slots(allocator: Any) -> torch.Tensor:
     """int64 [slots] on the CPU: free in the window pool, or freed in a group not ended yet."""
     part = allocator.swa_attn_allocator
-    parts = [part.free_pages, part.release_pages, *allocator.swa_free_group]
-    parts += allocator.swa_page_ids_group
-    return torch.cat([each.to(torch.int64).cpu() for each in parts if each is not None])
+    groups = (*allocator.swa_free_group, *allocator.swa_page_ids_group)
+    return on_cpu((part.free_pages, part.release_pages, *groups))
+
+
+def on_cpu(parts: Iterable[torch.Tensor | None]) -> torch.Tensor:
+    """int64 [slots] on the CPU: those of the parts that are there, behind each other."""
+    return torch.cat([part.to(torch.int64).cpu() for part in parts if part is not None])
 
 
 def given_up_at_once() -> int:

@@ -16,7 +16,9 @@ from sglang.srt.model_executor.forward_batch_info import (
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-from margingate.runtime.compat import release, settings, vision
+from margingate.runtime.compat import release
+from margingate.runtime.compat.arguments import settings
+from margingate.runtime.compat.model import vision
 
 _forward_context = release.of_release("forward_context", forward_context)
 

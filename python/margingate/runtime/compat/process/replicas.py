@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from margingate.config import GateError
-from margingate.runtime.compat import ranks, settings
-from margingate.runtime.compat.server_args import RENDEZVOUS
+from margingate.runtime.compat.arguments import settings
+from margingate.runtime.compat.arguments.server_args import RENDEZVOUS
+from margingate.runtime.compat.process import ranks
 
 WAIT = timedelta(hours=1)  # for a replica that measures; one that dies ends the server before
 Place = tuple[int, int]  # replica, tensor-parallel rank in it

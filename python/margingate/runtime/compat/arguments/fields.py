@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 
-from margingate.runtime.compat import request_table, settings_table
+from margingate.runtime.compat.arguments import request_table, settings_table
 
 _REQUESTS = {
     "SamplingParams": "sampling.sampling_params.SamplingParams",

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from margingate.runtime.compat.mxfp4 import METHOD
+from margingate.runtime.compat.compute.mxfp4 import METHOD
 
 # Of the lowest three bits; the fourth is the sign.
 _NUMBERS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from margingate.runtime.compat import settings
+from margingate.runtime.compat.arguments import settings
 
 T = TypeVar("T")
 

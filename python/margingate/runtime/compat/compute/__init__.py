@@ -1,0 +1,1 @@
+"""What a forward runs: the forward itself, its kernels, quantized layers and routers."""

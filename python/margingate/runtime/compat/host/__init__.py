@@ -1,0 +1,1 @@
+"""What stands in on a CPU for kernels that SGLang has for GPUs alone, and the platform."""

@@ -1,0 +1,1 @@
+"""A request's K/V columns, the radix tree and the pools of slots that they are in."""
