@@ -187,7 +187,9 @@ def main() -> None:
     cases = start(args, prompts)
     print("up:", *(case.name for case in cases), f"{time.monotonic() - began:.0f} s", flush=True)
     if not cases:
-        raise SystemExit("No server came up, so nothing was compared: raise --start-s, or see above.")
+        raise SystemExit(
+            "No server came up, so nothing was compared: raise --start-s, or see above."
+        )
     try:
         answer_alone(cases)
         print(f"alone after {time.monotonic() - began:.0f} s", flush=True)
