@@ -186,7 +186,8 @@ def test_torch_native_attention_has_places_for_any_number_of_rows(runner, monkey
 
 
 @pytest.mark.parametrize("graphs", [[], [1, 2, 4]])
-def test_the_steps_that_a_start_decodes_have_room(runner, graphs, monkeypatch):
+@pytest.mark.parametrize(("requests", "slots"), [(6, 900), (900, 6)])
+def test_the_steps_that_a_start_decodes_have_room(runner, graphs, requests, slots, monkeypatch):
     """SGLang's backends for GPUs have lists of as many places as the server runs requests."""
     counts = []
 
@@ -198,13 +199,16 @@ def test_the_steps_that_a_start_decodes_have_room(runner, graphs, monkeypatch):
             counts.append(count)
             return torch.zeros(count, 5)
 
-    runner.req_to_token_pool.size = 6
+    runner.req_to_token_pool.size = requests
     monkeypatch.setattr(check_decode, "scratch_rows", lambda *_: nullcontext())
     monkeypatch.setattr(check_decode, "agreed", lambda scheduler, found: found)
     monkeypatch.setattr(check_decode.drawing, "shared", lambda _: random.Random(3))
     monkeypatch.setattr(check_decode.invariant_attention, "of", lambda backend: backend)
     monkeypatch.setattr(check_decode.execute, "borders", lambda: [2, 5, 64])
-    scheduler = SimpleNamespace(model_config=SimpleNamespace(vocab_size=99))
+    scheduler = SimpleNamespace(
+        model_config=SimpleNamespace(vocab_size=99),
+        token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: slots),
+    )
     steps = check_decode.measure(Measured(runner, 4), scheduler, 256)
     assert max(counts) <= 6 and steps.is_canonical(4, by_graph=True)
     drawn = steps.record()["eager"]

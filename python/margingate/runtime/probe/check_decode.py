@@ -97,7 +97,8 @@ def measure(verifier: Verifier, scheduler: Any, largest: int) -> CanonicalSteps:
         GateError: the verifier's own rows depend on the padding beside them.
     """
     draw = drawing.shared(scheduler)
-    largest = int(min(largest, verifier.most_rows))
+    room = scheduler.token_to_kv_pool_allocator.available_size()
+    largest = int(min(largest, verifier.most_rows, room))
     graphs = verifier.graph_sizes(largest)
     drawn = drawing.row_counts(draw, largest, execute.borders())
     counts = graphs or list(range(1, largest + 1))

@@ -76,6 +76,10 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     fixed_split.fix_split(runner.attn_backend, runner)
     config = gate_config(runner.server_args)
     use_linear_kernels(runner.model)
+    logger.info(
+        "margingate: runs a first decode step; kernels that this machine has not compiled yet, as "
+        "Marlin's for AWQ and GPTQ, can take minutes."
+    )
     seen = observe(runner)
     operators = classes.groups(runner.model, seen)
     refuse_unknown(runner.model, operators, seen)
