@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.managers import io_struct
 from sglang.srt.managers.io_struct import BeginWeightUpdateReqInput
@@ -21,6 +22,13 @@ from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import GateRequest
 from margingate.runtime.schedule import next_batch
 from margingate.runtime.schedule.weight_changes import WeightChanges
+
+
+def runner(model: Any = None, **quantization: Any) -> Any:
+    """SGLang's ModelRunner, as far as an update looks at it; by default of nothing quantized."""
+    config = SimpleNamespace(quantization_config=quantization or None)
+    of = model or torch.nn.Module()
+    return SimpleNamespace(model=of, model_config=SimpleNamespace(hf_config=config))
 
 
 def scheduler(*, waiting: int = 0, running: int = 0, paused: bool = False) -> Any:
@@ -40,6 +48,7 @@ def scheduler(*, waiting: int = 0, running: int = 0, paused: bool = False) -> An
         disaggregation_mode=DisaggregationMode.NULL,
         _pp_microbatches_drained=lambda: True,
         _engine_paused=paused,
+        tp_worker=SimpleNamespace(model_runner=runner()),
     )
     made.is_fully_idle = lambda **named: Scheduler.is_fully_idle(made, **named)
     return made
