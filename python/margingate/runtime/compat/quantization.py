@@ -94,6 +94,13 @@ def shape(layer: Any) -> tuple[int, int]:
     return (outputs, inputs) if _has_blocks(layer) else (inputs, outputs)
 
 
+def no_scale_for_norms(_original: Any, _linear: Any) -> None:
+    """AROUND what a norm asks for the scale by which it may round rows for the layer behind it.
+
+    There is none: the layer rounds them by its own given scale, and is measured with that.
+    """
+
+
 def describe(layer: Any) -> str:
     """What chooses the kernels of a linear layer, beside the shape and dtype of its weight."""
     method, scales = method_of(layer), _scales(layer, "weight")
