@@ -12,7 +12,12 @@ from sglang.srt.platforms.interface import SRTPlatform
 
 from margingate.runtime.compat import host_marlin, host_mxfp4, mxfp4
 from margingate.runtime.compat.architectures import has_sinks
-from margingate.runtime.compat.host_fp8 import block_fp8_linear, fp8_experts, scaled_fp8_linear
+from margingate.runtime.compat.host_fp8 import (
+    block_fp8_linear,
+    fp8_experts,
+    quantized_by,
+    scaled_fp8_linear,
+)
 from margingate.runtime.compat.host_marlin import packed_experts
 
 AMX = "intel_amx"  # SGLang's kernels for CPUs, which are in a build of their own
@@ -93,7 +98,7 @@ class HostPlatform(CpuDeviceMixin, SRTPlatform):
         from sglang.kernels.ops.elementwise import elementwise
         from sglang.srt.layers.attention import attention_registry
         from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
-        from sglang.srt.layers.quantization import fp8, fp8_utils, w8a8_fp8
+        from sglang.srt.layers.quantization import fp8, fp8_utils, utils, w8a8_fp8
         from sglang.srt.layers.quantization.compressed_tensors.schemes import (
             compressed_tensors_w8a8_fp8,
         )
@@ -106,6 +111,7 @@ class HostPlatform(CpuDeviceMixin, SRTPlatform):
         fp8_utils.triton_w8a8_block_fp8_linear = block_fp8_linear
         for module in (fp8, w8a8_fp8, compressed_tensors_w8a8_fp8):
             module.apply_fp8_linear = scaled_fp8_linear
+        utils.scaled_fp8_quant = quantized_by
         fused_moe.fused_experts = rounded_experts
         host_marlin.install()
         ALLOC_MEMORY_FUNCS[self.device_name] = _plain_memory
