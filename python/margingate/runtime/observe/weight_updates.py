@@ -52,7 +52,9 @@ def _of_another_method(model: Any, received: Any) -> str:
     """A folder in BF16 would be cast to FP8 without a scale, and serve without a word."""
     path = getattr(received, "model_path", None)
     new = None if path is None else quantization_of(path)
-    for name in () if new is None else METHOD:
+    if new is None:
+        return ""
+    for name in METHOD:
         served, given = quantization.checkpoint_says(model, name), new.get(name)
         if served != given:
             return (
