@@ -257,7 +257,7 @@ def test_weights_that_sglang_keeps_in_another_form_stay(
         refused = post(client, path, **body)
         assert refused.status_code == 400
         assert "SGLang keeps those of model.layers.0." in refused.json()["message"]
-    assert changed(alone, client.together(prompts, **ask)) == []
+    assert changed(alone[:3], client.together(prompts[:3], **ask)) == []
     after = client.gate_state()
     assert (after["fingerprint"], after["weight_generation"]) == (
         (before["fingerprint"], before["weight_generation"])
