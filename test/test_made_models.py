@@ -15,6 +15,7 @@ from benchmark.models import (
     four_bits,
     fp8_blocks,
     fp8_channels,
+    fp8_static,
     mxfp4,
     padded,
     random_mxfp4,
@@ -186,6 +187,23 @@ def test_fp8_by_outputs(monkeypatch, llama, tmp_path):
     assert sum(tensor.dtype == torch.float8_e4m3fn for tensor in after.values()) == 7
     zeros, ones = fp8_channels.to_channels(torch.zeros(2, 3))
     assert not zeros.float().any() and torch.equal(ones, torch.ones(2, 1))
+
+
+def test_fp8_by_one_scale_each(monkeypatch, llama, tmp_path):
+    before = load_file(llama / "model.safetensors")
+    config, after = made(monkeypatch, fp8_static, llama, tmp_path)
+    assert config["quantization_config"] == {"quant_method": "fp8", "activation_scheme": "static"}
+    name = "model.layers.0.self_attn.q_proj"
+    weight, scale, plain = (
+        after[f"{name}.weight"],
+        after[f"{name}.weight_scale"],
+        before[f"{name}.weight"],
+    )
+    torch.testing.assert_close(scale, plain.float().abs().max() / 448)
+    off = (weight.float() * scale - plain.float()).abs()
+    assert (off <= (plain.float().abs() / 16).clamp(min=scale / 1024) * 1.001).all()
+    given = [tensor for key, tensor in after.items() if key.endswith("input_scale")]
+    assert len(given) == 7 and all(float(each) == pytest.approx(32 / 448) for each in given)
 
 
 def test_fp8_of_zeros_and_of_the_largest():

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sglang.srt.layers import layernorm
+from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8
-from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
+from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
 from sglang.srt.layers.quantization.w8a8_fp8 import W8A8Fp8LinearMethod
 
 from benchmark.models.fp8_blocks import BLOCK, from_blocks, to_blocks
@@ -227,3 +231,29 @@ def test_calls_stay_within_the_plan(monkeypatch):
     counts.clear()
     model(x)
     assert counts == [(64, 11), (128, 11)]
+
+
+@pytest.fixture
+def norm(monkeypatch) -> RMSNorm:
+    """One that SGLang lets round for a layer with a given scale; torch operators for kernels."""
+
+    def rounded(out, x, weight, scale, eps):
+        out.copy_(norm.forward_native(x).float() / scale)
+
+    norm = RMSNorm(128)
+    method = Fp8LinearMethod(Fp8Config(True, activation_scheme="static"))
+    norm.fuse_input_quant(SimpleNamespace(quant_method=method, input_scale=torch.tensor(0.02)))
+    monkeypatch.setattr(layernorm, "_flashinfer_rmsnorm_quant_available", True)
+    monkeypatch.setattr(layernorm, "_flashinfer_rmsnorm_quant", rounded, raising=False)
+    by_torch = lambda x, weight, eps: norm.forward_native(x)  # noqa: E731
+    monkeypatch.setattr(layernorm, "rmsnorm", by_torch, raising=False)
+    return norm
+
+
+def test_a_norm_leaves_rounding_to_the_layer_that_is_measured(norm, monkeypatch):
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(1))
+    (rounded, scale, _) = norm.forward_cuda(x)
+    assert (rounded.dtype, float(scale)) == (torch.float8_e4m3fn, pytest.approx(0.02))
+    asked = partial(quantization.no_scale_for_norms, layernorm._fp8_static_input_scale)
+    monkeypatch.setattr(layernorm, "_fp8_static_input_scale", asked)
+    assert torch.equal(norm.forward_cuda(x), norm.forward_native(x))

@@ -209,7 +209,7 @@ def test_time_that_a_part_leaves_over_goes_to_the_next(monkeypatch, tmp_path):
     monkeypatch.setattr(readme_table, "run", ran)
     readme_table.measure(args)
     minutes = [given[part] / 60 for part in readme_table.SHARES]
-    assert minutes == pytest.approx([15 * 4 / 15, 15 * 5 / 11, 15.0], abs=0.1)
+    assert minutes == pytest.approx([18 * 6 / 18, 18 * 5 / 12, 18.0], abs=0.1)
     parts = readme_table.parts_of(tmp_path)
     assert [parts[name].outcome for name in FILES] == ["", OUT_OF_TIME, ""]
 

@@ -6,15 +6,21 @@ Mixtures of experts, windows and the text of a vision model in float32; a dense 
 
 from __future__ import annotations
 
+import base64
+import json
+import pickle
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import requests
 from checks import assert_clean, experts_of_tokens, forced, readings
+from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 from transformers import AutoConfig
 
+from benchmark.bench import checkpoints
 from benchmark.models import four_bits, fp8_blocks, fp8_channels, mxfp4
 from margingate.harness.client import Answer, Client, Prompt, chat_prompts, read_prompts
 from margingate.harness.defaults import PROMPTS
@@ -163,6 +169,99 @@ def test_forced_flips_are_repaired(client, prompts, alone, ask):
     answers = client.together(prompts, sampling_params=forced([1, 5, 6, 13]), **ask)
     assert changed(alone, answers) == []
     assert all(answer.meta["gate"]["flips"] >= 2 for answer in answers)
+    assert_clean(client)
+
+
+@pytest.fixture(scope="module")
+def method(model: Path) -> dict[str, object]:
+    """What the model says of its quantization; nothing where it has none."""
+    config = json.loads((model / "config.json").read_text())
+    found: dict[str, object] = config.get("quantization_config", {})
+    return found
+
+
+@pytest.fixture(scope="module")
+def other(model: Path, tmp_path_factory) -> Path:
+    """The same model with its first two layers in each other's place: other weights, one form."""
+    config, tensors = checkpoints.read(model)
+    places = {"model.layers.0.": "model.layers.1.", "model.layers.1.": "model.layers.0."}
+
+    def moved(name: str) -> str:
+        own = name[: len("model.layers.0.")]
+        return places.get(own, own) + name[len(own) :]
+
+    folder: Path = tmp_path_factory.mktemp("other") / model.name
+    checkpoints.write(folder, model, config, {moved(name): each for name, each in tensors.items()})
+    return folder
+
+
+def post(client: Client, path: str, **body: object) -> requests.Response:
+    return requests.post(f"{client.base_url}/{path}", json=body, timeout=120)
+
+
+def tensors_of(folder: Path) -> dict[str, object]:
+    """As /update_weights_from_tensor takes them, of one rank. By themselves those in FP8 could not
+    be read: torch pickles them in a way that SGLang does not let pass.
+    """
+    bucket = FlattenedTensorBucket(list(checkpoints.read(folder)[1].items()))
+    content = {
+        "flattened_tensor": bucket.get_flattened_tensor(),
+        "metadata": bucket.get_metadata(),
+    }
+    sent = base64.b64encode(pickle.dumps(content)).decode()
+    return {"serialized_named_tensors": [sent], "load_format": "flattened_bucket"}
+
+
+def test_other_weights_in_blocks_and_these_again(
+    client, model, other, method, prompts, alone, ask, start, dtype, experts_of
+):
+    """From disk, and back by tensors in a session: the answers are those of fresh servers."""
+    if "weight_block_size" not in method:
+        pytest.skip("these are not in FP8 blocks")
+    before = client.gate_state()["fingerprint"]
+    assert post(client, "update_weights_from_disk", model_path=str(other)).ok
+    others = client.alone(prompts, **ask)
+    assert len(changed(alone, others)) > len(prompts) // 2, "the weights are others"
+    assert changed(others, client.together(prompts, **ask)) == []
+    marks = {answer.meta["gate"]["fingerprint"] for answer in others}
+    for path, body in (
+        ("begin_weight_update", {}),
+        ("update_weights_from_tensor", tensors_of(model)),
+        ("end_weight_update", {}),
+    ):
+        assert post(client, path, **body).ok
+    assert changed(alone, client.together(prompts, **ask)) == []
+    assert changed(alone, client.alone(prompts, **ask)) == []
+    assert client.gate_state()["fingerprint"] == before and before not in marks
+    assert_clean(client)
+    if experts_of:  # one of the two is enough
+        fresh = Client(
+            start(*dtype, *experts_of, "--model-path", str(other), stock_path=False).base_url,
+            TOKENS,
+        )
+        assert changed(others, fresh.together(prompts, **ask)) == []
+
+
+def test_weights_that_sglang_keeps_in_another_form_stay(
+    client, model, other, method, prompts, alone, ask
+):
+    """By whatever way: SGLang would end half way, and the server with it."""
+    if not method or "weight_block_size" in method:
+        pytest.skip("SGLang loads into these")
+    before = client.gate_state()
+    for path, body in (
+        ("begin_weight_update", {}),
+        ("update_weights_from_disk", {"model_path": str(other)}),
+        ("update_weights_from_tensor", tensors_of(other)),
+    ):
+        refused = post(client, path, **body)
+        assert refused.status_code == 400
+        assert "SGLang keeps those of model.layers.0." in refused.json()["message"]
+    assert changed(alone[:3], client.together(prompts[:3], **ask)) == []
+    after = client.gate_state()
+    assert (after["fingerprint"], after["weight_generation"]) == (
+        (before["fingerprint"], before["weight_generation"])
+    )
     assert_clean(client)
 
 

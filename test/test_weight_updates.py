@@ -1,10 +1,12 @@
 """Weights are not replaced under requests that wait, and a session of updates is one change."""
 
+import json
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.managers import io_struct
 from sglang.srt.managers.io_struct import BeginWeightUpdateReqInput
@@ -17,12 +19,20 @@ from margingate.config import GateConfig
 from margingate.runtime.compat.kv import columns
 from margingate.runtime.compat.model import weights
 from margingate.runtime.hooks import handlers
+from margingate.runtime.observe import weight_updates
 from margingate.runtime.observe.fingerprint import CROSSED, STALE, UPDATING, Fingerprint
 from margingate.runtime.request.column_holders import ColumnHolders
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import GateRequest
 from margingate.runtime.schedule import next_batch
 from margingate.runtime.schedule.weight_changes import WeightChanges
+
+
+def runner(model: Any = None, **quantization: Any) -> Any:
+    """SGLang's ModelRunner, as far as an update looks at it; by default of nothing quantized."""
+    config = SimpleNamespace(quantization_config=quantization or None)
+    of = model or torch.nn.Module()
+    return SimpleNamespace(model=of, model_config=SimpleNamespace(hf_config=config))
 
 
 def scheduler(*, waiting: int = 0, running: int = 0, paused: bool = False) -> Any:
@@ -42,6 +52,7 @@ def scheduler(*, waiting: int = 0, running: int = 0, paused: bool = False) -> An
         disaggregation_mode=DisaggregationMode.NULL,
         _pp_microbatches_drained=lambda: True,
         _engine_paused=paused,
+        tp_worker=SimpleNamespace(model_runner=runner()),
     )
     made.is_fully_idle = lambda **named: Scheduler.is_fully_idle(made, **named)
     return made
@@ -83,6 +94,57 @@ def test_an_update_whose_flush_sglang_would_refuse_changes_nothing(kind, more, s
             isinstance(answer, getattr(io_struct, f"{kind}Output"))
             and "flush_cache" in answer.message
         )
+
+
+def packed() -> torch.nn.Module:
+    layer = torch.nn.Module()
+    layer.scheme = type("AWQMarlinLinearScheme", (), {})()
+    return torch.nn.ModuleDict({"proj": layer})
+
+
+@pytest.mark.parametrize(("kind", "more"), [*KINDS, ("BeginWeightUpdateReq", {})])
+def test_an_update_of_weights_that_sglang_repacked_changes_nothing(kind, more):
+    """A session too: its end would repack them once more, whatever was sent."""
+    of = scheduler()
+    of.tp_worker.model_runner = runner(packed())
+    received = getattr(io_struct, f"{kind}Input")(**more)
+    answer = Gate(of).weights.around(lambda *_: pytest.fail("it began"), None, received)
+    assert isinstance(answer, getattr(io_struct, f"{kind}Output")) and not answer.success
+    assert "SGLang keeps those of proj (AWQMarlinLinearScheme) in another form" in answer.message
+
+
+@pytest.mark.parametrize(
+    ("served", "given", "said"),
+    [
+        ({"quant_method": "fp8"}, {}, "quant_method of the weights in {} is None, and of those"),
+        ({}, {"quant_method": "fp8"}, "quant_method of the weights in {} is fp8, and of those"),
+        (
+            {"quant_method": "fp8", "weight_block_size": [128, 128]},
+            {"quant_method": "fp8", "weight_block_size": [32, 32]},
+            "weight_block_size of the weights in {} is [32, 32], and of those that are served [128",
+        ),
+        ({"quant_method": "fp8"}, {"quant_method": "fp8", "fmt": "e4m3"}, ""),
+        ({}, {}, ""),
+    ],
+)
+def test_a_folder_that_is_quantized_in_another_way_changes_nothing(tmp_path, served, given, said):
+    """SGLang would cast one type to the other, without a word and without scales."""
+    config = {"quantization_config": given} if given else {}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", **config}))
+    of = scheduler()
+    of.tp_worker.model_runner = runner(**served)
+    received = io_struct.UpdateWeightFromDiskReqInput(model_path=str(tmp_path))
+    done = SimpleNamespace(success=True, message="")
+    answer = Gate(of).weights.around(lambda *_: done, None, received)
+    assert answer.success is not bool(said) and said.format(tmp_path) in answer.message
+
+
+def test_a_folder_that_says_nothing_is_left_to_sglang(tmp_path):
+    of = scheduler()
+    of.tp_worker.model_runner = runner(quant_method="fp8")
+    for path in (str(tmp_path), "someone/a-model-of-the-hub"):
+        received = io_struct.UpdateWeightFromDiskReqInput(model_path=path)
+        assert weight_updates.refusal(of, received) is None
 
 
 class Gate:

@@ -10,7 +10,7 @@ from typing import Any
 
 from margingate.runtime.attention import invariant_attention
 from margingate.runtime.compat.arguments.server_args import gate_config
-from margingate.runtime.compat.compute import head_norms, marlin
+from margingate.runtime.compat.compute import head_norms, marlin, quantization
 from margingate.runtime.hooks import handlers, registry
 from margingate.runtime.hooks.registry import AFTER, AROUND, BEFORE, Hook
 from margingate.runtime.probe import all_reduce, execute, expert_tiles, startup
@@ -67,6 +67,14 @@ INVARIANT_HOOKS = (
         "self x residual",
         "norms of heads run by a kernel whose rows do not depend on how many there are",
         "SGLang gives Gemma 3's norms of heads to its kernel for rows",
+    ),
+    Hook(
+        "layers.layernorm._fp8_static_input_scale",
+        AROUND,
+        quantization.no_scale_for_norms,
+        "linear",
+        "layers in FP8 round their inputs themselves, as they are measured; no norm does for them",
+        "SGLang lets a norm's rounding be switched off",
     ),
     Hook(
         "layers.moe.moe_runner.triton_utils.fused_moe.try_get_optimal_moe_config",

@@ -1,4 +1,4 @@
-"""An update of the weights that flushes the cache is refused where SGLang would not flush it."""
+"""Updates of the weights that SGLang would fail in after it began to replace them are refused."""
 
 from __future__ import annotations
 
@@ -6,24 +6,28 @@ from typing import Any
 
 from sglang.srt.managers import io_struct
 
+from margingate.runtime.compat.compute import quantization, schemes
 from margingate.runtime.compat.model import weights
+from margingate.runtime.compat.model.architectures import quantization_of
 
 
 def refusal(scheduler: Any, received: Any) -> Any:
     """SGLang's answer "not done" with one sentence, or None where the update may go on.
 
-    SGLang flushes after it has replaced the weights, and answers "not done" where requests hold
-    columns, or wait without a pause. Here nothing has been changed yet.
+    Nothing has been changed yet.
     """
     kind = _ANSWERS.get(type(received))
-    if kind is None or not received.flush_cache or weights.may_flush(scheduler):
+    if kind is None:
         return None
-    return kind(
-        success=False,
-        message="The weights were not updated, because the update flushes the cache and requests "
-        "are not finished: let them finish, abort them, retract them by a pause, or send "
-        "flush_cache false.",
+    runner = scheduler.tp_worker.model_runner
+    because = (
+        _fixed(runner.model)
+        or _of_another_method(runner.model_config, received)
+        or _unflushed(scheduler, received)
     )
+    if not because:
+        return None
+    return kind(success=False, message=f"The weights were not updated, because {because}")
 
 
 def looks_only(received: Any) -> bool:
@@ -31,7 +35,56 @@ def looks_only(received: Any) -> bool:
     return getattr(received, "action", "") in ("snapshot", "compare", "checksum")
 
 
+def _fixed(model: Any) -> str:
+    """SGLang writes into the model's parameters, wherever weights come from. A session would end by
+    repacking what is packed, even if nothing was written.
+    """
+    found = schemes.fixed(model)
+    if found is None:
+        return ""
+    return (
+        f"SGLang keeps those of {found[0]} ({found[1]}) in another form than a checkpoint has, and "
+        "cannot load into it: start a server of the new weights, or serve a checkpoint in BF16 or "
+        "in FP8 with a weight_block_size."
+    )
+
+
+def _of_another_method(model: Any, received: Any) -> str:
+    """A folder in BF16 would be cast to FP8 without a scale, and serve without a word."""
+    path = getattr(received, "model_path", None)
+    new = None if path is None else quantization_of(path)
+    if new is None:
+        return ""
+    for name in METHOD:
+        served, given = quantization.checkpoint_says(model, name), new.get(name)
+        if served != given:
+            return (
+                f"{name} of the weights in {path} is {given}, and of those that are served "
+                f"{served}: give a checkpoint that is quantized in the same way, or start a server "
+                "of this one."
+            )
+    return ""
+
+
+def _unflushed(scheduler: Any, received: Any) -> str:
+    """SGLang flushes after it has replaced the weights, and answers "not done" where requests hold
+    columns, or wait without a pause.
+    """
+    if not getattr(received, "flush_cache", False) or weights.may_flush(scheduler):
+        return ""
+    return (
+        "the update flushes the cache and requests are not finished: let them finish, abort them, "
+        "retract them by a pause, or send flush_cache false."
+    )
+
+
+# Of a checkpoint's quantization: what SGLang makes the parameters of.
+METHOD = (
+    *("quant_method", "weight_block_size", "activation_scheme", "format"),
+    *("bits", "group_size", "desc_act"),
+)
 _ANSWERS: dict[type, type] = {
+    io_struct.BeginWeightUpdateReqInput: io_struct.BeginWeightUpdateReqOutput,
     io_struct.UpdateWeightFromDiskReqInput: io_struct.UpdateWeightFromDiskReqOutput,
     io_struct.UpdateWeightsFromDistributedReqInput: io_struct.UpdateWeightsFromDistributedReqOutput,
     io_struct.UpdateWeightsFromTensorReqInput: io_struct.UpdateWeightsFromTensorReqOutput,

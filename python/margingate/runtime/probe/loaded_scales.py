@@ -1,5 +1,5 @@
-"""Scales as a model was loaded: refused where rows share one in FP8, where none was read, and where
-Marlin's are of another type than rows.
+"""A model as it was loaded: refused where nobody measures a method, where rows share a scale, where
+none was read, and where Marlin's are of another type than rows.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 
 from margingate.config import GateError
-from margingate.runtime.compat.compute import marlin, quantization
+from margingate.runtime.compat.compute import marlin, quantization, schemes
 from margingate.runtime.compat.compute.routers import experts
 
 SHARED = "rounds the inputs of experts in {} to FP8 by one scale for all rows of a forward"
@@ -21,9 +21,22 @@ _UNFILLED = torch.finfo(torch.float32).min  # what SGLang makes scales of blocks
 
 def refuse(model: torch.nn.Module) -> None:
     """Check a loaded model. Raises GateError naming what no plan makes right."""
+    _refuse_unknown(model)
     _refuse_shared(model)
     _refuse_unread(model)
     _refuse_other_type(model)
+
+
+def _refuse_unknown(model: torch.nn.Module) -> None:
+    """On the stock fast path too, which measures no module: a kernel may round by all rows."""
+    found = schemes.unknown(model)
+    if found is not None:
+        raise GateError(
+            f"--deterministic-gate cannot measure {found[0]}, whose products SGLang computes by "
+            f"{found[1]}, as it is set up here: use a checkpoint in BF16 or FP8, or one that "
+            "SGLang hands to Marlin (AWQ, GPTQ, compressed-tensors), or serve this model without "
+            "the flag."
+        )
 
 
 def _refuse_shared(model: torch.nn.Module) -> None:

@@ -216,12 +216,8 @@ def build(model_runner: Any, config: GateConfig) -> Verifier:
     stock path a CPU's attention is, row by row; a GPU's is not, so the verifier brings its own.
     """
     assert config.rows is not None
-    requests = model_runner.req_to_token_pool.size
-    if model_runner.device != "cpu" and config.rows > requests:
-        raise GateError(
-            f"--gate-rows is {config.rows}, but the server runs {requests} requests at most, and "
-            "no pass has more rows: lower it, or raise --max-running-requests."
-        )
+    if model_runner.device != "cpu":
+        _refuse_rows(config.rows, model_runner.req_to_token_pool.size)
     if config.invariant:
         graphs = model_runner.decode_cuda_graph_runner
         if graphs is not None and max(graphs.capture_bs) < config.rows:
@@ -237,6 +233,14 @@ def build(model_runner: Any, config: GateConfig) -> Verifier:
         return Verifier(model_runner, config.rows)
     backend, graphs = verify_backend.build(model_runner, config.rows)
     return Verifier(model_runner, config.rows, graphs=graphs, backend=backend)
+
+
+def _refuse_rows(rows: int, requests: int) -> None:
+    if rows > requests:
+        raise GateError(
+            f"--gate-rows is {rows}, but the server runs {requests} requests at most, and no pass "
+            "has more rows: lower it, or raise --max-running-requests."
+        )
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def is_fp8_layer(module: Any) -> bool:
     from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
     from sglang.srt.layers.quantization.w8a8_fp8 import W8A8Fp8LinearMethod
 
-    method = _chosen(module)
+    method = method_of(module)
     if isinstance(method, Fp8LinearMethod):
         return not (method.use_marlin or method.use_mxfp8)
     return isinstance(method, (W8A8Fp8LinearMethod, CompressedTensorsW8A8Fp8))
@@ -60,7 +60,7 @@ def are_known(experts: Any) -> bool:
     from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
     from sglang.srt.layers.quantization.w8a8_fp8 import W8A8FP8MoEMethod
 
-    method = _chosen(experts)
+    method = method_of(experts)
     if isinstance(method, Fp8MoEMethod):
         return not method.use_mxfp8 and are_rounded(experts)
     return isinstance(
@@ -77,7 +77,7 @@ def rounding(experts: Any) -> str:
     """How experts round their inputs: BLOCKS, TOKENS, GIVEN, BATCH or NONE."""
     from sglang.srt.layers.quantization.w8a8_fp8 import W8A8FP8MoEMethod
 
-    chosen = _chosen(experts)
+    chosen = method_of(experts)
     if not are_rounded(experts):
         return NONE
     if _block_size(chosen):
@@ -94,9 +94,16 @@ def shape(layer: Any) -> tuple[int, int]:
     return (outputs, inputs) if _has_blocks(layer) else (inputs, outputs)
 
 
+def no_scale_for_norms(_original: Any, _linear: Any) -> None:
+    """AROUND what a norm asks for the scale by which it may round rows for the layer behind it.
+
+    There is none: the layer rounds them by its own given scale, and is measured with that.
+    """
+
+
 def describe(layer: Any) -> str:
     """What chooses the kernels of a linear layer, beside the shape and dtype of its weight."""
-    method, scales = _chosen(layer), _scales(layer, "weight")
+    method, scales = method_of(layer), _scales(layer, "weight")
     kernel = getattr(method, "w8a8_block_fp8_linear", None)
     named = getattr(getattr(kernel, "func", kernel), "__name__", "")
     said = [
@@ -111,12 +118,12 @@ def describe(layer: Any) -> str:
 
 def describe_experts(experts: Any) -> str:
     """The same of experts in FP8."""
-    method, scales = _chosen(experts), _scales(experts, "w13_weight")
+    method, scales = method_of(experts), _scales(experts, "w13_weight")
     said = (_block_size(method), rounding(experts), list(scales.shape), scales.dtype)
     return " ".join(map(str, (type(method).__name__, *said)))
 
 
-def _chosen(module: Any) -> Any:
+def method_of(module: Any) -> Any:
     """SGLang's method of a layer, or the scheme that a method of several hands over to."""
     return getattr(module, "scheme", None) or getattr(module, "quant_method", None)
 
@@ -126,7 +133,7 @@ def _block_size(method: Any) -> Any:
 
 
 def _has_blocks(layer: Any) -> bool:
-    return bool(_block_size(_chosen(layer)))
+    return bool(_block_size(method_of(layer)))
 
 
 def _scales(layer: Any, name: str) -> torch.Tensor:

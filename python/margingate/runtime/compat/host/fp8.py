@@ -136,6 +136,11 @@ def _rounded(rows: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
     return (rows.float() / given).clamp(-_LARGEST, _LARGEST).to(_FP8).float() * given
 
 
+def quantized_by(x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x in FP8 by the one scale given, and that: as SGLang rounds weights that it merges."""
+    return (x.float() / scale).clamp(-_LARGEST, _LARGEST).to(_FP8), scale
+
+
 def round_to_fp8(x: torch.Tensor, group: int) -> torch.Tensor:
     """[rows, columns] in float32, as FP8 times a scale for each row and `group` columns has it."""
     rows, columns = x.shape

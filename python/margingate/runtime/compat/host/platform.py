@@ -13,7 +13,12 @@ from sglang.srt.platforms.interface import SRTPlatform
 from margingate.runtime.compat.compute import mxfp4
 from margingate.runtime.compat.host import marlin as host_marlin
 from margingate.runtime.compat.host import mxfp4 as host_mxfp4
-from margingate.runtime.compat.host.fp8 import block_fp8_linear, fp8_experts, scaled_fp8_linear
+from margingate.runtime.compat.host.fp8 import (
+    block_fp8_linear,
+    fp8_experts,
+    quantized_by,
+    scaled_fp8_linear,
+)
 from margingate.runtime.compat.host.marlin import packed_experts
 from margingate.runtime.compat.model.architectures import has_sinks
 
@@ -95,7 +100,7 @@ class HostPlatform(CpuDeviceMixin, SRTPlatform):
         from sglang.kernels.ops.elementwise import elementwise
         from sglang.srt.layers.attention import attention_registry
         from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
-        from sglang.srt.layers.quantization import fp8, fp8_utils, w8a8_fp8
+        from sglang.srt.layers.quantization import fp8, fp8_utils, utils, w8a8_fp8
         from sglang.srt.layers.quantization.compressed_tensors.schemes import (
             compressed_tensors_w8a8_fp8,
         )
@@ -108,6 +113,7 @@ class HostPlatform(CpuDeviceMixin, SRTPlatform):
         fp8_utils.triton_w8a8_block_fp8_linear = block_fp8_linear
         for module in (fp8, w8a8_fp8, compressed_tensors_w8a8_fp8):
             module.apply_fp8_linear = scaled_fp8_linear
+        utils.scaled_fp8_quant = quantized_by
         fused_moe.fused_experts = rounded_experts
         host_marlin.install()
         ALLOC_MEMORY_FUNCS[self.device_name] = _plain_memory

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -17,6 +19,16 @@ def checkpoint_config(args: Any) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return dict(found)
+
+
+def quantization_of(model_path: str) -> dict[str, Any] | None:
+    """What a folder says of its weights' quantization, empty where they have none; None where it is
+    no folder, or has no configuration.
+    """
+    if not Path(model_path).is_dir():
+        return None
+    found = checkpoint_config(SimpleNamespace(model_path=model_path))
+    return dict(found.get("quantization_config") or {}) if found else None
 
 
 def architectures(args: Any) -> tuple[str, ...]:
