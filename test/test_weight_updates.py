@@ -16,6 +16,7 @@ from sglang.srt.managers.scheduler_components import weight_updater
 from sglang.srt.utils.weight_versions import compute_weight_version_spans
 
 from margingate.config import GateConfig
+from margingate.runtime.compat.compute import schemes
 from margingate.runtime.compat.kv import columns
 from margingate.runtime.compat.model import weights
 from margingate.runtime.hooks import handlers
@@ -124,6 +125,16 @@ def test_an_update_of_weights_that_sglang_repacked_changes_nothing(kind, more):
             "weight_block_size of the weights in {} is [32, 32], and of those that are served [128",
         ),
         ({"quant_method": "fp8"}, {"quant_method": "fp8", "fmt": "e4m3"}, ""),
+        (
+            {"quant_method": "fp8", "modules_to_not_convert": ["lm_head"]},
+            {"quant_method": "fp8", "modules_to_not_convert": ["lm_head", "model.layers.0.mlp"]},
+            "not quantized of the weights in {} is ['lm_head', 'model.layers.0.mlp'], and of",
+        ),
+        (
+            {"quant_method": "fp8", "ignored_layers": ["b", "a"]},
+            {"quant_method": "fp8", "modules_to_not_convert": ["a", "b"]},
+            "",
+        ),
         ({}, {}, ""),
     ],
 )
@@ -137,6 +148,26 @@ def test_a_folder_that_is_quantized_in_another_way_changes_nothing(tmp_path, ser
     done = SimpleNamespace(success=True, message="")
     answer = Gate(of).weights.around(lambda *_: done, None, received)
     assert answer.success is not bool(said) and said.format(tmp_path) in answer.message
+
+
+@pytest.mark.parametrize(
+    "config", ["[]", "3", "{", '{"quantization_config": "fp8"}', '{"quantization_config": [1]}']
+)
+def test_a_folder_that_cannot_be_understood_is_left_to_sglang(tmp_path, config):
+    """What raises here would end the scheduler."""
+    (tmp_path / "config.json").write_text(config)
+    of = scheduler()
+    of.tp_worker.model_runner = runner(quant_method="fp8")
+    for path in (str(tmp_path), "x" * 9000, "a\0b"):
+        received = io_struct.UpdateWeightFromDiskReqInput(model_path=path)
+        assert weight_updates.refusal(of, received) is None
+
+
+def test_a_loader_that_quantizes_a_trainers_weights_is_left_to_sglang():
+    model = packed()
+    assert schemes.fixed(model) is not None
+    model.flash_rl_initial_load_complete = True
+    assert schemes.fixed(model) is None
 
 
 def test_a_folder_that_says_nothing_is_left_to_sglang(tmp_path):

@@ -44,7 +44,7 @@ def run(
     try:
         in_time = _ended_within(process, limit_s)
         if not in_time:
-            process.send_signal(signal.SIGINT)
+            os.kill(process.pid, signal.SIGINT)  # send_signal would reap it if it just ended
             _ended_within(process, GRACE_S)
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # also what a command left behind

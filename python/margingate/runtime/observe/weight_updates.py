@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from sglang.srt.managers import io_struct
@@ -55,8 +56,10 @@ def _of_another_method(model: Any, received: Any) -> str:
     new = None if path is None else quantization_of(path)
     if new is None:
         return ""
-    for name in METHOD:
-        served, given = quantization.checkpoint_says(model, name), new.get(name)
+    says = partial(quantization.checkpoint_says, model)
+    both = [(name, says(name), new.get(name)) for name in METHOD]
+    both.append((LEFT_OUT, quantization.left_out(says), quantization.left_out(new.get)))
+    for name, served, given in both:
         if served != given:
             return (
                 f"{name} of the weights in {path} is {given}, and of those that are served "
@@ -81,8 +84,9 @@ def _unflushed(scheduler: Any, received: Any) -> str:
 # Of a checkpoint's quantization: what SGLang makes the parameters of.
 METHOD = (
     *("quant_method", "weight_block_size", "activation_scheme", "format"),
-    *("bits", "group_size", "desc_act"),
+    *("bits", "group_size", "desc_act", "config_groups"),
 )
+LEFT_OUT = "the list of layers that are not quantized"
 _ANSWERS: dict[type, type] = {
     io_struct.BeginWeightUpdateReqInput: io_struct.BeginWeightUpdateReqOutput,
     io_struct.UpdateWeightFromDiskReqInput: io_struct.UpdateWeightFromDiskReqOutput,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,12 @@ def checkpoint_says(model: Any, name: str) -> Any:
     """An entry of the checkpoint's quantization, by SGLang's ModelConfig; None without one."""
     config = getattr(model.hf_config, "quantization_config", None) or {}
     return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+
+
+def left_out(said: Callable[[str], Any]) -> list[str]:
+    """The layers that a checkpoint's quantization leaves out, sorted. `said`: gives its entries."""
+    lists = (said(name) for name in ("ignored_layers", "modules_to_not_convert", "ignore"))
+    return sorted(map(str, next((each for each in lists if isinstance(each, list) and each), [])))
 
 
 def has_experts(model: Any) -> bool:

@@ -83,8 +83,11 @@ def fixed(model: Any) -> tuple[str, str] | None:
     """The first module, and its class, into which SGLang cannot load other weights.
 
     It repacked, transposed or deleted parameters when it loaded them: a load would end half way, or
-    fill weights of another form. What is left unquantized it loads into in place.
+    fill weights of another form. What is left unquantized it loads into in place. With
+    `--load-format flash_rl` it kept the loaders, and quantizes into the same buffers.
     """
+    if getattr(model, "flash_rl_initial_load_complete", False):
+        return None
     for name, module in model.named_modules():
         method = _of_weights(module)
         if method is None:

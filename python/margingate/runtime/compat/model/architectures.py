@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,12 +23,16 @@ def checkpoint_config(args: Any) -> dict[str, Any]:
 
 def quantization_of(model_path: str) -> dict[str, Any] | None:
     """What a folder says of its weights' quantization, empty where they have none; None where it is
-    no folder, or has no configuration.
+    no folder, or its configuration cannot be read. Raises nothing.
     """
-    if not Path(model_path).is_dir():
+    if not os.path.isdir(model_path):  # as Path's, but for forbidden folders and long names
         return None
-    found = checkpoint_config(SimpleNamespace(model_path=model_path))
-    return dict(found.get("quantization_config") or {}) if found else None
+    try:
+        found = checkpoint_config(SimpleNamespace(model_path=model_path))
+    except (AttributeError, TypeError):  # a config.json that is no object
+        return None
+    said = found.get("quantization_config") or {}
+    return said if found and isinstance(said, dict) else None
 
 
 def architectures(args: Any) -> tuple[str, ...]:
