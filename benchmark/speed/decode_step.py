@@ -143,8 +143,7 @@ def serve(args: argparse.Namespace) -> None:
     if args.tp_size > 1:
         options["tp_size"] = args.tp_size
     longest = max([*args.contexts, *args.prefills]) + args.tokens + BEHIND + 8
-    if longest > engines.LONGEST:
-        options["context_length"] = engines.context(args.model, longest)
+    options["context_length"] = engines.context(args.model, max(longest, engines.LONGEST))
     engine = engines.start(args.model, args.kv_tokens, max(args.batches), **options)
     engines.serve(engine, partial(measure, args=args))
     if state := engines.gate_state(engine):

@@ -44,7 +44,7 @@ from margingate.runtime.probe.observed_calls import (
 )
 from margingate.runtime.probe.operators import HEAD, Operator
 from margingate.runtime.probe.routed import Experts, Router
-from margingate.runtime.verify.verifier import RowInput, Verifier, scratch_rows
+from margingate.runtime.verify.verifier import RowInput, Verifier, places, scratch_rows
 
 logger = logging.getLogger(__name__)
 
@@ -174,8 +174,8 @@ def observe(runner: Any) -> dict[int, Observed]:
     Norms that it does not call are measured as their weights suggest; the check of the whole model
     runs them as they are. Raises GateError where the server runs fewer requests than are observed.
     """
-    requests = runner.req_to_token_pool.size
-    if runner.device != "cpu" and requests < ROWS:
+    requests = places(runner, runner.attn_backend)
+    if requests < ROWS:
         raise GateError(
             f"--max-running-requests lets the server run {requests} requests at once, but the step "
             f"that is measured at start has {ROWS}: give {ROWS} or more."

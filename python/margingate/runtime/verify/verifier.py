@@ -160,10 +160,8 @@ class Verifier:
 
     @property
     def most_rows(self) -> float:
-        """Rows of a forward without a graph. SGLang's backends for GPUs keep a place for as many
-        requests as the server runs; torch-native attention keeps none.
-        """
-        return math.inf if self._attends_row_by_row else self.runner.req_to_token_pool.size
+        """Rows of a forward without a graph."""
+        return places(self.runner, self.backend)
 
     def graph_sizes(self, largest: int) -> list[int]:
         """Row counts that have a decode graph, up to `largest`; empty without graphs."""
@@ -216,8 +214,7 @@ def build(model_runner: Any, config: GateConfig) -> Verifier:
     stock path a CPU's attention is, row by row; a GPU's is not, so the verifier brings its own.
     """
     assert config.rows is not None
-    if model_runner.device != "cpu":
-        _refuse_rows(config.rows, model_runner.req_to_token_pool.size)
+    _refuse_rows(config.rows, places(model_runner, model_runner.attn_backend))
     if config.invariant:
         graphs = model_runner.decode_cuda_graph_runner
         if graphs is not None and max(graphs.capture_bs) < config.rows:
@@ -235,7 +232,14 @@ def build(model_runner: Any, config: GateConfig) -> Verifier:
     return Verifier(model_runner, config.rows, graphs=graphs, backend=backend)
 
 
-def _refuse_rows(rows: int, requests: int) -> None:
+def places(runner: Any, backend: Any) -> float:
+    """For rows of a forward without a graph. SGLang's backends for GPUs keep as many as the server
+    runs requests; torch-native attention keeps none, and needs none.
+    """
+    return math.inf if attends_row_by_row(backend) else runner.req_to_token_pool.size
+
+
+def _refuse_rows(rows: int, requests: float) -> None:
     if rows > requests:
         raise GateError(
             f"--gate-rows is {rows}, but the server runs {requests} requests at most, and no pass "

@@ -6,7 +6,7 @@ derived one may bring the same weights to another kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -69,11 +69,7 @@ def unknown(model: Any) -> tuple[str, str] | None:
 
     A vision tower is left out.
     """
-    for name, module in vision.text_modules(model):
-        method = _of_weights(module)
-        if method is None:
-            continue
-        kind = type(method).__name__
+    for name, module, kind in _kinds(vision.text_modules(model)):
         if kind not in KNOWN or not KNOWN[kind](module):
             return name, kind
     return None
@@ -88,11 +84,7 @@ def fixed(model: Any) -> tuple[str, str] | None:
     """
     if getattr(model, "flash_rl_initial_load_complete", False):
         return None
-    for name, module in model.named_modules():
-        method = _of_weights(module)
-        if method is None:
-            continue
-        kind = type(method).__name__
+    for name, module, kind in _kinds(model.named_modules()):
         if not kind.startswith(_UNQUANTIZED) and not _is_loaded_into(module, kind):
             return name, kind
     return None
@@ -112,12 +104,14 @@ def _is_loaded_into(module: Any, kind: str) -> bool:
     return kind in _LOADED_INTO and kept and not derived
 
 
-def _of_weights(module: Any) -> Any:
-    """SGLang's method or scheme of a module's weights; None where it has none.
+def _kinds(modules: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any, str]]:
+    """Of the modules that have one, the class of SGLang's method or scheme of their weights.
 
     Those of attention say scales of K/V columns, which are looked at by themselves.
     """
     from sglang.srt.layers.quantization.kv_cache import BaseKVCacheMethod
 
-    method = quantization.method_of(module)
-    return None if isinstance(method, BaseKVCacheMethod) else method
+    for name, module in modules:
+        method = quantization.method_of(module)
+        if method is not None and not isinstance(method, BaseKVCacheMethod):
+            yield name, module, type(method).__name__

@@ -133,11 +133,13 @@ def _rounded(rows: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
     """In float32, as FP8 times a scale has it: the given one, or one for each row."""
     if given is None:
         return round_to_fp8(rows, rows.shape[1])
-    return (rows.float() / given).clamp(-_LARGEST, _LARGEST).to(_FP8).float() * given
+    return quantized_by(rows, given)[0].float() * given
 
 
 def quantized_by(x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x in FP8 by the one scale given, and that: as SGLang rounds weights that it merges."""
+    """x in FP8 by the one scale given, and that: as SGLang rounds inputs whose scale a checkpoint
+    gives, and weights that it merges.
+    """
     return (x.float() / scale).clamp(-_LARGEST, _LARGEST).to(_FP8), scale
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
-from types import SimpleNamespace
 from typing import Any
 
 
 def checkpoint_config(args: Any) -> dict[str, Any]:
     """The named model's config; empty where it is not to be read, which SGLang then says."""
+    path = str(getattr(args, "model_path", None) or "")
+    return _config_of(path, getattr(args, "revision", None))
+
+
+def _config_of(path: str, revision: str | None = None) -> dict[str, Any]:
     from transformers import PretrainedConfig
 
-    path = str(getattr(args, "model_path", None) or "")
     if path.lower() in ("", "none", "dummy"):
         return {}
     try:
-        found, _ = PretrainedConfig.get_config_dict(path, revision=getattr(args, "revision", None))
+        found, _ = PretrainedConfig.get_config_dict(path, revision=revision)
     except (OSError, ValueError):
         return {}
     return dict(found)
@@ -28,7 +31,7 @@ def quantization_of(model_path: str) -> dict[str, Any] | None:
     if not os.path.isdir(model_path):  # as Path's, but for forbidden folders and long names
         return None
     try:
-        found = checkpoint_config(SimpleNamespace(model_path=model_path))
+        found = _config_of(model_path)
     except (AttributeError, TypeError):  # a config.json that is no object
         return None
     said = found.get("quantization_config") or {}
