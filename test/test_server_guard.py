@@ -23,7 +23,8 @@ from margingate.runtime.request.guard import Policy
 
 # Only in the test's server, in each of its processes: the hook whose target is in the file raises
 # once. Where it is given requests, one of them has to be the test's victim; a hook that ends the
-# request that it is given, has to be given that one.
+# request that it is given, has to be given that one; and one that ends the gated requests of the
+# forward that runs, or all open ones, has to find some.
 INJECT = """
 import importlib.util, os, sys
 NAME, ARMED = "margingate.runtime.request.guard", os.environ["MARGINGATE_TEST_ARMED"]
@@ -67,8 +68,10 @@ def inject(guard):
     wrap = guard.wrap
     def wrapped(target, function, policy, **kwargs):
         several = policy is not guard.Policy.REQUEST
+        finds = policy in (guard.Policy.FORWARD, guard.Policy.OPEN)
         def raising(*given, **named):
-            if armed(target, (*given, *named.values()), several):
+            nobody = finds and not guard._gated(guard._concerned(policy, ()))
+            if not nobody and armed(target, (*given, *named.values()), several):
                 raise RuntimeError("injected")
             return function(*given, **named)
         guarded = wrap(target, raising, policy, **kwargs)
