@@ -1,28 +1,15 @@
 #!/bin/bash
-# Every GPU measurement of the issues, on two cards of one host without a network; 40 minutes.
+# Speed, answers, calibration and study in one go, on two cards of a host without a network; 40 minutes.
 #     benchmark/run_gpu_all.sh DATA MODEL [SECOND]
 # DATA: the four prompt files (run_gpu_study.sh); MODEL: SmolLM2; SECOND: another real model. Card 0
 # has what is timed beside stock, on cores of its own; card 1 the rest, and what is timed last, alone.
 # Results appear in $OUT as they are made, with a line each in $OUT/progress.txt. Where a command may
 # run for some minutes only, start it with setsid and come back: a machine that is left idle is lost.
 set -u
-here=$(cd "$(dirname "$0")/.." && pwd)
 data=$(cd "$1" && pwd) model=$2 second=${3:-}
-export OUT=${OUT:-/tmp/out}
-export PYTHONPATH=$here:$here/python:$here/sgl-kernel-patches:${PYTHONPATH:-}
-mkdir -p "$OUT"
-cd "$here"
+cd "$(dirname "$0")/.." && source benchmark/bench/steps.sh
 cores=$(nproc) half=$(($(nproc) * 9 / 16))
 files=("$data"/{math500,gsm8k,humaneval,sharegpt}.jsonl)
-
-# step NAME SECONDS COMMAND...
-step() {
-    local name=$1 limit=$2
-    shift 2
-    echo "$(date +%T) $name begins" >>"$OUT/progress.txt"
-    timeout -k 20 "$limit" "$@" >"$OUT/$name.txt" 2>&1
-    echo "$(date +%T) $name ends with $?" >>"$OUT/progress.txt"
-}
 
 card_0() {
     export CUDA_VISIBLE_DEVICES=0

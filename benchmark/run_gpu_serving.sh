@@ -1,5 +1,5 @@
 #!/bin/bash
-# Issue 4's measurements on one H100 or H200 without a network: 8B shape, dummy weights.
+# Speed under load and what verification adds, on one H100 or H200 without a network: 8B shape, dummy weights.
 #     benchmark/run_gpu_serving.sh latency   4 minutes: what verification adds to a step
 #     benchmark/run_gpu_serving.sh serving   20 minutes: throughput, TTFT and TPOT
 #     benchmark/run_gpu_serving.sh shares    7 minutes: 100, 50 and 10 % of the requests gated

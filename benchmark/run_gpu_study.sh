@@ -1,5 +1,5 @@
 #!/bin/bash
-# Issue 5's measurements on one GPU without a network.
+# Calibration and study on one GPU without a network.
 #     benchmark/run_gpu_study.sh DATA MODEL calibrate   on MATH500 alone, some 533,000 steps, 9 minutes
 #     benchmark/run_gpu_study.sh DATA MODEL study       all four sets, 228,000 steps, and what the
 #                                                       calibrated threshold misses; 5 minutes
