@@ -24,8 +24,10 @@ NOTES = {
     "are made canonical. With `stock` on a GPU, the verifier has attention and a CUDA graph of "
     "its own.",
     "repair": "[verification.md](verification.md#why-a-span) compares the two.",
-    "rows": "From 1 to 1,024. Answers depend on this number. On the stock fast path, use 256 "
-    "for more than 64 gated requests at once, and 64 for up to 16.",
+    "rows": "From 1 to 1,024, and on a GPU at most `--max-running-requests`. The default is "
+    "lowered to that, and without `stock` to the rows of the largest decode graph. Answers "
+    "depend on this number. On the stock fast path, use 256 for more than 64 gated requests at "
+    "once, and 64 for up to 16.",
     "max_delay": "[verification.md](verification.md#when-a-pass-is-due) explains `auto`.",
     "overlap": "[verification.md](verification.md#overlap-scheduling) says what waits for what.",
     "prefill": "On a GPU with Triton attention the check at start finds that prompts may share "
@@ -68,8 +70,8 @@ RECORD = """
 `meta_info["gate"]` in answers of `/generate` and `sglang.Engine`. Chat completions and completions
 have it as `metadata.gate`, a list with a record for each choice, and the fingerprint as
 `system_fingerprint`; in a stream it is in the last chunk of each choice. Other routes are in
-[limits.md](limits.md#sglangs-features). An answer that was not gated has `gated`, `because` and
-`prompt` only.
+[limits.md](limits.md#sglangs-features). An answer that was not gated has `gated`, `because`,
+`prompt` and `weight_generations` only.
 """
 
 COUNTS = """
