@@ -105,6 +105,17 @@ def test_links_lead_to_files_and_headings(page):
             assert anchor in anchors(target), link
 
 
+def test_the_index_of_runs_names_the_pages_that_link_to_each():
+    """README.md takes figures from runs that its pages link to; those links are not its own."""
+    index = (ROOT / "benchmark" / "results" / "README.md").read_text()
+    rows = dict(re.findall(r"^\| \[([\w-]+)\]\([^|]*\|[^|]*\|(.*)\|$", index, re.M))
+    links = {page.name: LINK.findall(page.read_text()) for page in ROOT.glob("docs/*.md")}
+    assert len(rows) > 20
+    for run, cited in rows.items():
+        linking = {page for page, found in links.items() if any(f"/{run}/" in one for one in found)}
+        assert set(re.findall(r"\w+\.md", cited)) - {"README.md"} == linking, run
+
+
 NAMED = re.compile(r"`((?:\w+/)+)(\w+\.\w+)`")
 FOLDERS = (ROOT, ROOT / "python" / "margingate", ROOT / "python" / "margingate" / "runtime")
 
