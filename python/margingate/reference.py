@@ -18,7 +18,8 @@ NOTES = {
     "threshold": "The margin of a row is its largest logit minus its second largest. Rows that "
     "are canonical are never flagged. [Calibration](calibration.md) finds a threshold.",
     "calibration": "`margingate calibrate` makes the file. A file for another model, device, "
-    "dtype, attention backend, tensor-parallel size or version of torch or SGLang is refused.",
+    "dtype, precision of `lm_head`, attention backend, tensor-parallel size or version of torch or "
+    "SGLang is refused.",
     "guarantee": "[limits.md](limits.md#the-guarantee) compares the two.",
     "fast_path": "[numerics.md](numerics.md#canonical-decode-steps) explains how decode steps "
     "are made canonical. With `stock` on a GPU, the verifier has attention and a CUDA graph of "
