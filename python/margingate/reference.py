@@ -60,7 +60,8 @@ API = """\
 # API
 
 Made from `margingate/api.py` by `margingate reference api > docs/api.md`. Which requests are gated
-and what is refused is in [limits.md](limits.md#request-parameters).
+and what is refused is in [limits.md](limits.md#request-parameters). Words such as row and flip are
+explained in [verification.md](verification.md#words).
 
 ## Parameters of a request
 """
