@@ -161,6 +161,20 @@ def test_the_readme_says_what_was_recorded():
         assert f"| {cell} |" in README
 
 
+def test_the_readme_has_the_times_of_the_newest_table():
+    """As `benchmark.readme_table` wrote it."""
+    tables = (ROOT / "benchmark" / "results").glob("*/table.md")
+    newest = max(tables, key=lambda path: path.parent.name.partition("-")[2])
+    recorded_rows = newest.read_text().splitlines()
+    labels = ("time of a decode step (", "time of a prefill", "tokens a second, all at once")
+    for label in labels:
+        recorded_row, row = (
+            next(line for line in lines if line.startswith(f"| {label}"))
+            for lines in (recorded_rows, README.splitlines())
+        )
+        assert row.split("|")[2:] == recorded_row.split("|")[2:]
+
+
 def run(of: int, tokens: int, cached: int) -> dict[str, int]:
     return {"of": of, "tokens": tokens, "cached": cached}
 
