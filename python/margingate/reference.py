@@ -34,6 +34,8 @@ NOTES = {
     "prefill": "On a GPU with Triton attention the check at start finds that prompts may share "
     "forwards. Elsewhere gated prompts are prefilled alone "
     "([numerics.md](numerics.md#canonical-prefill)).",
+    "prefill_chunk": "The default is lowered to `--chunked-prefill-size`. A larger number is "
+    "refused.",
     "probe": "The measurement is kept in `~/.cache/margingate`. Another device, model, attention "
     "backend or version is measured anew.",
     "audit_rate": "[calibration.md](calibration.md#audits) explains audits. `/server_info` has "
