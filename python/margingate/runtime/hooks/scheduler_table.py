@@ -116,7 +116,7 @@ RUNTIME_HOOKS = (
         handlers.compute_logprobs,
         "self logprobs top_logprobs_nums token_ids_logprobs batch_next_token_ids",
         "log-probs have the same bits whether or not the batch samples; given tokens' by request",
-        "SGLang computes them in one way, and lets a request want none of given tokens",
+        "SGLang computes them in one way",
         Policy.FORWARD,
         handlers.logprobs_failed,
     ),
