@@ -105,6 +105,17 @@ def test_links_lead_to_files_and_headings(page):
             assert anchor in anchors(target), link
 
 
+def test_the_index_of_runs_names_the_pages_that_link_to_each():
+    """README.md takes figures from runs that its pages link to; those links are not its own."""
+    index = (ROOT / "benchmark" / "results" / "README.md").read_text()
+    rows = dict(re.findall(r"^\| \[([\w-]+)\]\([^|]*\|[^|]*\|(.*)\|$", index, re.M))
+    links = {page.name: LINK.findall(page.read_text()) for page in ROOT.glob("docs/*.md")}
+    assert len(rows) > 20
+    for run, cited in rows.items():
+        linking = {page for page, found in links.items() if any(f"/{run}/" in one for one in found)}
+        assert set(re.findall(r"\w+\.md", cited)) - {"README.md"} == linking, run
+
+
 NAMED = re.compile(r"`((?:\w+/)+)(\w+\.\w+)`")
 FOLDERS = (ROOT, ROOT / "python" / "margingate", ROOT / "python" / "margingate" / "runtime")
 
@@ -148,6 +159,20 @@ def test_the_readme_says_what_was_recorded():
     cells += [f"{run.answers - run.changed} of {run.answers}" for run in gate.values()]
     for cell in cells:
         assert f"| {cell} |" in README
+
+
+def test_the_readme_has_the_times_of_the_newest_table():
+    """As `benchmark.readme_table` wrote it."""
+    tables = (ROOT / "benchmark" / "results").glob("*/table.md")
+    newest = max(tables, key=lambda path: path.parent.name.partition("-")[2])
+    recorded_rows = newest.read_text().splitlines()
+    labels = ("time of a decode step (", "time of a prefill", "tokens a second, all at once")
+    for label in labels:
+        recorded_row, row = (
+            next(line for line in lines if line.startswith(f"| {label}"))
+            for lines in (recorded_rows, README.splitlines())
+        )
+        assert row.split("|")[2:] == recorded_row.split("|")[2:]
 
 
 def run(of: int, tokens: int, cached: int) -> dict[str, int]:

@@ -109,7 +109,7 @@ RECORD = (
     Entry(
         "weight_generations",
         "of the weights that computed it, in order: how often they had been replaced since the "
-        "start. Two where they were replaced meanwhile.",
+        "start. More than one where they were replaced meanwhile.",
     ),
     Entry("guarantee", "`--gate-guarantee` of the server"),
     Entry("fast_path", "`--gate-fast-path` of the server"),
@@ -141,8 +141,8 @@ SERVER = (
     Entry("audit", "what `--gate-audit-rate` found, below"),
     Entry(
         "integrity",
-        '`"ok"`, or the first invariant that does not hold; checked when the server is idle, and '
-        "at most once a minute when it is not",
+        '`"ok"`, or the first invariant that does not hold; checked as this is asked, of a server '
+        "that is not idle once a minute at most",
     ),
     Entry(
         "hooks_fired", "calls of each patch in the scheduler so far, by target ([list](hooks.md))"

@@ -18,19 +18,24 @@ NOTES = {
     "threshold": "The margin of a row is its largest logit minus its second largest. Rows that "
     "are canonical are never flagged. [Calibration](calibration.md) finds a threshold.",
     "calibration": "`margingate calibrate` makes the file. A file for another model, device, "
-    "dtype, attention backend, tensor-parallel size or version of torch or SGLang is refused.",
+    "dtype, precision of `lm_head`, attention backend, tensor-parallel size or version of torch or "
+    "SGLang is refused.",
     "guarantee": "[limits.md](limits.md#the-guarantee) compares the two.",
     "fast_path": "[numerics.md](numerics.md#canonical-decode-steps) explains how decode steps "
     "are made canonical. With `stock` on a GPU, the verifier has attention and a CUDA graph of "
     "its own.",
     "repair": "[verification.md](verification.md#why-a-span) compares the two.",
-    "rows": "From 1 to 1,024. Answers depend on this number. On the stock fast path, use 256 "
-    "for more than 64 gated requests at once, and 64 for up to 16.",
+    "rows": "From 1 to 1,024, and on a GPU at most `--max-running-requests`. The default is "
+    "lowered to that, and without `stock` to the rows of the largest decode graph. Answers "
+    "depend on this number. On the stock fast path, use 256 for more than 64 gated requests at "
+    "once, and 64 for up to 16.",
     "max_delay": "[verification.md](verification.md#when-a-pass-is-due) explains `auto`.",
     "overlap": "[verification.md](verification.md#overlap-scheduling) says what waits for what.",
     "prefill": "On a GPU with Triton attention the check at start finds that prompts may share "
     "forwards. Elsewhere gated prompts are prefilled alone "
     "([numerics.md](numerics.md#canonical-prefill)).",
+    "prefill_chunk": "The default is lowered to `--chunked-prefill-size`. A larger number is "
+    "refused.",
     "probe": "The measurement is kept in `~/.cache/margingate`. Another device, model, attention "
     "backend or version is measured anew.",
     "audit_rate": "[calibration.md](calibration.md#audits) explains audits. `/server_info` has "
@@ -57,7 +62,8 @@ API = """\
 # API
 
 Made from `margingate/api.py` by `margingate reference api > docs/api.md`. Which requests are gated
-and what is refused is in [limits.md](limits.md#request-parameters).
+and what is refused is in [limits.md](limits.md#request-parameters). Words such as row and flip are
+explained in [verification.md](verification.md#words).
 
 ## Parameters of a request
 """
@@ -68,8 +74,8 @@ RECORD = """
 `meta_info["gate"]` in answers of `/generate` and `sglang.Engine`. Chat completions and completions
 have it as `metadata.gate`, a list with a record for each choice, and the fingerprint as
 `system_fingerprint`; in a stream it is in the last chunk of each choice. Other routes are in
-[limits.md](limits.md#sglangs-features). An answer that was not gated has `gated`, `because` and
-`prompt` only.
+[limits.md](limits.md#sglangs-features). An answer that was not gated has `gated`, `because`,
+`prompt` and `weight_generations` only.
 """
 
 COUNTS = """
