@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import workers
 
 from benchmark.kernels import row_counts
 from margingate.harness.defaults import PROMPTS
@@ -204,6 +205,12 @@ for name in pytest ruff mypy; do
   echo 'echo "ran $(basename "$0") $* [$ONEDNN_MAX_CPU_ISA]"' > .venv/bin/$name
   chmod +x .venv/bin/$name
 done"""
+
+
+def test_each_module_that_starts_servers_has_a_place_in_the_order():
+    """Without one it would go last, and a worker be left alone with it."""
+    modules = {path.name for path in (ROOT / "test").glob("test_server_*.py")}
+    assert modules <= set(workers.PLACES)
 
 
 def test_ci_runs_the_readmes_commands_the_linters_some_modules_again_and_the_older(tmp_path):

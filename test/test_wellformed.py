@@ -40,12 +40,12 @@ SERVED: tuple[dict[str, Any], ...] = (
     {"repetition_penalty": 1, "frequency_penalty": True, "skip_special_tokens": np.bool_(True)},
 )
 REFUSED: tuple[tuple[str, Any, str], ...] = (
-    ("max_new_tokens", 1.5, "a whole number of at most 64 bits"),
-    ("max_new_tokens", "many", "a whole number of at most 64 bits"),
+    ("max_new_tokens", 1.5, f"a whole number below {1 << 63}"),
+    ("max_new_tokens", "many", f"a whole number below {1 << 63}"),
     ("min_new_tokens", "x", "a whole number below 2147483648"),
     ("top_k", 20.0, "a whole number below 2147483648"),
     ("top_k", 1 << 31, "a whole number below 2147483648"),
-    ("stream_interval", "x", "a whole number of at most 64 bits"),
+    ("stream_interval", "x", f"a whole number below {1 << 63}"),
     ("temperature", "x", "a number that is finite in float32"),
     ("top_p", [1], "a number that is finite in float32"),
     ("repetition_penalty", "x", "a number that is finite in float32"),
@@ -78,8 +78,8 @@ REFUSED: tuple[tuple[str, Any, str], ...] = (
     ("n", 129, "a whole number, at most 128"),
     ("beam_width", 2, "1, since a server with the deterministic gate searches no beams"),
     ("ebnf_full_assistant", "x", "true or false"),
-    ("max_new_tokens", 1 << 63, "a whole number of at most 64 bits"),
-    ("sampling_seed", 1 << 63, "a whole number of at most 64 bits"),
+    ("max_new_tokens", 1 << 63, f"a whole number below {1 << 63}"),
+    ("sampling_seed", 1 << 63, f"a whole number below {1 << 63}"),
     (
         "stop_regex",
         "(a+)+$b",

@@ -16,8 +16,8 @@ from margingate.harness.servers import PORTS
 MOST_WORKERS = 2  # a server and what asks it take 3 to 5 GB
 # Modules that start servers, the longest first: no worker is left alone with one at the end.
 SERVERS = (
-    *("families", "gated", "constraints", "pressure", "clients", "study", "stock", "invariant"),
-    *("images", "experts", "simulated", "ranks", "guard", "replicas"),
+    *("families", "gated", "constraints", "pressure", "clients", "study", "pools", "stock"),
+    *("invariant", "images", "experts", "simulated", "ranks", "guard", "replicas"),
 )
 PLACES = {f"test_server_{name}.py": place for place, name in enumerate(SERVERS)}
 PLACES["test_engine.py"] = len(SERVERS)

@@ -1,7 +1,8 @@
 """Parameters of another type than SGLang takes them to have: HTTP 400.
 
-SGLang checks many ranges, but few types. What gets past its tokenizer ends the scheduler, and with
-it the requests of all others: `max_new_tokens` 1.5 did, and a `logit_bias` that is a list.
+SGLang checks many ranges, and types of the bodies of `/generate` alone. What gets past its
+tokenizer ends the scheduler, and with it the requests of all others: `max_new_tokens` 1.5 did, and
+a `logit_bias` that is a list.
 `benchmark/robustness/bad_requests.py` has more of them.
 """
 
@@ -92,7 +93,7 @@ def _expressions(value: Any) -> bool:
 
 _Kind = tuple[Callable[[Any], bool], str]
 _INT32: _Kind = (_int32, f"a whole number below {1 << 31}")
-_INT64: _Kind = (_int64, "a whole number of at most 64 bits")
+_INT64: _Kind = (_int64, f"a whole number below {1 << 63}")
 _COPIES: _Kind = (_copies, f"a whole number, at most {MOST_COPIES}")
 _NUMBER: _Kind = (_number, "a number that is finite in float32")
 _FLAG: _Kind = (_flag, "true or false")

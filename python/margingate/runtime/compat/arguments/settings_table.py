@@ -109,7 +109,7 @@ REFUSED: _Group = {
 # Neither counted nor refused.
 NO_EFFECT: _Group = {
     "when a forward runs and what shares it, which the gate makes answers independent of": ""
-    "mem_fraction_static max_running_requests max_queued_requests max_total_tokens "
+    "mem_fraction_static max_queued_requests max_total_tokens "
     "chunked_prefill_size enable_dynamic_chunking max_prefill_tokens prefill_max_requests "
     "schedule_policy enable_priority_scheduling disable_priority_preemption default_priority_value "
     "abort_on_priority_when_disabled schedule_low_priority_values_first retraction_policy "
@@ -121,6 +121,7 @@ NO_EFFECT: _Group = {
     "load_balance_method num_reserved_decode_tokens prefill_decode_interval "
     "prefill_decode_interval_min_bs radix_eviction_policy_config "
     "_radix_eviction_policy_explicitly_set",
+    "as above; where it lowers --gate-rows, the plan says so": "max_running_requests",
     "which replica serves; all have one fingerprint, or there is no start": "dp_size",
     "the gate sets it where there is to be one K/V pool": "disable_hybrid_swa_memory",
     "SGLang reads it for draft models alone, or nowhere": "num_continuous_decode_steps",
