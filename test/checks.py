@@ -11,7 +11,7 @@ import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
-from margingate.harness.client import Answer, Client
+from margingate.harness.client import Answer, Client, Prompt
 from margingate.harness.servers import slow_bfloat16
 
 
@@ -41,6 +41,27 @@ def readings(answer: Answer) -> tuple[object, ...]:
     logprobs = answer.meta["output_token_logprobs"], answer.meta["output_top_logprobs"]
     assert len(logprobs[0]) == len(answer.tokens) > 0
     return (answer.tokens, answer.text, *logprobs, answer.meta.get("routed_experts"))
+
+
+def changed(reference: Sequence[Answer], answers: Sequence[Answer]) -> list[str]:
+    """The names of answers whose tokens, text, log-probs or experts are not the reference's."""
+    wanted = {answer.name: readings(answer) for answer in reference}
+    assert len(answers) > 0
+    return [answer.name for answer in answers if readings(answer) != wanted[answer.name]]
+
+
+def changed_in_company(
+    client: Client, prompts: Sequence[Prompt], alone: Sequence[Answer], **ask: Any
+) -> list[str]:
+    """Answers of a stock server that differ in a batch; of none, if ten batches changed none.
+
+    Batches form by arrival: on a busy machine short answers may go one after the other.
+    """
+    for _ in range(10):
+        client.flush()
+        if found := changed(alone, client.together(prompts, **ask)):
+            return found
+    return []
 
 
 def experts_of_tokens(answer: Answer, chosen: int) -> list[bytes]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import requests
-from checks import assert_clean, forced, readings
+from checks import assert_clean, changed, forced
 
 from margingate.harness.client import Answer, Client, Prompt, chat_prompts, read_prompts
 from margingate.harness.defaults import PROMPTS
@@ -77,12 +77,6 @@ def client(start, one_pool: list[Answer]) -> Client:
     server: Server = start(*OPTIONS, *options, stock_path=False)
     assert "serves two K/V pools: 4096 tokens" in server.log.read_text()
     return Client(server.base_url, TOKENS)
-
-
-def changed(reference: list[Answer], answers: list[Answer]) -> list[str]:
-    """The names of answers that differ in a token, in text or in a bit of a log-prob."""
-    wanted = {answer.name: readings(answer) for answer in reference}
-    return [answer.name for answer in answers if readings(answer) != wanted[answer.name]]
 
 
 def test_alone_and_cached(client: Client, prompts, one_pool):
