@@ -73,9 +73,9 @@ def test_an_abort_of_a_retracted_request_stands():
 
 def test_a_retracted_request_sends_nothing_until_its_output_is_back():
     nothing: Any = None
-    SettledStream(nothing, nothing, nothing, nothing)._send_settled(
-        unreachable, None, retracted(None)
-    )
+    req = retracted(None)
+    req.stream = True
+    SettledStream(nothing, nothing, nothing, nothing).send(unreachable, None, [req], False, None)
 
 
 @pytest.mark.parametrize("guarantee", ["sparse", "exact"])

@@ -98,17 +98,18 @@ def test_such_rows_are_verified_once_they_fill_a_pass(windows) -> None:
 
 
 def test_sglang_is_not_asked_to_send_for_nobody(monkeypatch) -> None:
+    gate, gated, _ = controller()
     nothing = cast(Any, None)
-    output = SettledStream(nothing, nothing, nothing, nothing)
-    monkeypatch.setattr(handlers, "_controller", SimpleNamespace(output=output))
-    gated = SimpleNamespace(gate=SimpleNamespace(gated=True), finished_reason=None)
+    gate.output = SettledStream(nothing, gate.requests, nothing, nothing)
+    monkeypatch.setattr(handlers, "_controller", gate)
+    vars(gated).update(finished_reason=None, stream=True, send_token_offset=0, output_ids=[5])
     free = SimpleNamespace(finished_reason=None)
     sent: list[Any] = []
 
     def original(_streamer: Any, reqs: Any, *_rest: Any) -> None:
         sent.append(reqs)
 
-    with output.muted():
+    with gate.output.muted():
         handlers.stream_output(original, None, [gated], False)
         assert sent == []
         handlers.stream_output(original, None, [gated, free], False)

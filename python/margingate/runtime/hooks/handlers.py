@@ -79,25 +79,18 @@ def before_free(pool: Any, req: Any) -> None:
         study.before_free(pool, allocator.get_kvcache(), req)
 
 
-def accept(original: Any, accumulator: Any, *, req: Any) -> None:
-    """AROUND _GenerationStreamAccumulator.accept: send the settled part of a request."""
-    _gate().output.accept(original, accumulator, req)
-
-
-def accept_failed(original: Any, accumulator: Any, *, req: Any) -> None:
-    """After a failure of `accept`."""
-    _gate().output.accept_failed(original, accumulator, req)
-
-
 def stream_output(
     original: Any, streamer: Any, reqs: Any, return_logprob: bool, skip_req: Any = None
 ) -> None:
-    """AROUND SchedulerOutputStreamer.stream_output: `accept` is asked only where it may send, and
-    SGLang not at all where it may send nothing, as while most results are processed.
-    """
-    sendable = _gate().output.sendable(reqs)
-    if sendable or not reqs:
-        original(streamer, sendable, return_logprob, skip_req)
+    """AROUND SchedulerOutputStreamer.stream_output."""
+    _gate().output.send(original, streamer, reqs, return_logprob, skip_req)
+
+
+def stream_failed(
+    original: Any, streamer: Any, reqs: Any, return_logprob: bool, skip_req: Any = None
+) -> None:
+    """After a failure of `stream_output`."""
+    _gate().output.send_failed(original, streamer, reqs, return_logprob, skip_req)
 
 
 # -- batches
