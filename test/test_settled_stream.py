@@ -175,6 +175,16 @@ def test_a_failure_of_the_hook_itself_ends_the_gated_requests_and_tells_ends_alo
     assert list(streamer.requests) == [tail], "its next finish check ends it"
 
 
+def test_an_end_that_was_not_withheld_is_not_told_with_rows_to_verify():
+    """SGLang would have found it in another way than it does."""
+    streamer = Streamer()
+    bad, good = (
+        streamer.add(k, unsettled=k == "a", finished_reason=FINISH_LENGTH(4)) for k in "ab"
+    )
+    streamer.send(bad, good)
+    assert streamer.sent == {"a": [], "b": [5, 6, 7, 8]} and is_ended(bad)
+
+
 def test_as_a_result_is_processed_only_ends_and_what_is_not_gated_may_be_sent():
     streamer = Streamer()
     decoding, ended = streamer.add("a"), streamer.add("b", finished_reason=FINISH_LENGTH(4))

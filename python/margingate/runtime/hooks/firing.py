@@ -45,7 +45,6 @@ REQUEST = (
     _SCHEDULER + "get_next_batch_to_run",
     _SCHEDULER + "process_batch_result",
     _SCHEDULER + "get_init_info",
-    "managers.schedule_batch.Req.update_finish_state",
     "mem_cache.memory_pool.ReqToTokenPool.free",
     "managers.scheduler_components.output_streamer.SchedulerOutputStreamer.stream_output",
 )

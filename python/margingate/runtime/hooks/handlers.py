@@ -9,9 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from margingate.runtime.observe import study
-from margingate.runtime.request import aborts, admission, guard, lifecycle
+from margingate.runtime.request import aborts, admission, guard
 from margingate.runtime.request.in_flight import InFlight
-from margingate.runtime.request.record import is_gated
 from margingate.runtime.schedule import next_batch, server_info
 from margingate.runtime.schedule.controller import GateController
 
@@ -43,15 +42,6 @@ def request_init(_result: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
 def add_request(_scheduler: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
     """BEFORE Scheduler._add_request_to_queue: answer what cannot be served with HTTP 400."""
     admission.queue(req, "" if _controller is None else _controller.checks.images)
-
-
-def update_finish_state(_result: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
-    """AFTER Req.update_finish_state: withhold the end of a request with pending rows.
-
-    Runs for each row of each step, unlike any other hook.
-    """
-    if req.finished_reason is not None and is_gated(req):
-        lifecycle.finish_checked(_gate().requests, req)
 
 
 def abort_request(original: Any, _scheduler: Any, recv_req: Any) -> None:

@@ -213,15 +213,6 @@ RUNTIME_HOOKS = (
         handlers.next_batch_failed,
     ),
     Hook(
-        "managers.schedule_batch.Req.update_finish_state",
-        AFTER,
-        handlers.update_finish_state,
-        "self new_accepted_len",
-        "withholds the end of a request with pending rows",
-        _CALLBACK,
-        Policy.REQUEST,
-    ),
-    Hook(
         "managers.scheduler_components.output_streamer.SchedulerOutputStreamer.stream_output",
         AROUND,
         handlers.stream_output,

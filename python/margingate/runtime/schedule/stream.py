@@ -11,7 +11,7 @@ from margingate.runtime.compat.kv import routed_experts
 from margingate.runtime.observe.fingerprint import Fingerprint
 from margingate.runtime.request import guard
 from margingate.runtime.request.open_requests import OpenRequests
-from margingate.runtime.request.record import INFO_KEY, is_gated
+from margingate.runtime.request.record import INFO_KEY
 from margingate.runtime.verify.retraction import Retractions
 
 _PLACE = "the output of a request"  # where something of ours raised
@@ -94,15 +94,15 @@ class SettledStream:
 
     def _sorted(self, reqs: list[Any], skip_req: Any) -> tuple[list[Any], list[Any], list[Any]]:
         """Those that ended and were not told, those that are not gated, and those that stream."""
-        ended, ungated, streams = [], [], []
-        for req in reqs:
+        ended, ungated, streams, muted = [], [], [], self._muted.on
+        for req in reqs:  # each of each step
             if req.finished_reason is not None:
                 if req is not skip_req and not req.finished_output:
                     ended.append(req)
-            elif not is_gated(req):
+            elif (gate := getattr(req, "gate", None)) is None or not gate.gated:
                 ungated.append(req)
-            elif req.stream and not self._muted.on and req.gate.kept is None:
-                streams.append(req)  # not retracted, with its output set aside
+            elif req.stream and not muted and gate.kept is None:  # or retracted: it is set aside
+                streams.append(req)
         return ended, ungated, streams
 
     def _settled(self, streams: list[Any]) -> tuple[list[Any], list[tuple[Any, Any]]]:
@@ -110,10 +110,10 @@ class SettledStream:
         tokens are not settled: a copy without them is in its place, which takes time.
         """
         found, whole = [], []
+        settled_length = self._requests.ledger.settled_length
         for req in streams:
             try:  # no context manager: this runs for each token
-                tokens = req.output_ids
-                settled = self._requests.ledger.settled_length(req.gate.key)
+                tokens, settled = req.output_ids, settled_length(req.gate.key)
                 if settled <= req.send_token_offset:
                     continue
                 if settled < len(tokens):
@@ -125,9 +125,10 @@ class SettledStream:
         return found, whole
 
     def _note_sent(self, reqs: list[Any]) -> None:
+        mark_sent = self._requests.ledger.mark_sent
         for req in reqs:
             try:
-                self._requests.ledger.mark_sent(req.gate.key, req.send_token_offset)
+                mark_sent(req.gate.key, req.send_token_offset)
             except Exception as error:
                 guard.failed(req, _PLACE, error)
 
@@ -142,8 +143,11 @@ class SettledStream:
         gate = getattr(req, "gate", None)
         if gate is None:
             return
-        if gate.key in self._requests and isinstance(req.finished_reason, FINISH_ABORT):
-            self._cut_to_settled(req)
+        if gate.key in self._requests:
+            if isinstance(req.finished_reason, FINISH_ABORT):
+                self._cut_to_settled(req)
+            elif not self._requests.is_settled(req):
+                raise RuntimeError("SGLang found its end where rows of it are to be verified")
         summary = gate.summary(self._config)
         seen = gate.generations(len(req.output_ids))
         summary["weight_generations"] = seen
