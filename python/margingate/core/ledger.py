@@ -122,9 +122,8 @@ class Ledger:
     def emit_canonical(self, rid: str) -> bool:
         """`emit` of a canonical row behind canonical ones. False, and nothing done, elsewhere."""
         account = self._accounts.get(rid)
-        if account is None or account.stopped or account.retracted:
-            return False
-        if account.canonical != account.emitted:
+        running = account and not (account.stopped or account.retracted)
+        if not (account and running and account.canonical == account.emitted):
             return False
         account.emitted = account.canonical = account.emitted + 1
         return True

@@ -71,6 +71,8 @@ class SettledStream:
         What raises for one of them ends that one.
         """
         ended, ungated, streams = self._sorted(reqs, skip_req)
+        if reqs and not (ended or ungated or streams):
+            return  # as while most results are processed
         for req in ended:
             with guard.request(req, _PLACE):
                 self._complete(req)
