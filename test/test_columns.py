@@ -176,10 +176,10 @@ def test_a_flip_in_a_request_that_was_left_out_brings_it_back(monkeypatch):
     world.scheduler.result_queue.append((world.batch(req), SimpleNamespace(copy_done=None)))
     world.scheduler.running_batch.reqs = [other]  # as SGLang left it out
     world.in_flight.bring_in()
-    req.update_finish_state()
-    assert isinstance(req.finished_reason, FINISH_LENGTH)
-    lifecycle.finish_checked(world.requests, req)
+    with lifecycle.ends_withheld(world.requests, [req]):
+        req.update_finish_state()
     assert world.requests.is_held(req) and not req.finished()
+    assert isinstance(req.gate.hold.reason, FINISH_LENGTH)
     assert columns.allocated(req) == len(PROMPT) + 3, "no step was launched behind its last row"
     rows = world.requests.next_batch()
     results = [None if r.index == 1 else RowResult(70 + r.index, 1.0, None) for r in rows]
@@ -206,9 +206,26 @@ def test_a_stop_token_in_the_last_place_ends_as_a_stop():
     req = world.decoding(3, most=4, flagged=2)
     world.emit(req)
     req.output_ids[-1] = 99
-    req.update_finish_state()
-    lifecycle.finish_checked(world.requests, req)
+    with lifecycle.ends_withheld(world.requests, [req]):
+        req.update_finish_state()
     assert isinstance(req.gate.hold.reason, FINISH_MATCHED_TOKEN) and req.gate.hold.length == 4
+
+
+def test_a_finish_check_that_raises_ends_its_request_alone(monkeypatch):
+    """And SGLang's own is in its place again, whatever SGLang does meanwhile."""
+    world = World()
+    bad, good = world.decoding(4, most=4, flagged=2), world.decoding(4, most=4, key="b", flagged=2)
+    real = world.requests.withhold
+    monkeypatch.setattr(
+        *(world.requests, "withhold", lambda req, hold: 1 / 0 if req is bad else real(req, hold))
+    )
+    with pytest.raises(ValueError), lifecycle.ends_withheld(world.requests, [bad, good]):
+        for req in (bad, good):
+            req.update_finish_state(1)
+        raise ValueError("of SGLang")
+    assert bad.finished_reason.status_code == 500 and bad.finished_len == 0
+    assert world.requests.is_held(good) and not world.requests.is_held(bad)
+    assert not any("update_finish_state" in vars(req) for req in (bad, good))
 
 
 def test_of_a_prompt_in_chunks_nothing_is_told_that_sglang_told():

@@ -24,7 +24,6 @@ from margingate.runtime.request.record import GateRequest
 from margingate.runtime.sampling import sampler
 from margingate.runtime.schedule import next_batch
 from margingate.runtime.schedule.prefill_admission import Admission
-from margingate.runtime.schedule.stream import SettledStream
 from margingate.runtime.verify import retraction
 
 
@@ -69,13 +68,6 @@ def test_an_abort_of_a_retracted_request_stands():
     requests.open(req)
     lifecycle.finish_checked(requests, req)
     assert isinstance(req.finished_reason, FINISH_ABORT) and not requests.held
-
-
-def test_a_retracted_request_sends_nothing_until_its_output_is_back():
-    nothing: Any = None
-    SettledStream(nothing, nothing, nothing, nothing)._send_settled(
-        unreachable, None, retracted(None)
-    )
 
 
 @pytest.mark.parametrize("guarantee", ["sparse", "exact"])

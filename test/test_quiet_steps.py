@@ -1,5 +1,6 @@
 """A step after which nothing waits asks for nothing, and whatever waits is seen."""
 
+import math
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -10,7 +11,9 @@ from margingate.runtime.hooks import handlers
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import GateRequest, Hold
 from margingate.runtime.schedule.controller import GateController
+from margingate.runtime.schedule.recording import Recorder
 from margingate.runtime.schedule.stream import SettledStream
+from margingate.runtime.verify.simulation import Simulator
 
 
 def hold(requests: OpenRequests, req: Any) -> None:
@@ -97,18 +100,41 @@ def test_such_rows_are_verified_once_they_fill_a_pass(windows) -> None:
     assert list(gate._full_tails([req])) == ([req] if windows else []), "exact alone has streams"
 
 
+@pytest.mark.parametrize("canonical", [True, False])
+def test_ends_are_withheld_of_requests_alone_that_may_have_rows_to_verify(canonical) -> None:
+    gate, settled, _ = controller()
+    flagged, free = (SimpleNamespace(gate=GateRequest(key, key == "b")) for key in "bc")
+    gate.requests.open(flagged)
+    gate.requests.ledger.emit("b", flagged=True)
+    reqs = [settled, flagged, free]
+    for req in reqs:
+        vars(req).update(finished_reason=None, is_retracted=False, inflight_middle_chunks=0)
+    nothing = cast(Any, SimpleNamespace(overlaps=True))
+    decode = cast(Any, SimpleNamespace(is_canonical=lambda *_: canonical))
+    made = Recorder(
+        *(nothing, gate.config, gate.requests, nothing, Simulator(gate.config)),
+        decode=decode,
+        unseen=math.inf,
+    )
+    mode = SimpleNamespace(is_extend=lambda: False)
+    result = SimpleNamespace(logits_output=None, can_run_cuda_graph=True)
+    found = made.record(SimpleNamespace(reqs=reqs, forward_mode=mode), result)
+    assert found == (canonical, [flagged] if canonical else [settled, flagged])
+
+
 def test_sglang_is_not_asked_to_send_for_nobody(monkeypatch) -> None:
+    gate, gated, _ = controller()
     nothing = cast(Any, None)
-    output = SettledStream(nothing, nothing, nothing, nothing)
-    monkeypatch.setattr(handlers, "_controller", SimpleNamespace(output=output))
-    gated = SimpleNamespace(gate=SimpleNamespace(gated=True), finished_reason=None)
+    gate.output = SettledStream(nothing, gate.requests, nothing, nothing)
+    monkeypatch.setattr(handlers, "_controller", gate)
+    vars(gated).update(finished_reason=None, stream=True, send_token_offset=0, output_ids=[5])
     free = SimpleNamespace(finished_reason=None)
     sent: list[Any] = []
 
     def original(_streamer: Any, reqs: Any, *_rest: Any) -> None:
         sent.append(reqs)
 
-    with output.muted():
+    with gate.output.muted():
         handlers.stream_output(original, None, [gated], False)
         assert sent == []
         handlers.stream_output(original, None, [gated, free], False)

@@ -222,15 +222,12 @@ def test_the_end_of_a_gated_request_is_looked_at(capturer):
     requests = OpenRequests(GateConfig(rows=4))
     stream = SettledStream(GateConfig(rows=4), requests, nothing, fingerprint)
     more = {"output_ids": [4, 5, 6], "return_logprob": False, "finished": lambda: True}
+    more |= {"finished_reason": FINISH_LENGTH(3), "finished_output": False, "send_token_offset": 0}
     sent: list[Any] = []
-
-    def send(req: Any) -> None:
-        stream.accept(lambda _acc, req: sent.append(req), nothing, req)
-
-    send(request(routed_experts=rows(5), **more))
-    with pytest.raises(RuntimeError):
-        send(request(**more))
-    assert len(sent) == 1
+    good, bad = request(routed_experts=rows(5), **more), request(**more)
+    stream.send(lambda _streamer, reqs, *_: sent.extend(reqs), nothing, [bad, good], False, None)
+    assert sent == [bad, good] and isinstance(good.finished_reason, FINISH_LENGTH)
+    assert bad.finished_reason.status_code == 500 and bad.finished_len == 0, "and no token of it"
 
 
 def test_who_wants_them_of_a_server_that_keeps_none_is_told_so(capturer):

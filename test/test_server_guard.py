@@ -47,7 +47,8 @@ def rids(given, several):
         yield getattr(each, "rid", None)
         if several:
             yield from getattr(each, "rids", None) or ()
-            yield from (req.rid for req in getattr(each, "reqs", None) or ())
+            reqs = each if isinstance(each, list) else getattr(each, "reqs", None)
+            yield from (getattr(req, "rid", None) for req in reqs or ())
 
 def armed(target, given, several):
     try:
@@ -59,7 +60,7 @@ def armed(target, given, several):
     found = [rid for rid in rids(given, several) if isinstance(rid, str)]
     if found and not any(rid.startswith("victim") for rid in found):
         return False
-    if not found and any(getattr(each, "reqs", None) == [] for each in given):
+    if not found and any(getattr(each, "reqs", each) == [] for each in given):
         return False
     os.unlink(ARMED)
     return True

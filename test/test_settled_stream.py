@@ -1,53 +1,197 @@
-"""A stream's settled part is handed to SGLang; the whole output is copied only where it must be."""
+"""SGLang's streamer is given settled tokens alone; a failure for one request is nobody else's."""
+
+from __future__ import annotations
 
 from array import array
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from sglang.srt.managers.schedule_batch import FINISH_LENGTH
 
+from margingate.config import GateConfig
+from margingate.runtime.hooks import handlers
+from margingate.runtime.hooks.scheduler_table import RUNTIME_HOOKS
+from margingate.runtime.request import guard
+from margingate.runtime.request.guard import Policy
+from margingate.runtime.request.open_requests import OpenRequests
+from margingate.runtime.request.record import GateRequest
 from margingate.runtime.schedule.stream import SettledStream
 
+TARGET = "managers.scheduler_components.output_streamer.SchedulerOutputStreamer.stream_output"
 
-@pytest.mark.parametrize(("settled", "copied"), [(4, False), (3, True)])
-def test_an_output_that_is_settled_is_not_copied(settled, copied):
-    ledger = SimpleNamespace(settled_length=lambda _key: settled, mark_sent=lambda *_: None)
-    requests, nothing = cast(Any, SimpleNamespace(ledger=ledger)), cast(Any, None)
-    sender = SettledStream(nothing, requests, nothing, nothing)
-    tokens = array("q", [5, 6, 7, 8])
-    req = SimpleNamespace(
-        gate=SimpleNamespace(kept=None, key="a"),
-        sampling_params=SimpleNamespace(stream_interval=None),
-        send_token_offset=0,
-        output_ids=tokens,
+
+class Req(SimpleNamespace):
+    """One that streams, unless told otherwise."""
+
+    def __init__(self, key: str, tokens: int = 4, *, gated: bool = True, **more: Any) -> None:
+        given = {"finished_reason": None, "finished_output": False, "send_token_offset": 0}
+        given |= {"finished_len": None, "to_finish": None, "stream": True, "return_logprob": False}
+        outputs = array("q", range(5, 5 + tokens))
+        gate = GateRequest(key, gated)
+        super().__init__(rid=key, gate=gate, output_ids=outputs, extra_key=None, **(given | more))
+
+    def finished(self) -> bool:
+        return self.finished_reason is not None
+
+
+class Streamer:
+    """The gate's around one that sends all it is shown, as SGLang's does."""
+
+    def __init__(self) -> None:
+        self.requests = OpenRequests(GateConfig(rows=8))
+        fingerprint = cast(Any, SimpleNamespace(of=lambda _seen: {}))
+        nothing = cast(Any, None)
+        self.gate = SettledStream(GateConfig(rows=8), self.requests, nothing, fingerprint)
+        self.sent: dict[str, list[int]] = {}
+        self.shown: list[Any] = []
+
+    def add(self, key: str, tokens: int = 4, *, unsettled: int = 0, **more: Any) -> Any:
+        """A gated request, whose last `unsettled` tokens wait for a verify pass."""
+        req = Req(key, tokens, **more)
+        self.requests.open(req)
+        for row in range(1, tokens + 1):
+            self.requests.ledger.emit(key, flagged=row > tokens - unsettled)
+        return req
+
+    def original(self, _streamer: Any, reqs: list[Any], *_: Any) -> None:
+        for req in reqs:
+            shown = req.output_ids[: req.finished_len]
+            self.shown.append(shown)
+            self.sent.setdefault(req.rid, []).extend(shown[req.send_token_offset :])
+            req.send_token_offset = len(shown)
+            req.finished_output = req.finished_output or req.finished()
+
+    def send(self, *reqs: Any, skip: Any = None) -> None:
+        self.gate.send(self.original, None, list(reqs), False, skip)
+
+
+@pytest.mark.parametrize(("unsettled", "copied"), [(0, False), (1, True)])
+def test_an_output_that_is_settled_is_not_copied(unsettled, copied):
+    streamer = Streamer()
+    req = streamer.add("a", unsettled=unsettled)
+    tokens, seen = req.output_ids, []
+    streamer.gate.send(lambda _s, reqs, *_: seen.append(reqs[0].output_ids), None, [req], False, 0)
+    assert (seen[0] is not tokens) == copied
+    assert list(seen[0]) == [5, 6, 7, 8][: 4 - unsettled]
+    assert req.output_ids is tokens
+
+
+def test_of_each_request_of_a_batch_the_settled_tokens_leave_and_no_others():
+    """Once, in order, and whatever else is in the batch."""
+    streamer = Streamer()
+    settled, tail, none = (streamer.add(str(n), 4, unsettled=n) for n in (0, 2, 4))
+    retracted, whole = streamer.add("kept"), streamer.add("whole", stream=False)
+    retracted.gate.kept = object()
+    free = Req("free", gated=False)
+    ended = streamer.add("ended", finished_reason=FINISH_LENGTH(4))
+    chunked = Req("chunked", 0, finished_reason=FINISH_LENGTH(4))
+    told = Req("told", finished_reason=FINISH_LENGTH(4), finished_output=True)
+    reqs = (settled, tail, none, retracted, whole, free, ended, chunked, told)
+    outputs = [req.output_ids for req in reqs]
+    streamer.send(*reqs, skip=chunked)
+    every = [5, 6, 7, 8]
+    assert streamer.sent == {"ended": every, "free": every, "0": every, "2": [5, 6]}
+    assert all(req.output_ids is output for req, output in zip(reqs, outputs, strict=True))
+    assert [streamer.requests.ledger.sent(req.gate.key) for req in (settled, tail)] == [4, 2]
+    assert "ended" not in streamer.requests and "gate" in ended.customized_info
+    streamer.send(settled, tail)
+    assert len(streamer.shown) == 4, "nothing new is settled"
+
+
+def test_outputs_are_whole_again_whatever_sglang_does():
+    streamer = Streamer()
+    req, whole = streamer.add("a", unsettled=1), array("q", [5, 6, 7, 8])
+
+    def original(*_: Any) -> None:
+        raise ValueError("of SGLang")
+
+    with pytest.raises(ValueError, match="of SGLang"):
+        streamer.gate.send(original, None, [req], False, None)
+    assert req.output_ids == whole
+
+
+def is_ended(req: Any) -> bool:
+    reason = req.finished_reason or req.to_finish
+    return getattr(reason, "status_code", None) == 500
+
+
+@pytest.mark.parametrize("where", ["settled_length", "mark_sent"])
+def test_what_raises_for_one_that_streams_ends_that_one_alone(monkeypatch, where):
+    streamer = Streamer()
+    good, bad, after = (streamer.add(key, unsettled=1) for key in ("good", "bad", "after"))
+    ledger = streamer.requests.ledger
+    real = getattr(ledger, where)
+
+    def raising(rid: str, *rest: Any) -> Any:
+        if rid == "bad":
+            raise RuntimeError("ours")
+        return real(rid, *rest)
+
+    monkeypatch.setattr(ledger, where, raising)
+    streamer.send(good, bad, after)
+    assert [is_ended(req) for req in (good, bad, after)] == [False, True, False]
+    assert streamer.sent["good"] == streamer.sent["after"] == [5, 6, 7]
+    assert len(streamer.sent.get("bad", ())) == (3 if where == "mark_sent" else 0)
+    assert all(len(req.output_ids) == 4 for req in (good, bad, after))
+
+
+@pytest.mark.parametrize("where", ["summary", "close"])
+def test_what_raises_for_one_that_ends_ends_that_one_alone(monkeypatch, where):
+    """Before it was told, with HTTP 500 and nothing more; afterwards, it was told."""
+    streamer = Streamer()
+    reqs = [streamer.add(key, finished_reason=FINISH_LENGTH(4)) for key in ("good", "bad", "after")]
+    bad = reqs[1]
+    owner = GateRequest if where == "summary" else OpenRequests
+    real = getattr(owner, where)
+
+    def raising(self: Any, given: Any) -> Any:
+        if bad.gate in (self, getattr(given, "gate", None)):
+            raise RuntimeError("ours")
+        return real(self, given)
+
+    monkeypatch.setattr(owner, where, raising)
+    streamer.send(*reqs)
+    assert [is_ended(req) for req in reqs] == [False, where == "summary", False]
+    assert streamer.sent["good"] == streamer.sent["after"] == [5, 6, 7, 8]
+    assert streamer.sent["bad"] == ([] if where == "summary" else [5, 6, 7, 8])
+    assert all(req.finished_output for req in reqs)
+    assert list(streamer.requests) == ([bad] if where == "close" else [])
+
+
+def test_a_failure_of_the_hook_itself_ends_the_gated_requests_and_tells_ends_alone(monkeypatch):
+    """None of them with a token that was not settled."""
+    streamer = Streamer()
+    tail, ended = streamer.add("tail", unsettled=1), streamer.add("ended", unsettled=1)
+    ended.finished_reason, free = FINISH_LENGTH(4), Req("free", gated=False)
+    (hook,) = (each for each in RUNTIME_HOOKS if each.target == TARGET)
+    assert hook.policy is Policy.BATCH
+    monkeypatch.setattr(SettledStream, "_settled", lambda *_: 1 / 0)
+    monkeypatch.setattr(handlers, "_controller", SimpleNamespace(output=streamer.gate))
+    guarded = guard.wrap("toy", hook.function, hook.policy, around=True, instead=hook.instead)
+    guarded(streamer.original, None, [tail, ended, free], False)
+    assert is_ended(tail) and is_ended(ended) and not is_ended(free)
+    assert streamer.sent == {"ended": [], "free": [5, 6, 7, 8]}
+    assert list(streamer.requests) == [tail], "its next finish check ends it"
+
+
+def test_an_end_that_was_not_withheld_is_not_told_with_rows_to_verify():
+    """SGLang would have found it in another way than it does."""
+    streamer = Streamer()
+    bad, good = (
+        streamer.add(k, unsettled=k == "a", finished_reason=FINISH_LENGTH(4)) for k in "ab"
     )
-    seen = []
-    accumulator = SimpleNamespace(default_stream_interval=1)
-    sender._send_settled(lambda _acc, req: seen.append(req.output_ids), accumulator, req)
-    assert (seen[0] is not tokens) == copied and list(seen[0]) == [5, 6, 7, 8][:settled]
-    assert req.output_ids is tokens and req.sampling_params.stream_interval is None
-
-
-@pytest.mark.parametrize("finished", [True, False])
-def test_after_a_failure_the_end_is_told_and_nothing_else(finished):
-    told, closed = [], []
-    requests = cast(Any, SimpleNamespace(close=closed.append))
-    nothing = cast(Any, None)
-    req = SimpleNamespace(finished=lambda: finished)
-    sender = SettledStream(nothing, requests, nothing, nothing)
-    sender.accept_failed(lambda _acc, req: told.append(req), None, req)
-    assert told == closed == [req] * finished
+    streamer.send(bad, good)
+    assert streamer.sent == {"a": [], "b": [5, 6, 7, 8]} and is_ended(bad)
 
 
 def test_as_a_result_is_processed_only_ends_and_what_is_not_gated_may_be_sent():
-    nothing = cast(Any, None)
-    sender = SettledStream(nothing, nothing, nothing, nothing)
-    gated, other = SimpleNamespace(gated=True), SimpleNamespace(gated=False)
-    decoding = SimpleNamespace(gate=gated, finished_reason=None)
-    ended = SimpleNamespace(gate=gated, finished_reason="length")
-    free = SimpleNamespace(gate=other, finished_reason=None)
-    early = SimpleNamespace(finished_reason=None)  # of before the gate was up
-    reqs = [decoding, ended, free, early]
-    assert sender.sendable(reqs) == reqs
-    with sender.muted():
-        assert sender.sendable(reqs) == [ended, free, early]
+    streamer = Streamer()
+    decoding, ended = streamer.add("a"), streamer.add("b", finished_reason=FINISH_LENGTH(4))
+    free, early = Req("c", gated=False), Req("d")
+    del early.gate  # made before the gate was up
+    with streamer.gate.muted():
+        streamer.send(decoding, ended, free, early)
+    assert list(streamer.sent) == ["b", "c", "d"]
+    streamer.send(decoding)
+    assert list(streamer.sent) == ["b", "c", "d", "a"]

@@ -133,7 +133,12 @@ class Stream:
     def step(self) -> None:
         """SGLang's streamer asks after a step; what it would send is noted."""
         made = accumulator(self.interval)
-        self.stream.accept(_GenerationStreamAccumulator.accept, made, self.req)
+
+        def original(_streamer: Any, reqs: list[Any], *_: Any) -> None:
+            for req in reqs:
+                made.accept(req=req)
+
+        self.stream.send(original, None, [self.req], True, None)
         for ids, values in zip(made.output_ids, made.output_token_logprobs_val, strict=True):
             assert len(ids) == len(values), "each token with its log-prob"
             self.sent.append(list(ids))

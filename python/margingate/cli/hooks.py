@@ -52,7 +52,7 @@ def ledger() -> str:
             f"`{patch.owner}.{patch.name}`",
             "instance",
             patch.process,
-            "process",
+            patch.ends,
             patch.why,
             patch.remove_when,
         )

@@ -21,6 +21,7 @@ class InstancePatch:
     why: str
     remove_when: str
     process: str = "scheduler"  # which replaces it; "startup" is every process
+    ends: str = "process"  # what an exception of ours in it ends
 
 
 _TRITON = "layers.attention.triton_backend.TritonAttnBackend"
@@ -54,6 +55,13 @@ ON_ENGINE = (
         "SGLang lets plugins declare arguments",
         "startup",
     ),
+)
+ON_REQUEST = InstancePatch(
+    "managers.schedule_batch.Req",
+    "update_finish_state",
+    "withholds the end of a request with pending rows, as the result of such a row is processed",
+    "SGLang offers plugins a callback here",
+    ends="request",
 )
 ON_LOGPROBS = InstancePatch(
     "layers.logprob_processor.InputLogprobProcessor",
@@ -110,7 +118,7 @@ ON_QUANTIZED = tuple(
     )
 )
 INSTANCE_PATCHES = (
-    *(*ON_TRITON, *ON_TWO_POOLS, *ON_FLASHINFER, ON_LOGPROBS, ON_DUAL_GEMM),
+    *(*ON_TRITON, *ON_TWO_POOLS, *ON_FLASHINFER, ON_REQUEST, ON_LOGPROBS, ON_DUAL_GEMM),
     *(ON_EXPERTS, ON_ROUTERS, *ON_GATES, *ON_QUANTIZED, *ON_ENGINE),
 )
 

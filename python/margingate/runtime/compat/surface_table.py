@@ -94,8 +94,6 @@ SURFACE: Mapping[str, str] = {
     "managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter": ""
     "current_scheduler_metrics_enabled",
     "managers.scheduler_components.output_streamer.SchedulerOutputStreamer": "stream_output",
-    "managers.scheduler_components.output_streamer._GenerationStreamAccumulator": ""
-    "default_stream_interval",
     "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager": ""
     "_session offload_tags",
     "managers.tokenizer_manager.TokenizerManager": ""
@@ -145,8 +143,7 @@ SURFACE: Mapping[str, str] = {
     "return_sampling_masks sampling_seed temperatures top_ks top_ps",
     "sampling.sampling_params.SamplingParams": ""
     "custom_params frequency_penalty logit_bias max_new_tokens min_new_tokens min_p n "
-    "presence_penalty repetition_penalty sampling_seed stop_token_ids stream_interval "
-    "temperature top_k top_p",
+    "presence_penalty repetition_penalty sampling_seed stop_token_ids temperature top_k top_p",
     "state_capturer.base.BaseDeviceCache": "buffer",
     "state_capturer.base.TopkCaptureOutput": "finalize map_device_tensors",
     "state_capturer.routed_experts.RoutedExpertsCapturer": ""

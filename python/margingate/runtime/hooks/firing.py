@@ -45,9 +45,8 @@ REQUEST = (
     _SCHEDULER + "get_next_batch_to_run",
     _SCHEDULER + "process_batch_result",
     _SCHEDULER + "get_init_info",
-    "managers.schedule_batch.Req.update_finish_state",
     "mem_cache.memory_pool.ReqToTokenPool.free",
-    "managers.scheduler_components.output_streamer._GenerationStreamAccumulator.accept",
+    "managers.scheduler_components.output_streamer.SchedulerOutputStreamer.stream_output",
 )
 COPY = "managers.utils.GenerationBatchResult.copy_to_cpu"
 FORWARD = "model_executor.model_runner.ModelRunner._forward_raw"

@@ -9,9 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from margingate.runtime.observe import study
-from margingate.runtime.request import aborts, admission, guard, lifecycle
+from margingate.runtime.request import aborts, admission, guard
 from margingate.runtime.request.in_flight import InFlight
-from margingate.runtime.request.record import is_gated
 from margingate.runtime.schedule import next_batch, server_info
 from margingate.runtime.schedule.controller import GateController
 
@@ -45,15 +44,6 @@ def add_request(_scheduler: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
     admission.queue(req, "" if _controller is None else _controller.checks.images)
 
 
-def update_finish_state(_result: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
-    """AFTER Req.update_finish_state: withhold the end of a request with pending rows.
-
-    Runs for each row of each step, unlike any other hook.
-    """
-    if req.finished_reason is not None and is_gated(req):
-        lifecycle.finish_checked(_gate().requests, req)
-
-
 def abort_request(original: Any, _scheduler: Any, recv_req: Any) -> None:
     """AROUND Scheduler.abort_request."""
     _gate().abort(original, recv_req)
@@ -79,25 +69,18 @@ def before_free(pool: Any, req: Any) -> None:
         study.before_free(pool, allocator.get_kvcache(), req)
 
 
-def accept(original: Any, accumulator: Any, *, req: Any) -> None:
-    """AROUND _GenerationStreamAccumulator.accept: send the settled part of a request."""
-    _gate().output.accept(original, accumulator, req)
-
-
-def accept_failed(original: Any, accumulator: Any, *, req: Any) -> None:
-    """After a failure of `accept`."""
-    _gate().output.accept_failed(original, accumulator, req)
-
-
 def stream_output(
     original: Any, streamer: Any, reqs: Any, return_logprob: bool, skip_req: Any = None
 ) -> None:
-    """AROUND SchedulerOutputStreamer.stream_output: `accept` is asked only where it may send, and
-    SGLang not at all where it may send nothing, as while most results are processed.
-    """
-    sendable = _gate().output.sendable(reqs)
-    if sendable or not reqs:
-        original(streamer, sendable, return_logprob, skip_req)
+    """AROUND SchedulerOutputStreamer.stream_output."""
+    _gate().output.send(original, streamer, reqs, return_logprob, skip_req)
+
+
+def stream_failed(
+    original: Any, streamer: Any, reqs: Any, return_logprob: bool, skip_req: Any = None
+) -> None:
+    """After a failure of `stream_output`."""
+    _gate().output.send_failed(original, streamer, reqs, return_logprob, skip_req)
 
 
 # -- batches

@@ -29,7 +29,7 @@ class Policy(Enum):
 
     FATAL = "process"  # start-up, and what no request's content can make raise
     REQUEST = "request"  # the one that the hook is given
-    BATCH = "batch"  # the gated requests of the batches that it is given
+    BATCH = "batch"  # the gated requests of the batches and lists that it is given
     FORWARD = "forward"  # the gated requests of the forward that runs; the others' tokens go on
     OPEN = "open"  # all open gated requests
     OBSERVE = "nothing"  # what it would have told is lost, and counted
@@ -183,8 +183,10 @@ def _concerned(policy: Policy, given: tuple[Any, ...]) -> Iterable[Any]:
         return _forward
     if policy is Policy.OPEN:
         return _open
-    batches = [each for each in given if policy is Policy.BATCH and isinstance(each, ScheduleBatch)]
-    return [req for batch in batches for req in batch.reqs]
+    if policy is not Policy.BATCH:
+        return ()
+    batches = (each.reqs if isinstance(each, ScheduleBatch) else each for each in given)
+    return [req for batch in batches if isinstance(batch, list) for req in batch]
 
 
 def _gated(reqs: Iterable[Any]) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from time import monotonic as now
 from typing import Any
 
@@ -15,6 +16,28 @@ from margingate.runtime.compat.model import images
 from margingate.runtime.request import guard
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import Hold
+
+
+@contextmanager
+def ends_withheld(requests: OpenRequests, reqs: list[Any]) -> Iterator[None]:
+    """Meanwhile SGLang's finish checks of `reqs` are `check_finish`. No hook: it would run for each
+    row of each step, and few are pending.
+    """
+    for req in reqs:
+        req.update_finish_state = partial(check_finish, requests, req)
+    try:
+        yield
+    finally:
+        for req in reqs:
+            del req.update_finish_state
+
+
+def check_finish(requests: OpenRequests, req: Any, accepted: int = 1) -> None:
+    """SGLang's finish check behind so many tokens; an end with pending rows is withheld."""
+    type(req).update_finish_state(req, accepted)
+    if req.finished_reason is not None:
+        with guard.request(req, "a finish check"):
+            finish_checked(requests, req)
 
 
 def finish_checked(requests: OpenRequests, req: Any) -> None:

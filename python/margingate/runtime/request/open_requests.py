@@ -92,7 +92,7 @@ class OpenRequests:
 
     def opened(self, reqs: Sequence[Any]) -> list[Any]:
         """Those of `reqs` that have a row, or ended before they had one."""
-        return [req for req in reqs if req.finished() or req.gate.key in self._open]
+        return [req for req in reqs if req.gate.key in self._open or req.finished()]
 
     def is_settled(self, req: Any) -> bool:
         """Whether all that was emitted may be sent."""

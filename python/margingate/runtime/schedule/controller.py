@@ -91,9 +91,9 @@ class GateController:
             return
         gated = gated_of(batch.reqs)
         self.in_flight.arrived(batch, result)
-        canonical = self.recorder.record(batch, result)
+        canonical, unsettled = self.recorder.record(batch, result)
         told = _with_whole_prompts(batch, gated)  # SGLang counts their chunks as it appends
-        self._append(original, batch, result, gated)
+        self._append(original, batch, result, gated, unsettled)
         self.requests.stepped(batch, len(gated), canonical)
         self.merged.process_results(result)
         if not self.in_flight.overlaps and (gated or self.merged.waiting):
@@ -160,13 +160,18 @@ class GateController:
 
     # -- its stages
 
-    def _append(self, original: Any, batch: Any, result: Any, gated: list[Any]) -> None:
+    def _append(
+        self, original: Any, batch: Any, result: Any, gated: list[Any], unsettled: list[Any]
+    ) -> None:
         """SGLang appends the tokens and looks for ends, which are withheld where rows are pending.
 
         With overlap a withheld request may have one row more, whose token nobody wants.
         """
-        behind = list(filter(self.requests.is_held, gated)) if self.requests.held else []
-        with self.output.muted(), lifecycle.passed_over(behind) if behind else _NOBODY:
+        requests = self.requests
+        behind = list(filter(requests.is_held, gated)) if requests.held else []
+        withheld = lifecycle.ends_withheld(requests, unsettled) if unsettled else _NOBODY
+        passed_over = lifecycle.passed_over(behind) if behind else _NOBODY
+        with self.output.muted(), withheld, passed_over:
             original(self.scheduler, batch, result)
         if batch.forward_mode.is_extend():
             constraints.abort_failed(gated)

@@ -43,10 +43,11 @@ class Recorder:
         self._policy = GatePolicy(config.policy, config.threshold, config.router_threshold)
         self._observes, self._studies = config.policy == "observe", config.study
 
-    def record(self, batch: Any, result: Any) -> bool:
+    def record(self, batch: Any, result: Any) -> tuple[bool, list[Any]]:
         """Enter this forward's rows into the ledger, before SGLang sees whether they end.
 
-        Returns whether the forward was canonical.
+        Returns whether the forward was canonical, and the gated requests that may have a row to be
+        verified.
         """
         prefill = batch.forward_mode.is_extend()
         canonical = prefill or self._is_canonical(batch, result)
@@ -59,7 +60,7 @@ class Recorder:
             rows = self._requests.enter_canonical(rows, margins)
         for i, req in rows:
             self._record_row(req, result, i, Evidence(margins[i], routers[i], canonical), prefill)
-        return canonical
+        return canonical, [req for _, req in rows if req.gate.gated]
 
     def _record_row(self, req: Any, result: Any, i: int, evidence: Evidence, prefill: bool) -> None:
         """What `enter_canonical` leaves, one by one. `evidence`: canonical as the forward is."""

@@ -9,9 +9,12 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from margingate.config import GateConfig
 from margingate.runtime.compat.kv import routed_experts
 from margingate.runtime.observe.fingerprint import Fingerprint
+from margingate.runtime.request import guard
 from margingate.runtime.request.open_requests import OpenRequests
-from margingate.runtime.request.record import INFO_KEY, is_gated
+from margingate.runtime.request.record import INFO_KEY
 from margingate.runtime.verify.retraction import Retractions
+
+_PLACE = "the output of a request"  # where something of ours raised
 
 
 class _WithLastToken(list[Any]):
@@ -59,44 +62,103 @@ class SettledStream:
         """
         return self._muted
 
-    def sendable(self, reqs: list[Any]) -> list[Any]:
-        """`reqs` without those of which `accept` would send nothing now, whatever they have."""
-        if not self._muted.on:
-            return reqs
-        return [req for req in reqs if req.finished_reason is not None or not is_gated(req)]
+    def send(
+        self, original: Any, streamer: Any, reqs: list[Any], return_logprob: bool, skip_req: Any
+    ) -> None:
+        """AROUND SchedulerOutputStreamer.stream_output: SGLang is given the requests that may send
+        something, and in their outputs nothing that is not settled. It is not asked for nobody.
 
-    def accept(self, original: Any, accumulator: Any, req: Any) -> None:
-        """AROUND _GenerationStreamAccumulator.accept: send the settled part of a request."""
-        if req.finished():
-            self._send_last(original, accumulator, req)
-        elif not is_gated(req):
-            original(accumulator, req=req)
-        elif req.stream and not self._muted.on:
-            self._send_settled(original, accumulator, req)
+        What raises for one of them ends that one.
+        """
+        ended, ungated, streams = self._sorted(reqs, skip_req)
+        if reqs and not (ended or ungated or streams):
+            return  # as while most results are processed
+        for req in ended:
+            with guard.request(req, _PLACE):
+                self._complete(req)
+        settled, whole = self._settled(streams)
+        try:
+            if (shown := ended + ungated + settled) or not reqs:
+                original(streamer, shown, return_logprob, skip_req)
+        finally:
+            for req, tokens in whole:
+                req.output_ids = tokens
+        self._note_sent(settled)
+        self._close(ended)
 
-    def accept_failed(self, original: Any, accumulator: Any, req: Any) -> None:
-        """After a failure of `accept`: the end is told, and nothing else."""
-        if req.finished():
-            original(accumulator, req=req)
-            self._requests.close(req)
+    def send_failed(
+        self, original: Any, streamer: Any, reqs: list[Any], return_logprob: bool, skip_req: Any
+    ) -> None:
+        """After a failure of `send`: ends are told, and what is not gated; nothing else."""
+        ended, ungated, _ = self._sorted(reqs, skip_req)
+        original(streamer, ended + ungated, return_logprob, skip_req)
+        self._close(ended)
 
-    def _send_last(self, original: Any, accumulator: Any, req: Any) -> None:
+    def _sorted(self, reqs: list[Any], skip_req: Any) -> tuple[list[Any], list[Any], list[Any]]:
+        """Those that ended and were not told, those that are not gated, and those that stream."""
+        ended, ungated, streams, muted = [], [], [], self._muted.on
+        for req in reqs:  # each of each step
+            if req.finished_reason is not None:
+                if req is not skip_req and not req.finished_output:
+                    ended.append(req)
+            elif (gate := getattr(req, "gate", None)) is None or not gate.gated:
+                ungated.append(req)
+            elif req.stream and not muted and gate.kept is None:  # or retracted: it is set aside
+                streams.append(req)
+        return ended, ungated, streams
+
+    def _settled(self, streams: list[Any]) -> tuple[list[Any], list[tuple[Any, Any]]]:
+        """Those with settled tokens that were not sent, and the whole outputs of those whose last
+        tokens are not settled: a copy without them is in its place, which takes time.
+        """
+        found, whole = [], []
+        settled_length = self._requests.ledger.settled_length
+        for req in streams:
+            try:  # no context manager: this runs for each token
+                tokens, settled = req.output_ids, settled_length(req.gate.key)
+                if settled <= req.send_token_offset:
+                    continue
+                if settled < len(tokens):
+                    req.output_ids = tokens[:settled]
+                    whole.append((req, tokens))
+                found.append(req)
+            except Exception as error:
+                guard.failed(req, _PLACE, error)
+        return found, whole
+
+    def _note_sent(self, reqs: list[Any]) -> None:
+        mark_sent = self._requests.ledger.mark_sent
+        for req in reqs:
+            try:
+                mark_sent(req.gate.key, req.send_token_offset)
+            except Exception as error:
+                guard.failed(req, _PLACE, error)
+
+    def _close(self, ended: list[Any]) -> None:
+        for req in ended:
+            if getattr(req, "gate", None) is not None:
+                with guard.request(req, _PLACE):
+                    self._requests.close(req)
+
+    def _complete(self, req: Any) -> None:
+        """The record goes with the last output, and an aborted one has what was settled."""
         gate = getattr(req, "gate", None)
-        if gate is not None:
-            if gate.key in self._requests and isinstance(req.finished_reason, FINISH_ABORT):
+        if gate is None:
+            return
+        if gate.key in self._requests:
+            if isinstance(req.finished_reason, FINISH_ABORT):
                 self._cut_to_settled(req)
-            summary = gate.summary(self._config)
-            seen = gate.generations(len(req.output_ids))
-            summary["weight_generations"] = seen
-            if gate.gated:
-                routed_experts.fit(req)
-                summary |= self._fingerprint.of(seen)
-                if _is_scored(req):
-                    summary["scores"] = self._scores
-            req.customized_info = {INFO_KEY: _WithLastToken([summary])}
-        original(accumulator, req=req)
-        if gate is not None:
-            self._requests.close(req)
+            elif not self._requests.is_settled(req):
+                raise RuntimeError("SGLang found its end where rows of it are to be verified")
+        summary = gate.summary(self._config)
+        seen = gate.generations(len(req.output_ids))
+        summary["weight_generations"] = seen
+        if gate.gated:
+            routed_experts.fit(req)
+            summary |= self._fingerprint.of(seen)
+            if _is_scored(req):
+                summary["scores"] = self._scores
+        req.customized_info = {INFO_KEY: _WithLastToken([summary])}
 
     def _cut_to_settled(self, req: Any) -> None:
         """An aborted request ends with what was settled."""
@@ -104,23 +166,6 @@ class SettledStream:
             self._retractions.give_back(req)
         settled = 0 if req.gate.failed else self._requests.ledger.settled_length(req.gate.key)
         req.finished_len = min(max(settled, req.send_token_offset), len(req.output_ids))
-
-    def _send_settled(self, original: Any, accumulator: Any, req: Any) -> None:
-        if req.gate.kept is not None:  # retracted: what it had is set aside until it is prefilled
-            return
-        ledger, key = self._requests.ledger, req.gate.key
-        settled, sent = ledger.settled_length(key), req.send_token_offset
-        interval = req.sampling_params.stream_interval or accumulator.default_stream_interval
-        if settled <= sent or (sent > 0 and settled - sent < interval):
-            return  # SGLang would say the same of a copy
-        tokens = req.output_ids
-        if settled < len(tokens):  # a copy of the whole output: not where all of it is settled
-            req.output_ids = tokens[:settled]
-        try:
-            original(accumulator, req=req)
-        finally:
-            req.output_ids = tokens
-        ledger.mark_sent(key, req.send_token_offset)
 
 
 def _is_scored(req: Any) -> bool:

@@ -177,7 +177,7 @@ class Passes:
         batched = rollback.to_row(self._scheduler, self._in_flight.around(), req, row, result)
         constraints.follow(req, self._penalties)
         self._requests.unhold(req)
-        req.update_finish_state(1)
+        lifecycle.check_finish(self._requests, req)
         if req.finished():
             lifecycle.end(self._requests, self._scheduler.tree_cache, req)
         elif not batched:
