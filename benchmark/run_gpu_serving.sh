@@ -7,14 +7,9 @@
 # first word goes to the benchmark, where a later option wins over an earlier one. python3 there
 # must have sglang.
 set -u
-cd "$(dirname "$0")/.."
-OUT=${OUT:-/tmp/out}
+cd "$(dirname "$0")/.." && source benchmark/bench/steps.sh
 LOGS=/tmp/margingate-logs/$1
-mkdir -p "$OUT" "$LOGS"
-export PYTHONPATH=$PWD:$PWD/python:$PWD/sgl-kernel-patches:${PYTHONPATH:-}
-# SGLang finds the plugin by its metadata.
-python3 -c 'import importlib.metadata as m; m.distribution("margingate")' 2>/dev/null ||
-    python3 setup.py -q egg_info || exit 1
+mkdir -p "$LOGS"
 
 what=$1
 shift

@@ -44,10 +44,18 @@ def readings(answer: Answer) -> tuple[object, ...]:
 
 
 def changed(reference: Sequence[Answer], answers: Sequence[Answer]) -> list[str]:
-    """The names of answers whose tokens, text, log-probs or experts are not the reference's."""
+    """The names of answers whose tokens, text, log-probs or experts are not the reference's, which
+    may have others too.
+    """
     wanted = {answer.name: readings(answer) for answer in reference}
     assert len(answers) > 0
     return [answer.name for answer in answers if readings(answer) != wanted[answer.name]]
+
+
+def changed_of_all(reference: Sequence[Answer], answers: Sequence[Answer]) -> list[str]:
+    """As `changed`, where each answer of the reference has to be there, once."""
+    assert sorted(answer.name for answer in reference) == sorted(answer.name for answer in answers)
+    return changed(reference, answers)
 
 
 def changed_in_company(
@@ -59,7 +67,7 @@ def changed_in_company(
     """
     for _ in range(10):
         client.flush()
-        if found := changed(alone, client.together(prompts, **ask)):
+        if found := changed_of_all(alone, client.together(prompts, **ask)):
             return found
     return []
 

@@ -15,7 +15,13 @@ from types import SimpleNamespace
 
 import pytest
 import requests
-from checks import assert_clean, changed, changed_in_company, experts_of_tokens, forced
+from checks import (
+    assert_clean,
+    changed_in_company,
+    changed_of_all,
+    experts_of_tokens,
+    forced,
+)
 from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 from transformers import AutoConfig
 
@@ -138,18 +144,20 @@ def test_each_token_but_the_last_has_its_experts(client, prompts, alone, chosen)
 
 def test_batched_shuffled_cached_and_retracted(client, prompts, alone, ask):
     """One request at a time is retracted, so that each batch has answers of both kinds."""
-    assert changed(alone, client.alone(prompts, **ask)) == [], "alone, with the prompts cached"
+    assert changed_of_all(alone, client.alone(prompts, **ask)) == [], (
+        "alone, with the prompts cached"
+    )
     assert all(answer.meta["num_retractions"] == 0 for answer in alone)
     retracted = []
     for seed in range(2):
         order = random.Random(seed).sample(prompts, len(prompts))
         cached = client.together(order, **ask)
-        assert changed(alone, cached) == [], "batched, with the prompts cached"
+        assert changed_of_all(alone, cached) == [], "batched, with the prompts cached"
         # Whole chunks of a prompt are: a short one has none.
         assert any(answer.meta["cached_tokens"] > 0 for answer in cached)
         client.flush()
         cold = client.together(order, **ask)
-        assert changed(alone, cold) == [], "batched, nothing cached at first"
+        assert changed_of_all(alone, cold) == [], "batched, nothing cached at first"
         retracted += [answer.meta["num_retractions"] for answer in (*cached, *cold)]
     assert client.gate_state()["largest_batch"] >= 6
     assert retracted.count(0) >= 4 and sum(retracted) >= 4, retracted
@@ -159,7 +167,7 @@ def test_batched_shuffled_cached_and_retracted(client, prompts, alone, ask):
 def test_forced_flips_are_repaired(client, prompts, alone, ask):
     client.flush()
     answers = client.together(prompts, sampling_params=forced([1, 5, 6, 13]), **ask)
-    assert changed(alone, answers) == []
+    assert changed_of_all(alone, answers) == []
     assert all(answer.meta["gate"]["flips"] >= 2 for answer in answers)
     assert_clean(client)
 
@@ -213,8 +221,8 @@ def test_other_weights_in_blocks_and_these_again(
     before = client.gate_state()["fingerprint"]
     assert post(client, "update_weights_from_disk", model_path=str(other)).ok
     others = client.alone(prompts, **ask)
-    assert len(changed(alone, others)) > len(prompts) // 2, "the weights are others"
-    assert changed(others, client.together(prompts, **ask)) == []
+    assert len(changed_of_all(alone, others)) > len(prompts) // 2, "the weights are others"
+    assert changed_of_all(others, client.together(prompts, **ask)) == []
     marks = {answer.meta["gate"]["fingerprint"] for answer in others}
     for path, body in (
         ("begin_weight_update", {}),
@@ -222,8 +230,8 @@ def test_other_weights_in_blocks_and_these_again(
         ("end_weight_update", {}),
     ):
         assert post(client, path, **body).ok
-    assert changed(alone, client.together(prompts, **ask)) == []
-    assert changed(alone, client.alone(prompts, **ask)) == []
+    assert changed_of_all(alone, client.together(prompts, **ask)) == []
+    assert changed_of_all(alone, client.alone(prompts, **ask)) == []
     assert client.gate_state()["fingerprint"] == before and before not in marks
     assert_clean(client)
     if experts_of:  # one of the two is enough
@@ -231,7 +239,7 @@ def test_other_weights_in_blocks_and_these_again(
             start(*dtype, *experts_of, "--model-path", str(other), stock_path=False).base_url,
             TOKENS,
         )
-        assert changed(others, fresh.together(prompts, **ask)) == []
+        assert changed_of_all(others, fresh.together(prompts, **ask)) == []
 
 
 def test_weights_that_sglang_keeps_in_another_form_stay(
@@ -249,7 +257,7 @@ def test_weights_that_sglang_keeps_in_another_form_stay(
         refused = post(client, path, **body)
         assert refused.status_code == 400
         assert "SGLang keeps those of model.layers.0." in refused.json()["message"]
-    assert changed(alone[:3], client.together(prompts[:3], **ask)) == []
+    assert changed_of_all(alone[:3], client.together(prompts[:3], **ask)) == []
     after = client.gate_state()
     assert (after["fingerprint"], after["weight_generation"]) == (
         (before["fingerprint"], before["weight_generation"])
@@ -263,5 +271,5 @@ def test_the_stock_server_does_not_pass(start, dtype, prompts, ask, experts_of):
     client = Client(start(*dtype, *experts_of, gate=False).base_url, 4 * TOKENS)  # BF16 hides most
     alone = client.alone(prompts, **ask)
     client.flush()
-    assert changed(alone, client.alone(prompts, **ask)) == []
+    assert changed_of_all(alone, client.alone(prompts, **ask)) == []
     assert changed_in_company(client, prompts, alone, **ask)

@@ -2,8 +2,7 @@
 
 SGLang checks many ranges, and types of the bodies of `/generate` alone. What gets past its
 tokenizer ends the scheduler, and with it the requests of all others: `max_new_tokens` 1.5 did, and
-a `logit_bias` that is a list.
-`benchmark/robustness/bad_requests.py` has more of them.
+a `logit_bias` that is a list. `benchmark/robustness/bad_requests.py` has more of them.
 """
 
 from __future__ import annotations

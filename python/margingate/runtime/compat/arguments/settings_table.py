@@ -121,7 +121,7 @@ NO_EFFECT: _Group = {
     "load_balance_method num_reserved_decode_tokens prefill_decode_interval "
     "prefill_decode_interval_min_bs radix_eviction_policy_config "
     "_radix_eviction_policy_explicitly_set",
-    "as above; where it lowers --gate-rows, the plan says so": "max_running_requests",
+    "when a forward runs; where it lowers --gate-rows, the plan says so": "max_running_requests",
     "which replica serves; all have one fingerprint, or there is no start": "dp_size",
     "the gate sets it where there is to be one K/V pool": "disable_hybrid_swa_memory",
     "SGLang reads it for draft models alone, or nowhere": "num_continuous_decode_steps",
