@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from checks import assert_clean, assert_metrics, forced
-from test_server_families import changed
+from checks import assert_clean, assert_metrics, changed, forced
 
 from margingate.cli.main import main
 from margingate.harness.client import Client, Prompt, chat_prompts, read_prompts
