@@ -249,7 +249,8 @@ class Server:
     ) -> None:
         gate = GateRequest("key", True)
         gate.begins(2, tokens=0)
-        gate.margins, gate.canonical = array("f", [0.25, 0.5, 0.75]), bytearray(canonical)
+        for margin, mark in zip((0.25, 0.5, 0.75), canonical, strict=True):
+            gate.note_row(margin, flagged=False, canonical=bool(mark))
         gate.draw = more.pop("draw", None)
         ids = array("q", output)
         req = SimpleNamespace(

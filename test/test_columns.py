@@ -124,8 +124,7 @@ class World:
         if row > 1:
             self._allocate(req, 1)
         self.requests.ledger.emit(req.gate.key, flagged=flagged, canonical=row == 1 and not flagged)
-        req.gate.margins.append(1.0)
-        req.gate.flags.append(flagged)
+        req.gate.note_row(1.0, flagged=flagged, canonical=row == 1)
         req.output_ids.append(50 + row)
 
     def _allocate(self, req: Any, count: int) -> None:

@@ -233,7 +233,7 @@ def test_tokens_of_replaced_weights_stand_whatever_a_pass_says(monkeypatch):
     server = Server(1)
     req = server.add("a", 6, 5)  # rows 2 to 5 are computed
     req.output_ids, req.finished = list(range(100, 106)), lambda: False
-    req.gate.margins, req.gate.flags = [1.0] * 6, [False] * 6
+    req.gate.margins.extend([1.0] * 6)
     req.gate.begins(0, tokens=0)
     req.gate.crosses(1, tokens=3)
     server.ledger.mark_sent("a", 2)

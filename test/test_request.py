@@ -1,6 +1,7 @@
 """One request: gated, left alone or refused, and for which reason."""
 
 from array import array
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -452,6 +453,32 @@ def test_counts_add_up_field_by_field():
     for number in (1, 2):
         total.add(Counts(**dict.fromkeys(Counts.__slots__, number)))
     assert all(getattr(total, name) == 3 for name in Counts.__slots__)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_are_known_as_they_were_noted(seed):
+    """Of rows that are canonical and not flagged, with or without a call."""
+    rng = Random(seed)
+    gate, wanted = GateRequest("1:a", True), []
+    for row in range(60):
+        flagged, canonical = rng.choice(
+            [(False, True), (False, True), (True, False), (False, False)]
+        )
+        if canonical and rng.random() < 0.7:
+            gate.margins.append(row)
+        else:
+            gate.note_row(row, flagged=flagged, canonical=canonical)
+        wanted.append((float(row), flagged, canonical))
+        if rng.random() < 0.1:
+            kept = rng.randrange(len(wanted) + 1)
+            gate.forget_rows(kept)
+            del wanted[kept:]
+        rows = range(1, len(wanted) + 1)
+        canonical_rows = gate.were_canonical(len(wanted) + 3)
+        flags = [gate.was_flagged(row) for row in rows]
+        assert list(zip(gate.margins, flags, canonical_rows, strict=True)) == wanted
+        assert gate.were_canonical(5) == canonical_rows[:5]
+        assert not gate.was_flagged(len(wanted) + 1)
 
 
 def test_log_prob_lists_are_those_that_are_kept():

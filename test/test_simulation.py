@@ -58,7 +58,8 @@ def test_a_simulated_flag_stands_for_the_margin_only(margin):
 
 def request(prompt: list[int], flags: list[bool]) -> Any:
     gate = GateRequest("1:a", True, prompt=str(prompt))
-    gate.flags.extend(flags)
+    for flagged in flags:
+        gate.note_row(1.0, flagged=flagged, canonical=False)
     return SimpleNamespace(origin_input_ids=array("q", prompt), gate=gate, vocab_size=VOCABULARY)
 
 

@@ -104,7 +104,7 @@ class Auditor(Observer):
                 gate.weights[0].generation,  # if it saw others, none is the present one
                 # A draw's margin may have been computed in a batch that filters, and is not noted.
                 margins=gate.margins[:rows] if gate.draw is None else array("f"),
-                promised=bytes(gate.canonical[:rows]),
+                promised=gate.were_canonical(rows),
                 logprobs=_logprobs(req, min(canonical, rows)),
                 columns=columns,
             )

@@ -86,7 +86,7 @@ def _verdict(req: Any, row: int, outcome: Outcome, token: int, verified: int) ->
         verified,
         None if stale else gate.margins[row - 1],
         row > 1 and not stale,
-        len(gate.flags) - row + 1 if outcome is Outcome.FLIP else 0,
+        len(gate.margins) - row + 1 if outcome is Outcome.FLIP else 0,
     )
 
 

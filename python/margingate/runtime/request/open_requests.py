@@ -171,8 +171,6 @@ class OpenRequests:
                 others.append(row)
                 continue
             gate.margins.append(margin)
-            gate.flags.append(False)
-            gate.canonical.append(True)
             gate.counts.steps += 1
         if entered := len(rows) - len(others):
             self.reasons[CANONICAL.reason] = self.reasons.get(CANONICAL.reason, 0) + entered
@@ -184,14 +182,12 @@ class OpenRequests:
         settled = canonical and decision is not INJECTED
         self.reasons[decision.reason] = self.reasons.get(decision.reason, 0) + 1
         self.ledger.emit(gate.key, flagged=decision.flagged, canonical=settled)
-        gate.margins.append(margin)
-        gate.flags.append(decision.flagged)
-        gate.canonical.append(canonical)
+        gate.note_row(margin, flagged=decision.flagged, canonical=canonical)
         gate.counts.steps += 1
         if decision.flagged:
             gate.counts.flagged += 1
             self.queue.note(gate.key, self.step)
-            self.observers.flagged(req, len(gate.flags), margin, decision.reason)
+            self.observers.flagged(req, len(gate.margins), margin, decision.reason)
         if gate.waits_since is None and not self.is_settled(req):
             gate.waits_since = now()
 
@@ -234,7 +230,7 @@ class OpenRequests:
         if outcome is Outcome.STALE:
             return
         counts.repaired += row.index > 1
-        counts.replayed += not req.gate.flags[row.index - 1]
+        counts.replayed += not req.gate.was_flagged(row.index)
         counts.missed += outcome is Outcome.MISSED
 
     def pass_entered(self, reqs: Sequence[Any]) -> None:

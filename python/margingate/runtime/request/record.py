@@ -16,6 +16,7 @@ FORCED_IDS = "gate_forced_ids"
 COLUMNS = "gate_columns"
 # A gated prompt's columns are canonical; it must not meet the columns of a batched prefill.
 CACHE_NAMESPACE = "margingate:"
+_CANONICAL, _FLAGGED = 1, 2  # marks of a row
 INFO_KEY = "gate"  # of the record in `meta_info` and in OpenAI's `metadata`
 
 
@@ -90,8 +91,7 @@ class GateRequest:
     waits_since: float | None = None  # time.monotonic of the oldest token that is not settled
     kept: Kept | None = None
     margins: array[float] = field(default_factory=lambda: array("f"))  # by row, logits
-    flags: bytearray = field(default_factory=bytearray)  # by row: was it flagged
-    canonical: bytearray = field(default_factory=bytearray)  # by row: was it, as it was emitted
+    marks: bytearray = field(default_factory=bytearray)  # by row; those behind its end: _CANONICAL
     columns: Any = None  # digests of its columns, where an audit will want them
     prompt: str = ""  # a digest of its token ids
     media: bool = False  # it has images, video or sound
@@ -132,11 +132,29 @@ class GateRequest:
             seen.generation for i, seen in enumerate(self.weights) if i == 0 or seen.tokens < tokens
         ]
 
+    def note_row(self, margin: float, *, flagged: bool, canonical: bool) -> None:
+        """A row was emitted, with this margin in logits. Of one that is canonical and not flagged,
+        as most are, `margins` alone may be told.
+        """
+        if flagged or not canonical:
+            if untold := len(self.margins) - len(self.marks):
+                self.marks.extend(bytes([_CANONICAL]) * untold)
+            self.marks.append(_FLAGGED * flagged | _CANONICAL * canonical)
+        self.margins.append(margin)
+
+    def was_flagged(self, row: int) -> bool:
+        """Whether the row (from 1) was, as it was emitted; False for one that is not there."""
+        return row <= len(self.marks) and bool(self.marks[row - 1] & _FLAGGED)
+
+    def were_canonical(self, rows: int) -> bytes:
+        """Of each of the first `rows`, 1 if it was canonical as it was emitted, else 0."""
+        marks = self.marks[:rows].ljust(min(rows, len(self.margins)), bytes([_CANONICAL]))
+        return bytes(mark & _CANONICAL for mark in marks)
+
     def forget_rows(self, kept: int) -> None:
         """Drop what is known of the rows after the first `kept`."""
         del self.margins[kept:]
-        del self.flags[kept:]
-        del self.canonical[kept:]
+        del self.marks[kept:]
 
     def summary(self, config: GateConfig) -> dict[str, Any]:
         """For `meta_info["gate"]`."""

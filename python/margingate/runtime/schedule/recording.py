@@ -102,14 +102,14 @@ class Recorder:
         requests, key = self._requests, req.gate.key
         relay = None if self._in_flight.overlaps else self._scheduler.future_map
         fault = bool(req.gate.faults) and inject_fault(relay, req, result, i)
-        if not req.gate.flags and key not in requests:  # once a request, not once a token
+        if not req.gate.margins and key not in requests:  # once a request, not once a token
             requests.open(req)
             constraints.begin(req)
         # Batch-invariant arithmetic on K/V that is not canonical gives no canonical bits, and a
         # margin that is no number means that the row itself is broken.
         margin, router, canonical, _ = evidence
         canonical = canonical and requests.columns_are_canonical(req) and not math.isnan(margin)
-        simulated = self._simulator.flag(req, len(req.gate.flags) + 1)
+        simulated = self._simulator.flag(req, len(req.gate.margins) + 1)
         verdict = self._policy.decide(Evidence(margin, router, canonical, simulated))
         requests.enter_row(req, margin, INJECTED if fault else verdict, canonical=canonical)
 

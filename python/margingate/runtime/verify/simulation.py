@@ -44,8 +44,8 @@ class Simulator:
         Another verdict on the same row, after a retraction, is the same. Log-probs stay as they
         were.
         """
-        flags = req.gate.flags  # of a request that was rolled back, fewer than the pass had rows
-        flagged = self._flips and row.index <= len(flags) and flags[row.index - 1]
+        # A request that was rolled back has fewer rows than the pass had.
+        flagged = self._flips and req.gate.was_flagged(row.index)
         if not flagged or not self._simulation.flips(req.gate.prompt, row.index):
             return result
         return replace(result, token=(result.token + 1) % req.vocab_size)
