@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
+from http import HTTPStatus
 from inspect import signature
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,6 +15,7 @@ from typing import Any, cast
 import pytest
 import torch
 from sglang.srt.managers.schedule_batch import (
+    FINISH_ABORT,
     FINISH_LENGTH,
     FINISH_MATCHED_TOKEN,
     Req,
@@ -30,7 +32,7 @@ from margingate.config import GateConfig
 from margingate.runtime.compat.kv import columns
 from margingate.runtime.hooks import handlers
 from margingate.runtime.observe import integrity
-from margingate.runtime.request import lifecycle
+from margingate.runtime.request import guard, lifecycle
 from margingate.runtime.request.column_holders import ColumnHolders
 from margingate.runtime.request.in_flight import InFlight
 from margingate.runtime.request.open_requests import OpenRequests
@@ -268,6 +270,34 @@ def test_whether_a_retracted_request_can_go_on_is_passed_on(monkeypatch, resumab
         assert said is resumable
     assert (req.gate.key in world.requests) is (known and resumable)
     assert (req.gate.kept is not None) is (known and resumable)
+
+
+def no_memory(req: Any) -> None:
+    req.to_finish = FINISH_ABORT("no memory", HTTPStatus.INTERNAL_SERVER_ERROR)
+
+
+def failed(req: Any) -> None:
+    guard.end(req, "a test", ValueError("made up"))
+
+
+def grammar_failed(req: Any) -> None:
+    req.to_finish = FINISH_ABORT("no", HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
+
+
+@pytest.mark.parametrize(
+    ("happened", "stays"), [(no_memory, False), (failed, True), (grammar_failed, True)]
+)
+def test_of_those_about_to_end_sglang_forgets_only_the_one_without_memory(
+    monkeypatch, happened, stays
+):
+    """The others are prefilled again before they end; nothing of them is told meanwhile."""
+    monkeypatch.setattr("margingate.runtime.sampling.constraints.follow", lambda *_: None)
+    world = World()
+    req = world.decoding(3)
+    happened(req)
+    assert retractions(world).release(lambda req: True, req)
+    assert (req.gate.key in world.requests) is stays
+    assert len(req.output_ids) == (0 if stays else 3)
 
 
 @pytest.mark.parametrize(("flagged", "kept"), [(1, 0), (2, 1), (0, 3)])

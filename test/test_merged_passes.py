@@ -14,7 +14,7 @@ from margingate.config import GateConfig
 from margingate.core.ledger import Ledger
 from margingate.runtime.hooks import handlers
 from margingate.runtime.request import guard, lifecycle
-from margingate.runtime.request.forward_record import MergedPass, record_on
+from margingate.runtime.request.forward_record import MergedPass, record_of, record_on
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import GateRequest, Hold
 from margingate.runtime.verify import merged_passes, passes
@@ -416,3 +416,23 @@ def test_a_step_whose_pass_raises_runs_without_it(two):
     batch = SimpleNamespace(forward_mode=DECODE, batch_size=2)
     assert two.merged.forward(lambda *_: "logits", None, batch) == "logits"
     assert "a verify pass" in two.requests["bad"].to_finish.message
+
+
+def test_rows_without_verdicts_are_wanted_again():
+    """Those whose request is there, and was not taken back since; not of verdicts that wait."""
+    server = Server()
+    reqs = [server.add(key, 6, 3) for key in "abc"]
+    server.requests.step = 2
+    rows, due = server.board()
+    assert {row.rid for row in rows} == set("abc")
+    server.requests.close(reqs[1])
+    server.ledger.retract("c")
+    result = carrying(MergedPass(rows, due, now(), best([0] * len(rows))))
+    server.merged.waiting.append((record_of(result).merged, []))
+    server.merged.put_back(result)
+    assert not server.ledger.wanted("a"), "their verdicts come"
+    server.merged.waiting.clear()
+    server.merged.put_back(result)
+    assert list(server.ledger.wanted("a")) == [2, 3] and server.requests.due(idle=True)
+    assert not server.ledger.wanted("c")
+    server.merged.put_back(SimpleNamespace(logits_output=SimpleNamespace()))

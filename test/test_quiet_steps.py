@@ -1,6 +1,7 @@
 """A step after which nothing waits asks for nothing, and whatever waits is seen."""
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -141,3 +142,44 @@ def test_sglang_is_not_asked_to_send_for_nobody(monkeypatch) -> None:
         handlers.stream_output(original, None, [], False)
     handlers.stream_output(original, None, [gated], False)
     assert sent == [[free], [], [gated]]
+
+
+def without_overlap() -> tuple[Any, Any, list[str]]:
+    """As `controller`, with no step in flight; `asked` is what a result is followed by."""
+    gate, req, asked = controller()
+    gate.in_flight = SimpleNamespace(
+        overlaps=False, is_processed=lambda _: False, arrived=lambda *_: None
+    )
+    gate.recorder = SimpleNamespace(record=lambda *_: (False, []))
+    gate.scheduler, gate.output = None, SimpleNamespace(muted=nullcontext)
+    gate.merged = SimpleNamespace(
+        waiting=[],
+        process_results=lambda _: asked.append("verdicts"),
+        put_back=lambda _: asked.append("put back"),
+    )
+    gate.verify = lambda _batch, reqs: asked.append(f"verify {len(reqs)}")
+    return gate, req, asked
+
+
+def free_batch() -> Any:
+    free = SimpleNamespace(gate=GateRequest("free", False), stream=False, finished=lambda: False)
+    mode = SimpleNamespace(is_extend=lambda: False, is_decode=lambda: True)
+    return SimpleNamespace(reqs=[free], forward_mode=mode)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_withheld_end_is_looked_at_where_only_others_decode(waits) -> None:
+    """Nobody else would, without overlap, for as long as they do."""
+    gate, req, asked = without_overlap()
+    if waits:
+        hold(gate.requests, req)
+    gate.process(lambda *_: None, free_batch(), None)
+    assert asked == ["verdicts", "verify 0"][: 1 + waits]
+
+
+def test_what_a_step_carried_is_put_back_where_its_result_fails() -> None:
+    gate, _, asked = without_overlap()
+    gate.recorder.record = lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        gate.process(lambda *_: None, free_batch(), None)
+    assert asked == ["put back"]

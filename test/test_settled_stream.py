@@ -7,12 +7,12 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from sglang.srt.managers.schedule_batch import FINISH_LENGTH
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, FINISH_MATCHED_TOKEN
 
 from margingate.config import GateConfig
 from margingate.runtime.hooks import handlers
 from margingate.runtime.hooks.scheduler_table import RUNTIME_HOOKS
-from margingate.runtime.request import guard
+from margingate.runtime.request import guard, lifecycle
 from margingate.runtime.request.guard import Policy
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import GateRequest
@@ -183,6 +183,39 @@ def test_an_end_that_was_not_withheld_is_not_told_with_rows_to_verify():
     )
     streamer.send(bad, good)
     assert streamer.sent == {"a": [], "b": [5, 6, 7, 8]} and is_ended(bad)
+
+
+def test_what_a_request_stopped_at_leaves_with_its_end():
+    """SGLang's detokenizer takes a stop token off the text that an end comes with, and no other."""
+    streamer = Streamer()
+    req = streamer.add("a", 4)
+    streamer.requests.ledger.emit("a", flagged=True)  # and behind it the last one, which is not
+    streamer.requests.ledger.emit("a", flagged=False)
+    req.output_ids.extend([9, 99])
+    streamer.send(req)
+    rows = streamer.requests.ledger.take("a", 8)
+    req.finished_reason, req.finished_len = FINISH_MATCHED_TOKEN(matched=99), 6
+    lifecycle.finish_checked(streamer.requests, req)
+    assert streamer.requests.is_held(req)
+    for row in rows:
+        streamer.requests.ledger.verdict(row, match=True)
+    assert streamer.requests.is_settled(req)
+    streamer.send(req)
+    assert streamer.sent == {"a": [5, 6, 7, 8]}
+    held = streamer.requests.unhold(req)
+    req.finished_reason = held.reason
+    streamer.send(req)
+    assert streamer.sent == {"a": [5, 6, 7, 8, 9, 99]} and req.finished_output
+
+
+def test_an_aborted_request_that_is_not_open_tells_nothing_more():
+    """Nothing is known of what it has."""
+    streamer = Streamer()
+    req = streamer.add("a", finished_reason=FINISH_ABORT("made up"), send_token_offset=1)
+    streamer.requests.close(req)
+    free = Req("free", gated=False, finished_reason=FINISH_ABORT("made up"))
+    streamer.send(req, free)
+    assert streamer.sent == {"a": [], "free": [5, 6, 7, 8]}
 
 
 def test_as_a_result_is_processed_only_ends_and_what_is_not_gated_may_be_sent():

@@ -165,8 +165,7 @@ class OpenRequests:
         """
         others, emit = [], self.ledger.emit_canonical
         for row in rows:
-            gate: GateRequest = row[1].gate
-            margin = margins[row[0]]
+            gate, margin = row[1].gate, margins[row[0]]
             if isnan(margin) or gate.faults or not emit(gate.key):
                 others.append(row)
                 continue
@@ -214,6 +213,11 @@ class OpenRequests:
     def next_batch(self, room: int | None = None) -> tuple[Row, ...]:
         """Take the rows of the next pass, at most `room`; they are in flight afterwards."""
         return self.queue.next_batch(self.ledger, room)
+
+    def put_back(self, key: str) -> None:
+        """No verdict came on rows of the open request that are in flight: they are wanted again."""
+        self.ledger.put_back(key)
+        self.queue.settle(self.ledger, key, self.step)
 
     def pass_began(self, reqs: Sequence[Any], due: str) -> None:
         """The verdicts of a pass with rows of `reqs` are about to be entered."""

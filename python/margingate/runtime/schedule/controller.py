@@ -89,6 +89,13 @@ class GateController:
         """
         if self.in_flight.is_processed(result):
             return
+        try:
+            self._process(original, batch, result)
+        except Exception:
+            self.merged.put_back(result)
+            raise
+
+    def _process(self, original: Any, batch: Any, result: Any) -> None:
         gated = gated_of(batch.reqs)
         self.in_flight.arrived(batch, result)
         canonical, unsettled = self.recorder.record(batch, result)
@@ -96,7 +103,7 @@ class GateController:
         self._append(original, batch, result, gated, unsettled)
         self.requests.stepped(batch, len(gated), canonical)
         self.merged.process_results(result)
-        if not self.in_flight.overlaps and (gated or self.merged.waiting):
+        if not self.in_flight.overlaps and (gated or self._is_open()):
             self.verify(batch, gated)
         self.send(told)
         if self.config.debug:

@@ -109,14 +109,15 @@ class SettledStream:
 
     def _settled(self, streams: list[Any]) -> tuple[list[Any], list[tuple[Any, Any]]]:
         """Those with settled tokens that were not sent, and the whole outputs of those whose last
-        tokens are not settled: a copy without them is in its place, which takes time.
+        tokens are not settled: a copy without them is in its place, which takes time. One whose end
+        is withheld waits for it: what it stopped at is no text, and SGLang knows that by the end.
         """
         found, whole = [], []
         settled_length = self._requests.ledger.settled_length
         for req in streams:
             try:  # no context manager: this runs for each token
                 tokens, settled = req.output_ids, settled_length(req.gate.key)
-                if settled <= req.send_token_offset:
+                if settled <= req.send_token_offset or req.gate.hold is not None:
                     continue
                 if settled < len(tokens):
                     req.output_ids = tokens[:settled]
@@ -145,11 +146,11 @@ class SettledStream:
         gate = getattr(req, "gate", None)
         if gate is None:
             return
-        if gate.key in self._requests:
-            if isinstance(req.finished_reason, FINISH_ABORT):
-                self._cut_to_settled(req)
-            elif not self._requests.is_settled(req):
-                raise RuntimeError("SGLang found its end where rows of it are to be verified")
+        is_open = gate.key in self._requests
+        if gate.gated and isinstance(req.finished_reason, FINISH_ABORT):
+            self._cut_to_settled(req, is_open)
+        elif is_open and not self._requests.is_settled(req):
+            raise RuntimeError("SGLang found its end where rows of it are to be verified")
         summary = gate.summary(self._config)
         seen = gate.generations(len(req.output_ids))
         summary["weight_generations"] = seen
@@ -160,11 +161,12 @@ class SettledStream:
                 summary["scores"] = self._scores
         req.customized_info = {INFO_KEY: _WithLastToken([summary])}
 
-    def _cut_to_settled(self, req: Any) -> None:
+    def _cut_to_settled(self, req: Any, is_open: bool) -> None:
         """An aborted request ends with what was settled."""
         if req.gate.kept is not None:
             self._retractions.give_back(req)
-        settled = 0 if req.gate.failed else self._requests.ledger.settled_length(req.gate.key)
+        known = is_open and not req.gate.failed
+        settled = self._requests.ledger.settled_length(req.gate.key) if known else 0
         req.finished_len = min(max(settled, req.send_token_offset), len(req.output_ids))
 
 

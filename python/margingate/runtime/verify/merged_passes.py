@@ -133,6 +133,19 @@ class MergedPasses:
         if not behind and all(self._passes.matches(row, each) for row, each in pairs):
             self.enter()
 
+    def put_back(self, result: Any) -> None:
+        """Something raised as a step's results were processed: the rows that it carried are to be
+        verified anew, but for those whose verdicts were entered or wait for that.
+        """
+        record = record_of(result)
+        carried = None if record is None else record.merged
+        if carried is None or any(carried is merged for merged, _ in self.waiting):
+            return
+        requests = self._requests
+        for row in {row.rid: row for row in carried.rows}.values():
+            if requests.of_row(row) is not None and requests.is_current(row):
+                requests.put_back(row.rid)
+
     def enter(self) -> None:
         """Enter the verdicts that came. Nothing may be in flight if one of them is a flip."""
         waiting, self.waiting = self.waiting, []

@@ -148,10 +148,15 @@ class Retractions:
 
 
 def _is_given_up(req: Any) -> bool:
-    """Whether SGLang ends it here: no memory even alone. Other aborts go back to the queue."""
+    """Whether SGLang ends it here: no memory even alone. Other aborts go back to the queue; those
+    with this status, of a grammar or of the gate, name a type of error.
+    """
     reason = req.to_finish
     code = HTTPStatus.INTERNAL_SERVER_ERROR
-    return isinstance(reason, FINISH_ABORT) and reason.status_code == code
+    return isinstance(reason, FINISH_ABORT) and (reason.status_code, reason.err_type) == (
+        code,
+        None,
+    )
 
 
 def _set_aside(req: Any, kept: int) -> None:
