@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,21 @@ def test_one_by_one_flags_the_same_rows(client, made_up):
     """Dummy weights are small: what is flagged, and what flips, does not hang on the batch."""
     together = client.together(made_up[:3], sampling_params=PARAMS)
     assert_same(together, client.alone(made_up[:3], sampling_params=PARAMS))
+
+
+def test_ends_that_wait_come_beside_a_request_that_is_not_gated(client, made_up):
+    """Its steps carry their passes, and nobody else's; it does not end before they do."""
+    asked = {**PARAMS, "custom_params": {"deterministic": False}, "max_new_tokens": 400}
+    short = {**PARAMS, "max_new_tokens": 6}
+    before = client.gate_state()
+    with ThreadPoolExecutor(1) as other:
+        free = other.submit(client.alone, made_up[-1:], sampling_params=asked)
+        answers = client.alone(made_up, sampling_params=short)
+        assert not free.done()
+    assert [answer.meta["completion_tokens"] for answer in free.result()] == [400]
+    assert sum(gates(answers, "passes")) > 0, "some ends had to wait"
+    assert difference(before, client.gate_state())["merged_passes"] > 0
+    assert_clean(client)
 
 
 def test_a_penalty_of_the_models_own_is_served(client):
