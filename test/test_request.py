@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from margingate.config import GateConfig, GateError
-from margingate.runtime.request.admission import attach, digest
+from margingate.runtime.request.admission import attach, digest, queue
 from margingate.runtime.request.record import (
     CACHE_NAMESPACE,
     LOGPROB_LISTS,
@@ -140,6 +140,25 @@ def test_a_score_is_gated_and_draws_nothing(seed):
     assert (params.top_k, params.temperature, params.top_p, params.min_p) == (1, 1.0, 1.0, 0.0)
     opted_out = request(OPT_OUT, max_new_tokens=0, top_k=9, temperature=0.5)
     assert not classify(opted_out).gated and opted_out.sampling_params.temperature == 0.5
+
+
+@pytest.mark.parametrize("custom", [None, OPT_OUT])
+def test_the_greedy_choice_at_a_temperature_has_log_probs_of_none(custom):
+    """SGLang divides by it in a batch that also samples, and in no other."""
+    req = request(custom, top_k=1, temperature=0.7, top_p=0.9)
+    assert classify(req).gated is (custom is None)
+    assert req.sampling_params.temperature == (0.7 if custom else 1.0)
+
+
+def test_the_record_names_the_prompt_that_sglang_cut():
+    req = request(origin_input_ids=array("q", [1, 2, 3, 4]))
+    req.to_finish = None
+    before = classify(req).prompt
+    queue(req, "")
+    assert req.gate.prompt == before
+    req.origin_input_ids = req.origin_input_ids[:3]  # --allow-auto-truncate, behind its making
+    queue(req, "")
+    assert req.gate.prompt == digest([1, 2, 3]) != before
 
 
 def test_a_choice_without_a_seed_of_its_own_is_refused():

@@ -22,6 +22,8 @@ from margingate.runtime.request import guard
 from margingate.runtime.request.forward_record import ForwardRecord, record_on
 from margingate.runtime.request.in_flight import InFlight
 from margingate.runtime.request.open_requests import OpenRequests
+from margingate.runtime.request.record import GateRequest
+from margingate.runtime.request.sampling_params import Penalties
 from margingate.runtime.sampling import router_margins, sampler
 from margingate.runtime.schedule.recording import Recorder
 from margingate.runtime.verify.simulation import Simulator
@@ -349,7 +351,12 @@ def test_the_sampler_puts_them_beside_the_margins():
 
 
 def entered(
-    record: ForwardRecord | None, *, unseen: float, observe: bool = False, decode: Any = None
+    record: ForwardRecord | None,
+    *,
+    unseen: float,
+    observe: bool = False,
+    decode: Any = None,
+    penalties: Penalties | None = None,
 ) -> list[Any]:
     """The reasons of a forward's two rows; of an observing server, which would be flagged."""
     found: list[Any] = []
@@ -364,7 +371,8 @@ def entered(
         enter_row=lambda req, margin, decision, canonical: found.append(decision.reason),
         count_observed=lambda req, flagged: found.append(flagged),
     )
-    gate = SimpleNamespace(gated=not observe, hold=None, kept=None, faults=(), flags=[1], key="k")
+    gate = GateRequest("k", not observe, penalties=penalties)
+    gate.margins.append(1.0)
     req = SimpleNamespace(
         gate=gate, is_retracted=False, finished_reason=None, inflight_middle_chunks=0
     )
@@ -388,6 +396,13 @@ def entered(
 def best_of(*margins: float) -> Top2:
     ids = torch.zeros(len(margins), dtype=torch.int64)
     return Top2(ids, ids, torch.tensor(margins), torch.zeros(len(margins)))
+
+
+@pytest.mark.parametrize(("repetition", "flagged"), [(1.0, 0), (1.7, 1), (0.6, 1)])
+def test_a_margin_that_penalties_stretched_is_held_to_the_models_logits(repetition, flagged):
+    record = ForwardRecord(best_of(0.7, 0.9), torch.tensor([9.0, 9.0]))
+    found = entered(record, unseen=math.inf, penalties=Penalties(1.5, 0.5, repetition, 0))
+    assert found == [Reason.BELOW] * flagged + [Reason.ABOVE] * (2 - flagged)
 
 
 def test_a_row_is_flagged_by_either_margin():

@@ -92,6 +92,17 @@ REFUSED: tuple[tuple[str, Any, str], ...] = (
     ),
     ("logit_bias", {"x": 1}, "an object with a finite number for each token id"),
 )
+OF_ONE_PROMPT: tuple[tuple[str, Any, str], ...] = (
+    ("return_logprob", [True], "true or false"),
+    ("return_sampling_mask", [False], "true or false"),
+    ("logprob_start_len", [0], f"a whole number below {1 << 63}"),
+    ("logprob_start_len", [], f"a whole number below {1 << 63}"),
+    ("return_hidden_states", [False], "true, false or a mode"),
+    ("return_hidden_states", [], "true, false or a mode"),
+    ("sampling_logprobs_mode", ["x"], "a text"),
+    ("custom_logit_processor", ["x"], "a text"),
+    ("bootstrap_room", [5], f"a whole number below {1 << 63}"),
+)
 
 
 @pytest.mark.parametrize("params", SERVED)
@@ -108,6 +119,45 @@ def test_another_type_is_one_sentence(name, value, words):
     with pytest.raises(ValueError, match=name) as caught:
         validate_one_request(MANAGER, SimpleNamespace(sampling_params={name: value}), [1])
     assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(("name", "value", "words"), OF_ONE_PROMPT)
+def test_a_list_for_one_prompt_is_one_sentence(name, value, words):
+    """SGLang takes lists of several prompts' values; its scheduler ended at these."""
+    obj = SimpleNamespace(sampling_params={}, **{name: value})
+    with pytest.raises(ValueError, match=name) as caught:
+        validate_one_request(MANAGER, obj, [1])
+    assert str(caught.value) == f"{name} is {value!r}: give {words}."
+
+
+def test_fields_of_one_prompt_are_served():
+    for mode in (True, False, None, "last"):
+        obj = SimpleNamespace(
+            sampling_params=None, return_logprob=np.bool_(True), logprob_start_len=-1
+        )
+        obj.return_hidden_states, obj.bootstrap_room = mode, None
+        validate_one_request(MANAGER, obj, [1])
+
+
+def test_rows_that_a_client_names_are_refused():
+    obj = SimpleNamespace(sampling_params={"max_new_tokens": 0}, token_indices_to_pool=[0])
+    with pytest.raises(ValueError, match=r"^token_indices_to_pool .* drop it\.$"):
+        validate_one_request(MANAGER, obj, [1])
+
+
+@pytest.mark.parametrize("token", [1 << 40, -7, 1000])
+def test_stop_tokens_to_hold_off_that_the_model_has_not(token):
+    """SGLang's penalty would write where no logit is; without it they never come."""
+    params = {"min_new_tokens": 2, "stop_token_ids": [5, None, token]}
+    with pytest.raises(ValueError, match=rf"stop_token_ids holds {token}, .* 0 to 999: drop it"):
+        validate_one_request(MANAGER, SimpleNamespace(sampling_params=params), [1])
+    for served in ({**params, "min_new_tokens": 0}, {**params, "stop_token_ids": [0, None, 999]}):
+        validate_one_request(MANAGER, SimpleNamespace(sampling_params=served), [1])
+
+
+def test_custom_parameters_that_are_no_object():
+    with pytest.raises(ValueError, match="custom_params is 5: give an object"):
+        validate_one_request(MANAGER, SimpleNamespace(sampling_params={"custom_params": 5}), [1])
 
 
 def test_a_long_value_is_cut():

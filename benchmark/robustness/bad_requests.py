@@ -44,7 +44,7 @@ GIVES_UP = "(.{1,300}a){1,100}"  # compiles, and is too much for its backend lat
 # Values of each sampling parameter, beside temperature 0 and 8 new tokens.
 SAMPLING: dict[str, tuple[Any, ...]] = {
     "max_new_tokens": ("many", 1.5, -1, HUGE, []),
-    "min_new_tokens": ("x", 1.5, -1, HUGE),
+    "min_new_tokens": ("x", 1.5, -1, HUGE, 2),
     "n": (0, -1, "x", 1.5, None, 3000),
     "stop": (5, [5], [""], "", [None]),
     "stop_regex": ("((", ["(("], 5, "", "(a+)+$b", "(a|aa)+$b", "a*a*a*a*b", "[0-9]{2}"),
@@ -98,7 +98,6 @@ FIELDS: dict[str, tuple[Any, ...]] = {
     "input_ids": ([], [1.5], ["a"], [[1, -2]], [1] * 9000, [49152], [-1], [1 << 30], 5),
     "text": (5, "", ["a", 5]),
     "sampling_params": (5, [], "x"),
-    "return_logprob": ("x",),
     "rid": (5, ["a", "b"], "", "job-1", "job-10", "job-11"),
     "extra_key": (5, "margingate:x", "not-margingate:x"),
     "priority": ("x", HUGE),
@@ -107,8 +106,10 @@ FIELDS: dict[str, tuple[Any, ...]] = {
     "image_data": ("x", []),
     "audio_data": ("x",),
     "input_embeds": ([[0.0]], 5),
-    "return_hidden_states": (True,),
-    "return_sampling_mask": (True,),
+    "return_hidden_states": (True, [False], []),
+    "return_sampling_mask": (True, [True]),
+    "return_logprob": ("x", [True]),
+    "token_indices_to_pool": ([5000], [0], []),
     "return_routed_experts": (True,),
     "custom_logit_processor": ("x",),
     "positional_embed_overrides": (5, [[1]]),
@@ -122,7 +123,7 @@ FIELDS: dict[str, tuple[Any, ...]] = {
 LOG_PROBS: dict[str, tuple[Any, ...]] = {
     "top_logprobs_num": (10**6, -1, "x", 1.5, 49153, 49152),
     "token_ids_logprob": ([1 << 30], [-1], ["x"], [], 5, [5], [[5], [6]]),
-    "logprob_start_len": (HUGE, -5, "x", 3),
+    "logprob_start_len": (HUGE, -5, "x", 3, [0], []),
 }
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
 ROUTES: tuple[tuple[str, Any], ...] = (

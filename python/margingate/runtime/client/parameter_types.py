@@ -16,7 +16,7 @@ import numpy as np
 from sglang.srt.managers.embed_types import PositionalEmbeds
 
 from margingate.runtime.compat.arguments import request_table
-from margingate.runtime.request.record import SWITCH
+from margingate.runtime.request.record import SWITCH, not_an_object
 from margingate.runtime.request.stop_expressions import LIMIT, UNBOUNDED, stalls
 
 MOST_COPIES = 128  # of a request, each a request of its own; ask for more in several
@@ -119,6 +119,17 @@ _KINDS: dict[str, _Kind] = {
     "logit_bias": (_biases, "an object with a finite number for each token id"),
 }
 
+# Of the request itself, where SGLang takes a list of several prompts' values. A list for a single
+# prompt passes its checks, and ends its scheduler.
+_SINGLE: dict[str, _Kind] = {
+    **dict.fromkeys(("return_logprob", "return_sampling_mask"), _FLAG),
+    **dict.fromkeys(("logprob_start_len", "bootstrap_port", "bootstrap_room"), _INT64),
+    **dict.fromkeys(("sampling_logprobs_mode", "custom_logit_processor"), _TEXT),
+    **dict.fromkeys(("bootstrap_host", "bootstrap_pair_key"), _TEXT),
+    "decode_tp_size": _INT64,
+    "return_hidden_states": (lambda value: _flag(value) or _text(value), "true, false or a mode"),
+}
+
 # `is_normalized` and SGLang's other notes pass all its checks by.
 _ASKED = request_table.SAMPLED - request_table.NOTES
 
@@ -131,11 +142,55 @@ def refusal(params: Mapping[str, Any]) -> str:
             to SGLang.
     """
     for name, value in params.items():
-        kind = _KINDS.get(name)
-        if kind is not None and value is not None and not kind[0](value):
-            shown = repr(value)
-            shown = shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "..."
-            return f"{name} is {shown}: give {kind[1]}."
+        if (kind := _KINDS.get(name)) and (sentence := _of_another(name, value, kind)):
+            return sentence
+    return not_an_object(params.get("custom_params") or {})
+
+
+def _of_another(name: str, value: Any, kind: _Kind) -> str:
+    """The sentence for a value that is not of this kind; None is of any."""
+    is_one, words = kind
+    if value is None or is_one(value):
+        return ""
+    shown = repr(value)
+    shown = shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "..."
+    return f"{name} is {shown}: give {words}."
+
+
+def not_single(obj: Any) -> str:
+    """The sentence for the first field of another type in one prompt's request, or an empty one."""
+    sentences = (
+        _of_another(name, getattr(obj, name, None), kind) for name, kind in _SINGLE.items()
+    )
+    return next(filter(None, sentences), "")
+
+
+def at_places(obj: Any) -> str:
+    """The sentence for logits at places that a client names, gated or not, or an empty one.
+
+    SGLang reads them in one forward: behind a cached prefix or in a chunk there are fewer rows.
+    """
+    if getattr(obj, "token_indices_to_pool", None) is None:
+        return ""
+    return (
+        "token_indices_to_pool (score_extraction_token_id of /v1/score) names rows that a chunk of "
+        "the prompt may not have, which ends SGLang's scheduler: drop it."
+    )
+
+
+def out_of_reach(params: Mapping[str, Any], vocabulary: int) -> str:
+    """The sentence for stop tokens that SGLang is to hold off and the model has not, or none.
+
+    Elsewhere an id outside of the vocabulary never comes, and does no harm.
+    """
+    if not params.get("min_new_tokens"):
+        return ""
+    for token in params.get("stop_token_ids") or ():
+        if token is not None and not 0 <= token < vocabulary:
+            return (
+                f"stop_token_ids holds {token}, but the model's vocabulary is 0 to "
+                f"{vocabulary - 1}: drop it, or min_new_tokens."
+            )
     return ""
 
 
@@ -194,6 +249,9 @@ def validate_one_request(manager: Any, obj: Any, input_ids: Sized | None) -> Non
     sentence = (
         unknown(params, manager.sampling_params_class.__struct_fields__)
         or refusal(params)
+        or out_of_reach(params, manager.model_config.vocab_size)
+        or not_single(obj)
+        or at_places(obj)
         or out_of_range(getattr(obj, "top_logprobs_num", None), manager.model_config.vocab_size)
         or request_table.unseen(obj)
         or named_media(obj)

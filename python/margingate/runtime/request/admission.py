@@ -39,17 +39,17 @@ _serial = itertools.count(1)
 def attach(req: Any, config: GateConfig) -> None:
     """Set `req.gate` from the request's own parameters, and its radix-tree namespace.
 
-    Mutates the parameters of a gated request: its penalties are the gate's from here on, and what
-    generates nothing is greedy.
+    Mutates the parameters of a gated request: its penalties are the gate's from here on, and one
+    that draws nothing has no temperature, by which SGLang scales log-probs in a batch that samples.
     """
     gate = _classify(req, config)
     req.gate = gate
-    gate.prompt = digest(req.origin_input_ids)
+    _name_prompt(req)
     if config.study:
         gate.columns_wanted = _columns_wanted(req)
     if gate.gated:
         gate.penalties = take(req.sampling_params)
-        if is_score(req.sampling_params):
+        if gate.draw is None:
             draw_nothing(req.sampling_params)
         req.extra_key = CACHE_NAMESPACE + (req.extra_key or "")
     elif (req.extra_key or "").startswith((CACHE_NAMESPACE, _UNGATED)):
@@ -69,11 +69,18 @@ def queue(req: Any, images_fail: str) -> None:
     if vision.has_media(req) and not gate.media:
         images.name_all(req)
         gate.media, gate.shift = True, images.shift(req)
-        gate.prompt = digest(req.origin_input_ids)  # two images are two prompts
+        _name_prompt(req)  # two images are two prompts
+    elif len(req.origin_input_ids or ()) != gate.prompt_length:  # --allow-auto-truncate
+        _name_prompt(req)
     refusal = gate.refusal or without_room(req) or with_media(req, images_fail)
     if refusal := refusal or without_experts(req):
         req.set_finish_with_abort(refusal)  # it goes on as a prompt of one token
         req.input_embeds = req.positional_embed_overrides = None
+
+
+def _name_prompt(req: Any) -> None:
+    req.gate.prompt = digest(req.origin_input_ids)
+    req.gate.prompt_length = len(req.origin_input_ids or ())
 
 
 def clip(req: Any) -> None:

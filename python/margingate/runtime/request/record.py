@@ -94,6 +94,7 @@ class GateRequest:
     marks: bytearray = field(default_factory=bytearray)  # by row; those behind its end: _CANONICAL
     columns: Any = None  # digests of its columns, where an audit will want them
     prompt: str = ""  # a digest of its token ids
+    prompt_length: int = 0  # tokens of it
     media: bool = False  # it has images, video or sound
     shift: int = 0  # of its decode rows' rotary positions, which images make
     forced: tuple[int, ...] = ()  # --gate-study: what is emitted, by row

@@ -56,6 +56,11 @@ class Penalties:
     min_new_tokens: int  # before these no token may come that ends the answer
 
     @property
+    def narrowing(self) -> float:
+        """Logits with penalties change by at most one over this of what the model's change by."""
+        return min(self.repetition, 1 / self.repetition)
+
+    @property
     def values(self) -> tuple[float, float, float]:
         """The three that count, in the order of NONE."""
         return self.frequency, self.presence, self.repetition

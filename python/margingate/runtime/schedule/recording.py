@@ -99,18 +99,20 @@ class Recorder:
 
     def _record_gated(self, req: Any, result: Any, i: int, evidence: Evidence) -> None:
         """`evidence`: of row `i`; canonical as far as the forward is."""
-        requests, key = self._requests, req.gate.key
+        requests, gate = self._requests, req.gate
         relay = None if self._in_flight.overlaps else self._scheduler.future_map
-        fault = bool(req.gate.faults) and inject_fault(relay, req, result, i)
-        if not req.gate.margins and key not in requests:  # once a request, not once a token
+        fault = bool(gate.faults) and inject_fault(relay, req, result, i)
+        if not gate.margins and gate.key not in requests:  # once a request, not once a token
             requests.open(req)
             constraints.begin(req)
         # Batch-invariant arithmetic on K/V that is not canonical gives no canonical bits, and a
         # margin that is no number means that the row itself is broken.
         margin, router, canonical, _ = evidence
         canonical = canonical and requests.columns_are_canonical(req) and not math.isnan(margin)
-        simulated = self._simulator.flag(req, len(req.gate.margins) + 1)
-        verdict = self._policy.decide(Evidence(margin, router, canonical, simulated))
+        simulated = self._simulator.flag(req, len(gate.margins) + 1)
+        # The threshold is for logits as the model gives them.
+        narrowed = margin * (1.0 if gate.penalties is None else gate.penalties.narrowing)
+        verdict = self._policy.decide(Evidence(narrowed, router, canonical, simulated))
         requests.enter_row(req, margin, INJECTED if fault else verdict, canonical=canonical)
 
 
