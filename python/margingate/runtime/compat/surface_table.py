@@ -78,7 +78,7 @@ SURFACE: Mapping[str, str] = {
     "multimodal_inputs prepare_for_extend release_req reqs return_logprob seq_lens_sum "
     "token_ids_logprobs",
     "managers.schedule_policy.PrefillAdder": ""
-    "can_run_list cur_rem_tokens is_hybrid_swa "
+    "can_run_list chunked_req_limit cur_rem_tokens is_hybrid_swa "
     "memory_budget rem_chunk_tokens rem_total_tokens running_batch tree_cache",
     "managers.scheduler.Scheduler": ""
     "_add_request_to_queue _build_hisparse_decode_batch _engine_paused batch_result_processor "
