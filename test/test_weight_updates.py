@@ -97,6 +97,27 @@ def test_an_update_whose_flush_sglang_would_refuse_changes_nothing(kind, more, s
         )
 
 
+@pytest.mark.parametrize("recapture", [True, False])
+@pytest.mark.parametrize("graphs", [object(), None])
+def test_an_update_that_would_replace_the_decode_graphs_changes_nothing(recapture, graphs):
+    """Verify passes would go on with the old ones. Where there are none, SGLang makes none."""
+    called = []
+
+    def update(*_args):
+        called.append(1)
+        return SimpleNamespace(success=True, message="")
+
+    of = scheduler()
+    of.tp_worker.model_runner.decode_cuda_graph_runner = graphs
+    received = io_struct.UpdateWeightFromDiskReqInput(
+        model_path="here", recapture_cuda_graph=recapture
+    )
+    answer = Gate(of).weights.around(update, None, received)
+    refused = recapture and graphs is not None
+    assert answer.success is bool(called) is not refused
+    assert ("leave recapture_cuda_graph out" in answer.message) is refused
+
+
 def packed() -> torch.nn.Module:
     layer = torch.nn.Module()
     layer.scheme = type("AWQMarlinLinearScheme", (), {})()
