@@ -311,6 +311,16 @@ def test_retracted_for_memory_after_an_update_in_place_its_columns_are_new_and_i
     assert (req.gate.mixed, req.gate.stands, req.gate.generations(5)) == (False, 4, [0, 1])
 
 
+def test_the_tokens_of_a_request_whose_prompt_is_prefilled_again_stand_too():
+    """Its output is what that prefill chose; its tokens are given back and replayed later."""
+    gate: Any = Gate(scheduler())
+    req = request([7])
+    req.gate.kept = SimpleNamespace(tokens=[1, 2, 3])
+    gate.scheduler.running_batch = SimpleNamespace(reqs=[req])
+    updated(gate)
+    assert (req.gate.stands, req.gate.generations(3), req.gate.generations(4)) == (3, [0], [0, 1])
+
+
 def test_sglang_s_versions_of_output_that_the_gate_keeps_apart(monkeypatch):
     """SGLang notes nothing where it sees no output: all would be of the new version."""
     monkeypatch.setattr(weights, "get_serving", lambda: SimpleNamespace(weight_version="one"))

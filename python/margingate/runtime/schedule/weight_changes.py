@@ -49,9 +49,7 @@ class WeightChanges:
         """If `req` was just admitted to a prefill: its columns are of the weights in memory."""
         if not adder.can_run_list or adder.can_run_list[-1] is not req:
             return
-        record = req.gate
-        tokens = req.output_ids if record.kept is None else record.kept.tokens
-        record.begins(self._fingerprint.admit(), len(tokens))
+        req.gate.begins(self._fingerprint.admit(), _emitted(req))
 
     def relabelled(self, label: str | None) -> None:
         """SGLang's label of the weights is about to change: it notes that of the requests in its
@@ -73,7 +71,13 @@ class WeightChanges:
         images.forget_embeddings()
         generation = self._fingerprint.generation
         for req in self._holders.recorded():
-            req.gate.crosses(generation, len(req.output_ids))
+            req.gate.crosses(generation, _emitted(req))
         cache = self._scheduler.tree_cache
         if isinstance(cache, GateTree):  # else there is none
             cache.part(generation)
+
+
+def _emitted(req: Any) -> int:
+    """Tokens of its answer, which are kept apart while its prompt is prefilled again."""
+    kept = req.gate.kept
+    return len(req.output_ids if kept is None else kept.tokens)
