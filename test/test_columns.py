@@ -316,6 +316,24 @@ def test_log_probs_of_tokens_that_a_retraction_forgets_go_with_them(monkeypatch,
         assert req.gate.kept.logprobs["output_token_logprobs_val"] == [-1.0, -2.0, -3.0][:kept]
 
 
+@pytest.mark.parametrize(("flagged", "kept"), [(1, 0), (2, 1), (0, 3)])
+def test_tokens_that_a_retraction_forgets_are_of_no_weights(monkeypatch, flagged, kept):
+    """What comes in their place is of those in memory, in the record and in SGLang's spans."""
+    monkeypatch.setattr("margingate.runtime.sampling.constraints.follow", lambda *_: None)
+    world = World()
+    req = world.decoding(3, flagged=flagged)
+    req.gate.begins(0, 0)
+    req.gate.crosses(1, 3)
+    req.weight_version_events.append(WeightVersionEvent("one", 3))
+    assert retractions(world).release(lambda req: True, req)
+    spans = compute_weight_version_spans(req.weight_version_events, "two", 4)
+    found = [(span.version, span.start, span.end) for span in spans]
+    assert found == ([("one", 0, kept)] if kept else []) + [("two", kept, 4)]
+    req.gate.begins(1, kept)
+    assert req.gate.generations(max(kept, 1)) == ([0] if kept else [1])
+    assert req.gate.generations(kept + 1) == ([0, 1] if kept else [1])
+
+
 def test_all_agrees_while_a_prompt_is_computed_again_of_whose_answer_nothing_stands(monkeypatch):
     """It is open, has no token, and some columns of its prompt."""
     monkeypatch.setattr("margingate.runtime.sampling.constraints.follow", lambda *_: None)

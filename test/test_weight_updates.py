@@ -202,8 +202,9 @@ def test_a_folder_that_says_nothing_is_left_to_sglang(tmp_path):
 class Gate:
     """As much of the controller as an update asks for; each digest is another."""
 
-    def __init__(self, of: Any, tree: Any = None) -> None:
-        self.scheduler, self.requests = of, OpenRequests(GateConfig(rows=8))
+    def __init__(self, of: Any, tree: Any = None, guarantee: str = "sparse") -> None:
+        config = GateConfig(rows=8, guarantee=guarantee)
+        self.scheduler, self.requests = of, OpenRequests(config)
         of.tree_cache = tree
         self.in_flight = SimpleNamespace(batches=list)
         self.forwards, self.digests = 1, 0
@@ -221,6 +222,26 @@ class Gate:
 
     def verify_everything(self) -> None:
         self.settled.append(self.fingerprint.generation)
+
+
+@pytest.mark.parametrize("guarantee", ["exact", "sparse"])
+def test_with_exact_all_that_was_emitted_is_verified_by_the_weights_that_emitted_it(guarantee):
+    """Afterwards it stands, whatever the verifier would have said."""
+    gate: Any = Gate(scheduler(), guarantee=guarantee)
+    running, kept, ended = request([1, 2]), request([1]), request([1, 2])
+    kept.gate.kept = SimpleNamespace(tokens=[1, 2])
+    ended.finished = lambda: True
+    for key, req in zip("abc", (running, kept, ended), strict=True):
+        req.gate.key = key
+        gate.requests.open(req)
+        for canonical in (True, False):
+            gate.requests.ledger.emit(key, flagged=False, canonical=canonical)
+    seen: list[Any] = []
+    gate.weights._settle = lambda: seen.append(
+        [list(gate.requests.ledger.wanted(key)) for key in "abc"]
+    )
+    updated(gate)
+    assert seen[-1] == [[2] if guarantee == "exact" else [], [], []]
 
 
 @pytest.mark.parametrize(
@@ -257,6 +278,7 @@ def request(output: list[int], *, holds: bool = True) -> Any:
     record = GateRequest("a", True)
     record.begins(0, 0)
     found = SimpleNamespace(kv=kv, gate=record, output_ids=output, weight_version_events=[])
+    found.finished = lambda: False
     assert columns.holds(found) is holds
     return found
 

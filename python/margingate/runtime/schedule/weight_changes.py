@@ -36,7 +36,7 @@ class WeightChanges:
         """AROUND what replaces weights in SchedulerWeightUpdaterManager, failures included."""
         if weight_updates.looks_only(received):
             return original(manager, received)
-        self._settle()
+        self._settle_all()
         refused = weight_updates.refusal(self._scheduler, received)
         if refused is not None:
             return refused
@@ -44,6 +44,16 @@ class WeightChanges:
             return original(manager, received)
         finally:
             self._changed()
+
+    def _settle_all(self) -> None:
+        """What waits; with exact each row so far, which the next weights would not verify."""
+        self._settle()
+        if self._requests.ledger.guarantee != "exact":
+            return
+        for req in self._requests:
+            if req.gate.kept is None and not req.finished():
+                self._requests.want_tail(req)
+        self._settle()
 
     def begun(self, adder: Any, req: Any) -> None:
         """If `req` was just admitted to a prefill: its columns are of the weights in memory."""
