@@ -36,7 +36,7 @@ from margingate.runtime.request import guard, lifecycle
 from margingate.runtime.request.column_holders import ColumnHolders
 from margingate.runtime.request.in_flight import InFlight
 from margingate.runtime.request.open_requests import OpenRequests
-from margingate.runtime.request.record import GateRequest
+from margingate.runtime.request.record import GateRequest, Hold
 from margingate.runtime.schedule import controller
 from margingate.runtime.verify import passes as passes_module
 from margingate.runtime.verify import rollback
@@ -236,6 +236,25 @@ def test_of_a_prompt_in_chunks_nothing_is_told_that_sglang_told():
     assert controller._with_whole_prompts(extend, [half, whole]) == [whole]
     decode = SimpleNamespace(forward_mode=SimpleNamespace(is_extend=lambda: False))
     assert controller._with_whole_prompts(decode, [whole]) == [whole]
+
+
+@pytest.mark.parametrize("said", [None, FINISH_ABORT("too long", HTTPStatus.SERVICE_UNAVAILABLE)])
+@pytest.mark.parametrize("place", ["held", "rejoining"])
+def test_an_aborted_request_keeps_the_reason_that_sglang_gave(monkeypatch, said, place):
+    """A timeout's status and sentence, where the last batch still has the request."""
+    monkeypatch.setattr(lifecycle, "end", lambda *_: None)
+    world = World()
+    req = world.decoding(3)
+    if place == "held":
+        world.requests.withhold(req, Hold(FINISH_LENGTH(3), 3, 0.0))
+    else:
+        world.requests.mark_rejoining(req)
+    req.to_finish = said
+    lifecycle.abort(world.requests, None, lambda _: True)
+    assert not world.requests.outside() and req.to_finish is None
+    found = req.finished_reason
+    assert isinstance(found, FINISH_ABORT)
+    assert found is said or (said is None and found.status_code is None)
 
 
 # -- retraction
