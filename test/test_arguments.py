@@ -517,6 +517,26 @@ def test_each_variable_that_does_not_go_with_the_gate_is_refused(
         refusals.refuse_server(stand_in(server_args_class))
 
 
+@pytest.mark.parametrize("name", refusals._NEEDED)
+def test_each_variable_that_the_gate_needs_is_refused_where_it_is_off(
+    server_args_class, monkeypatch, name
+):
+    from sglang.srt.environ import envs
+
+    monkeypatch.delenv(name, raising=False)
+    assert getattr(envs, name).get(), "by default"
+    for value in ("0", "false", "False", "NO", "n"):
+        monkeypatch.setenv(name, value)
+        assert not getattr(envs, name).get()  # as SGLang reads it
+        with pytest.raises(GateError) as caught:
+            refusals.refuse_server(stand_in(server_args_class))
+        said = f"does not work with {name}={value}, which {refusals._NEEDED[name]}: unset it."
+        assert said in sentence(caught.value)
+    for value in ("1", "true", ""):
+        monkeypatch.setenv(name, value)
+        refusals.refuse_server(stand_in(server_args_class))
+
+
 def test_streaming_sessions_are_refused_before_sglang_meets_the_gates_tree(prepare):
     """There it raises NotImplementedError, with a traceback."""
     text = exits(prepare, GATE, "--enable-streaming-session")

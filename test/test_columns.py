@@ -36,7 +36,7 @@ from margingate.runtime.request import guard, lifecycle
 from margingate.runtime.request.column_holders import ColumnHolders
 from margingate.runtime.request.in_flight import InFlight
 from margingate.runtime.request.open_requests import OpenRequests
-from margingate.runtime.request.record import GateRequest
+from margingate.runtime.request.record import GateRequest, Hold
 from margingate.runtime.schedule import controller
 from margingate.runtime.verify import passes as passes_module
 from margingate.runtime.verify import rollback
@@ -238,6 +238,25 @@ def test_of_a_prompt_in_chunks_nothing_is_told_that_sglang_told():
     assert controller._with_whole_prompts(decode, [whole]) == [whole]
 
 
+@pytest.mark.parametrize("said", [None, FINISH_ABORT("too long", HTTPStatus.SERVICE_UNAVAILABLE)])
+@pytest.mark.parametrize("place", ["held", "rejoining"])
+def test_an_aborted_request_keeps_the_reason_that_sglang_gave(monkeypatch, said, place):
+    """A timeout's status and sentence, where the last batch still has the request."""
+    monkeypatch.setattr(lifecycle, "end", lambda *_: None)
+    world = World()
+    req = world.decoding(3)
+    if place == "held":
+        world.requests.withhold(req, Hold(FINISH_LENGTH(3), 3, 0.0))
+    else:
+        world.requests.mark_rejoining(req)
+    req.to_finish = said
+    lifecycle.abort(world.requests, None, lambda _: True)
+    assert not world.requests.outside() and req.to_finish is None
+    found = req.finished_reason
+    assert isinstance(found, FINISH_ABORT)
+    assert found is said or (said is None and found.status_code is None)
+
+
 # -- retraction
 
 
@@ -314,6 +333,24 @@ def test_log_probs_of_tokens_that_a_retraction_forgets_go_with_them(monkeypatch,
     assert (req.gate.kept is None) is (kept == 0)
     if kept:
         assert req.gate.kept.logprobs["output_token_logprobs_val"] == [-1.0, -2.0, -3.0][:kept]
+
+
+@pytest.mark.parametrize(("flagged", "kept"), [(1, 0), (2, 1), (0, 3)])
+def test_tokens_that_a_retraction_forgets_are_of_no_weights(monkeypatch, flagged, kept):
+    """What comes in their place is of those in memory, in the record and in SGLang's spans."""
+    monkeypatch.setattr("margingate.runtime.sampling.constraints.follow", lambda *_: None)
+    world = World()
+    req = world.decoding(3, flagged=flagged)
+    req.gate.begins(0, 0)
+    req.gate.crosses(1, 3)
+    req.weight_version_events.append(WeightVersionEvent("one", 3))
+    assert retractions(world).release(lambda req: True, req)
+    spans = compute_weight_version_spans(req.weight_version_events, "two", 4)
+    found = [(span.version, span.start, span.end) for span in spans]
+    assert found == ([("one", 0, kept)] if kept else []) + [("two", kept, 4)]
+    req.gate.begins(1, kept)
+    assert req.gate.generations(max(kept, 1)) == ([0] if kept else [1])
+    assert req.gate.generations(kept + 1) == ([0, 1] if kept else [1])
 
 
 def test_all_agrees_while_a_prompt_is_computed_again_of_whose_answer_nothing_stands(monkeypatch):

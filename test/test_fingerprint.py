@@ -74,6 +74,14 @@ def test_a_checksum_sees_every_bit_and_every_place(weights, monkeypatch, size):
         assert total != weights.checksum(swapped)
 
 
+def test_a_checksum_copies_whole_words_nowhere(weights, monkeypatch):
+    """It would take as much memory as the largest tensor."""
+    wide = torch.arange(8, dtype=torch.uint8)
+    total = weights.checksum(wide)
+    monkeypatch.setattr(torch.nn.functional, "pad", lambda *_: pytest.fail("copied"))
+    assert torch.equal(weights.checksum(wide), total)
+
+
 def test_a_checksum_does_not_ask_for_a_layout(weights):
     wide = torch.arange(12.0).reshape(3, 4)
     assert torch.equal(weights.checksum(wide.T), weights.checksum(wide.T.contiguous()))
@@ -136,6 +144,21 @@ def test_after_an_update_it_is_null_until_a_request_comes_and_then_another(serve
     server.update("a")
     server.fingerprint.admit()
     assert server.now() == first, "it is about the weights, not about how they came"
+
+
+def test_one_that_could_not_be_computed_is_stale_until_it_is(server, fingerprint, monkeypatch):
+    """The old one would say that nothing changed."""
+    first = server.now()
+    server.update("b")
+    digest = server.fingerprint._weights_now
+    monkeypatch.setattr(server.fingerprint, "_weights_now", lambda: 1 / 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            server.fingerprint.admit()
+        assert server.fingerprint.of()["fingerprint_because"] == fingerprint.STALE
+    monkeypatch.setattr(server.fingerprint, "_weights_now", digest)
+    server.fingerprint.admit()
+    assert server.now() not in (first, None)
 
 
 def test_a_request_that_saw_both_weights_has_none(server, fingerprint):

@@ -180,6 +180,18 @@ def test_a_pass_has_no_more_rows_than_the_server_runs_requests(runner):
     assert verifier.build(runner, replace(config, rows=64)).most_rows == 64
 
 
+@pytest.mark.parametrize("unpadded", [True, False])
+@pytest.mark.parametrize(("rows", "captured"), [(6, False), (8, True)])
+def test_a_pass_has_a_graph_where_there_are_any(runner, unpadded, rows, captured):
+    """Without one, attention may cut a long row in another way than in a decode step."""
+    graphs = SimpleNamespace(capture_bs=[1, 2, 4, 8], disable_padding=unpadded)
+    runner.device, runner.decode_cuda_graph_runner = "cuda", graphs
+    refused = unpadded and not captured
+    said = "--gate-rows is 6, but no decode graph has as many rows, and with --disable-cuda-graph-"
+    with pytest.raises(GateError, match=said) if refused else nullcontext():
+        assert verifier.build(runner, GateConfig(rows=rows)).has_graphs
+
+
 def test_torch_native_attention_has_places_for_any_number_of_rows(runner, monkeypatch):
     monkeypatch.setattr(verifier, "attends_row_by_row", lambda backend: True)
     assert Verifier(runner, 128).most_rows == math.inf

@@ -17,6 +17,7 @@ from margingate.cli import main as cli
 from margingate.cli import probe as command
 from margingate.config import GateError
 from margingate.core.rowclass import Route, RowPlan
+from margingate.runtime.compat.arguments import settings_table
 from margingate.runtime.compat.process import ranks
 from margingate.runtime.probe import cache, classes, plans, startup
 from margingate.runtime.probe.operators import Linear, MadeUp, Norm, Operator
@@ -54,7 +55,29 @@ def test_findings_are_kept_for_the_same_identity(runner):
     assert cache.load(cache.identity(runner, ["a", "b"], 64)) == FINDINGS
 
 
-PARTS = ["rows", "device", "units", "threads", "versions", "arithmetic", "settings", "schema"]
+def test_findings_are_of_the_decode_graphs_that_they_were_measured_with(runner, monkeypatch):
+    keys: list[Any] = []
+
+    def first(_args: Any, key: Any, _find: Any) -> Any:
+        keys.append(key)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(startup.shared_plans, "of_first_replica", first)
+    for graphs in ([1, 2], [1, 2, 4]):
+        monkeypatch.setattr(startup, "_decode_graphs", lambda _runner, of=graphs: of)
+        with pytest.raises(ZeroDivisionError):
+            startup._find(runner, {}, 64, (), fresh=False)
+    assert keys[0] != keys[1] and cache.path(keys[0]) == cache.path(keys[1])
+
+
+def test_which_fp8_matmul_runs_reaches_the_arithmetic():
+    assert "fp8_gemm_runner_backend" in settings_table.names(settings_table.ARITHMETIC)
+
+
+PARTS = [
+    *("rows", "graphs", "device", "units", "threads", "versions", "arithmetic", "settings"),
+    "schema",
+]
 
 
 @pytest.mark.parametrize("name", [*PARTS, "environment"])

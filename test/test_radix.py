@@ -593,6 +593,20 @@ def test_a_chunk_that_finds_no_room_is_parked_and_goes_on_later(world: World, mo
     assert turn.go_on(req) is req and turn.spans == [(CHUNK, 2 * CHUNK)]
 
 
+def test_shorter_prompts_that_wait_leave_a_gated_chunk_whole(world: World, monkeypatch):
+    """SGLang keeps room for them, with --schedule-policy shortest-prefill-first."""
+    req, waits = world.arrive(tuple(range(30, 40))), world.arrive((7, 8))
+    world.prefill(req)
+    turn = Turn(world, monkeypatch)
+    policy = schedule_policy.SchedulePolicy(
+        "shortest-prefill-first", world.tree, False, False, False
+    )
+    limit = policy.shortest_prefill_chunk_limit(req, [waits], CHUNK, 1)
+    assert limit == CHUNK - 2
+    turn.adder.chunked_req_limit = limit
+    assert turn.go_on(req) is req and turn.spans == [(CHUNK, 2 * CHUNK)]
+
+
 PROMPTS = st.builds(  # answers go 0, 1, 0, 1 too: what one says may be what another is asked
     lambda length, tail: (*((0, 1) * 7)[:length], *tail),
     st.integers(1, 14),

@@ -97,6 +97,27 @@ def test_an_update_whose_flush_sglang_would_refuse_changes_nothing(kind, more, s
         )
 
 
+@pytest.mark.parametrize("recapture", [True, False])
+@pytest.mark.parametrize("graphs", [object(), None])
+def test_an_update_that_would_replace_the_decode_graphs_changes_nothing(recapture, graphs):
+    """Verify passes would go on with the old ones. Where there are none, SGLang makes none."""
+    called = []
+
+    def update(*_args):
+        called.append(1)
+        return SimpleNamespace(success=True, message="")
+
+    of = scheduler()
+    of.tp_worker.model_runner.decode_cuda_graph_runner = graphs
+    received = io_struct.UpdateWeightFromDiskReqInput(
+        model_path="here", recapture_cuda_graph=recapture
+    )
+    answer = Gate(of).weights.around(update, None, received)
+    refused = recapture and graphs is not None
+    assert answer.success is bool(called) is not refused
+    assert ("leave recapture_cuda_graph out" in answer.message) is refused
+
+
 def packed() -> torch.nn.Module:
     layer = torch.nn.Module()
     layer.scheme = type("AWQMarlinLinearScheme", (), {})()
@@ -181,8 +202,9 @@ def test_a_folder_that_says_nothing_is_left_to_sglang(tmp_path):
 class Gate:
     """As much of the controller as an update asks for; each digest is another."""
 
-    def __init__(self, of: Any, tree: Any = None) -> None:
-        self.scheduler, self.requests = of, OpenRequests(GateConfig(rows=8))
+    def __init__(self, of: Any, tree: Any = None, guarantee: str = "sparse") -> None:
+        config = GateConfig(rows=8, guarantee=guarantee)
+        self.scheduler, self.requests = of, OpenRequests(config)
         of.tree_cache = tree
         self.in_flight = SimpleNamespace(batches=list)
         self.forwards, self.digests = 1, 0
@@ -200,6 +222,26 @@ class Gate:
 
     def verify_everything(self) -> None:
         self.settled.append(self.fingerprint.generation)
+
+
+@pytest.mark.parametrize("guarantee", ["exact", "sparse"])
+def test_with_exact_all_that_was_emitted_is_verified_by_the_weights_that_emitted_it(guarantee):
+    """Afterwards it stands, whatever the verifier would have said."""
+    gate: Any = Gate(scheduler(), guarantee=guarantee)
+    running, kept, ended = request([1, 2]), request([1]), request([1, 2])
+    kept.gate.kept = SimpleNamespace(tokens=[1, 2])
+    ended.finished = lambda: True
+    for key, req in zip("abc", (running, kept, ended), strict=True):
+        req.gate.key = key
+        gate.requests.open(req)
+        for canonical in (True, False):
+            gate.requests.ledger.emit(key, flagged=False, canonical=canonical)
+    seen: list[Any] = []
+    gate.weights._settle = lambda: seen.append(
+        [list(gate.requests.ledger.wanted(key)) for key in "abc"]
+    )
+    updated(gate)
+    assert seen[-1] == [[2] if guarantee == "exact" else [], [], []]
 
 
 @pytest.mark.parametrize(
@@ -236,6 +278,7 @@ def request(output: list[int], *, holds: bool = True) -> Any:
     record = GateRequest("a", True)
     record.begins(0, 0)
     found = SimpleNamespace(kv=kv, gate=record, output_ids=output, weight_version_events=[])
+    found.finished = lambda: False
     assert columns.holds(found) is holds
     return found
 
@@ -288,6 +331,16 @@ def test_retracted_for_memory_after_an_update_in_place_its_columns_are_new_and_i
     req.kv = ReqKvInfo()
     admitted(gate, req)
     assert (req.gate.mixed, req.gate.stands, req.gate.generations(5)) == (False, 4, [0, 1])
+
+
+def test_the_tokens_of_a_request_whose_prompt_is_prefilled_again_stand_too():
+    """Its output is what that prefill chose; its tokens are given back and replayed later."""
+    gate: Any = Gate(scheduler())
+    req = request([7])
+    req.gate.kept = SimpleNamespace(tokens=[1, 2, 3])
+    gate.scheduler.running_batch = SimpleNamespace(reqs=[req])
+    updated(gate)
+    assert (req.gate.stands, req.gate.generations(3), req.gate.generations(4)) == (3, [0], [0, 1])
 
 
 def test_sglang_s_versions_of_output_that_the_gate_keeps_apart(monkeypatch):

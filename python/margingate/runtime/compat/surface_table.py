@@ -78,7 +78,7 @@ SURFACE: Mapping[str, str] = {
     "multimodal_inputs prepare_for_extend release_req reqs return_logprob seq_lens_sum "
     "token_ids_logprobs",
     "managers.schedule_policy.PrefillAdder": ""
-    "can_run_list cur_rem_tokens is_hybrid_swa "
+    "can_run_list chunked_req_limit cur_rem_tokens is_hybrid_swa "
     "memory_budget rem_chunk_tokens rem_total_tokens running_batch tree_cache",
     "managers.scheduler.Scheduler": ""
     "_add_request_to_queue _build_hisparse_decode_batch _engine_paused batch_result_processor "
@@ -134,7 +134,7 @@ SURFACE: Mapping[str, str] = {
     "init_new_workspace is_draft_worker kv_cache_dtype kv_index_translator model "
     "model_config req_to_token_pool server_args shared_read_done_event token_to_kv_pool",
     "model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner": ""
-    "attn_backend backend bs can_run_graph capture_bs execute max_bs",
+    "attn_backend backend bs can_run_graph capture_bs disable_padding execute max_bs",
     "observability.metrics_collector.SchedulerMetricsCollector": "labels",
     "observability.req_time_stats.SchedulerReqTimeStats": "set_completion_time",
     "runtime_context.RuntimeContext": "config_bag config_leaf server_args",

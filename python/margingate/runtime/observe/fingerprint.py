@@ -140,13 +140,13 @@ class Fingerprint:
         return str(said) if said in (OBSERVED, SIMULATED) else ""
 
     def _refresh(self) -> None:
-        self._stale = False
         if because := self._never():
+            self._stale = False
             logger.info("margingate: there is no fingerprint: %s.", because)
             return
         start = time.monotonic()
         self.parts["weights"] = self._weights_now()[:DIGITS]
-        self._value = _hash(self.parts)
+        self._value, self._stale = _hash(self.parts), False
         seconds = time.monotonic() - start
         logger.info("margingate: fingerprint %s (weights read in %.1f s)", self._value, seconds)
 

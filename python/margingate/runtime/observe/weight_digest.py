@@ -65,7 +65,9 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
     Integers wrap and their sum has no order, so the same bits give the same number.
     """
     data = _bytes(tensor)
-    words = torch.nn.functional.pad(data, (0, -len(data) % 4)).view(torch.int32)
+    if missing := -len(data) % 4:
+        data = torch.nn.functional.pad(data, (0, missing))  # a copy
+    words = data.view(torch.int32)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for start in range(0, len(words), WORDS):
         piece = words[start : start + WORDS]

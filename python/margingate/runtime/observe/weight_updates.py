@@ -22,7 +22,8 @@ def refusal(scheduler: Any, received: Any) -> Any:
         return None
     runner = scheduler.tp_worker.model_runner
     because = (
-        _fixed(runner.model)
+        _recaptured(runner, received)
+        or _fixed(runner.model)
         or _of_another_method(runner.model_config, received)
         or _unflushed(scheduler, received)
     )
@@ -47,6 +48,18 @@ def _fixed(model: Any) -> str:
         f"SGLang keeps those of {found[0]} ({found[1]}) in another form than a checkpoint has, and "
         "cannot load into it: start a server of the new weights, or serve a checkpoint in BF16 or "
         "in FP8 with a weight_block_size."
+    )
+
+
+def _recaptured(runner: Any, received: Any) -> str:
+    """The verifier, and what was measured of its graphs, would be of graphs that are replaced."""
+    asked = getattr(received, "recapture_cuda_graph", False)
+    if not asked or runner.decode_cuda_graph_runner is None:
+        return ""
+    return (
+        "recapture_cuda_graph is true and the gate's verify passes replay the decode graphs that "
+        "were captured at start: leave recapture_cuda_graph out, or start a server of the new "
+        "weights."
     )
 
 

@@ -29,14 +29,19 @@ NVIDIA = "nvidia-"  # cuBLAS, cuDNN, NCCL and CUTLASS, whatever CUDA they are fo
 
 
 def identity(
-    runner: Any, groups: Iterable[str], largest: int, prefill: Sequence[int] = ()
+    runner: Any,
+    groups: Iterable[str],
+    largest: int,
+    prefill: Sequence[int] = (),
+    graphs: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Everything that the findings depend on; builtins only."""
+    """Everything that the findings depend on; builtins only. `graphs`: rows of decode graphs."""
     return {
         "schema": SCHEMA,
         "operators": sorted(groups),
         "rows": largest,
         "prefill": list(prefill),
+        "graphs": list(graphs),
         "model": runner.model_config.model_path,
         "attention": type(runner.attn_backend).__name__,
         "device": machine.device_name(runner.device),

@@ -214,7 +214,8 @@ def _find(
     fresh: bool,
 ) -> list[classes.Finding]:
     """Findings of an earlier start on the same machine with the same versions, or new ones."""
-    key = cache.identity(runner, operators, decoded, prefill)
+    graphs = _decode_graphs(runner)
+    key = cache.identity(runner, operators, decoded, prefill, graphs)
     source = "as the first replica found"
 
     def find() -> list[classes.Finding]:
@@ -228,7 +229,7 @@ def _find(
             "compiled yet can take minutes.",
             len(operators),
         )
-        made = plans.probe_groups(operators, decoded, prefill, _decode_graphs(runner))
+        made = plans.probe_groups(operators, decoded, prefill, graphs)
         made += probe_attention(runner, classes.row_counts(decoded))
         cache.save(key, made)
         return made

@@ -99,11 +99,14 @@ def abort_next(req: Any) -> None:
 
 
 def abort(requests: OpenRequests, tree: Any, matches: Callable[[Any], bool]) -> None:
-    """A client gave up: end held and rejoining requests, which SGLang does not know of."""
+    """A client gave up: end held and rejoining requests, which SGLang does not know of, by the
+    reason that one has for its end already, if any.
+    """
     for req in filter(matches, (*requests.held, *requests.rejoining)):
         with guard.request(req, "an abort"):
             requests.verify_no_more(req)
-            req.finished_reason = FINISH_ABORT()
+            said, req.to_finish = req.to_finish, None
+            req.finished_reason = said if isinstance(said, FINISH_ABORT) else FINISH_ABORT()
             end(requests, tree, req)
 
 

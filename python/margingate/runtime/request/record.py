@@ -156,6 +156,7 @@ class GateRequest:
         """Drop what is known of the rows after the first `kept`."""
         del self.margins[kept:]
         del self.marks[kept:]
+        self.weights = [seen._replace(tokens=min(seen.tokens, kept)) for seen in self.weights]
 
     def summary(self, config: GateConfig) -> dict[str, Any]:
         """For `meta_info["gate"]`."""

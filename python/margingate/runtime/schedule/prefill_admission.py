@@ -64,6 +64,7 @@ class Admission:
             columns.park(req)
             return req
         adder.rem_chunk_tokens = self._chunk
+        adder.chunked_req_limit = None  # of shortest-prefill-first: less, by what waits
         return original(adder, req)
 
 

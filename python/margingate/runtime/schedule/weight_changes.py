@@ -36,7 +36,7 @@ class WeightChanges:
         """AROUND what replaces weights in SchedulerWeightUpdaterManager, failures included."""
         if weight_updates.looks_only(received):
             return original(manager, received)
-        self._settle()
+        self._settle_all()
         refused = weight_updates.refusal(self._scheduler, received)
         if refused is not None:
             return refused
@@ -45,13 +45,21 @@ class WeightChanges:
         finally:
             self._changed()
 
+    def _settle_all(self) -> None:
+        """What waits; with exact each row so far, which the next weights would not verify."""
+        self._settle()
+        if self._requests.ledger.guarantee != "exact":
+            return
+        for req in self._requests:
+            if req.gate.kept is None and not req.finished():
+                self._requests.want_tail(req)
+        self._settle()
+
     def begun(self, adder: Any, req: Any) -> None:
         """If `req` was just admitted to a prefill: its columns are of the weights in memory."""
         if not adder.can_run_list or adder.can_run_list[-1] is not req:
             return
-        record = req.gate
-        tokens = req.output_ids if record.kept is None else record.kept.tokens
-        record.begins(self._fingerprint.admit(), len(tokens))
+        req.gate.begins(self._fingerprint.admit(), _emitted(req))
 
     def relabelled(self, label: str | None) -> None:
         """SGLang's label of the weights is about to change: it notes that of the requests in its
@@ -73,7 +81,13 @@ class WeightChanges:
         images.forget_embeddings()
         generation = self._fingerprint.generation
         for req in self._holders.recorded():
-            req.gate.crosses(generation, len(req.output_ids))
+            req.gate.crosses(generation, _emitted(req))
         cache = self._scheduler.tree_cache
         if isinstance(cache, GateTree):  # else there is none
             cache.part(generation)
+
+
+def _emitted(req: Any) -> int:
+    """Tokens of its answer, which are kept apart while its prompt is prefilled again."""
+    kept = req.gate.kept
+    return len(req.output_ids if kept is None else kept.tokens)

@@ -21,6 +21,10 @@ _ENVIRONMENT = {
 }
 # By any value.
 _FILES = {"SGLANG_MOE_CONFIG_DIR": "names files that choose the kernels of experts"}
+# By a value that switches them off: msgspec's decoder raises in the scheduler then.
+_NEEDED = {
+    "SGLANG_USE_PICKLE_IPC": "lets a request with nested custom_params end the scheduler",
+}
 _OFF = ("", "0", "false", "no", "n")  # as SGLang reads them
 
 
@@ -37,9 +41,10 @@ def refuse_server(args: Any) -> None:
             f"--deterministic-gate does not work with --{name.replace('_', '-')}, which nobody has "
             f"looked at in SGLang {release.SGLANG_VERSION}: leave it at its default."
         )
-    for name, does in (_ENVIRONMENT | _FILES).items():
+    for name, does in (_ENVIRONMENT | _FILES | _NEEDED).items():
         value = os.environ.get(name, "")
-        if value and (name in _FILES or value.lower() not in _OFF):
+        is_off = value.lower() in _OFF
+        if value and (name in _FILES or is_off == (name in _NEEDED)):
             raise GateError(
                 f"--deterministic-gate does not work with {name}={value}, which {does}: unset it."
             )

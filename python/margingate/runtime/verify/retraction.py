@@ -16,6 +16,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from margingate.core.queue import Due
 from margingate.runtime.compat.kv import window_pool
+from margingate.runtime.compat.model import weights
 from margingate.runtime.request import guard
 from margingate.runtime.request.column_holders import ColumnHolders
 from margingate.runtime.request.open_requests import OpenRequests
@@ -66,6 +67,7 @@ class Retractions:
         req.full_untruncated_fill_ids = array("q")
         constraints.follow(req, self._penalties)
         req.gate.forget_rows(kept)
+        weights.forget_versions(req, kept)
         req.gate.waits_since = None
         return resumable
 

@@ -223,6 +223,12 @@ def build(model_runner: Any, config: GateConfig) -> Verifier:
                 f"--gate-rows is {config.rows}, but the largest decode graph has "
                 f"{max(graphs.capture_bs)} rows: lower it, or raise --cuda-graph-max-bs-decode."
             )
+        if graphs is not None and graphs.disable_padding and config.rows not in graphs.capture_bs:
+            raise GateError(
+                f"--gate-rows is {config.rows}, but no decode graph has as many rows, and with "
+                "--disable-cuda-graph-padding none of more serves a verify pass: drop that option, "
+                "or name this number in --cuda-graph-bs-decode."
+            )
         return Verifier(model_runner, config.rows, graphs=graphs)
     if model_runner.device == "cpu" or config.policy == "observe":
         if config.policy != "observe":

@@ -19,7 +19,7 @@ _Group = Mapping[str, str]  # reason -> names, separated by spaces
 ARITHMETIC: _Group = {
     "which kernels run experts": "disable_shared_experts_fusion enforce_shared_experts_fusion",
     "the type of weights and columns": "dtype quantization kv_cache_dtype enable_fp32_lm_head",
-    "which matmul runs": "enable_tf32_matmul bf16_gemm_backend",
+    "which matmul runs": "enable_tf32_matmul bf16_gemm_backend fp8_gemm_runner_backend",
     "the code of the model": "model_impl json_model_override_args",
     "how attention cuts and sums": "triton_attention_reduce_in_fp32 triton_attention_num_kv_splits "
     "triton_attention_split_tile_size",
@@ -52,8 +52,7 @@ COUNTED: _Group = {
     "of parts that the gate does not serve; counted, since nobody measured that it has no effect "
     "on the others": "flashinfer_mxfp4_moe_precision "
     "disable_chunked_prefix_cache flashinfer_mla_disable_ragged enable_scattered_sconv "
-    "fp8_gemm_runner_backend fp4_gemm_runner_backend enable_multimodal language_only "
-    "language_model_only "
+    "fp4_gemm_runner_backend enable_multimodal language_only language_model_only "
     "enable_precise_embedding_interpolation",
 }
 
