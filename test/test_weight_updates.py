@@ -313,6 +313,17 @@ def test_a_request_says_the_weights_that_computed_it():
     assert gate.fingerprint.of(running.gate.generations(3))["fingerprint_because"] == CROSSED
 
 
+def test_weights_that_cannot_be_read_leave_answers_without_a_fingerprint(monkeypatch):
+    """And the request goes on, gated or not."""
+    gate: Any = Gate(scheduler())
+    updated(gate)
+    monkeypatch.setattr(gate.fingerprint, "_weights_now", lambda: 1 / 0)
+    req = request([], holds=False)
+    admitted(gate, req)
+    assert req.gate.generations(1) == [1]
+    assert gate.fingerprint.of([1])["fingerprint_because"] == STALE
+
+
 def test_a_request_is_not_begun_where_it_was_not_admitted():
     gate: Any = Gate(scheduler())
     waits, other = request([], holds=False), request([], holds=False)

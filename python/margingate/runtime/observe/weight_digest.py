@@ -65,7 +65,8 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
     Integers wrap and their sum has no order, so the same bits give the same number.
     """
     data = _bytes(tensor)
-    if missing := -len(data) % 4:
+    missing = -len(data) % 4
+    if missing or data.storage_offset() % 4:
         data = torch.nn.functional.pad(data, (0, missing))  # a copy
     words = data.view(torch.int32)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)

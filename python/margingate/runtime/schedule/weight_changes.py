@@ -12,6 +12,7 @@ from typing import Any
 from margingate.runtime.compat.model import images, weights
 from margingate.runtime.observe import weight_updates
 from margingate.runtime.observe.fingerprint import Fingerprint
+from margingate.runtime.request import guard
 from margingate.runtime.request.column_holders import ColumnHolders
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.schedule.radix import GateTree
@@ -59,7 +60,15 @@ class WeightChanges:
         """If `req` was just admitted to a prefill: its columns are of the weights in memory."""
         if not adder.can_run_list or adder.can_run_list[-1] is not req:
             return
-        req.gate.begins(self._fingerprint.admit(), _emitted(req))
+        req.gate.begins(self._admitted(), _emitted(req))
+
+    def _admitted(self) -> int:
+        """The generation. While the weights cannot be read, answers have no fingerprint."""
+        try:
+            return self._fingerprint.admit()
+        except Exception as error:
+            guard.note("reading the weights", error)
+            return self._fingerprint.generation
 
     def relabelled(self, label: str | None) -> None:
         """SGLang's label of the weights is about to change: it notes that of the requests in its

@@ -18,6 +18,8 @@ _ENVIRONMENT = {
     "SGLANG_ENABLE_DELAY_SAMPLE": _REPLACES,
     # SGLang looks for them in its batches, and ends the scheduler.
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "takes slots of withheld requests to be lost",
+    # In decode steps alone: a verify pass would see them.
+    "SGLANG_SANITIZE_NAN_LOGITS": "makes numbers of logits that are none",
 }
 # By any value.
 _FILES = {"SGLANG_MOE_CONFIG_DIR": "names files that choose the kernels of experts"}
