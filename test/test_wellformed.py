@@ -170,6 +170,15 @@ def test_embedding_overrides_are_no_json():
         "((a{0,30}){0,30}){0,30}b",
         "(?:a*)*",
         f"({'a*' * 200})*b",
+        "(?i:a+A+a+A+a+A+a+A+x)",
+        "(?i:a+)A+x",
+        "a+(?i:A+)x",
+        "(?i:(?-i:a+)A+)x",
+        "(?i)(?:st|\N{LATIN SMALL LETTER LONG S}t)+x",
+        "(?i)(?:µa|μa)+x",
+        "(?i:(?:st|\N{LATIN SMALL LETTER LONG S}t)+)x",
+        r"(?a)[^\w]*é[^\w]*éx",
+        r"(?a:[^\w]*)é[^\w]*éx",
     ],
 )
 def test_expressions_that_may_stall_the_scheduler_are_refused(expression):
@@ -191,6 +200,9 @@ def test_expressions_that_may_stall_the_scheduler_are_refused(expression):
         "[^,]*,[^,]*;",
         "(red|blue)-[0-9]{3}",
         "(?i)</(think|tool)>",
+        "(?i)(?:stop|king)+x",
+        "(?i:stop|end) *END",
+        r"第\d+章\s+x",
     ],
 )
 def test_expressions_whose_repeats_share_no_character_are_served(expression):

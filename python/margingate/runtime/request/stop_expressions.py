@@ -14,6 +14,7 @@ LIMIT = 1_000_000  # steps; two repeats without a bound that can share character
 UNBOUNDED = 1000  # characters that a repeat without a bound is taken to have
 _MOST = 1e20  # too many by far; larger ones might become inf / inf
 _REPEATS = (parser.MAX_REPEAT, parser.MIN_REPEAT, parser.POSSESSIVE_REPEAT)
+_ASCII = 127
 _APART = ({"digit", "space"}, {"word", "space"})  # classes without a common character
 
 
@@ -27,14 +28,18 @@ class _Cost(NamedTuple):
 def stalls(expression: str) -> bool:
     """Whether the expression may backtrack for too long. Raises re.error where it has no sense."""
     pattern = parser.parse(expression)
-    return _of_all(pattern, bool(pattern.state.flags & re.IGNORECASE)).steps >= LIMIT
+    return _of_all(pattern, _folds(pattern.state.flags)).steps >= LIMIT
+
+
+def _folds(flags: int) -> bool:
+    return bool(flags & re.IGNORECASE)
 
 
 def _of_all(pattern: Any, folds: bool) -> _Cost:
     """Of items one after another: each is tried anew for each way of those before it.
 
     Args:
-        folds: whether upper and lower case are the same somewhere: no characters are told apart.
+        folds: whether upper and lower case are the same somewhere: repeats are not told apart.
     """
     items = list(pattern)
     ways = steps = 1.0
@@ -55,7 +60,9 @@ def _of(token: Any, value: Any, folds: bool) -> _Cost:
         costs = [_of_all(each, folds) for each in value[1]]
         found = [each.ways for each in costs]
         steps = sum(each.steps for each in costs)
-        return _bounded(max(found) if _apart(value[1]) else sum(found), steps)
+        return _bounded(max(found) if _apart(value[1], folds) else sum(found), steps)
+    if token is parser.SUBPATTERN:
+        folds = folds or _folds(value[1])
     parts = value if isinstance(value, tuple | list) else (value,)
     costs = [_of_all(part, folds) for part in parts if isinstance(part, parser.SubPattern)]
     ways = math.prod(each.ways for each in costs)
@@ -118,7 +125,10 @@ def _member(token: Any, value: Any, character: int) -> bool | None:
     if token is parser.RANGE:
         return bool(value[0] <= character <= value[1])
     category = _CATEGORIES.get(str(value))
-    return None if category is None else category.match(chr(character)) is not None
+    if category is None:
+        return None
+    matches = category.match(chr(character)) is not None
+    return None if matches and character > _ASCII else matches  # not in a group with (?a)
 
 
 _CATEGORIES = {
@@ -127,8 +137,13 @@ _CATEGORIES = {
 }
 
 
-def _apart(branches: Any) -> bool:
-    """Whether the first character says which branch it is."""
+def _apart(branches: Any, folds: bool) -> bool:
+    """Whether the first character says which branch it is.
+
+    Letters of ASCII fold to others of it by their case alone. Others may have more than two forms.
+    """
     starts = [branch[0] if len(branch) else (None, None) for branch in branches]
-    letters = {chr(int(value or 0)).lower() for token, value in starts if token is parser.LITERAL}
-    return len(letters) == len(starts)
+    letters = [int(value or 0) for token, value in starts if token is parser.LITERAL]
+    if folds and max(letters, default=0) > _ASCII:
+        return False
+    return len({chr(each).lower() for each in letters}) == len(starts)
