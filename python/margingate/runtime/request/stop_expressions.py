@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 import re._parser as parser  # type: ignore[import-not-found]
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 LIMIT = 1_000_000  # steps; two repeats without a bound that can share characters
@@ -18,62 +19,80 @@ _ASCII = 127
 _APART = ({"digit", "space"}, {"word", "space"})  # classes without a common character
 
 
-class _Cost(NamedTuple):
+class Cost(NamedTuple):
     """Bounds for one position of the text."""
 
     ways: float  # to match
     steps: float  # to find out that there is no other
 
 
+class _Place(NamedTuple):
+    """Of a part of an expression."""
+
+    folds: bool  # upper and lower case are the same here or around it: repeats are not told apart
+    after: Any  # the item that follows the part in every match; None where that is not known
+    widths: Sequence[Any]  # by group: the least and the most characters
+
+
 def stalls(expression: str) -> bool:
     """Whether the expression may backtrack for too long. Raises re.error where it has no sense."""
+    return bound(expression).steps >= LIMIT
+
+
+def bound(expression: str) -> Cost:
+    """Of the whole expression. Raises re.error where it has no sense."""
     pattern = parser.parse(expression)
-    return _of_all(pattern, _folds(pattern.state.flags)).steps >= LIMIT
+    place = _Place(_folds(pattern.state.flags), None, pattern.state.groupwidths)
+    return _of_all(pattern, place)
 
 
 def _folds(flags: int) -> bool:
     return bool(flags & re.IGNORECASE)
 
 
-def _of_all(pattern: Any, folds: bool) -> _Cost:
-    """Of items one after another: each is tried anew for each way of those before it.
-
-    Args:
-        folds: whether upper and lower case are the same somewhere: repeats are not told apart.
-    """
+def _of_all(pattern: Any, place: _Place) -> Cost:
+    """Of items one after another: each is tried anew for each way of those before it."""
     items = list(pattern)
     ways = steps = 1.0
-    for item, after in zip(items, [*items[1:], None], strict=True) if items else ():
-        cost = _of(item[0], item[1], folds)
+    for item, after in zip(items, [*items[1:], place.after], strict=True) if items else ():
+        cost = _of(item[0], item[1], place._replace(after=after))
         steps += ways * cost.steps
-        if folds or not _is_settled(item, after):
+        if place.folds or not _is_settled(item, after):
             ways *= cost.ways
     return _bounded(ways, steps)
 
 
-def _of(token: Any, value: Any, folds: bool) -> _Cost:
+def _of(token: Any, value: Any, place: _Place) -> Cost:
+    if token is parser.SUBPATTERN:
+        _, flags, _, body = value
+        return _of_all(body, place._replace(folds=place.folds or _folds(flags)))
+    if token is parser.BRANCH:
+        costs = [_of_all(each, place) for each in value[1]]
+        found = [each.ways for each in costs]
+        ways = max(found) if _apart(value[1], place.folds) else sum(found)
+        return _bounded(ways, sum(each.steps for each in costs))
+    if token is parser.GROUPREF:
+        return Cost(1, 1 + min(int(place.widths[value][1]), UNBOUNDED))
+    within = place._replace(after=None)
     if token in _REPEATS:
         least, most, body = value
         most = max(least, min(int(most), UNBOUNDED))
-        return _repeated(_of_all(body, folds), most - least + 1, most)
-    if token is parser.BRANCH:
-        costs = [_of_all(each, folds) for each in value[1]]
-        found = [each.ways for each in costs]
-        steps = sum(each.steps for each in costs)
-        return _bounded(max(found) if _apart(value[1], folds) else sum(found), steps)
-    if token is parser.SUBPATTERN:
-        folds = folds or _folds(value[1])
+        cost = _of_all(body, within)
+        if token is parser.POSSESSIVE_REPEAT:
+            return _bounded(1, max(most, 1) * cost.steps)
+        return _repeated(cost, most - least + 1, most)
     parts = value if isinstance(value, tuple | list) else (value,)
-    costs = [_of_all(part, folds) for part in parts if isinstance(part, parser.SubPattern)]
-    ways = math.prod(each.ways for each in costs)
-    return _bounded(ways, 1 + ways * sum(each.steps for each in costs))
+    costs = [_of_all(part, within) for part in parts if isinstance(part, parser.SubPattern)]
+    # Assertions and atomic groups are left at their first match.
+    ways = max(each.ways for each in costs) if token is parser.GROUPREF_EXISTS else 1
+    return _bounded(ways, 1 + sum(each.steps for each in costs))
 
 
-def _bounded(ways: float, steps: float) -> _Cost:
-    return _Cost(min(ways, _MOST), min(steps, _MOST))
+def _bounded(ways: float, steps: float) -> Cost:
+    return Cost(min(ways, _MOST), min(steps, _MOST))
 
 
-def _repeated(body: _Cost, counts: int, most: int) -> _Cost:
+def _repeated(body: Cost, counts: int, most: int) -> Cost:
     ways = math.exp(min(most * math.log(body.ways), math.log(_MOST)))
     return _bounded(counts * ways, max(most, 1) * ways * body.steps / body.ways)
 
@@ -83,9 +102,18 @@ def _is_settled(item: Any, after: Any) -> bool:
     token, value = item
     if token not in _REPEATS or len(value[2]) != 1 or after is None:
         return False
-    if after[0] in _REPEATS and after[1][0] > 0 and len(after[1][2]):
-        after = after[1][2][0]
+    after = _first(after)
     return _excludes(value[2][0], after) or _excludes(after, value[2][0])
+
+
+def _first(item: Any) -> Any:
+    """What the item begins with: an item that is neither a group nor repeated, where possible."""
+    token, value = item
+    if token in _REPEATS and value[0] > 0 and len(value[2]):
+        return _first(value[2][0])
+    if token is parser.SUBPATTERN and not _folds(value[1]) and len(value[3]):
+        return _first(value[3][0])
+    return item
 
 
 def _excludes(one: Any, other: Any) -> bool:
