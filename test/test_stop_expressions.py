@@ -95,3 +95,25 @@ def test_no_expression_takes_more_than_its_bound(monkeypatch):
         found = re.match(expression, text)
         assert (found and found.end()) == (ends[0] if ends else None), (expression, text)
     assert counted > 500
+
+
+@pytest.mark.parametrize(
+    ("expression", "broken"),
+    [
+        ("(.?(?:a|(b)))*+", True),
+        ("(?:.?(?:a|(b))){0,2}+", True),
+        ("(?=(?>.?(?:a|(b)))++)", True),
+        ("x|(?:.?(?:a|(b)))*+", True),
+        ("(?:.?(?:a|b))*+", False),
+        ("(?>(.)b)+c", False),
+        ("(.)?(?:a|b)*+(b)?", False),
+    ],
+)
+def test_groups_that_python_restores_wrongly(expression, broken):
+    """`re` raises SystemError over the former, which is no error of an expression."""
+    from margingate.runtime.client.parameter_types import refusal
+
+    assert stop_expressions.breaks(expression) == broken
+    assert bool(refusal({"stop_regex": expression})) == broken
+    if not broken:
+        re.search(expression, "aba")

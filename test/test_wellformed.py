@@ -20,7 +20,8 @@ MANAGER = SimpleNamespace(
 
 EXPRESSIONS = (
     "a regular expression or a list of them, with fewer than 1000000 steps at one place: repeats "
-    "multiply where they may share characters, and one without a bound counts 1000"
+    "multiply where they may share characters, and one without a bound counts 1000, and without a "
+    "group that captures in a possessive repeat"
 )
 
 SERVED: tuple[dict[str, Any], ...] = (

@@ -1,4 +1,4 @@
-"""How long a stop expression may be tried: SGLang searches on the scheduler's thread.
+"""What a stop expression may do to the scheduler, on whose thread SGLang searches.
 
 Bounds, not measurements. What remains is in docs/limits.md: the search begins at every position.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import re._parser as parser  # type: ignore[import-not-found]
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 LIMIT = 1_000_000  # steps; two repeats without a bound that can share characters
@@ -37,6 +37,33 @@ class _Place(NamedTuple):
 def stalls(expression: str) -> bool:
     """Whether the expression may backtrack for too long. Raises re.error where it has no sense."""
     return bound(expression).steps >= LIMIT
+
+
+def breaks(expression: str) -> bool:
+    """Whether Python may raise SystemError for a text that matches: it restores groups wrongly.
+
+    3.11 to 3.13 do. SGLang's scheduler ends then. Raises re.error where it has no sense.
+    """
+    return _captures(parser.parse(expression), False)
+
+
+def _captures(pattern: Any, possessive: bool) -> bool:
+    """Whether a possessive repeat has a group that captures, or is `possessive` and has one."""
+    for token, value in pattern:
+        if possessive and token is parser.SUBPATTERN and value[0] is not None:
+            return True
+        within = possessive or token is parser.POSSESSIVE_REPEAT
+        if any(_captures(part, within) for part in _parts(value)):
+            return True
+    return False
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    if isinstance(value, parser.SubPattern):
+        yield value
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from _parts(each)
 
 
 def bound(expression: str) -> Cost:
@@ -81,8 +108,7 @@ def _of(token: Any, value: Any, place: _Place) -> Cost:
         if token is parser.POSSESSIVE_REPEAT:
             return _bounded(1, max(most, 1) * cost.steps)
         return _repeated(cost, most - least + 1, most)
-    parts = value if isinstance(value, tuple | list) else (value,)
-    costs = [_of_all(part, within) for part in parts if isinstance(part, parser.SubPattern)]
+    costs = [_of_all(part, within) for part in _parts(value)]
     # Assertions and atomic groups are left at their first match.
     ways = max(each.ways for each in costs) if token is parser.GROUPREF_EXISTS else 1
     return _bounded(ways, 1 + sum(each.steps for each in costs))
