@@ -20,7 +20,8 @@ MANAGER = SimpleNamespace(
 
 EXPRESSIONS = (
     "a regular expression or a list of them, with fewer than 1000000 steps at one place: repeats "
-    "multiply where they may share characters, and one without a bound counts 1000"
+    "multiply where they may share characters, and one without a bound counts 1000, and without a "
+    "group that captures in a possessive repeat"
 )
 
 SERVED: tuple[dict[str, Any], ...] = (
@@ -220,6 +221,15 @@ def test_embedding_overrides_are_no_json():
         "((a{0,30}){0,30}){0,30}b",
         "(?:a*)*",
         f"({'a*' * 200})*b",
+        "(?i:a+A+a+A+a+A+a+A+x)",
+        "(?i:a+)A+x",
+        "a+(?i:A+)x",
+        "(?i:(?-i:a+)A+)x",
+        "(?i)(?:st|\N{LATIN SMALL LETTER LONG S}t)+x",
+        "(?i)(?:µa|μa)+x",
+        "(?i:(?:st|\N{LATIN SMALL LETTER LONG S}t)+)x",
+        r"(?a)[^\w]*é[^\w]*éx",
+        r"(?a:[^\w]*)é[^\w]*éx",
     ],
 )
 def test_expressions_that_may_stall_the_scheduler_are_refused(expression):
@@ -241,6 +251,9 @@ def test_expressions_that_may_stall_the_scheduler_are_refused(expression):
         "[^,]*,[^,]*;",
         "(red|blue)-[0-9]{3}",
         "(?i)</(think|tool)>",
+        "(?i)(?:stop|king)+x",
+        "(?i:stop|end) *END",
+        r"第\d+章\s+x",
     ],
 )
 def test_expressions_whose_repeats_share_no_character_are_served(expression):

@@ -17,7 +17,7 @@ from sglang.srt.managers.embed_types import PositionalEmbeds
 
 from margingate.runtime.compat.arguments import request_table
 from margingate.runtime.request.record import SWITCH, not_an_object
-from margingate.runtime.request.stop_expressions import LIMIT, UNBOUNDED, stalls
+from margingate.runtime.request.stop_expressions import LIMIT, UNBOUNDED, breaks, stalls
 
 MOST_COPIES = 128  # of a request, each a request of its own; ask for more in several
 _SHOWN = 80  # characters of a value in a sentence
@@ -83,7 +83,7 @@ def _expressions(value: Any) -> bool:
     try:
         for each in [value] if isinstance(value, str) else value:
             re.compile(each)
-            if stalls(each):
+            if stalls(each) or breaks(each):
                 return False
     except (re.error, RecursionError, OverflowError):
         return False
@@ -113,7 +113,7 @@ _KINDS: dict[str, _Kind] = {
         _expressions,
         f"a regular expression or a list of them, with fewer than {LIMIT} steps at one place: "
         f"repeats multiply where they may share characters, and one without a bound counts "
-        f"{UNBOUNDED}",
+        f"{UNBOUNDED}, and without a group that captures in a possessive repeat",
     ),
     "stop_token_ids": (_ids, "a list of token ids"),
     "logit_bias": (_biases, "an object with a finite number for each token id"),

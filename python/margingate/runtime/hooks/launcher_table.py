@@ -177,6 +177,15 @@ TOKENIZER_HOOKS = (
         Policy.CLIENT,
     ),
     Hook(
+        "entrypoints.context.HarmonyContext._record_finish_reason",
+        AFTER,
+        responses_answers.harmony_output,
+        "self meta_info",
+        "the gate's record in responses of gpt-oss, whose contexts keep no output",
+        _RECORD,
+        Policy.CLIENT,
+    ),
+    Hook(
         _ANTHROPIC + "handle_messages",
         AROUND,
         anthropic_answers.handle,
