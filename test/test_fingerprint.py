@@ -163,6 +163,25 @@ def test_one_that_could_not_be_computed_is_stale_until_it_is(server, fingerprint
     assert server.now() not in (first, None)
 
 
+@pytest.mark.parametrize("fails", [0, 1])
+def test_where_one_rank_cannot_read_its_weights_all_raise(fingerprint, monkeypatch, fails):
+    """Each has given its part, so that none waits for another."""
+    given: list[str] = []
+
+    def gathered(_scheduler: Any, own: str) -> list[str]:
+        given.append(own)
+        parts = ["0", "1"]
+        parts[0], parts[fails] = own, "" if fails else own
+        return parts
+
+    monkeypatch.setattr(fingerprint, "gathered", gathered)
+    monkeypatch.setattr(fingerprint.weight_digest, "digest", lambda _: "0" if fails else 1 / 0)
+    wanted = (RuntimeError, "rank 1 could not") if fails else (ZeroDivisionError, "division")
+    with pytest.raises(wanted[0], match=wanted[1]):
+        fingerprint._weights(None, None)
+    assert given == ["0" if fails else ""]
+
+
 def test_a_request_that_saw_both_weights_has_none(server, fingerprint):
     generation = server.fingerprint.admit()
     server.update("b")

@@ -3,9 +3,13 @@
 from array import array
 from random import Random
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from sglang.srt.sampling.penaltylib import (
+    BatchedMinNewTokensPenalizer,
+    BatchedPenalizerOrchestrator,
+)
 
 from margingate.config import GateConfig, GateError
 from margingate.runtime.request.admission import attach, digest, queue
@@ -40,6 +44,7 @@ def request(custom: Any = None, *, top_k: int = 1, **changes: Any) -> SimpleName
         "presence_penalty": 0.0,
         "repetition_penalty": 1.0,
         "min_new_tokens": 0,
+        "stop_token_ids": None,
         **dict.fromkeys(("logit_bias", "json_schema", "regex", "ebnf", "structural_tag")),
     }
     req = {
@@ -159,6 +164,35 @@ def test_the_record_names_the_prompt_that_sglang_cut():
     req.origin_input_ids = req.origin_input_ids[:3]  # --allow-auto-truncate, behind its making
     queue(req, "")
     assert req.gate.prompt == digest([1, 2, 3]) != before
+
+
+class Batch:
+    """As much of SGLang's as its penalties look at: a request, and one with a least length."""
+
+    device = "cpu"
+
+    def __init__(self, req: Any) -> None:
+        other = request(min_new_tokens=2)
+        self.reqs = [req, other]
+        for each in self.reqs:
+            each.eos_token_ids = {2}
+            each.tokenizer = SimpleNamespace(additional_stop_token_ids=None, eos_token_id=2)
+
+    def prepare(self) -> None:
+        kinds: Any = {BatchedMinNewTokensPenalizer}
+        BatchedPenalizerOrchestrator(VOCABULARY, cast(Any, self), kinds)
+
+
+@pytest.mark.parametrize("custom", [None, OPT_OUT])
+@pytest.mark.parametrize("stop", [-7, VOCABULARY + 1, 1 << 40, 1 << 70])
+def test_stop_tokens_that_the_model_has_not_are_dropped(custom, stop):
+    """SGLang's penalty ends its scheduler over them, whoever in the batch has a least length."""
+    req = request(custom, stop_token_ids={5, stop, None})
+    with pytest.raises((RuntimeError, ValueError)):
+        Batch(req).prepare()
+    classify(req)
+    assert req.sampling_params.stop_token_ids == {5}
+    Batch(req).prepare()
 
 
 def test_a_choice_without_a_seed_of_its_own_is_refused():

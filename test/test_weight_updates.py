@@ -324,6 +324,20 @@ def test_weights_that_cannot_be_read_leave_answers_without_a_fingerprint(monkeyp
     assert gate.fingerprint.of([1])["fingerprint_because"] == STALE
 
 
+def test_weights_that_gave_nothing_that_is_left_are_not_named():
+    gate: Any = GateRequest("a", True)
+    gate.begins(0, 0)
+    gate.crosses(1, 5)
+    gate.forget_rows(5)  # retracted: what the second weights gave is gone
+    gate.begins(2, 5)
+    assert gate.generations(10) == [0, 2] and gate.stands == 5
+    gate.crosses(3, 8)
+    gate.crosses(4, 9)
+    gate.forget_rows(3)
+    gate.begins(4, 3)
+    assert gate.generations(10) == [0, 4] and gate.stands == 3
+
+
 def test_a_request_is_not_begun_where_it_was_not_admitted():
     gate: Any = Gate(scheduler())
     waits, other = request([], holds=False), request([], holds=False)

@@ -168,30 +168,14 @@ def not_single(obj: Any) -> str:
 def at_places(obj: Any) -> str:
     """The sentence for logits at places that a client names, gated or not, or an empty one.
 
-    SGLang reads them in one forward: behind a cached prefix or in a chunk there are fewer rows.
+    In a chunk or behind a cached prefix a forward has fewer rows, and SGLang's scheduler ends.
     """
     if getattr(obj, "token_indices_to_pool", None) is None:
         return ""
     return (
-        "token_indices_to_pool (score_extraction_token_id of /v1/score) names rows that a chunk of "
-        "the prompt may not have, which ends SGLang's scheduler: drop it."
+        "token_indices_to_pool (of /v1/score: score_extraction_token_id) is not served with the "
+        "deterministic gate, since it may name rows that a forward has not: drop it."
     )
-
-
-def out_of_reach(params: Mapping[str, Any], vocabulary: int) -> str:
-    """The sentence for stop tokens that SGLang is to hold off and the model has not, or none.
-
-    Elsewhere an id outside of the vocabulary never comes, and does no harm.
-    """
-    if not params.get("min_new_tokens"):
-        return ""
-    for token in params.get("stop_token_ids") or ():
-        if token is not None and not 0 <= token < vocabulary:
-            return (
-                f"stop_token_ids holds {token}, but the model's vocabulary is 0 to "
-                f"{vocabulary - 1}: drop it, or min_new_tokens."
-            )
-    return ""
 
 
 def unknown(params: Mapping[str, Any], fields: Collection[str]) -> str:
@@ -249,7 +233,6 @@ def validate_one_request(manager: Any, obj: Any, input_ids: Sized | None) -> Non
     sentence = (
         unknown(params, manager.sampling_params_class.__struct_fields__)
         or refusal(params)
-        or out_of_reach(params, manager.model_config.vocab_size)
         or not_single(obj)
         or at_places(obj)
         or out_of_range(getattr(obj, "top_logprobs_num", None), manager.model_config.vocab_size)

@@ -267,8 +267,18 @@ def plan(config: GateConfig, verifier: Verifier, prefill: Prefill) -> dict[str, 
 
 
 def _weights(scheduler: Any, model: Any) -> str:
-    """Digest of the weights of all ranks, each of which holds a part of them."""
-    digests = gathered(scheduler, weight_digest.digest(model))
+    """Digest of the weights of all ranks, each of which holds a part of them.
+
+    Raises on all ranks what it raises on one: the others wait for its part.
+    """
+    own, error = "", None
+    try:
+        own = weight_digest.digest(model)
+    except Exception as raised:
+        error = raised
+    digests = gathered(scheduler, own)
+    if "" in digests:
+        raise error or RuntimeError(f"rank {digests.index('')} could not read its weights")
     return digests[0] if len(digests) == 1 else _hash(digests)
 
 

@@ -42,6 +42,7 @@ def attach(req: Any, config: GateConfig) -> None:
     Mutates the parameters of a gated request: its penalties are the gate's from here on, and one
     that draws nothing has no temperature, by which SGLang scales log-probs in a batch that samples.
     """
+    _drop_unknown_stops(req)
     gate = _classify(req, config)
     req.gate = gate
     _name_prompt(req)
@@ -76,6 +77,17 @@ def queue(req: Any, images_fail: str) -> None:
     if refusal := refusal or without_experts(req):
         req.set_finish_with_abort(refusal)  # it goes on as a prompt of one token
         req.input_embeds = req.positional_embed_overrides = None
+
+
+def _drop_unknown_stops(req: Any) -> None:
+    """Those outside the vocabulary, gated or not: they never come, and where any request of a batch
+    has a least length, SGLang's penalty writes to the logits of all stop tokens in it.
+    """
+    params, size = req.sampling_params, req.vocab_size
+    if params.stop_token_ids and size:
+        params.stop_token_ids = {
+            token for token in params.stop_token_ids if token is not None and 0 <= token < size
+        }
 
 
 def _name_prompt(req: Any) -> None:

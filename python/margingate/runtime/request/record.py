@@ -115,8 +115,9 @@ class GateRequest:
         `tokens`: of its output that it has already, and that are computed with again.
         """
         self.mixed = False
-        if not tokens:
-            self.weights.clear()
+        ends = [*(later.tokens for later in self.weights[1:]), tokens]
+        pairs = zip(self.weights, ends, strict=False)
+        self.weights = [seen for seen, end in pairs if end > seen.tokens]  # which gave some of them
         if not self.weights or self.weights[-1].generation != generation:
             self.weights.append(WeightsSeen(generation, tokens))
         self.stands = tokens if len(self.weights) > 1 else 0
