@@ -16,7 +16,7 @@ import numpy as np
 from sglang.srt.managers.embed_types import PositionalEmbeds
 
 from margingate.runtime.compat.arguments import request_table
-from margingate.runtime.request.record import SWITCH, not_an_object
+from margingate.runtime.request.record import SWITCH
 from margingate.runtime.request.stop_expressions import LIMIT, UNBOUNDED, breaks, stalls
 
 MOST_COPIES = 128  # of a request, each a request of its own; ask for more in several
@@ -77,6 +77,11 @@ def _biases(value: Any) -> bool:
     )
 
 
+def _object(value: Any) -> bool:
+    """SGLang takes whatever is empty for none."""
+    return isinstance(value, dict) or not value
+
+
 def _expressions(value: Any) -> bool:
     if not _texts(value):
         return False
@@ -117,6 +122,7 @@ _KINDS: dict[str, _Kind] = {
     ),
     "stop_token_ids": (_ids, "a list of token ids"),
     "logit_bias": (_biases, "an object with a finite number for each token id"),
+    "custom_params": (_object, "an object"),
 }
 
 # Of the request itself, where SGLang takes a list of several prompts' values. A list for a single
@@ -144,7 +150,7 @@ def refusal(params: Mapping[str, Any]) -> str:
     for name, value in params.items():
         if (kind := _KINDS.get(name)) and (sentence := _of_another(name, value, kind)):
             return sentence
-    return not_an_object(params.get("custom_params") or {})
+    return ""
 
 
 def _of_another(name: str, value: Any, kind: _Kind) -> str:

@@ -146,10 +146,9 @@ class SettledStream:
         gate = getattr(req, "gate", None)
         if gate is None:
             return
-        is_open = gate.key in self._requests
         if gate.gated and isinstance(req.finished_reason, FINISH_ABORT):
-            self._cut_to_settled(req, is_open)
-        elif is_open and not self._requests.is_settled(req):
+            self._cut_to_settled(req)
+        elif gate.key in self._requests and not self._requests.is_settled(req):
             raise RuntimeError("SGLang found its end where rows of it are to be verified")
         summary = gate.summary(self._config)
         seen = gate.generations(len(req.output_ids))
@@ -161,11 +160,11 @@ class SettledStream:
                 summary["scores"] = self._scores
         req.customized_info = {INFO_KEY: _WithLastToken([summary])}
 
-    def _cut_to_settled(self, req: Any, is_open: bool) -> None:
+    def _cut_to_settled(self, req: Any) -> None:
         """An aborted request ends with what was settled."""
         if req.gate.kept is not None:
             self._retractions.give_back(req)
-        known = is_open and not req.gate.failed
+        known = req.gate.key in self._requests and not req.gate.failed
         settled = self._requests.ledger.settled_length(req.gate.key) if known else 0
         req.finished_len = min(max(settled, req.send_token_offset), len(req.output_ids))
 

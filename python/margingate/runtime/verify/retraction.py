@@ -154,11 +154,9 @@ def _is_given_up(req: Any) -> bool:
     with this status, of a grammar or of the gate, name a type of error.
     """
     reason = req.to_finish
-    code = HTTPStatus.INTERNAL_SERVER_ERROR
-    return isinstance(reason, FINISH_ABORT) and (reason.status_code, reason.err_type) == (
-        code,
-        None,
-    )
+    if not isinstance(reason, FINISH_ABORT):
+        return False
+    return reason.status_code == HTTPStatus.INTERNAL_SERVER_ERROR and reason.err_type is None
 
 
 def _set_aside(req: Any, kept: int) -> None:
