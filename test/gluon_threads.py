@@ -9,6 +9,7 @@ after `PATIENCE_S`.
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import threading
 import time
@@ -68,6 +69,10 @@ class Shared:
     def index(self, at: Any) -> Shared:
         return Shared(self.data[int(at)])
 
+    def slice(self, first: int, count: int, axis: int) -> Shared:
+        assert axis == 0
+        return Shared(self.data[first : first + count])
+
     def permute(self, order: Any) -> Shared:
         return Shared(self.data.transpose(order))
 
@@ -111,8 +116,8 @@ class Barriers:
 class Descriptor:
     def __init__(self, tensor: torch.Tensor) -> None:
         self.data = tensor.flatten(1).numpy()
-        self.block = (64, tensor.shape[-1])
-        self.nbytes_per_cta = 64 * tensor.shape[-1] * self.data.itemsize
+        self.block = (gluon_rings.TILE.value, tensor.shape[-1])
+        self.nbytes_per_cta = math.prod(self.block) * self.data.itemsize
 
 
 def copy_tile(descriptor: Descriptor, corner: Any, barrier: Barrier, result: Shared) -> None:

@@ -48,6 +48,7 @@ from margingate_kernels import (
 )
 
 HOPPER_SHARED, HOPPER_PER_PROGRAM = 228 * 1024, 1024  # bytes of an SM; kept for each program
+WIDE = {size: attention.blocks_for(size, wide=True) for size in (64, 128)}
 LENGTHS = (1, 63, 64, 65, 255, 256, 257, 600)
 SHAPES = ((2, 2, 64), (3, 1, 64), (4, 1, 128), (1, 1, 128))  # heads, K/V heads, head size
 
@@ -80,6 +81,22 @@ def check_largest_head(device: str) -> None:
         for i, rows in enumerate(extended):
             assert_close(rows, world.oracle(i)[-len(rows) :], (shape, i))
             assert torch.equal(decoded[i], rows[-1]), (shape, i)
+
+
+def check_wide_tiles(device: str) -> None:
+    """Of 128 keys: both Triton kernels; Gluon's is held to them in test_prefill_gluon.py."""
+    lengths = (1, 127, 128, 129, 256, 257, 400)
+    with (
+        patch.object(attention, "has_wide_tiles", lambda *_: False),
+        patch.object(attention, "blocks_for", lambda size, wide=False: WIDE[size]),
+    ):
+        for shape in ((3, 1, 64), (2, 1, 128)):
+            world = World(device, lengths, shape)
+            extended = world.extend(*((i, last_of(n), n) for i, n in enumerate(lengths)))
+            decoded = world.decode([(i, length - 1) for i, length in enumerate(lengths)])
+            for i, length in enumerate(lengths):
+                assert_close(extended[i], world.oracle(i)[last_of(length) :], (shape, length))
+                assert torch.equal(decoded[i], extended[i][-1]), (shape, length)
 
 
 def check_prefixes(device: str) -> None:
@@ -121,7 +138,7 @@ def check_parts(device: str) -> None:
     for parts, copies_tiles in ((1, True), (2, True), (2, False), (4, True)):
         shared = blocks._replace(extend=blocks.extend._replace(parts=parts))
         with (
-            patch.object(attention, "blocks_for", lambda _, it=shared: it),
+            patch.object(attention, "blocks_for", lambda *_, it=shared: it),
             patch.object(attention_prefill, "_copies_tiles", lambda _, it=copies_tiles: it),
         ):
             found.append(world.extend((0, 70, 150))[0])
@@ -310,9 +327,11 @@ def test_sums_of_rounded_weights_are_exact() -> None:
             assert torch.equal(halves[:, 0], exact)
 
 
-@pytest.mark.parametrize("head_size", attention_checks.HEAD_SIZES)
-def test_blocks_keep_what_the_bodies_assume(head_size: int) -> None:
-    blocks = attention.blocks_for(head_size)
+@pytest.mark.parametrize(
+    ("head_size", "wide"), [(64, False), (128, False), (256, False), (64, True), (128, True)]
+)
+def test_blocks_keep_what_the_bodies_assume(head_size: int, wide: bool) -> None:
+    blocks = attention.blocks_for(head_size, wide)
     assert blocks.keys <= 128  # so that a tile's weights sum exactly
     assert blocks.segment % blocks.keys == 0
     assert blocks.decode.rows == attention_checks.MOST_GROUPED
@@ -353,6 +372,12 @@ def test_jit_bodies_compile_for_hopper(head_size: int) -> None:
     types |= dict.fromkeys(("k_tiles", "v_tiles"), "*bf16")
     assert ptx(kernel, {**extend, "KIND": attention_triton.FLAT.value}, blocks.extend.warps)
     assert "mma.sync" in ptx(attention_decode_triton.decode, decode, blocks.decode.warps)
+    if head_size in WIDE:
+        wide = {**decode, "BLOCK_N": WIDE[head_size].keys}
+        own = {k: v for k, v in wide.items() if k in attention_decode_triton.decode.arg_names}
+        cut = WIDE[head_size].decode
+        made = for_hopper(attention_decode_triton.decode, types, own, cut.warps, cut.stages)
+        assert made.metadata.shared + HOPPER_PER_PROGRAM <= HOPPER_SHARED
     assert ptx(attention_decode_triton.add_up, known, 1)
     assert ptx(attention_decode_triton.plan, known, 4)
 

@@ -42,7 +42,6 @@ from margingate_kernels import (
     Columns,
     Rules,
     attention,
-    attention_prefill,
     attention_reference,
     extend_attention,
 )
@@ -74,7 +73,7 @@ SWEEP = (
     Variant("extend by Triton", attention.blocks_for(128)),
     Variant("extend by 128 rows", Blocks(64, 256, Cut(128, 8, 3), Cut(16, 2, 3))),
     Variant("segments of 512", Blocks(64, 512, Cut(64, 4, 3), Cut(16, 2, 3))),
-    Variant("tiles of 128 keys", Blocks(128, 256, Cut(128, 8, 3), Cut(16, 4, 2))),
+    Variant("tiles of 128 keys", attention.blocks_for(128, wide=True)),
     Variant("decode by 1 warp", Blocks(64, 256, Cut(64, 4, 3), Cut(16, 1, 2))),
     Variant("4 programs per SM", programs=4),
 )
@@ -202,9 +201,9 @@ def cut(variant: Variant) -> Iterator[None]:
     blocks = variant.blocks
     with ExitStack() as stack:
         if blocks is not None:
-            stack.enter_context(patch.object(attention, "blocks_for", lambda _: blocks))
-            without = patch.object(attention_prefill, "_has_warpgroups", lambda _: False)
-            stack.enter_context(without)
+            stack.enter_context(patch.object(attention, "blocks_for", lambda *_, **__: blocks))
+            narrow = patch.object(attention, "has_wide_tiles", lambda *_: False)
+            stack.enter_context(narrow)
         if variant.programs is not None:
             stack.enter_context(patch.object(attention, "PROGRAMS_PER_SM", variant.programs))
         yield

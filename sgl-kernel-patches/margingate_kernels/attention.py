@@ -13,6 +13,7 @@ sinks. Sums are in float32.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from margingate_kernels.attention_checks import (
 )
 from margingate_kernels.overlap import launch_options
 
-ARITHMETIC = 2  # counts changes of a row's bits from version to version
+ARITHMETIC = 3  # counts changes of a row's bits from version to version
 PROGRAMS_PER_SM = 16  # of decode, more than fit at once, so that none waits for long
 LOG2_E = 1.4426950408889634
 
@@ -54,11 +55,28 @@ class Blocks(NamedTuple):
     decode: Cut  # rows: the heads of a group, padded
 
 
-def blocks_for(head_size: int) -> Blocks:
-    """`head_size` is 64, 128 or 256."""
+def blocks_for(head_size: int, wide: bool = False) -> Blocks:
+    """`head_size` is 64, 128 or 256; `wide`: see `has_wide_tiles`."""
+    if wide:
+        return Blocks(128, 256, Cut(64, 4, 2), Cut(16, 4, 3))
     if head_size <= 128:
         return Blocks(64, 256, Cut(64, 4, 3), Cut(16, 2, 3))
     return Blocks(32, 256, Cut(64, 4, 3, parts=2), Cut(16, 4, 2))
+
+
+def has_wide_tiles(device: torch.device, head_size: int, rules: Rules) -> bool:
+    """Whether a layer's tiles have 128 keys: those that the Gluon kernel prefills.
+
+    Its sums are rescaled half as often. Elsewhere shared memory does not hold enough of them.
+    """
+    plain = rules.window is None and rules.sinks is None and not rules.cap
+    return plain and head_size <= 128 and _has_warpgroups(device)
+
+
+@functools.cache
+def _has_warpgroups(device: torch.device) -> bool:
+    """Whether the device is a Hopper, whose instructions the Gluon kernel is made of."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 class Segments(NamedTuple):
@@ -273,7 +291,8 @@ def _launch_decode(  # noqa: PLR0917
     rules: Rules,
 ) -> None:
     (rows, heads, head_size), kv_heads = q.shape, paged.k_buffer.shape[1]
-    segments, blocks = workspace.segments, workspace.blocks
+    segments = workspace.segments
+    blocks = blocks_for(head_size, has_wide_tiles(q.device, head_size, rules))
     capacity, early = len(segments.records), launch_options(q.device)
     attention_decode_triton.decode[(min(workspace.programs, capacity * kv_heads),)](
         q,

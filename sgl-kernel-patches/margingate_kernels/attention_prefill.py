@@ -13,9 +13,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from margingate_kernels import (
     attention,
+    attention_gluon,
     attention_prefill_gluon,
     attention_prefill_triton,
     attention_triton,
+    gluon_rings,
 )
 from margingate_kernels.attention_checks import (
     PLAIN,
@@ -118,8 +120,7 @@ def _launch_extend(  # noqa: PLR0917
     rules: Rules,
 ) -> None:
     heads, head_size = q.shape[1:]
-    plain = rules.window is None and rules.sinks is None and not rules.cap
-    if plain and head_size <= 128 and _has_warpgroups(q.device):
+    if attention.has_wide_tiles(q.device, head_size, rules):
         _launch_gluon(q, columns, chunks, multiply[0], out)
         return
     blocks = attention.blocks_for(head_size)
@@ -175,7 +176,7 @@ def _launch_gluon(
         chunks.prefix_lens,
         scale,
         *constants,
-        num_warps=attention_prefill_gluon.WARPS.value,
+        num_warps=attention_gluon.WARPS.value,
     )
 
 
@@ -190,17 +191,11 @@ def gluon_launch(
     heads, head_size = q.shape[1:]
     group = heads // columns.k_buffer.shape[1]
     together = 2 if group % 2 == 0 else 1
-    rows = attention_prefill_gluon.READERS.value * attention_prefill_gluon.ROWS.value // together
+    rows = gluon_rings.READERS.value * attention_gluon.ROWS.value // together
     grid = heads // together, triton.cdiv(chunks.longest, rows), len(chunks.prefix_lens)
     strides = (each.stride(0) for each in (q, out, columns.k_buffer, columns.v_buffer))
-    segment = attention.blocks_for(head_size).segment
+    segment = attention.blocks_for(head_size, wide=True).segment
     return grid, (*strides, group, head_size, segment, together, stages)
-
-
-@functools.cache
-def _has_warpgroups(device: torch.device) -> bool:
-    """Whether the device is a Hopper, whose instructions the Gluon kernel is made of."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @functools.cache
@@ -216,7 +211,7 @@ def _tiles(tensor: torch.Tensor, shape: list[int]) -> TensorDescriptor:
 
 def _gluon_tiles(tensor: torch.Tensor) -> hopper.TensorDescriptor:
     """As `_tiles`, with how a tile lies in shared memory."""
-    tile = [attention_prefill_gluon.TILE.value, tensor.shape[2]]
+    tile = [gluon_rings.TILE.value, tensor.shape[2]]
     return hopper.TensorDescriptor(tensor, *_matrix(tensor), tile, _tile_layout(*tile))
 
 

@@ -3,31 +3,19 @@
 A program has three parts that run at once. One brings tiles of keys and values to rings in shared
 memory: new keys by the device's own copies of whole tiles; cached ones, and a sequence's last, row
 by row and by slot. Two attend 64 rows each: the same rows of two heads that share keys, or rows of
-one head. Each weighs a tile while the values of the tile before are multiplied, and rescales its
-sums while the scores of the next are; and while one weighs, the other may multiply.
+one head. While one weighs a tile, the other may multiply.
 
-Bits do not depend on any of that: tiles of 64 keys are added to segments and segments to each other
-as `add_tile` and `_segment` do it, operation by operation.
+Bits do not depend on any of that: tiles of 128 keys are added to segments and segments to each
+other as `add_tile` and `_segment` do it, operation by operation.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
-from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import tma
 
-from margingate_kernels.attention_gluon import (
-    NEG_INF,
-    ROWS,
-    add_segment,
-    add_tile,
-    add_values,
-    as_operand,
-    multiply_keys,
-    weigh,
-)
+from margingate_kernels.attention_gluon import NEG_INF, ROWS, WARPS, add_segment, add_tile
 from margingate_kernels.gluon_rings import READERS, TILE, Ring, bring, ring, rows_layout
-
-WARPS = gl.constexpr(4)  # of each part
 
 
 @gluon.jit
@@ -58,7 +46,7 @@ def attend(  # noqa: PLR0917
     prefix: gl.tensor,
     length: gl.tensor,
     row: gl.tensor,  # the first
-    last: gl.tensor,  # tiles from here on are not needed
+    ends: gl.tensor,  # keys from here on are not needed
     column: gl.tensor,  # of the head
     scale: gl.tensor,
     stride_q: gl.constexpr,
@@ -68,55 +56,39 @@ def attend(  # noqa: PLR0917
     STAGES: gl.constexpr,  # noqa: N803
 ) -> None:
     """Attend rows of one head to their keys."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TILE, 16])
-    mean_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, head_size, 16])
-    row_layout: gl.constexpr = gl.SliceLayout(1, mean_layout)
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, head_size, 16])
+    row_layout: gl.constexpr = gl.SliceLayout(1, layout)
     per: gl.constexpr = SEGMENT // TILE
+    last = gl.cdiv(ends, TILE)
+    half: gl.constexpr = TILE // 2
     at, exists = places(start, length, row, column, stride_q, head_size)
     place.store(gl.load(q + at, mask=exists, other=0.0))
     hopper.fence_async_shared()
     gl.barrier()
-    positions = prefix + row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    own_top = gl.full([ROWS], NEG_INF, gl.float32, gl.SliceLayout(1, layout))
-    own_total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
-    own = gl.zeros([ROWS, head_size], gl.float32, mean_layout)
+    positions = prefix + row + gl.arange(0, ROWS, row_layout)
+    own_top = gl.full([ROWS], NEG_INF, gl.float32, row_layout)
+    own_total = gl.zeros([ROWS], gl.float32, row_layout)
+    own = gl.zeros([ROWS, head_size], gl.float32, layout)
     top, total, mean = own_top, own_total, own
-    keys.wait_full(0, STAGES)
-    hopper.fence_async_shared()
-    scores = warpgroup_mma_wait(0, [multiply_keys(place, keys, 0, layout, STAGES)])
-    keys.release(0, STAGES)
-    before_top, before_total = own_top, own_total
-    weights, carry, own_top, own_total = weigh(
-        scores, own_top, own_total, positions, 0, scale, layout, True
-    )
-    weights = as_operand(weights, values, mean_layout)
-    keys.wait_full(gl.minimum(1, last - 1), STAGES)
-    values.wait_full(0, STAGES)
-    hopper.fence_async_shared()
     whole = gl.minimum((prefix + row + 1) // TILE, last)
-    for tile in range(1, whole):
-        weights, carry, own_top, own_total, before_top, before_total, own, top, total, mean = (
-            add_tile(
-                *(weights, carry, own_top, own_total, before_top, before_total, own, top, total),
-                *(mean, place, keys, values, positions, tile, last, scale),
-                *(layout, mean_layout, per, STAGES, False),
-            )
+    for tile in range(whole):
+        own_top, own_total, own, top, total, mean = add_tile(
+            *(own_top, own_total, own, top, total, mean, place, keys, values, positions, tile),
+            *(scale, layout, per, TILE, STAGES, False),
         )
-    for tile in range(gl.maximum(whole, 1), last):
-        weights, carry, own_top, own_total, before_top, before_total, own, top, total, mean = (
-            add_tile(
-                *(weights, carry, own_top, own_total, before_top, before_total, own, top, total),
-                *(mean, place, keys, values, positions, tile, last, scale),
-                *(layout, mean_layout, per, STAGES, True),
-            )
+    # What no row sees of the last tile adds nothing: a half of it may be left out.
+    small = ends <= (last - 1) * TILE + half
+    for tile in range(whole, last - small.to(gl.int32)):
+        own_top, own_total, own, top, total, mean = add_tile(
+            *(own_top, own_total, own, top, total, mean, place, keys, values, positions, tile),
+            *(scale, layout, per, TILE, STAGES, True),
         )
-    own, top, total, mean = add_values(
-        *(weights, carry, before_top, before_total, own, top, total, mean, values, last - 1),
-        *(row_layout, per, STAGES),
-    )
-    own = warpgroup_mma_wait(0, [own])
-    top, total, mean = add_segment(top, total, mean, own_top, own_total, own, row_layout)
-    total = gl.convert_layout(total, row_layout, assert_trivial=True)
+    if small:
+        own_top, own_total, own, top, total, mean = add_tile(
+            *(own_top, own_total, own, top, total, mean, place, keys, values, positions, last - 1),
+            *(scale, layout, per, half, STAGES, True),
+        )
+    top, total, mean = add_segment(top, total, mean, own_top, own_total, own)
     place.store((mean / total[:, None]).to(out.dtype.element_ty))
     gl.barrier()
     at, exists = places(start, length, row, column, stride_o, head_size)
@@ -166,7 +138,7 @@ def extend(  # noqa: PLR0917
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, head_size], dtype)
     first = gl.allocate_shared_memory(dtype, [ROWS, head_size], layout)
     second = gl.allocate_shared_memory(dtype, [ROWS, head_size], layout)
-    last = gl.cdiv(prefix + gl.minimum(length, row + rows), TILE)
+    ends = prefix + gl.minimum(length, row + rows)
     next_row, next_column = row + rows - ROWS, (head + HEADS - 1) * head_size
     k_at, v_at = k_buffer + of, v_buffer + of
     gl.warp_specialize(
@@ -183,7 +155,7 @@ def extend(  # noqa: PLR0917
                     prefix,
                     length,
                     row,
-                    last,
+                    ends,
                     head * head_size,
                     scale,
                     stride_q,
@@ -205,7 +177,7 @@ def extend(  # noqa: PLR0917
                     prefix,
                     length,
                     next_row,
-                    last,
+                    ends,
                     next_column,
                     scale,
                     stride_q,
@@ -228,7 +200,7 @@ def extend(  # noqa: PLR0917
                     start,
                     prefix,
                     length,
-                    last,
+                    gl.cdiv(ends, TILE),
                     of,
                     stride_k,
                     stride_v,

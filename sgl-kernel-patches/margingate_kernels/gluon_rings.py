@@ -4,7 +4,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 
-TILE = gl.constexpr(64)  # keys
+TILE = gl.constexpr(128)  # keys
+GATHERED = gl.constexpr(32)  # rows at a time
 READERS = gl.constexpr(2)  # parts of a program that use each tile
 
 
@@ -83,17 +84,41 @@ def copy_tile(  # noqa: PLR0917
 
 
 @gluon.jit
-def gather_tile(
+def slots_of(
+    slots: gl.tensor, first: gl.tensor, end: gl.tensor, head_size: gl.constexpr
+) -> gl.tuple:
+    """Slots of a tile's keys, GATHERED in a tensor; 0 from `end` on."""
+    rows = gl.arange(0, GATHERED, gl.SliceLayout(1, rows_layout(head_size, gl.num_warps())))
+    found: gl.tuple = ()
+    for i in gl.static_range(TILE // GATHERED):
+        at = first + i * GATHERED + rows
+        found += (gl.load(slots + at, mask=at < end, other=0),)
+    return found
+
+
+@gluon.jit
+def gather_tile(  # noqa: PLR0917
     ring: Ring,
-    pointers: gl.tensor,
-    exists: gl.tensor,
+    pool: gl.tensor,
+    slots: gl.tuple,
+    first: gl.tensor,
+    end: gl.tensor,
     tile: gl.tensor,
+    stride: gl.constexpr,
+    head_size: gl.constexpr,
     STAGES: gl.constexpr,  # noqa: N803
 ) -> None:
     """Copy a tile's rows from where each of them is; 0 where none exist."""
+    layout: gl.constexpr = rows_layout(head_size, gl.num_warps())
+    rows = first + gl.arange(0, GATHERED, gl.SliceLayout(1, layout))
+    lanes = gl.arange(0, head_size, gl.SliceLayout(0, layout))[None, :]
     ring.wait_free(tile, STAGES)
     full = ring.full.index(tile % STAGES)
-    async_copy.async_load(ring.tiles.index(tile % STAGES), pointers, mask=exists[:, None])
+    into = ring.tiles.index(tile % STAGES)
+    for i in gl.static_range(TILE // GATHERED):
+        at = pool + slots[i].to(gl.int64)[:, None] * stride + lanes
+        exists = rows + i * GATHERED < end
+        async_copy.async_load(into.slice(i * GATHERED, GATHERED, 0), at, mask=exists[:, None])
     async_copy.mbarrier_arrive(full, increment_count=True)
     mbarrier.arrive(full, count=1)  # after a barrier: all threads count before the phase may end
 
@@ -118,20 +143,16 @@ def bring(  # noqa: PLR0917
     STAGES: gl.constexpr,  # noqa: N803
 ) -> None:
     """Bring all tiles to the rings, as stages become free."""
-    layout: gl.constexpr = rows_layout(head_size, gl.num_warps())
     end = prefix + length
-    rows = gl.arange(0, TILE, gl.SliceLayout(1, layout))
-    lanes = gl.arange(0, head_size, gl.SliceLayout(0, layout))[None, :]
-    slot = gl.load(slots + rows, mask=rows < end, other=0)
+    slot = slots_of(slots, 0, end, head_size)
     for tile in range(last):
         first = tile * TILE
         if first >= prefix and first + TILE <= end:
             copy_tile(keys, k_tiles, start - prefix + first, column, tile, STAGES)
             copy_tile(values, v_tiles, start - prefix + first, column, tile, STAGES)
         else:
-            at = slot.to(gl.int64)[:, None]
-            exists = first + rows < end
-            gather_tile(keys, k_at + at * stride_k + lanes, exists, tile, STAGES)
-            gather_tile(values, v_at + at * stride_v + lanes, exists, tile, STAGES)
-        ahead = first + TILE + rows
-        slot = gl.load(slots + ahead, mask=(ahead < end) & (tile + 1 < last), other=0)
+            gather_tile(keys, k_at, slot, first, end, tile, stride_k, head_size, STAGES)
+            gather_tile(values, v_at, slot, first, end, tile, stride_v, head_size, STAGES)
+        ahead = first + TILE
+        gathered = (ahead < prefix) | (ahead + TILE > end)
+        slot = slots_of(slots, ahead, end * gathered.to(gl.int32), head_size)
