@@ -20,7 +20,8 @@ from margingate.core.rowclass import Route, RowPlan
 from margingate.runtime.compat.arguments import settings_table
 from margingate.runtime.compat.process import ranks
 from margingate.runtime.probe import cache, classes, plans, startup
-from margingate.runtime.probe.operators import Linear, MadeUp, Norm, Operator
+from margingate.runtime.probe.operators import Linear, MadeUp, Norm, Operator, Packed
+from margingate.runtime.probe.routed import Experts
 from margingate.study.plots import plot_classes
 
 FINDINGS = [
@@ -316,12 +317,15 @@ def test_a_layer_without_a_class_for_prefill_is_named(caplog):
 
 
 def test_experts_that_take_few_rows_at_a_time_are_refused_on_a_gpu():
-    def capped(device: str, **more: object) -> Operator:
-        return cast(Operator, SimpleNamespace(name="e", device=torch.device(device), **more))
+    def capped(device: str, kind: type[Operator] = Experts, **more: object) -> Operator:
+        made = {"name": "e", "device": torch.device(device), "instead": kind.instead, **more}
+        return cast(Operator, SimpleNamespace(**made))
 
     few, enough = RowPlan(((1, 31),)), RowPlan(((1, 32),))
     with pytest.raises(GateError, match=r"call e with 31 rows at a time.*moe_wna16 for GPTQ"):
         plans.refuse_small_pieces(capped("cuda", is_capped=True), few)
+    with pytest.raises(GateError, match=r"call e with 31 rows at a time.*in BF16 or FP8, or this"):
+        plans.refuse_small_pieces(capped("cuda", Packed, is_capped=True), few)
     plans.refuse_small_pieces(capped("cuda", is_capped=True), enough)
     plans.refuse_small_pieces(capped("cuda", is_capped=False), few)
     plans.refuse_small_pieces(capped("cpu", is_capped=True), few)

@@ -42,6 +42,7 @@ class Operator:
     kind: ClassVar[str] = "operator"
     is_planned: ClassVar[bool] = False  # whether something keeps it to row counts: see `execute`
     is_capped: ClassVar[bool] = False  # it may depend on neighbours above some row count
+    instead: ClassVar[str] = "serve this model in BF16 or FP8"  # of a capped one with few rows
     must_agree: ClassVar[bool] = False  # whether several classes end the start
     sees_prefill: ClassVar[bool] = True  # whether all rows of a prefill forward reach it
 

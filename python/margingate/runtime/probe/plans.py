@@ -173,9 +173,8 @@ def refuse_small_pieces(operator: Operator, plan: RowPlan) -> None:
     if operator.is_capped and operator.device.type == "cuda" and plan.high < FEWEST:
         raise GateError(
             f"--deterministic-gate would call {operator.name} with {plan.high} rows at a time, "
-            "since more depend on each other, and a prompt would take minutes: serve packed "
-            "experts by Triton (--quantization moe_wna16 for GPTQ, --moe-runner-backend triton for "
-            "compressed-tensors), or this model without the flag."
+            "since more depend on each other, and a prompt would take minutes: "
+            f"{operator.instead}, or this model without the flag."
         )
 
 

@@ -140,6 +140,10 @@ class Experts(Routed):
     kind: ClassVar[str] = "experts"
     is_planned: ClassVar[bool] = True
     is_capped: ClassVar[bool] = True
+    instead: ClassVar[str] = (
+        "serve packed experts by Triton (--quantization moe_wna16 for GPTQ, --moe-runner-backend "
+        "triton for compressed-tensors)"
+    )
 
     def sample(self, rows: int) -> Rows:
         return self.routed(self._choices(rows))
