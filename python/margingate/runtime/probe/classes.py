@@ -250,16 +250,13 @@ def _extended(
     def run(rows: torch.Tensor) -> torch.Tensor:
         return operator.run(sample[rows % base])
 
-    seen = {
-        key: _in_windows(run, _cover(base, of[-1]), of[-1])
-        for key, of in counts_by_class(classes).items()
-    }
+    known = counts_by_class(classes).items()
+    seen = {key: _in_windows(run, _cover(base, of[-1]), of[-1]) for key, of in known}
     unused = max(classes.values()) + 1
     for count in counts:
         rows = _cover(base, count)
-        # A large output is not copied.
-        whole = run(rows) if len(rows) == count else _in_windows(run, rows, count)
-        blocks = whole.split(base)
+        single = len(rows) == count  # its output may be large, and is not copied
+        blocks = (run(rows) if single else _in_windows(run, rows, count)).split(base)
         steady = _is_undisturbed(operator, sample, count, blocks[0][:1])
         keys = (key for key, expected in seen.items() if steady and _repeats(expected, blocks))
         found[count] = key = next(keys, unused)
