@@ -368,6 +368,16 @@ def test_sums_in_another_order_show_where_rounding_hides_most_of_them(monkeypatc
     assert set(classes.probe_operator(seldom_apart(11), counts).values()) == {0}, "the control"
 
 
+def test_they_show_at_row_counts_of_prefill_too(monkeypatch):
+    """There 64 rows of it would be the block that all results are compared with."""
+    decode, prefill = dict.fromkeys(range(1, 65), 0), [96, 128, 160, 992]
+    found = classes.extended(seldom_apart(128), decode, prefill)
+    assert found == {**decode, 96: 0, 128: 1, 160: 1, 992: 1}
+    monkeypatch.setattr(classes, "ROUNDED", 1)
+    found = classes.extended(seldom_apart(128), decode, [96, 128])
+    assert set(found.values()) == {0}, "the control"
+
+
 @pytest.mark.parametrize(
     ("width", "dtype", "rows"),
     [

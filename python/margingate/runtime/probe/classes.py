@@ -226,12 +226,12 @@ def extended(
 ) -> dict[int, int]:
     """`classes` with the larger `counts`: each in a class that has its bits, or in a new one.
 
-    Rows repeat in blocks of the largest count so far, so that a large output is held once and each
-    of its blocks compared with a small one.
+    Rows repeat in blocks of the largest count so far, or of more where rows have few results, so
+    that a large output is held once and each of its blocks compared with a small one.
     """
     if not counts:
         return dict(classes)
-    base = max(classes)
+    base = sample_rows(list(classes), _least_rows(operator, max(classes)))
     of_samples = [_extended(operator, sample, classes, counts) for sample in operator.samples(base)]
     found, numbers = dict(classes), {(key,) * len(of_samples): key for key in classes.values()}
     for count in counts:
@@ -244,18 +244,19 @@ def extended(
 def _extended(
     operator: Operator, sample: Inputs, classes: Mapping[int, int], counts: Sequence[int]
 ) -> dict[int, int]:
-    """As `extended`, by one sample of as many rows as the largest count so far."""
+    """As `extended`, by one sample of as many rows as a block has."""
     found, base = dict(classes), len(sample)
-    seen = {
-        key: _in_windows(
-            lambda rows: operator.run(sample[rows % base]), _cover(base, of[-1]), of[-1]
-        )
-        for key, of in counts_by_class(classes).items()
-    }
-    repeated = sample[torch.arange(max(counts), device=operator.device) % base]
+
+    def run(rows: torch.Tensor) -> torch.Tensor:
+        return operator.run(sample[rows % base])
+
+    known = counts_by_class(classes).items()
+    seen = {key: _in_windows(run, _cover(base, of[-1]), of[-1]) for key, of in known}
     unused = max(classes.values()) + 1
     for count in counts:
-        blocks = operator.run(repeated[:count]).split(base)
+        rows = _cover(base, count)
+        single = len(rows) == count  # its output may be large, and is not copied
+        blocks = (run(rows) if single else _in_windows(run, rows, count)).split(base)
         steady = _is_undisturbed(operator, sample, count, blocks[0][:1])
         keys = (key for key, expected in seen.items() if steady and _repeats(expected, blocks))
         found[count] = key = next(keys, unused)

@@ -30,6 +30,7 @@ from margingate.runtime.probe import (
     execute,
     loaded_scales,
     plans,
+    rotary,
     shared_plans,
     tile_heights,
 )
@@ -72,6 +73,7 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     if runner.is_draft_worker:
         return
     loaded_scales.refuse(runner.model)  # before minutes of measuring
+    rotary.refuse(runner)
     decoded = largest_rows(runner.device)
     fixed_split.fix_split(runner.attn_backend, runner)
     config = gate_config(runner.server_args)
