@@ -15,7 +15,8 @@ from margingate.runtime.client import switch
 from margingate.runtime.client.parameter_types import refusal, validate_one_request
 
 MANAGER = SimpleNamespace(
-    sampling_params_class=SamplingParams, model_config=SimpleNamespace(vocab_size=1000)
+    sampling_params_class=SamplingParams,
+    model_config=SimpleNamespace(vocab_size=1000, hidden_size=4),
 )
 
 EXPRESSIONS = (
@@ -196,6 +197,37 @@ def test_embedding_overrides_are_no_json():
     validate_one_request(MANAGER, obj, [1])
 
 
+@pytest.mark.parametrize("width", [0, 3, 5])
+def test_embeddings_of_another_width_replace_no_tokens(width):
+    """SGLang's scheduler ended at these, as `/v1/score` makes them of `query_embed_overrides`."""
+    embeds = PositionalEmbeds(embeds=torch.zeros(1, width), positions=[0])
+    obj = SimpleNamespace(sampling_params={}, positional_embed_overrides=embeds)
+    with pytest.raises(ValueError, match=f"replaces a token has {width} numbers: give 4"):
+        validate_one_request(MANAGER, obj, [1])
+
+
+@pytest.mark.parametrize(
+    ("embeds", "said"),
+    [
+        ([[0.5] * 3], "has the shape [1, 3]"),
+        ([0.5] * 4, "has the shape [4]"),
+        ([], "has the shape [0]"),
+        ([[]], "has the shape [1, 0]"),
+        ([[0.5] * 4, [0.5] * 3], "is no list of equally many numbers for each token"),
+        ([["x"] * 4], "is no list of equally many numbers for each token"),
+        ([[None] * 4], "is no list of equally many numbers for each token"),
+    ],
+)
+def test_a_prompt_of_embeddings_has_those_of_the_model(embeds, said):
+    """SGLang's scheduler ended at another width."""
+    obj = SimpleNamespace(sampling_params={}, input_embeds=embeds)
+    with pytest.raises(ValueError, match="input_embeds") as caught:
+        validate_one_request(MANAGER, obj, None)
+    assert str(caught.value) == f"input_embeds {said}: give 4 numbers for each token of the prompt."
+    obj.input_embeds = [[0.5, 1, -2.0, 1e39]] * 3
+    validate_one_request(MANAGER, obj, None)
+
+
 @pytest.mark.parametrize(
     "expression",
     [
@@ -258,6 +290,8 @@ def test_expressions_whose_repeats_share_no_character_are_served(expression):
         ({"input_ids": [1, 2], "sampling_params": []}, "sampling_params is an empty list"),
         ({"input_ids": [1, 2], "rid": ["a", "b"]}, "rid is a list"),
         ({"text": "a", "rid": ["a"]}, "rid is a list"),
+        ({"input_embeds": []}, "input_embeds is empty"),
+        ({"input_embeds": [[]]}, "input_embeds is empty"),
     ],
 )
 def test_a_body_that_sglang_would_fail_over_is_refused_in_words(body, sentence):

@@ -13,8 +13,8 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
-from sglang.srt.managers.embed_types import PositionalEmbeds
 
+from margingate.runtime.client import embeddings
 from margingate.runtime.compat.arguments import request_table
 from margingate.runtime.request.record import SWITCH
 from margingate.runtime.request.stop_expressions import LIMIT, UNBOUNDED, breaks, stalls
@@ -203,13 +203,6 @@ def out_of_range(top_logprobs: Any, vocabulary: int) -> str:
     return f"top_logprobs_num is {top_logprobs!r}: give a whole number from 0 to {vocabulary}."
 
 
-def not_overrides(overrides: Any) -> str:
-    """The sentence for embedding overrides that came as JSON, or an empty one."""
-    if overrides is None or isinstance(overrides, PositionalEmbeds):
-        return ""
-    return "positional_embed_overrides are tensors, which cannot come as JSON: drop them."
-
-
 def named_media(obj: Any) -> str:
     """The sentence for hashes of images that a client gives, gated or not, or an empty one.
 
@@ -244,7 +237,7 @@ def validate_one_request(manager: Any, obj: Any, input_ids: Sized | None) -> Non
         or out_of_range(getattr(obj, "top_logprobs_num", None), manager.model_config.vocab_size)
         or request_table.unseen(obj)
         or named_media(obj)
-        or not_overrides(getattr(obj, "positional_embed_overrides", None))
+        or embeddings.refusal(obj, manager.model_config.hidden_size)
         or no_tokens(input_ids)
     )
     if sentence:
@@ -261,6 +254,8 @@ def body_error(body: Any) -> str | None:
     each = params if isinstance(params, list) else [params]
     if any(isinstance(one, dict) and "n" in one and one["n"] is None for one in each):
         return "n is null: give a whole number from 1 on, or leave it out for one answer."
+    if embeddings.is_empty(body.get("input_embeds")):
+        return "input_embeds is empty: give numbers for each token of the prompt."
     ids = body.get("input_ids")
     are_ids = isinstance(ids, list) and bool(ids) and _whole(ids[0])
     is_single = isinstance(body.get("text"), str) or are_ids
