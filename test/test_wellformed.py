@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sglang.srt.managers.embed_types import PositionalEmbeds
+from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from margingate.runtime.client import switch
@@ -102,7 +103,10 @@ OF_ONE_PROMPT: tuple[tuple[str, Any, str], ...] = (
     ("return_hidden_states", [False], "true, false or a mode"),
     ("return_hidden_states", [], "true, false or a mode"),
     ("sampling_logprobs_mode", ["x"], "a text"),
-    ("custom_logit_processor", ["x"], "a text"),
+    *(
+        ("custom_logit_processor", value, "what its class's to_str() says")
+        for value in (["x"], "x", "", "[]", '{"callable": 5}', '{"callable": "8x"}', '{"x": "80"}')
+    ),
     ("bootstrap_room", [5], f"a whole number below {1 << 63}"),
 )
 
@@ -138,6 +142,7 @@ def test_fields_of_one_prompt_are_served():
             sampling_params=None, return_logprob=np.bool_(True), logprob_start_len=-1
         )
         obj.return_hidden_states, obj.bootstrap_room = mode, None
+        obj.custom_logit_processor = DisallowedTokensLogitsProcessor.to_str()
         validate_one_request(MANAGER, obj, [1])
 
 
@@ -145,6 +150,18 @@ def test_rows_that_a_client_names_are_refused():
     obj = SimpleNamespace(sampling_params={"max_new_tokens": 0}, token_indices_to_pool=[0])
     with pytest.raises(ValueError, match=r"^token_indices_to_pool .* drop it\.$"):
         validate_one_request(MANAGER, obj, [1])
+
+
+def test_labels_that_the_metrics_have_not():
+    """SGLang's launcher ended as it counted the answer, where it keeps metrics."""
+    collector = SimpleNamespace(labels={"model_name": "m", "team": ""})
+    manager = SimpleNamespace(**vars(MANAGER), metrics_collector=collector)
+    obj = SimpleNamespace(sampling_params={}, custom_labels={"team": "a", "x": "b"})
+    with pytest.raises(ValueError, match=r"custom_labels has 'x', .*: drop it, or start the"):
+        validate_one_request(manager, obj, [1])
+    validate_one_request(MANAGER, obj, [1])
+    obj.custom_labels = {"team": "a"}
+    validate_one_request(manager, obj, [1])
 
 
 def test_custom_parameters_that_are_no_object():

@@ -7,6 +7,7 @@ a `logit_bias` that is a list. `benchmark/robustness/bad_requests.py` has more o
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sized
 from numbers import Integral, Real
@@ -82,6 +83,14 @@ def _object(value: Any) -> bool:
     return isinstance(value, dict) or not value
 
 
+def _processor(value: Any) -> bool:
+    """A class that SGLang's scheduler can begin to read; what is in it is the client's affair."""
+    try:
+        return _text(value) and bool(bytes.fromhex(json.loads(value)["callable"]))
+    except (ValueError, TypeError, KeyError):
+        return False
+
+
 def _expressions(value: Any) -> bool:
     if not _texts(value):
         return False
@@ -130,8 +139,8 @@ _KINDS: dict[str, _Kind] = {
 _SINGLE: dict[str, _Kind] = {
     **dict.fromkeys(("return_logprob", "return_sampling_mask"), _FLAG),
     **dict.fromkeys(("logprob_start_len", "bootstrap_port", "bootstrap_room"), _INT64),
-    **dict.fromkeys(("sampling_logprobs_mode", "custom_logit_processor"), _TEXT),
-    **dict.fromkeys(("bootstrap_host", "bootstrap_pair_key"), _TEXT),
+    **dict.fromkeys(("sampling_logprobs_mode", "bootstrap_host", "bootstrap_pair_key"), _TEXT),
+    "custom_logit_processor": (_processor, "what its class's to_str() says"),
     "decode_tp_size": _INT64,
     "return_hidden_states": (lambda value: _flag(value) or _text(value), "true, false or a mode"),
 }
@@ -213,6 +222,25 @@ def named_media(obj: Any) -> str:
     return "mm_hashes name images, which the deterministic gate names itself: drop them."
 
 
+def unknown_label(labels: Any, collector: Any) -> str:
+    """The sentence for the first label that the server's metrics have not, or an empty one.
+
+    SGLang looks for it as it sends the answer, and its launcher ends.
+
+    Args:
+        collector: SGLang's, of the launcher's metrics; None: it keeps none.
+    """
+    if not labels or collector is None:
+        return ""
+    name = next((name for name in labels if name not in collector.labels), None)
+    if name is None:
+        return ""
+    return (
+        f"custom_labels has {name!r}, which is no label of this server's metrics: drop it, or start "
+        "the server with --tokenizer-metrics-allowed-custom-labels."
+    )
+
+
 def no_tokens(input_ids: Sized | None) -> str:
     """The sentence for a prompt that its tokenizer makes nothing of, or an empty one.
 
@@ -237,6 +265,9 @@ def validate_one_request(manager: Any, obj: Any, input_ids: Sized | None) -> Non
         or out_of_range(getattr(obj, "top_logprobs_num", None), manager.model_config.vocab_size)
         or request_table.unseen(obj)
         or named_media(obj)
+        or unknown_label(
+            getattr(obj, "custom_labels", None), getattr(manager, "metrics_collector", None)
+        )
         or embeddings.refusal(obj, manager.model_config.hidden_size)
         or no_tokens(input_ids)
     )
