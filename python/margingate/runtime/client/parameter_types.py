@@ -236,8 +236,8 @@ def unknown_label(labels: Any, collector: Any) -> str:
     if name is None:
         return ""
     return (
-        f"custom_labels has {name!r}, which is no label of this server's metrics: drop it, or start "
-        "the server with --tokenizer-metrics-allowed-custom-labels."
+        f"custom_labels has {name!r}, which is no label of this server's metrics: drop it, or "
+        "start the server with --tokenizer-metrics-allowed-custom-labels."
     )
 
 
