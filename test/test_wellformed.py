@@ -164,6 +164,35 @@ def test_labels_that_the_metrics_have_not():
     validate_one_request(manager, obj, [1])
 
 
+@pytest.mark.parametrize(
+    ("params", "sentence"),
+    [
+        (5, "session_params is 5: give an object."),
+        ({"id": ["s"]}, "session_params.id is ['s']: give a text."),
+        ({"id": "s", "rid": {}}, "session_params.rid is {}: give a text."),
+        ({"id": "s", "offset": "x"}, "session_params.offset is 'x': give a whole number."),
+        ({"id": "s", "offset": True}, "session_params.offset is True: give a whole number."),
+        ({"id": "s", "replace": "x"}, "session_params.replace is 'x': give true or false."),
+        ({"ids": "s"}, "session_params.ids is 's': drop it, or check its spelling."),
+        ({"id": "s", "replace": True}, "session_params.replace is true without a rid, "),
+    ],
+)
+def test_session_parameters_over_which_the_scheduler_would_end(params, sentence):
+    obj = SimpleNamespace(sampling_params={}, session_params=params)
+    with pytest.raises(ValueError, match="session_params") as caught:
+        validate_one_request(MANAGER, obj, [1])
+    assert str(caught.value).startswith(sentence)
+
+
+def test_a_session_may_have_the_tokens_of_a_prompt():
+    params = {"id": "s", "rid": "a", "offset": -1, "replace": True, "drop_previous_output": None}
+    obj = SimpleNamespace(sampling_params={}, session_params=params)
+    validate_one_request(MANAGER, obj, [])
+    for obj.session_params in ({}, {"id": None}, None):
+        with pytest.raises(ValueError, match="the prompt has no tokens"):
+            validate_one_request(MANAGER, obj, [])
+
+
 def test_custom_parameters_that_are_no_object():
     with pytest.raises(ValueError, match="custom_params is 5: give an object"):
         validate_one_request(MANAGER, SimpleNamespace(sampling_params={"custom_params": 5}), [1])

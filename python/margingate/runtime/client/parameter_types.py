@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from margingate.runtime.client import embeddings
+from margingate.runtime.client import embeddings, sessions
 from margingate.runtime.compat.arguments import request_table
 from margingate.runtime.request.record import SWITCH
 from margingate.runtime.request.stop_expressions import LIMIT, UNBOUNDED, breaks, stalls
@@ -257,6 +257,7 @@ def no_tokens(input_ids: Sized | None) -> str:
 def validate_one_request(manager: Any, obj: Any, input_ids: Sized | None) -> None:
     """BEFORE TokenizerManager._validate_one_request. Raises ValueError: HTTP 400."""
     params = obj.sampling_params or {}
+    session = getattr(obj, "session_params", None)
     sentence = (
         unknown(params, manager.sampling_params_class.__struct_fields__)
         or refusal(params)
@@ -269,7 +270,8 @@ def validate_one_request(manager: Any, obj: Any, input_ids: Sized | None) -> Non
             getattr(obj, "custom_labels", None), getattr(manager, "metrics_collector", None)
         )
         or embeddings.refusal(obj, manager.model_config.hidden_size)
-        or no_tokens(input_ids)
+        or sessions.refusal(session)
+        or ("" if sessions.has_tokens(session) else no_tokens(input_ids))
     )
     if sentence:
         raise ValueError(sentence)
