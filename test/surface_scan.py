@@ -17,6 +17,7 @@ _ARGS = "server_args.ServerArgs"
 _BATCH = "managers.schedule_batch.ScheduleBatch"
 _CHOSEN = "layers.moe.topk.StandardTopKOutput"
 _CONTEXT = "entrypoints.context.SimpleContext"
+_EMBEDS = "managers.embed_types.PositionalEmbeds"
 _EXPERTS = "state_capturer.routed_experts.RoutedExpertsCapturer"
 _FP8 = "layers.quantization.fp8.Fp8LinearMethod"
 _FORWARD = "model_executor.forward_batch_info.ForwardBatch"
@@ -126,6 +127,7 @@ NAMES = {
 
 # Where a name stands for another class, or "" for none of SGLang's.
 IN_FILES = {
+    "client/embeddings.py": {"obj": _GENERATE, "overrides": _EMBEDS},
     "attention/fixed_split.py": {"backend": _TRITON},
     "attention/invariant_attention.py": {
         "batch": _FORWARD,

@@ -209,12 +209,28 @@ def test_a_retracted_request_is_admitted_where_its_answer_has_room_too(kept, run
 
 def test_nothing_overtakes_a_gated_prompt_that_must_go_alone():
     """Ungated prompts in chunks, one behind another, would keep it from ever starting."""
-    ungated = SimpleNamespace(gate=None)
-    req = SimpleNamespace(gate=SimpleNamespace(gated=True, kept=None))
+    ungated = SimpleNamespace(gate=None, input_embeds=None)
+    req = SimpleNamespace(gate=SimpleNamespace(gated=True, kept=None), input_embeds=None)
     for half_done in (True, False):
         adder = SimpleNamespace(can_run_list=[ungated])
         found = ALONE.add_one_req(unreachable, adder, req, half_done, None)
         assert found is AddReqResult.OTHER
+
+
+@pytest.mark.parametrize("admission", [ALONE, TOGETHER])
+@pytest.mark.parametrize("first", [None, [[0.5]]])
+@pytest.mark.parametrize("second", [None, [[0.5]]])
+def test_a_prompt_in_embeddings_shares_no_forward_with_one_in_tokens(admission, first, second):
+    """SGLang gives the forward the embeddings of one alone, and its scheduler ended."""
+    gate = SimpleNamespace(gated=False, kept=None)
+    first, second = (
+        SimpleNamespace(gate=gate, input_embeds=embeds, multimodal_inputs=None)
+        for embeds in (first, second)
+    )
+    adder = SimpleNamespace(can_run_list=[first])
+    found = admission.add_one_req(lambda *_: "SGLang's", adder, second, False, None)
+    alike = (first.input_embeds is None) == (second.input_embeds is None)
+    assert found == ("SGLang's" if alike else AddReqResult.OTHER)
 
 
 @pytest.mark.parametrize(

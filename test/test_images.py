@@ -277,7 +277,7 @@ def opened(url: str) -> Image.Image:
 
 def prompt(gated: bool, media: Any = None) -> Any:
     gate = SimpleNamespace(gated=gated, kept=None)
-    return SimpleNamespace(gate=gate, multimodal_inputs=media)
+    return SimpleNamespace(gate=gate, multimodal_inputs=media, input_embeds=None)
 
 
 IMAGES = object()

@@ -392,6 +392,13 @@ def test_faults_are_kept_where_they_are_honoured():
     assert (gate.gated, gate.faults) == (True, frozenset({1, 3}))
 
 
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_score_has_no_row_for_faults(copies):
+    """SGLang sends one first for a request with `n` above 1, with the same parameters."""
+    gate = classify(request({"gate_fault_rows": [1]}, max_new_tokens=0, n=copies), FAULTY)
+    assert (gate.gated, gate.faults) == (True, frozenset())
+
+
 @pytest.mark.parametrize("config", [CONFIG, FAULTY])
 def test_no_faults_are_no_faults(config):
     assert classify(request({"gate_fault_rows": []}), config).gated

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -31,9 +32,12 @@ from margingate.runtime.schedule.weight_changes import WeightChanges
 
 def runner(model: Any = None, **quantization: Any) -> Any:
     """SGLang's ModelRunner, as far as an update looks at it; by default of nothing quantized."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8}
+    text = SimpleNamespace(**sizes, original_num_attention_heads=6, head_dim=None)
     config = SimpleNamespace(quantization_config=quantization or None)
     of = model or torch.nn.Module()
-    return SimpleNamespace(model=of, model_config=SimpleNamespace(hf_config=config))
+    model_config = SimpleNamespace(hf_config=config, hf_text_config=text)
+    return SimpleNamespace(model=of, model_config=model_config)
 
 
 def scheduler(*, waiting: int = 0, running: int = 0, paused: bool = False) -> Any:
@@ -189,6 +193,46 @@ def test_a_loader_that_quantizes_a_trainers_weights_is_left_to_sglang():
     assert schemes.fixed(model) is not None
     model.flash_rl_initial_load_complete = True
     assert schemes.fixed(model) is None
+
+
+def from_folder(tmp_path: Path, config: dict[str, Any], load_format: str | None = None) -> Any:
+    """The answer to an update from a folder that says this of itself."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", **config}))
+    received = io_struct.UpdateWeightFromDiskReqInput(
+        model_path=str(tmp_path), load_format=load_format
+    )
+    done = SimpleNamespace(success=True, message="")
+    return Gate(scheduler()).weights.around(lambda *_: done, None, received)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (
+            {"hidden_size": 32},
+            "hidden_size of the weights in {} is 32, and of those that are",
+        ),
+        ({"text_config": {"hidden_size": 32}}, "hidden_size of the weights in {} is 32"),
+        (
+            {"num_hidden_layers": 2},
+            "num_hidden_layers of the weights in {} is 2, and of those",
+        ),
+        ({"num_attention_heads": 8}, "num_attention_heads of the weights in {} is 8"),
+        ({"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 6}, ""),
+        ({"head_dim": 16, "vocab_size": 9, "hidden_size": None, "text_config": None}, ""),
+    ],
+)
+def test_a_folder_of_another_models_weights_changes_nothing(tmp_path, config, said):
+    """SGLang ended over other shapes. Of fewer layers it left the others as they were."""
+    answer = from_folder(tmp_path, config)
+    assert answer.success is not bool(said) and said.format(tmp_path) in answer.message
+
+
+@pytest.mark.parametrize(("name", "known"), [("x", False), ("AUTO", True), ("safetensors", True)])
+def test_an_update_in_a_format_that_sglang_does_not_know_changes_nothing(tmp_path, name, known):
+    """Its scheduler ended."""
+    answer = from_folder(tmp_path, {}, name)
+    assert answer.success == known and ("load_format is 'x', which" in answer.message) is not known
 
 
 def test_a_folder_that_says_nothing_is_left_to_sglang(tmp_path):

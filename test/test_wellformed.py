@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 from sglang.srt.managers.embed_types import PositionalEmbeds
+from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from margingate.runtime.client import switch
 from margingate.runtime.client.parameter_types import refusal, validate_one_request
 
 MANAGER = SimpleNamespace(
-    sampling_params_class=SamplingParams, model_config=SimpleNamespace(vocab_size=1000)
+    sampling_params_class=SamplingParams,
+    model_config=SimpleNamespace(vocab_size=1000, hidden_size=4),
 )
 
 EXPRESSIONS = (
@@ -101,7 +103,10 @@ OF_ONE_PROMPT: tuple[tuple[str, Any, str], ...] = (
     ("return_hidden_states", [False], "true, false or a mode"),
     ("return_hidden_states", [], "true, false or a mode"),
     ("sampling_logprobs_mode", ["x"], "a text"),
-    ("custom_logit_processor", ["x"], "a text"),
+    *(
+        ("custom_logit_processor", value, "what its class's to_str() says")
+        for value in (["x"], "x", "", "[]", '{"callable": 5}', '{"callable": "8x"}', '{"x": "80"}')
+    ),
     ("bootstrap_room", [5], f"a whole number below {1 << 63}"),
 )
 
@@ -137,6 +142,7 @@ def test_fields_of_one_prompt_are_served():
             sampling_params=None, return_logprob=np.bool_(True), logprob_start_len=-1
         )
         obj.return_hidden_states, obj.bootstrap_room = mode, None
+        obj.custom_logit_processor = DisallowedTokensLogitsProcessor.to_str()
         validate_one_request(MANAGER, obj, [1])
 
 
@@ -144,6 +150,47 @@ def test_rows_that_a_client_names_are_refused():
     obj = SimpleNamespace(sampling_params={"max_new_tokens": 0}, token_indices_to_pool=[0])
     with pytest.raises(ValueError, match=r"^token_indices_to_pool .* drop it\.$"):
         validate_one_request(MANAGER, obj, [1])
+
+
+def test_labels_that_the_metrics_have_not():
+    """SGLang's launcher ended as it counted the answer, where it keeps metrics."""
+    collector = SimpleNamespace(labels={"model_name": "m", "team": ""})
+    manager = SimpleNamespace(**vars(MANAGER), metrics_collector=collector)
+    obj = SimpleNamespace(sampling_params={}, custom_labels={"team": "a", "x": "b"})
+    with pytest.raises(ValueError, match=r"custom_labels has 'x', .*: drop it, or start the"):
+        validate_one_request(manager, obj, [1])
+    validate_one_request(MANAGER, obj, [1])
+    obj.custom_labels = {"team": "a"}
+    validate_one_request(manager, obj, [1])
+
+
+@pytest.mark.parametrize(
+    ("params", "sentence"),
+    [
+        (5, "session_params is 5: give an object."),
+        ({"id": ["s"]}, "session_params.id is ['s']: give a text."),
+        ({"id": "s", "rid": {}}, "session_params.rid is {}: give a text."),
+        ({"id": "s", "offset": "x"}, "session_params.offset is 'x': give a whole number."),
+        ({"id": "s", "offset": True}, "session_params.offset is True: give a whole number."),
+        ({"id": "s", "replace": "x"}, "session_params.replace is 'x': give true or false."),
+        ({"ids": "s"}, "session_params.ids is 's': drop it, or check its spelling."),
+        ({"id": "s", "replace": True}, "session_params.replace is true without a rid, "),
+    ],
+)
+def test_session_parameters_over_which_the_scheduler_would_end(params, sentence):
+    obj = SimpleNamespace(sampling_params={}, session_params=params)
+    with pytest.raises(ValueError, match="session_params") as caught:
+        validate_one_request(MANAGER, obj, [1])
+    assert str(caught.value).startswith(sentence)
+
+
+def test_a_session_may_have_the_tokens_of_a_prompt():
+    params = {"id": "s", "rid": "a", "offset": -1, "replace": True, "drop_previous_output": None}
+    obj = SimpleNamespace(sampling_params={}, session_params=params)
+    validate_one_request(MANAGER, obj, [])
+    for obj.session_params in ({}, {"id": None}, None):
+        with pytest.raises(ValueError, match="the prompt has no tokens"):
+            validate_one_request(MANAGER, obj, [])
 
 
 def test_custom_parameters_that_are_no_object():
@@ -194,6 +241,37 @@ def test_embedding_overrides_are_no_json():
         validate_one_request(MANAGER, obj, [1])
     obj.positional_embed_overrides = PositionalEmbeds(embeds=torch.zeros(1, 4), positions=[0])
     validate_one_request(MANAGER, obj, [1])
+
+
+@pytest.mark.parametrize("width", [0, 3, 5])
+def test_embeddings_of_another_width_replace_no_tokens(width):
+    """SGLang's scheduler ended at these, as `/v1/score` makes them of `query_embed_overrides`."""
+    embeds = PositionalEmbeds(embeds=torch.zeros(1, width), positions=[0])
+    obj = SimpleNamespace(sampling_params={}, positional_embed_overrides=embeds)
+    with pytest.raises(ValueError, match=f"replaces a token has {width} numbers: give 4"):
+        validate_one_request(MANAGER, obj, [1])
+
+
+@pytest.mark.parametrize(
+    ("embeds", "said"),
+    [
+        ([[0.5] * 3], "has the shape [1, 3]"),
+        ([0.5] * 4, "has the shape [4]"),
+        ([], "has the shape [0]"),
+        ([[]], "has the shape [1, 0]"),
+        ([[0.5] * 4, [0.5] * 3], "is no list of equally many numbers for each token"),
+        ([["x"] * 4], "is no list of equally many numbers for each token"),
+        ([[None] * 4], "is no list of equally many numbers for each token"),
+    ],
+)
+def test_a_prompt_of_embeddings_has_those_of_the_model(embeds, said):
+    """SGLang's scheduler ended at another width."""
+    obj = SimpleNamespace(sampling_params={}, input_embeds=embeds)
+    with pytest.raises(ValueError, match="input_embeds") as caught:
+        validate_one_request(MANAGER, obj, None)
+    assert str(caught.value) == f"input_embeds {said}: give 4 numbers for each token of the prompt."
+    obj.input_embeds = [[0.5, 1, -2.0, 1e39]] * 3
+    validate_one_request(MANAGER, obj, None)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +336,8 @@ def test_expressions_whose_repeats_share_no_character_are_served(expression):
         ({"input_ids": [1, 2], "sampling_params": []}, "sampling_params is an empty list"),
         ({"input_ids": [1, 2], "rid": ["a", "b"]}, "rid is a list"),
         ({"text": "a", "rid": ["a"]}, "rid is a list"),
+        ({"input_embeds": []}, "input_embeds is empty"),
+        ({"input_embeds": [[]]}, "input_embeds is empty"),
     ],
 )
 def test_a_body_that_sglang_would_fail_over_is_refused_in_words(body, sentence):

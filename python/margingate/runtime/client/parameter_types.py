@@ -7,14 +7,15 @@ a `logit_bias` that is a list. `benchmark/robustness/bad_requests.py` has more o
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sized
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
-from sglang.srt.managers.embed_types import PositionalEmbeds
 
+from margingate.runtime.client import embeddings, sessions
 from margingate.runtime.compat.arguments import request_table
 from margingate.runtime.request.record import SWITCH
 from margingate.runtime.request.stop_expressions import LIMIT, UNBOUNDED, breaks, stalls
@@ -82,6 +83,14 @@ def _object(value: Any) -> bool:
     return isinstance(value, dict) or not value
 
 
+def _processor(value: Any) -> bool:
+    """A class that SGLang's scheduler can begin to read; what is in it is the client's affair."""
+    try:
+        return _text(value) and bool(bytes.fromhex(json.loads(value)["callable"]))
+    except (ValueError, TypeError, KeyError):
+        return False
+
+
 def _expressions(value: Any) -> bool:
     if not _texts(value):
         return False
@@ -130,8 +139,8 @@ _KINDS: dict[str, _Kind] = {
 _SINGLE: dict[str, _Kind] = {
     **dict.fromkeys(("return_logprob", "return_sampling_mask"), _FLAG),
     **dict.fromkeys(("logprob_start_len", "bootstrap_port", "bootstrap_room"), _INT64),
-    **dict.fromkeys(("sampling_logprobs_mode", "custom_logit_processor"), _TEXT),
-    **dict.fromkeys(("bootstrap_host", "bootstrap_pair_key"), _TEXT),
+    **dict.fromkeys(("sampling_logprobs_mode", "bootstrap_host", "bootstrap_pair_key"), _TEXT),
+    "custom_logit_processor": (_processor, "what its class's to_str() says"),
     "decode_tp_size": _INT64,
     "return_hidden_states": (lambda value: _flag(value) or _text(value), "true, false or a mode"),
 }
@@ -203,13 +212,6 @@ def out_of_range(top_logprobs: Any, vocabulary: int) -> str:
     return f"top_logprobs_num is {top_logprobs!r}: give a whole number from 0 to {vocabulary}."
 
 
-def not_overrides(overrides: Any) -> str:
-    """The sentence for embedding overrides that came as JSON, or an empty one."""
-    if overrides is None or isinstance(overrides, PositionalEmbeds):
-        return ""
-    return "positional_embed_overrides are tensors, which cannot come as JSON: drop them."
-
-
 def named_media(obj: Any) -> str:
     """The sentence for hashes of images that a client gives, gated or not, or an empty one.
 
@@ -218,6 +220,25 @@ def named_media(obj: Any) -> str:
     if not getattr(obj, "mm_hashes", None):
         return ""
     return "mm_hashes name images, which the deterministic gate names itself: drop them."
+
+
+def unknown_label(labels: Any, collector: Any) -> str:
+    """The sentence for the first label that the server's metrics have not, or an empty one.
+
+    SGLang looks for it as it sends the answer, and its launcher ends.
+
+    Args:
+        collector: SGLang's, of the launcher's metrics; None: it keeps none.
+    """
+    if not labels or collector is None:
+        return ""
+    name = next((name for name in labels if name not in collector.labels), None)
+    if name is None:
+        return ""
+    return (
+        f"custom_labels has {name!r}, which is no label of this server's metrics: drop it, or "
+        "start the server with --tokenizer-metrics-allowed-custom-labels."
+    )
 
 
 def no_tokens(input_ids: Sized | None) -> str:
@@ -236,6 +257,7 @@ def no_tokens(input_ids: Sized | None) -> str:
 def validate_one_request(manager: Any, obj: Any, input_ids: Sized | None) -> None:
     """BEFORE TokenizerManager._validate_one_request. Raises ValueError: HTTP 400."""
     params = obj.sampling_params or {}
+    session = getattr(obj, "session_params", None)
     sentence = (
         unknown(params, manager.sampling_params_class.__struct_fields__)
         or refusal(params)
@@ -244,8 +266,12 @@ def validate_one_request(manager: Any, obj: Any, input_ids: Sized | None) -> Non
         or out_of_range(getattr(obj, "top_logprobs_num", None), manager.model_config.vocab_size)
         or request_table.unseen(obj)
         or named_media(obj)
-        or not_overrides(getattr(obj, "positional_embed_overrides", None))
-        or no_tokens(input_ids)
+        or unknown_label(
+            getattr(obj, "custom_labels", None), getattr(manager, "metrics_collector", None)
+        )
+        or embeddings.refusal(obj, manager.model_config.hidden_size)
+        or sessions.refusal(session)
+        or ("" if sessions.has_tokens(session) else no_tokens(input_ids))
     )
     if sentence:
         raise ValueError(sentence)
@@ -261,6 +287,8 @@ def body_error(body: Any) -> str | None:
     each = params if isinstance(params, list) else [params]
     if any(isinstance(one, dict) and "n" in one and one["n"] is None for one in each):
         return "n is null: give a whole number from 1 on, or leave it out for one answer."
+    if embeddings.is_empty(body.get("input_embeds")):
+        return "input_embeds is empty: give numbers for each token of the prompt."
     ids = body.get("input_ids")
     are_ids = isinstance(ids, list) and bool(ids) and _whole(ids[0])
     is_single = isinstance(body.get("text"), str) or are_ids

@@ -43,11 +43,12 @@ SURFACE: Mapping[str, str] = {
     "v_scale_float xai_temperature_len",
     "managers.detokenizer_manager.DecodeStatus": "sent_offset",
     "managers.detokenizer_manager.DetokenizerManager": "decode_status",
+    "managers.embed_types.PositionalEmbeds": "embeds",
     "managers.io_struct.AbortReq": "abort_all rid",
     "managers.io_struct.BatchTokenIDOutput": "rids",
     "managers.io_struct.GenerateReqInput": ""
-    "mm_hashes positional_embed_overrides sampling_params stream token_indices_to_pool "
-    "top_logprobs_num",
+    "custom_labels input_embeds mm_hashes positional_embed_overrides sampling_params "
+    "session_params stream token_indices_to_pool top_logprobs_num",
     "managers.io_struct.TokenizedGenerateReqInput": "rid sampling_params",
     "managers.overlap_utils.FutureMap": "output_tokens_buf",
     "managers.schedule_batch.MultimodalDataItem": ""
@@ -98,7 +99,7 @@ SURFACE: Mapping[str, str] = {
     "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager": ""
     "_session offload_tags",
     "managers.tokenizer_manager.TokenizerManager": ""
-    "model_config rid_to_state sampling_params_class",
+    "metrics_collector model_config rid_to_state sampling_params_class",
     "managers.tp_worker.TpModelWorker": "forward_batch_generation model_runner",
     "managers.utils.GenerationBatchResult": ""
     "can_run_cuda_graph copy_done logits_output next_token_ids",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from sglang.srt.configs.load_config import LoadFormat
 from sglang.srt.managers import io_struct
 
 from margingate.runtime.compat.compute import quantization, schemes
-from margingate.runtime.compat.model import weights
-from margingate.runtime.compat.model.architectures import quantization_of
+from margingate.runtime.compat.model import architectures, weights
 
 
 def refusal(scheduler: Any, received: Any) -> Any:
@@ -24,7 +24,7 @@ def refusal(scheduler: Any, received: Any) -> Any:
     because = (
         _recaptured(runner, received)
         or _fixed(runner.model)
-        or _of_another_method(runner.model_config, received)
+        or _of_another_folder(runner.model_config, received)
         or _unflushed(scheduler, received)
     )
     if not because:
@@ -63,10 +63,43 @@ def _recaptured(runner: Any, received: Any) -> str:
     )
 
 
-def _of_another_method(model: Any, received: Any) -> str:
+def _of_another_folder(model: Any, received: Any) -> str:
+    """What a folder's weights are that SGLang would fail over, or take for what they are not."""
+    if getattr(received, "model_path", None) is None:
+        return ""
+    load_format = received.load_format
+    if load_format is not None and load_format.lower() not in [each.value for each in LoadFormat]:
+        return (
+            f"load_format is {load_format!r}, which SGLang does not know: leave it out, or give "
+            "one that --load-format takes."
+        )
+    config = architectures.folder_config(received.model_path)
+    if config is None:
+        return ""
+    return _of_another_method(model, received.model_path, config) or _of_other_sizes(
+        model, received.model_path, config
+    )
+
+
+def _of_other_sizes(model: Any, path: str, config: dict[str, Any]) -> str:
+    """SGLang fails over other shapes, and once more as it goes back; what is missing of fewer
+    layers it leaves as it was.
+    """
+    text = model.hf_text_config
+    for name, given in architectures.sizes_of(config).items():
+        served = getattr(text, f"original_{name}", getattr(text, name, None))
+        more = name == "num_hidden_layers" and served is not None and given > served
+        if served not in (None, given) and not more:  # a server may leave the last layers out
+            return (
+                f"{name} of the weights in {path} is {given}, and of those that are served "
+                f"{served}: give weights of the same model, or start a server of this one."
+            )
+    return ""
+
+
+def _of_another_method(model: Any, path: str, config: dict[str, Any]) -> str:
     """A folder in BF16 would be cast to FP8 without a scale, and serve without a word."""
-    path = getattr(received, "model_path", None)
-    new = None if path is None else quantization_of(path)
+    new = architectures.quantization_of(config)
     if new is None:
         return ""
     says = partial(quantization.checkpoint_says, model)

@@ -184,7 +184,7 @@ def _classify(req: Any, config: GateConfig) -> GateRequest:
         return GateRequest(key, False, "refused", refusal)
     if refusal := _not_yet_served(req):
         return GateRequest(key, False, "refused", refusal)
-    return GateRequest(key, True, draw=draw, faults=frozenset(faults))
+    return GateRequest(key, True, draw=draw, faults=frozenset(() if score else faults))
 
 
 def _not_drawable(draw: Draw, copies: int) -> str:

@@ -31,6 +31,8 @@ class Admission:
         """AROUND PrefillAdder.add_one_req: keep gated requests apart, where they must be."""
         if _lacks_room_to_replay(adder, req, self._chunk):
             return AddReqResult.NO_TOKEN
+        if _embeddings_meet_tokens(adder, req):
+            return AddReqResult.OTHER
         if self._together:
             if _media_meet_others(adder, req):
                 return AddReqResult.OTHER
@@ -103,6 +105,15 @@ def _lacks_windows_to_replay(adder: Any, req: Any, chunk: int) -> bool:
     with tree.hit_held(adder.tree_cache, req) as window:
         computed = min(_left(req), chunk + window)
         return _lacks_windows(adder, computed + len(req.gate.kept.tokens))
+
+
+def _embeddings_meet_tokens(adder: Any, req: Any) -> bool:
+    """Whether a forward would have prompts in embeddings and others, gated or not.
+
+    SGLang gives such a forward the embeddings of the first alone, and its scheduler ends.
+    """
+    together = [*adder.can_run_list, req] if adder.can_run_list else []
+    return len({each.input_embeds is None for each in together}) > 1
 
 
 def _media_meet_others(adder: Any, req: Any) -> bool:

@@ -5,6 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
+SIZES = (
+    *("hidden_size", "num_hidden_layers", "intermediate_size", "moe_intermediate_size"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
+    *("num_experts", "num_local_experts", "n_routed_experts"),
+)
+
 
 def checkpoint_config(args: Any) -> dict[str, Any]:
     """The named model's config; empty where it is not to be read, which SGLang then says."""
@@ -24,18 +30,33 @@ def _config_of(path: str, revision: str | None = None) -> dict[str, Any]:
     return dict(found)
 
 
-def quantization_of(model_path: str) -> dict[str, Any] | None:
-    """What a folder says of its weights' quantization, empty where they have none; None where it is
-    no folder, or its configuration cannot be read. Raises nothing.
+def folder_config(model_path: str) -> dict[str, Any] | None:
+    """The configuration of a folder's weights; None where it is no folder, or cannot be read.
+    Raises nothing.
     """
     if not os.path.isdir(model_path):  # as Path's, but for forbidden folders and long names
         return None
     try:
-        found = _config_of(model_path)
+        return _config_of(model_path) or None
     except (AttributeError, TypeError):  # a config.json that is no object
         return None
-    said = found.get("quantization_config") or {}
-    return said if found and isinstance(said, dict) else None
+
+
+def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
+    """What a folder's configuration says of its weights' quantization, empty where they have none;
+    None where that is no object.
+    """
+    said = config.get("quantization_config") or {}
+    return said if isinstance(said, dict) else None
+
+
+def sizes_of(config: dict[str, Any]) -> dict[str, int]:
+    """The sizes by which SGLang makes a model's parameters, as far as a configuration names them;
+    of a vision model, its decoder's.
+    """
+    nested = config.get("text_config")
+    named = {**config, **(nested if isinstance(nested, dict) else {})}
+    return {name: named[name] for name in SIZES if type(named.get(name)) is int}
 
 
 def architectures(args: Any) -> tuple[str, ...]:
