@@ -20,6 +20,7 @@ from margingate.core.rowclass import Route, RowPlan
 from margingate.runtime.compat.arguments import settings_table
 from margingate.runtime.compat.process import ranks
 from margingate.runtime.probe import cache, classes, plans, startup
+from margingate.runtime.probe.capped import refuse_small_pieces
 from margingate.runtime.probe.operators import Linear, MadeUp, Norm, Operator, Packed
 from margingate.runtime.probe.routed import Experts
 from margingate.study.plots import plot_classes
@@ -323,12 +324,12 @@ def test_experts_that_take_few_rows_at_a_time_are_refused_on_a_gpu():
 
     few, enough = RowPlan(((1, 31),)), RowPlan(((1, 32),))
     with pytest.raises(GateError, match=r"call e with 31 rows at a time.*moe_wna16 for GPTQ"):
-        plans.refuse_small_pieces(capped("cuda", is_capped=True), few)
+        refuse_small_pieces(capped("cuda", is_capped=True), few)
     with pytest.raises(GateError, match=r"call e with 31 rows at a time.*in BF16 or FP8, or this"):
-        plans.refuse_small_pieces(capped("cuda", Packed, is_capped=True), few)
-    plans.refuse_small_pieces(capped("cuda", is_capped=True), enough)
-    plans.refuse_small_pieces(capped("cuda", is_capped=False), few)
-    plans.refuse_small_pieces(capped("cpu", is_capped=True), few)
+        refuse_small_pieces(capped("cuda", Packed, is_capped=True), few)
+    refuse_small_pieces(capped("cuda", is_capped=True), enough)
+    refuse_small_pieces(capped("cuda", is_capped=False), few)
+    refuse_small_pieces(capped("cpu", is_capped=True), few)
 
 
 def test_a_norm_that_changes_above_some_count_keeps_prompts_alone():

@@ -7,6 +7,9 @@ import pytest
 import torch
 from sglang.srt.layers.rotary_embedding import factory
 from sglang.srt.layers.rotary_embedding.rope_variant import Phi3LongRoPEScaledRotaryEmbedding
+from sglang.srt.models.gemma3_causal import Gemma3RotaryEmbedding
+from transformers import Gemma3TextConfig, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from margingate.config import GateError
 from margingate.runtime.probe import rotary
@@ -51,3 +54,45 @@ def test_contexts_beyond_the_first_table_are_refused(long_rope):
 def test_other_tables_pass():
     plain = factory.get_rope(SIZE, SIZE, LONG, 10000, True, None, torch.float32)
     rotary.refuse(runner(LONG, plain, torch.nn.Linear(2, 2)))
+
+
+def of_transformers(kind: str, **more: Any) -> torch.nn.Module:
+    parameters = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, **more}
+    sizes = {"hidden_size": SIZE, "num_attention_heads": 1, "max_position_embeddings": LONG}
+    return LlamaRotaryEmbedding(LlamaConfig(**sizes, rope_parameters=parameters))
+
+
+def cosines(module: torch.nn.Module, *positions: int) -> torch.Tensor:
+    """Of the first position."""
+    return module(torch.zeros(1), torch.tensor([positions]))[0][0, 0]
+
+
+FACTORS = {"short_factor": [1.0] * (SIZE // 2), "long_factor": [4.0] * (SIZE // 2)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "first"),
+    [
+        ("longrope", {**FACTORS, "original_max_position_embeddings": SHORT}, SHORT),
+        ("dynamic", {}, LONG),
+    ],
+)
+def test_so_are_those_of_transformers(kind, more, first):
+    """As with `--model-impl transformers`."""
+    module = of_transformers(kind, **more)
+    alone = cosines(module, 7, 3)
+    assert torch.equal(alone, cosines(module, 7, first - 1))
+    assert not torch.equal(alone, cosines(module, 7, first))
+    rotary.refuse(runner(first, module))
+    with pytest.raises(GateError, match=rf"\({kind}\).* use --context-length {first}, or serve"):
+        rotary.refuse(runner(first + 1, module))
+
+
+@pytest.mark.parametrize("kind", ["default", "linear"])
+def test_others_of_transformers_pass(kind):
+    rotary.refuse(runner(LONG + 1, of_transformers(kind)))
+
+
+def test_gemmas_of_sglang_pass():
+    """It has a kind for each kind of layer."""
+    rotary.refuse(runner(1 << 20, Gemma3RotaryEmbedding(Gemma3TextConfig())))

@@ -28,6 +28,7 @@ from margingate.core.rowclass import (
 )
 from margingate.runtime.compat.process import ranks, replicas
 from margingate.runtime.probe import execute, plans, startup
+from margingate.runtime.probe.capped import large_enough
 from margingate.runtime.probe.classes import (
     RowDependenceError,
     extended,
@@ -449,6 +450,26 @@ def kernel(monkeypatch):
         monkeypatch.setattr(plans, "invariant_matmul", invariant_matmul)
 
     return use
+
+
+def test_a_capped_layer_is_kept_to_a_class_in_which_prompts_can_run(monkeypatch):
+    """As Marlin's: few rows have a class of their own, in which small calls are the faster ones."""
+
+    @dataclass(frozen=True)
+    class Capped(MadeUp):
+        is_capped = True
+
+    def microseconds(_, counts):
+        return {count: 5.0 if count <= 16 else 12.0 for count in counts}
+
+    monkeypatch.setattr(plans, "_microseconds", microseconds)
+    monkeypatch.setattr(plans, "_is_timed", lambda _: True)
+    classes = {count: int(count > 16) for count in range(1, 65)}
+    capped = Capped("o", torch.nn.Identity(), function=in_order, width=4, like=None)
+    assert plans.plan_of([capped], classes, classes) == (kept(17, 64), True)
+    few = {count: 0 for count in range(1, 17)}
+    assert plans.plan_of([capped], few, few) == (kept(1, 16), True), "nothing else is there"
+    assert large_enough(few) == few and set(large_enough(classes).values()) == {1}
 
 
 LATE = {count: int(count > 8) for count in row_counts(128)}

@@ -19,6 +19,7 @@ from margingate.runtime.compat.compute.batch_invariant_matmul import (
     is_deep_gemm,
     kernel_counts,
 )
+from margingate.runtime.probe.capped import large_enough, refuse_small_pieces
 from margingate.runtime.probe.classes import (
     Finding,
     RowDependenceError,
@@ -36,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 TIMED_CALLS = 20
 LONG_S = 10  # of measuring an operator, behind which the log says so
-FEWEST = 32  # rows of a piece, below which a capped operator is not served on a GPU
 LARGEST_SMALL = 256  # row counts up to this are compared in windows, larger ones in blocks
 
 
@@ -165,19 +165,6 @@ def _finding(same: list[Operator], measured: Classes, prefilled: bool) -> Findin
     return Finding(first.kind, first.name, first.shape, len(same), wide, plan, seconds, holds)
 
 
-def refuse_small_pieces(operator: Operator, plan: RowPlan) -> None:
-    """A capped operator that takes few rows at a time on a GPU. Raises GateError.
-
-    A prefill of some thousand rows would take seconds a layer, and its graphs the memory.
-    """
-    if operator.is_capped and operator.device.type == "cuda" and plan.high < FEWEST:
-        raise GateError(
-            f"--deterministic-gate would call {operator.name} with {plan.high} rows at a time, "
-            "since more depend on each other, and a prompt would take minutes: "
-            f"{operator.instead}, or this model without the flag."
-        )
-
-
 def plan_of(
     same: Sequence[Operator], classes: dict[int, int], wide: dict[int, int] | None
 ) -> tuple[RowPlan, bool]:
@@ -198,9 +185,12 @@ def plan_of(
 
 def _plan(same: Sequence[Operator], classes: dict[int, int], *, to_the_top: bool) -> RowPlan:
     """By measured times on a GPU; elsewhere the plan must not depend on the clock."""
-    first, steady = same[0], len(set(classes.values())) == 1
+    first = same[0]
     if not _is_timed(first):
         return choose(classes, to_the_top=to_the_top)
+    if first.is_capped:  # prompts run in pieces of it
+        classes = large_enough(classes)
+    steady = len(set(classes.values())) == 1
     own = _by_kernel(same)
     joins = _joins(first, own[0], classes) if _may_join(first) else []
     if steady and not joins:
