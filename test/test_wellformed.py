@@ -174,7 +174,8 @@ def test_labels_that_the_metrics_have_not():
         ({"id": "s", "offset": True}, "session_params.offset is True: give a whole number."),
         ({"id": "s", "replace": "x"}, "session_params.replace is 'x': give true or false."),
         ({"ids": "s"}, "session_params.ids is 's': drop it, or check its spelling."),
-        ({"id": "s", "replace": True}, "session_params.replace is true without a rid, "),
+        ({"id": "s", "replace": True}, "session_params.replace is not served with the "),
+        ({"id": "s", "rid": "a", "replace": True}, "session_params.replace is not served with "),
     ],
 )
 def test_session_parameters_over_which_the_scheduler_would_end(params, sentence):
@@ -185,7 +186,7 @@ def test_session_parameters_over_which_the_scheduler_would_end(params, sentence)
 
 
 def test_a_session_may_have_the_tokens_of_a_prompt():
-    params = {"id": "s", "rid": "a", "offset": -1, "replace": True, "drop_previous_output": None}
+    params = {"id": "s", "rid": "a", "offset": -1, "replace": False, "drop_previous_output": None}
     obj = SimpleNamespace(sampling_params={}, session_params=params)
     validate_one_request(MANAGER, obj, [])
     for obj.session_params in ({}, {"id": None}, None):

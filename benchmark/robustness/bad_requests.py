@@ -102,10 +102,11 @@ FIELDS: dict[str, tuple[Any, ...]] = {
     "extra_key": (5, "margingate:x", "not-margingate:x"),
     "priority": ("x", HUGE),
     "lora_path": ("x",),
-    "session_params": ({}, {"id": "x"}, 5),
+    "session_params": ({}, {"id": "x"}, 5, {"id": ["x"]}, {"id": "x", "replace": True}),
+    "custom_labels": ({"x": "y"},),
     "image_data": ("x", []),
     "audio_data": ("x",),
-    "input_embeds": ([[0.0]], 5),
+    "input_embeds": ([[0.0]], 5, [], [[]], [[0.0], [0.0, 0.0]]),
     "return_hidden_states": (True, [False], []),
     "return_sampling_mask": (True, [True]),
     "return_logprob": ("x", [True]),
@@ -126,6 +127,10 @@ LOG_PROBS: dict[str, tuple[Any, ...]] = {
     "logprob_start_len": (HUGE, -5, "x", 3, [0], []),
 }
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+SCORE = {
+    **{"model": "m", "query": [1, 2], "items": [[3]], "label_token_ids": [5]},
+    "embed_override_token_id": 2,
+}
 ROUTES: tuple[tuple[str, Any], ...] = (
     *(("/v1/chat/completions", {**CHAT, "messages": each}) for each in ([], "x", [{"role": "x"}])),
     ("/v1/chat/completions", CHAT | {"logprobs": True, "top_logprobs": 10**6}),
@@ -148,6 +153,7 @@ ROUTES: tuple[tuple[str, Any], ...] = (
     ("/v1/responses", {"model": "m", "input": "hi", "max_output_tokens": 4}),
     ("/v1/responses", {"model": "m", "input": 5}),
     ("/v1/embeddings", {"model": "m", "input": "x"}),
+    *(("/v1/score", SCORE | {"query_embed_overrides": [each]}) for each in ([], [0.0])),
     *(("/generate", each) for each in ([1], "x", 5, {})),
 )
 GOOD = {

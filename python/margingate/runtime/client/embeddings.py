@@ -28,7 +28,7 @@ def _not_a_prompt(embeds: Any, width: int) -> str:
         return ""
     try:
         found = np.asarray(embeds)
-    except ValueError:  # lists of several lengths
+    except (ValueError, TypeError):  # lists of several lengths, or numbers that NumPy has not
         found = np.empty(0, object)
     if found.dtype.kind not in "iuf":
         said = "is no list of equally many numbers for each token"

@@ -21,10 +21,10 @@ def refusal(given: Any) -> str:
     for name, value in given.items():
         if words := _wanted(name, value):
             return f"session_params.{name} is {value!r}: {words}."
-    if given.get("replace") and given.get("rid") is None:
+    if given.get("replace"):  # without a rid, or where two requests had the same one
         return (
-            "session_params.replace is true without a rid, by which SGLang's scheduler ends: name "
-            "the request to be replaced, or open another session."
+            "session_params.replace is not served with the deterministic gate, since SGLang's "
+            "scheduler may end over it: drop it, or open another session."
         )
     return ""
 

@@ -125,6 +125,8 @@ def _media_meet_others(adder: Any, req: Any) -> bool:
     together = [*adder.can_run_list, req] if adder.can_run_list else []
     if not any(map(is_gated, together)):
         return False
+    if any(each.positional_embed_overrides is not None for each in together):
+        return True
     alike = {vision.has_media(each) for each in together}
     return len(alike) > 1 or (alike == {True} and not all(map(is_gated, together)))
 
