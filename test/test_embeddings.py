@@ -1,0 +1,63 @@
+"""Embeddings that a client brings to a model that takes none."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.models.llama import LlamaForCausalLM
+from sglang.srt.models.mixtral import MixtralForCausalLM
+from sglang.srt.models.phi import PhiForCausalLM
+from sglang.srt.models.qwen3_vl import Qwen3VLForConditionalGeneration
+from test_request import OPT_OUT, classify, request
+
+from margingate.runtime.compat.model.embeddings import Taken, taken_by
+from margingate.runtime.request.admission import queue
+
+NONE = "this model takes no embeddings in the place of tokens: send a text or token ids."
+
+
+MODELS = (
+    (LlamaForCausalLM, Taken(prompts=True, overrides=True)),
+    (MixtralForCausalLM, Taken(prompts=True, overrides=False)),
+    (PhiForCausalLM, Taken(prompts=False, overrides=False)),
+    (Qwen3VLForConditionalGeneration, Taken(prompts=False, overrides=False)),
+)
+
+
+@pytest.mark.parametrize(("model", "taken"), MODELS)
+def test_what_a_model_takes(model: type[Any], taken: Taken):
+    assert taken_by(model) == taken
+
+
+@pytest.mark.parametrize("model", [model for model, taken in MODELS if not taken.overrides])
+def test_sglang_fails_where_a_model_does_not_take_them(model: type[Any]):
+    ids, rows = torch.zeros(2, dtype=torch.int64), torch.ones(2, 4)
+    batch = SimpleNamespace(
+        input_ids=ids, input_embeds=None, replace_embeds=rows[:1], replace_positions=ids[:1]
+    )
+    bare = object.__new__(model)
+    torch.nn.Module.__init__(bare)
+    bare.model = SimpleNamespace(embed_tokens=lambda _: rows, get_input_embeddings=lambda: None)
+    if not hasattr(bare, "get_input_embeddings"):
+        runner = SimpleNamespace(model=bare, is_generation=True, _pp_kwargs=lambda _: {})
+        with pytest.raises(AttributeError, match="get_input_embeddings"):
+            ModelRunner._extend_forward_kwargs(runner, batch, None)
+        return
+    with pytest.raises(TypeError, match="input_embeds"):
+        bare.forward(ids, ids, batch, input_embeds=rows)
+
+
+@pytest.mark.parametrize("name", ["input_embeds", "positional_embed_overrides"])
+@pytest.mark.parametrize("taken", [True, False])
+def test_embeddings_that_a_model_does_not_take_are_refused(name: str, taken: bool):
+    """Not gated: one such request ended the scheduler, and all requests with it."""
+    req = request(OPT_OUT, **{name: [[0.5]]})
+    req.to_finish = None
+    classify(req)
+    said: list[str] = []
+    req.set_finish_with_abort = said.append
+    queue(req, "", Taken(taken, taken))
+    assert said == ([] if taken else [NONE])
+    assert (getattr(req, name) is None) is not taken
