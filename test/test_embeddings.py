@@ -16,22 +16,33 @@ from margingate.runtime.compat.model.embeddings import Taken, taken_by
 from margingate.runtime.request.admission import queue
 
 NONE = "this model takes no embeddings in the place of tokens: send a text or token ids."
-
-
+HALF = (
+    "this server computes in float16, and SGLang gives it input_embeds in bfloat16: send a text or "
+    "token ids, or start it with --dtype bfloat16."
+)
 MODELS = (
-    (LlamaForCausalLM, Taken(prompts=True, overrides=True)),
-    (MixtralForCausalLM, Taken(prompts=True, overrides=False)),
-    (PhiForCausalLM, Taken(prompts=False, overrides=False)),
-    (Qwen3VLForConditionalGeneration, Taken(prompts=False, overrides=False)),
+    (LlamaForCausalLM, Taken()),
+    (MixtralForCausalLM, Taken(overrides=NONE)),
+    (PhiForCausalLM, Taken(NONE, NONE)),
+    (Qwen3VLForConditionalGeneration, Taken(NONE, NONE)),
 )
 
 
 @pytest.mark.parametrize(("model", "taken"), MODELS)
 def test_what_a_model_takes(model: type[Any], taken: Taken):
-    assert taken_by(model) == taken
+    assert taken_by(model, torch.bfloat16) == taken
+    assert taken_by(model, torch.float16) == taken._replace(prompts=taken.prompts or HALF)
 
 
-@pytest.mark.parametrize("model", [model for model, taken in MODELS if not taken.overrides])
+def test_sglang_gives_any_model_bfloat16():
+    runner = SimpleNamespace(is_generation=True, _pp_kwargs=lambda _: {})
+    batch = SimpleNamespace(input_embeds=torch.zeros(1, 4), replace_embeds=None)
+    rows = ModelRunner._extend_forward_kwargs(runner, batch, None)["input_embeds"]
+    with pytest.raises(RuntimeError, match="same dtype"):
+        torch.nn.functional.linear(rows, torch.zeros(4, 4, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("model", [model for model, taken in MODELS if taken.overrides])
 def test_sglang_fails_where_a_model_does_not_take_them(model: type[Any]):
     ids, rows = torch.zeros(2, dtype=torch.int64), torch.ones(2, 4)
     batch = SimpleNamespace(
@@ -50,14 +61,14 @@ def test_sglang_fails_where_a_model_does_not_take_them(model: type[Any]):
 
 
 @pytest.mark.parametrize("name", ["input_embeds", "positional_embed_overrides"])
-@pytest.mark.parametrize("taken", [True, False])
-def test_embeddings_that_a_model_does_not_take_are_refused(name: str, taken: bool):
+@pytest.mark.parametrize("sentence", ["", NONE])
+def test_embeddings_that_a_model_does_not_take_are_refused(name: str, sentence: str):
     """Not gated: one such request ended the scheduler, and all requests with it."""
     req = request(OPT_OUT, **{name: [[0.5]]})
     req.to_finish = None
     classify(req)
     said: list[str] = []
     req.set_finish_with_abort = said.append
-    queue(req, "", Taken(taken, taken))
-    assert said == ([] if taken else [NONE])
-    assert (getattr(req, name) is None) is not taken
+    queue(req, "", Taken(sentence, sentence))
+    assert said == ([sentence] if sentence else [])
+    assert (getattr(req, name) is None) is bool(sentence)

@@ -63,7 +63,7 @@ def queue(req: Any, images_fail: str, taken: embeddings.Taken = _ANY) -> None:
 
     Args:
         images_fail: why no image is encoded canonically on this server; empty where they are.
-        taken: what the model takes in the place of tokens.
+        taken: whether the model takes embeddings in the place of tokens.
     """
     gate = getattr(req, "gate", None)
     if gate is None or req.to_finish is not None:
