@@ -6,6 +6,10 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.models.granitemoehybrid import (
+    GraniteMoeHybridForCausalLM,
+    GraniteMoeHybridModel,
+)
 from sglang.srt.models.llama import LlamaForCausalLM
 from sglang.srt.models.mixtral import MixtralForCausalLM
 from sglang.srt.models.phi import PhiForCausalLM
@@ -62,6 +66,33 @@ def test_sglang_fails_where_a_model_does_not_take_them(model: type[Any]):
         return
     with pytest.raises(TypeError, match="input_embeds"):
         bare.forward(ids, ids, batch, input_embeds=rows)
+
+
+@of_this_release
+def test_an_override_changes_the_rows_beside_it():
+    """So no gated prompt may be in such a forward: see test_edges."""
+    rank = SimpleNamespace(is_first_rank=True, is_last_rank=True)
+    parts = {"pp_group": rank, "embedding_multiplier": 12.0, "layers_to_capture": ()}
+    parts |= {"start_layer": 0, "end_layer": 0, "norm": torch.nn.Identity()}
+    parts["embed_tokens"] = torch.nn.Embedding(9, 4)
+    model, outer = (
+        object.__new__(each) for each in (GraniteMoeHybridModel, GraniteMoeHybridForCausalLM)
+    )
+    for each in (model, outer):
+        torch.nn.Module.__init__(each)
+    for name, part in parts.items():
+        setattr(model, name, part)
+    outer.model = model
+    ids, last = torch.tensor([3, 5]), torch.tensor([1])
+    batch = SimpleNamespace(
+        input_ids=ids, input_embeds=None, replace_embeds=torch.ones(1, 4), replace_positions=last
+    )
+    runner = SimpleNamespace(model=outer, is_generation=True, _pp_kwargs=lambda _: {})
+    with torch.no_grad():
+        alone = model(ids, None, SimpleNamespace())[0]
+        embeds = ModelRunner._extend_forward_kwargs(runner, batch, None)["input_embeds"]
+        beside = model(ids, None, SimpleNamespace(), embeds)[0]
+    assert torch.equal(alone, beside * 12) and not torch.equal(alone, beside)
 
 
 @pytest.mark.parametrize("name", ["input_embeds", "positional_embed_overrides"])

@@ -277,7 +277,8 @@ def opened(url: str) -> Image.Image:
 
 def prompt(gated: bool, media: Any = None) -> Any:
     gate = SimpleNamespace(gated=gated, kept=None)
-    return SimpleNamespace(gate=gate, multimodal_inputs=media, input_embeds=None)
+    embeds = dict.fromkeys(("input_embeds", "positional_embed_overrides"))
+    return SimpleNamespace(gate=gate, multimodal_inputs=media, **embeds)
 
 
 IMAGES = object()
