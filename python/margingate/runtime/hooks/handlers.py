@@ -41,7 +41,10 @@ def request_init(_result: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
 
 def add_request(_scheduler: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
     """BEFORE Scheduler._add_request_to_queue: answer what cannot be served with HTTP 400."""
-    admission.queue(req, "" if _controller is None else _controller.checks.images)
+    if _controller is None:
+        admission.queue(req, "")
+    else:
+        admission.queue(req, _controller.checks.images, _controller.takes)
 
 
 def abort_request(original: Any, _scheduler: Any, recv_req: Any) -> None:

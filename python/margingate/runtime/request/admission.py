@@ -11,7 +11,7 @@ from typing import Any
 
 from margingate.config import GateConfig
 from margingate.runtime.compat.kv import routed_experts
-from margingate.runtime.compat.model import images, vision
+from margingate.runtime.compat.model import embeddings, images, vision
 from margingate.runtime.request.record import (
     CACHE_NAMESPACE,
     COLUMNS,
@@ -33,6 +33,7 @@ from margingate.runtime.request.sampling_params import (
 )
 
 _UNGATED = "not-"
+_ANY = embeddings.Taken()
 _serial = itertools.count(1)
 
 
@@ -57,11 +58,12 @@ def attach(req: Any, config: GateConfig) -> None:
         req.extra_key = _UNGATED + req.extra_key  # also those that have it: no two may meet
 
 
-def queue(req: Any, images_fail: str) -> None:
+def queue(req: Any, images_fail: str, taken: embeddings.Taken = _ANY) -> None:
     """As it is queued: its media are named, and one that cannot be served is aborted: HTTP 400.
 
     Args:
         images_fail: why no image is encoded canonically on this server; empty where they are.
+        taken: whether the model takes embeddings in the place of tokens.
     """
     gate = getattr(req, "gate", None)
     if gate is None or req.to_finish is not None:
@@ -74,7 +76,7 @@ def queue(req: Any, images_fail: str) -> None:
     elif len(req.origin_input_ids or ()) != gate.prompt_length:  # --allow-auto-truncate
         _name_prompt(req)
     refusal = gate.refusal or without_room(req) or with_media(req, images_fail)
-    if refusal := refusal or without_experts(req):
+    if refusal := refusal or without_experts(req) or embeddings.refusal(req, taken):
         req.set_finish_with_abort(refusal)  # it goes on as a prompt of one token
         req.input_embeds = req.positional_embed_overrides = None
 

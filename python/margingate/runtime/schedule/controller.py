@@ -8,6 +8,7 @@ from typing import Any
 
 from margingate.config import GateConfig
 from margingate.runtime.compat.kv import window_pool
+from margingate.runtime.compat.model import embeddings
 from margingate.runtime.observe import fingerprint, integrity
 from margingate.runtime.observe.audit import Auditor
 from margingate.runtime.observe.tally import Tally
@@ -45,6 +46,7 @@ class GateController:
         self.requests = requests = OpenRequests(config)
         self.in_flight = in_flight = InFlight(scheduler)
         model, pool = checks.verifier.runner.model, checks.verifier.runner.req_to_token_pool
+        self.takes = embeddings.taken_by(type(model), checks.verifier.runner.dtype)
         self.penalties = _penalties(pool, scheduler.model_config.vocab_size)
         self.sampling = Sampling(
             self.penalties, observes=self.observes_only, routers=router_margins.of(model)

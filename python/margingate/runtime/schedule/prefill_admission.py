@@ -34,7 +34,7 @@ class Admission:
         if _embeddings_meet_tokens(adder, req):
             return AddReqResult.OTHER
         if self._together:
-            if _media_meet_others(adder, req):
+            if _media_meet_others(adder, req) or _overrides_meet_gated(adder, req):
                 return AddReqResult.OTHER
             return original(adder, req, has_chunked_req, align)
         return self._add_alone(original, adder, req, has_chunked_req, align)
@@ -116,6 +116,17 @@ def _embeddings_meet_tokens(adder: Any, req: Any) -> bool:
     return len({each.input_embeds is None for each in together}) > 1
 
 
+def _overrides_meet_gated(adder: Any, req: Any) -> bool:
+    """Whether a gated prompt would be in a forward with embeddings that replace tokens, of others.
+
+    SGLang then looks up the tokens of all rows, and hands the model embeddings. Some models do to
+    tokens what they do not to those: GraniteMoeHybrid multiplies by a number.
+    """
+    together = [*adder.can_run_list, req] if adder.can_run_list else []
+    replaced = (each.positional_embed_overrides is not None for each in together)
+    return any(replaced) and any(map(is_gated, together))
+
+
 def _media_meet_others(adder: Any, req: Any) -> bool:
     """Whether a gated prompt would be in a forward with media that it has not, or without gate.
 
@@ -125,8 +136,6 @@ def _media_meet_others(adder: Any, req: Any) -> bool:
     together = [*adder.can_run_list, req] if adder.can_run_list else []
     if not any(map(is_gated, together)):
         return False
-    if any(each.positional_embed_overrides is not None for each in together):
-        return True
     alike = {vision.has_media(each) for each in together}
     return len(alike) > 1 or (alike == {True} and not all(map(is_gated, together)))
 
