@@ -130,8 +130,8 @@ def _overrides_meet_gated(adder: Any, req: Any) -> bool:
 def _media_meet_others(adder: Any, req: Any) -> bool:
     """Whether a gated prompt would be in a forward with media that it has not, or without gate.
 
-    With media a forward runs other code for all of its rows, and what a video makes of that, or an
-    embedding that a client brought, was measured by nobody.
+    With media a forward runs other code for all of its rows, and what a video makes of that was
+    measured by nobody.
     """
     together = [*adder.can_run_list, req] if adder.can_run_list else []
     if not any(map(is_gated, together)):
