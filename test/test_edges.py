@@ -217,21 +217,18 @@ def test_nothing_overtakes_a_gated_prompt_that_must_go_alone():
         assert found is AddReqResult.OTHER
 
 
+def prompt(*, gated: bool = False, embeds: Any = None, overrides: Any = None) -> Any:
+    gate = SimpleNamespace(gated=gated, kept=None)
+    named = {"positional_embed_overrides": overrides, "input_embeds": embeds}
+    return SimpleNamespace(gate=gate, multimodal_inputs=None, **named)
+
+
 @pytest.mark.parametrize("admission", [ALONE, TOGETHER])
 @pytest.mark.parametrize("first", [None, [[0.5]]])
 @pytest.mark.parametrize("second", [None, [[0.5]]])
 def test_a_prompt_in_embeddings_shares_no_forward_with_one_in_tokens(admission, first, second):
     """SGLang gives the forward the embeddings of one alone, and its scheduler ended."""
-    gate = SimpleNamespace(gated=False, kept=None)
-    first, second = (
-        SimpleNamespace(
-            gate=gate,
-            input_embeds=embeds,
-            multimodal_inputs=None,
-            positional_embed_overrides=None,
-        )
-        for embeds in (first, second)
-    )
+    first, second = (prompt(embeds=embeds) for embeds in (first, second))
     adder = SimpleNamespace(can_run_list=[first])
     found = admission.add_one_req(lambda *_: "SGLang's", adder, second, False, None)
     alike = (first.input_embeds is None) == (second.input_embeds is None)
@@ -242,13 +239,7 @@ def test_a_prompt_in_embeddings_shares_no_forward_with_one_in_tokens(admission, 
 @pytest.mark.parametrize("chunked", [True, False])
 def test_no_gated_prompt_shares_a_forward_with_overrides(gated, chunked):
     """GraniteMoeHybrid scales no embedding of a row in such a forward."""
-
-    def make(*, gated: bool, overrides: Any) -> Any:
-        gate = SimpleNamespace(gated=gated, kept=None)
-        named = {"positional_embed_overrides": overrides, "input_embeds": None}
-        return SimpleNamespace(gate=gate, multimodal_inputs=None, **named)
-
-    pair = [make(gated=gated, overrides=None), make(gated=False, overrides=object())]
+    pair = [prompt(gated=gated), prompt(overrides=object())]
     first, second = reversed(pair) if chunked else pair
     adder = SimpleNamespace(can_run_list=[first])
     found = TOGETHER.add_one_req(lambda *_: "SGLang's", adder, second, False, None)

@@ -58,18 +58,23 @@ def last_of(length: int) -> int:
     return max(0, length - 70)
 
 
+def hold_to_the_oracle(world: World, shape: tuple[int, int, int]) -> None:
+    """The last rows of each sequence, prefilled in one forward, and the last one decoded."""
+    lengths = world.lengths
+    extended = world.extend(*((i, last_of(n), n) for i, n in enumerate(lengths)))
+    decoded = world.decode([(i, length - 1) for i, length in enumerate(lengths)])
+    for i, length in enumerate(lengths):
+        assert_close(extended[i], world.oracle(i)[last_of(length) :], (shape, length))
+        assert torch.equal(decoded[i], extended[i][-1]), (shape, length)
+
+
 # ---- checks of the jit bodies; each takes the device -------------------------------------------
 
 
 def check_oracle(device: str) -> None:
     """Both kernels, in one forward each, at lengths around tiles and segments."""
     for shape in SHAPES:
-        world = World(device, LENGTHS, shape)
-        extended = world.extend(*((i, last_of(n), n) for i, n in enumerate(LENGTHS)))
-        decoded = world.decode([(i, length - 1) for i, length in enumerate(LENGTHS)])
-        for i, length in enumerate(LENGTHS):
-            assert_close(extended[i], world.oracle(i)[last_of(length) :], (shape, length))
-            assert torch.equal(decoded[i], extended[i][-1]), (shape, length)
+        hold_to_the_oracle(World(device, LENGTHS, shape), shape)
 
 
 def check_largest_head(device: str) -> None:
@@ -91,12 +96,7 @@ def check_wide_tiles(device: str) -> None:
         patch.object(attention, "blocks_for", lambda size, wide=False: WIDE[size]),
     ):
         for shape in ((3, 1, 64), (2, 1, 128)):
-            world = World(device, lengths, shape)
-            extended = world.extend(*((i, last_of(n), n) for i, n in enumerate(lengths)))
-            decoded = world.decode([(i, length - 1) for i, length in enumerate(lengths)])
-            for i, length in enumerate(lengths):
-                assert_close(extended[i], world.oracle(i)[last_of(length) :], (shape, length))
-                assert torch.equal(decoded[i], extended[i][-1]), (shape, length)
+            hold_to_the_oracle(World(device, lengths, shape), shape)
 
 
 def check_prefixes(device: str) -> None:

@@ -55,6 +55,7 @@ class Blocks(NamedTuple):
     decode: Cut  # rows: the heads of a group, padded
 
 
+@functools.cache  # asked for in each layer
 def blocks_for(head_size: int, wide: bool = False) -> Blocks:
     """`head_size` is 64, 128 or 256; `wide`: see `has_wide_tiles`."""
     if wide:

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sized
+from collections.abc import Collection, Mapping, Sized
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 
 from margingate.runtime.client import embeddings, sessions
+from margingate.runtime.client.kinds import TEXT, Kind, another, is_text
 from margingate.runtime.compat.arguments import request_table
 from margingate.runtime.request.record import SWITCH
 from margingate.runtime.request.stop_expressions import LIMIT, UNBOUNDED, breaks, stalls
 
 MOST_COPIES = 128  # of a request, each a request of its own; ask for more in several
-_SHOWN = 80  # characters of a value in a sentence
 _FLOAT32 = float(np.finfo(np.float32).max)
 
 
@@ -56,12 +56,8 @@ def _flag(value: Any) -> bool:
     return isinstance(value, bool | np.bool_)
 
 
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
 def _texts(value: Any) -> bool:
-    return _text(value) or (isinstance(value, list | tuple) and all(map(_text, value)))
+    return is_text(value) or (isinstance(value, list | tuple) and all(map(is_text, value)))
 
 
 def _ids(value: Any) -> bool:
@@ -73,7 +69,7 @@ def _ids(value: Any) -> bool:
 
 def _biases(value: Any) -> bool:
     return isinstance(value, Mapping) and all(
-        (_whole(token) or (_text(token) and token.strip().isdecimal())) and _number(bias)
+        (_whole(token) or (is_text(token) and token.strip().isdecimal())) and _number(bias)
         for token, bias in value.items()
     )
 
@@ -86,7 +82,7 @@ def _object(value: Any) -> bool:
 def _processor(value: Any) -> bool:
     """A class that SGLang's scheduler can begin to read; what is in it is the client's affair."""
     try:
-        return _text(value) and bool(bytes.fromhex(json.loads(value)["callable"]))
+        return is_text(value) and bool(bytes.fromhex(json.loads(value)["callable"]))
     except (ValueError, TypeError, KeyError):
         return False
 
@@ -104,20 +100,18 @@ def _expressions(value: Any) -> bool:
     return True
 
 
-_Kind = tuple[Callable[[Any], bool], str]
-_INT32: _Kind = (_int32, f"a whole number below {1 << 31}")
-_INT64: _Kind = (_int64, f"a whole number below {1 << 63}")
-_COPIES: _Kind = (_copies, f"a whole number, at most {MOST_COPIES}")
-_NUMBER: _Kind = (_number, "a number that is finite in float32")
-_FLAG: _Kind = (_flag, "true or false")
-_TEXT: _Kind = (_text, "a text")
+_INT32: Kind = (_int32, f"a whole number below {1 << 31}")
+_INT64: Kind = (_int64, f"a whole number below {1 << 63}")
+_COPIES: Kind = (_copies, f"a whole number, at most {MOST_COPIES}")
+_NUMBER: Kind = (_number, "a number that is finite in float32")
+_FLAG: Kind = (_flag, "true or false")
 
-_KINDS: dict[str, _Kind] = {
+_KINDS: dict[str, Kind] = {
     **dict.fromkeys(("max_new_tokens", "stream_interval", "sampling_seed"), _INT64),
     **dict.fromkeys(("min_new_tokens", "top_k"), _INT32),
     **dict.fromkeys(("temperature", "top_p", "min_p"), _NUMBER),
     **dict.fromkeys(("frequency_penalty", "presence_penalty", "repetition_penalty"), _NUMBER),
-    **dict.fromkeys(("json_schema", "regex", "ebnf", "structural_tag"), _TEXT),
+    **dict.fromkeys(("json_schema", "regex", "ebnf", "structural_tag"), TEXT),
     **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens"), _FLAG),
     "ebnf_full_assistant": _FLAG,
     "n": _COPIES,
@@ -136,13 +130,13 @@ _KINDS: dict[str, _Kind] = {
 
 # Of the request itself, where SGLang takes a list of several prompts' values. A list for a single
 # prompt passes its checks, and ends its scheduler.
-_SINGLE: dict[str, _Kind] = {
+_SINGLE: dict[str, Kind] = {
     **dict.fromkeys(("return_logprob", "return_sampling_mask"), _FLAG),
     **dict.fromkeys(("logprob_start_len", "bootstrap_port", "bootstrap_room"), _INT64),
-    **dict.fromkeys(("sampling_logprobs_mode", "bootstrap_host", "bootstrap_pair_key"), _TEXT),
+    **dict.fromkeys(("sampling_logprobs_mode", "bootstrap_host", "bootstrap_pair_key"), TEXT),
     "custom_logit_processor": (_processor, "what its class's to_str() says"),
     "decode_tp_size": _INT64,
-    "return_hidden_states": (lambda value: _flag(value) or _text(value), "true, false or a mode"),
+    "return_hidden_states": (lambda value: _flag(value) or is_text(value), "true, false or a mode"),
 }
 
 # `is_normalized` and SGLang's other notes pass all its checks by.
@@ -157,26 +151,14 @@ def refusal(params: Mapping[str, Any]) -> str:
             to SGLang.
     """
     for name, value in params.items():
-        if (kind := _KINDS.get(name)) and (sentence := _of_another(name, value, kind)):
+        if (kind := _KINDS.get(name)) and (sentence := another(name, value, kind)):
             return sentence
     return ""
 
 
-def _of_another(name: str, value: Any, kind: _Kind) -> str:
-    """The sentence for a value that is not of this kind; None is of any."""
-    is_one, words = kind
-    if value is None or is_one(value):
-        return ""
-    shown = repr(value)
-    shown = shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "..."
-    return f"{name} is {shown}: give {words}."
-
-
 def not_single(obj: Any) -> str:
     """The sentence for the first field of another type in one prompt's request, or an empty one."""
-    sentences = (
-        _of_another(name, getattr(obj, name, None), kind) for name, kind in _SINGLE.items()
-    )
+    sentences = (another(name, getattr(obj, name, None), kind) for name, kind in _SINGLE.items())
     return next(filter(None, sentences), "")
 
 

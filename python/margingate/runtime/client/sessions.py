@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_TEXTS, _FLAGS = ("id", "rid"), ("replace", "drop_previous_output")
+from margingate.runtime.client.kinds import TEXT, Kind, another
+
+_FLAG: Kind = (lambda value: isinstance(value, bool), "true or false")
+_OBJECT: Kind = (lambda value: isinstance(value, Mapping), "an object")
+_KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("id", "rid"), TEXT),
+    **dict.fromkeys(("replace", "drop_previous_output"), _FLAG),
+    "offset": (lambda value: type(value) is int, "a whole number"),
+}
 
 
 def refusal(given: Any) -> str:
@@ -16,11 +24,13 @@ def refusal(given: Any) -> str:
     """
     if given is None:
         return ""
-    if not isinstance(given, Mapping):
-        return f"session_params is {given!r}: give an object."
+    if sentence := another("session_params", given, _OBJECT):
+        return sentence
     for name, value in given.items():
-        if words := _wanted(name, value):
-            return f"session_params.{name} is {value!r}: {words}."
+        if name not in _KINDS:
+            return f"session_params.{name} is {value!r}: drop it, or check its spelling."
+        if sentence := another(f"session_params.{name}", value, _KINDS[name]):
+            return sentence
     if given.get("replace"):  # without a rid, or where two requests had the same one
         return (
             "session_params.replace is not served with the deterministic gate, since SGLang's "
@@ -32,14 +42,3 @@ def refusal(given: Any) -> str:
 def has_tokens(given: Any) -> bool:
     """Whether the session, or SGLang's sentence that there is none, stands for an empty prompt."""
     return bool(given) and given.get("id") is not None
-
-
-def _wanted(name: str, value: Any) -> str:
-    """What to do about a value of another type; empty for one that is as SGLang takes it."""
-    if name in _TEXTS:
-        return "" if value is None or isinstance(value, str) else "give a text"
-    if name in _FLAGS:
-        return "" if value is None or isinstance(value, bool) else "give true or false"
-    if name == "offset":
-        return "" if value is None or type(value) is int else "give a whole number"
-    return "drop it, or check its spelling"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from margingate.config import GateError
 
-LONG_ROPE = "Phi3LongRoPEScaledRotaryEmbedding"
+_LONG_ROPE = "Phi3LongRoPEScaledRotaryEmbedding"
 _LONG, _DYNAMIC = "longrope", "dynamic"  # as transformers calls them; the latter in longer names
 _ORIGINAL = "original_max_position_embeddings"
 
@@ -42,7 +42,7 @@ def refuse(runner: Any) -> None:
 
 def switch_of(module: Any) -> Switch | None:
     """Of any module; None where rows are rotated each by itself."""
-    if type(module).__name__ == LONG_ROPE:
+    if type(module).__name__ == _LONG_ROPE:
         return Switch(_LONG, int(module.original_max_position_embeddings))
     kinds = getattr(module, "rope_type", None)  # by kind of layer in some
     named = list(kinds.values()) if isinstance(kinds, dict) else [kinds]

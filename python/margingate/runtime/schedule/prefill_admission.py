@@ -31,13 +31,20 @@ class Admission:
         """AROUND PrefillAdder.add_one_req: keep gated requests apart, where they must be."""
         if _lacks_room_to_replay(adder, req, self._chunk):
             return AddReqResult.NO_TOKEN
-        if _embeddings_meet_tokens(adder, req):
+        beside = [*adder.can_run_list, req]
+        if len(beside) > 1 and self._may_not_meet(beside):
             return AddReqResult.OTHER
         if self._together:
-            if _media_meet_others(adder, req) or _overrides_meet_gated(adder, req):
-                return AddReqResult.OTHER
             return original(adder, req, has_chunked_req, align)
         return self._add_alone(original, adder, req, has_chunked_req, align)
+
+    def _may_not_meet(self, reqs: list[Any]) -> bool:
+        """Whether these prompts, of which each may be served, may not share a prefill forward."""
+        if _embeddings_meet_tokens(reqs):
+            return True
+        if not self._together or not any(map(is_gated, reqs)):
+            return False
+        return _media_meet_others(reqs) or _some_are_replaced(reqs)
 
     def _add_alone(
         self, original: Any, adder: Any, req: Any, has_chunked_req: bool, align: int | None
@@ -107,37 +114,31 @@ def _lacks_windows_to_replay(adder: Any, req: Any, chunk: int) -> bool:
         return _lacks_windows(adder, computed + len(req.gate.kept.tokens))
 
 
-def _embeddings_meet_tokens(adder: Any, req: Any) -> bool:
-    """Whether a forward would have prompts in embeddings and others, gated or not.
+def _embeddings_meet_tokens(reqs: list[Any]) -> bool:
+    """Whether some prompts are in embeddings and others are not, gated or not.
 
     SGLang gives such a forward the embeddings of the first alone, and its scheduler ends.
     """
-    together = [*adder.can_run_list, req] if adder.can_run_list else []
-    return len({each.input_embeds is None for each in together}) > 1
+    return len({each.input_embeds is None for each in reqs}) > 1
 
 
-def _overrides_meet_gated(adder: Any, req: Any) -> bool:
-    """Whether a gated prompt would be in a forward with embeddings that replace tokens, of others.
+def _some_are_replaced(reqs: list[Any]) -> bool:
+    """Whether gated prompts would be in a forward with embeddings that replace tokens, of others.
 
     SGLang then looks up the tokens of all rows, and hands the model embeddings. Some models do to
     tokens what they do not to those: GraniteMoeHybrid multiplies by a number.
     """
-    together = [*adder.can_run_list, req] if adder.can_run_list else []
-    replaced = (each.positional_embed_overrides is not None for each in together)
-    return any(replaced) and any(map(is_gated, together))
+    return any(each.positional_embed_overrides is not None for each in reqs)
 
 
-def _media_meet_others(adder: Any, req: Any) -> bool:
-    """Whether a gated prompt would be in a forward with media that it has not, or without gate.
+def _media_meet_others(reqs: list[Any]) -> bool:
+    """Whether gated prompts would be in a forward with media that they have not, or without gate.
 
     With media a forward runs other code for all of its rows, and what a video makes of that was
     measured by nobody.
     """
-    together = [*adder.can_run_list, req] if adder.can_run_list else []
-    if not any(map(is_gated, together)):
-        return False
-    alike = {vision.has_media(each) for each in together}
-    return len(alike) > 1 or (alike == {True} and not all(map(is_gated, together)))
+    alike = {vision.has_media(each) for each in reqs}
+    return len(alike) > 1 or (alike == {True} and not all(map(is_gated, reqs)))
 
 
 def _lacks_windows(adder: Any, tokens: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-SIZES = (
+_SIZES = (
     *("hidden_size", "num_hidden_layers", "intermediate_size", "moe_intermediate_size"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
     *("num_experts", "num_local_experts", "n_routed_experts"),
@@ -56,7 +56,7 @@ def sizes_of(config: dict[str, Any]) -> dict[str, int]:
     """
     nested = config.get("text_config")
     named = {**config, **(nested if isinstance(nested, dict) else {})}
-    return {name: named[name] for name in SIZES if type(named.get(name)) is int}
+    return {name: named[name] for name in _SIZES if type(named.get(name)) is int}
 
 
 def architectures(args: Any) -> tuple[str, ...]:
