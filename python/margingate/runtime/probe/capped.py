@@ -25,7 +25,8 @@ def refuse_small_pieces(operator: Operator, plan: RowPlan) -> None:
 
     A prefill of some thousand rows would take seconds a layer, and its graphs the memory.
     """
-    if operator.is_capped and operator.device.type == "cuda" and plan.high < FEWEST:
+    served = operator.sees_prefill and operator.device.type == "cuda"
+    if operator.is_capped and served and plan.high < FEWEST:
         raise GateError(
             f"--deterministic-gate would call {operator.name} with {plan.high} rows at a time, "
             "since more depend on each other, and a prompt would take minutes: "

@@ -13,7 +13,7 @@ from margingate.core.rowclass import RowPlan
 from margingate.runtime.compat import instance_patches
 from margingate.runtime.compat.compute import mxfp4
 from margingate.runtime.compat.compute.batch_invariant_matmul import invariant_matmul
-from margingate.runtime.probe import fused_gate
+from margingate.runtime.probe import forward_phase, fused_gate, unpacked
 from margingate.runtime.probe.observed_calls import routing_tensors
 from margingate.runtime.probe.operators import Inputs, Operator, Plain, Quantized, Run
 from margingate.runtime.probe.routed import (
@@ -66,7 +66,11 @@ def apply_linear(original: Any, method: Any, layer: Any, x: torch.Tensor, bias: 
     """AROUND UnquantizedLinearMethod.apply, and that of a quantized layer's method: stay within the
     operator's class of row counts.
     """
-    plan = _plan_for(layer, x.shape[0]) if x.dim() == 2 else None
+    if x.dim() != 2:
+        return original(method, layer, x, bias)
+    if forward_phase.is_prefill() and (kind := unpacked.kind_of(layer)) is not None:
+        return apply_unpacked(kind, layer, x, bias)
+    plan = _plan_for(layer, x.shape[0])
     if plan is None:
         return original(method, layer, x, bias)
     return run_in_class(
@@ -74,6 +78,22 @@ def apply_linear(original: Any, method: Any, layer: Any, x: torch.Tensor, bias: 
         x,
         lambda piece: original(method, layer, piece, bias),
         lambda piece: invariant_matmul(piece, weight=layer.weight, bias=bias),
+    )
+
+
+def apply_unpacked(
+    kind: unpacked.UnpackedLayers, layer: Any, x: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """A prefill's product with a layer's weights, unpacked for it."""
+    plan = _plan_for(kind, x.shape[0])
+    weight = unpacked.unpacked(layer)
+    if plan is None:
+        return torch.nn.functional.linear(x, weight, bias)
+    return run_in_class(
+        plan,
+        x,
+        lambda piece: torch.nn.functional.linear(piece, weight, bias),
+        lambda piece: invariant_matmul(piece, weight=weight, bias=bias),
     )
 
 

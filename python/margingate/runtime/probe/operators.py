@@ -44,7 +44,11 @@ class Operator:
     is_capped: ClassVar[bool] = False  # it may depend on neighbours above some row count
     instead: ClassVar[str] = "serve this model in BF16 or FP8"  # of a capped one with few rows
     must_agree: ClassVar[bool] = False  # whether several classes end the start
-    sees_prefill: ClassVar[bool] = True  # whether all rows of a prefill forward reach it
+
+    @property
+    def sees_prefill(self) -> bool:
+        """Whether all rows of a prefill forward reach it."""
+        return True
 
     @property
     def differs_by_place(self) -> bool:
@@ -187,8 +191,13 @@ class Packed(Quantized):
     Above some row count Marlin's blocks share out the sums over inputs by where a row is.
     """
 
+    decodes_only: bool = False  # prefills multiply by its weights unpacked: see `unpacked`
     kind: ClassVar[str] = "packed linear"
     is_capped: ClassVar[bool] = True
+
+    @property
+    def sees_prefill(self) -> bool:
+        return not self.decodes_only
 
     @property
     def differs_by_place(self) -> bool:
@@ -205,7 +214,7 @@ class Packed(Quantized):
 
     @property
     def described(self) -> str:
-        return marlin.describe(self.module)
+        return marlin.describe(self.module) + (" in decode" if self.decodes_only else "")
 
 
 @dataclass(frozen=True)
@@ -215,7 +224,10 @@ class Head(Layer):
     processor: Any = None  # SGLang's LogitsProcessor
     kind: ClassVar[str] = "linear"
     is_planned: ClassVar[bool] = True
-    sees_prefill: ClassVar[bool] = False
+
+    @property
+    def sees_prefill(self) -> bool:
+        return False
 
     def run(self, inputs: torch.Tensor) -> torch.Tensor:
         if self.processor is None:

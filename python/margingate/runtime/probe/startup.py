@@ -28,11 +28,13 @@ from margingate.runtime.probe import (
     classes,
     dual_gemm,
     execute,
+    forward_phase,
     loaded_scales,
     plans,
     rotary,
     shared_plans,
     tile_heights,
+    unpacked,
 )
 from margingate.runtime.probe.attention_operator import probe_attention
 from margingate.runtime.probe.classes import Finding
@@ -87,6 +89,9 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     refuse_unknown(runner.model, operators, seen)
     if tile_heights.settle(operators):
         operators = classes.groups(runner.model, seen)
+    if (settled := unpacked.settle(operators)) != operators:
+        operators = settled
+        forward_phase.watch(runner.model)
     prefill = _prefill_counts(runner, config, operators, decoded)
     fresh = config is not None and config.probe == "fresh"
     _findings[:] = _find(runner, operators, decoded, prefill, fresh=fresh)
@@ -108,6 +113,7 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
         )
         limit = decoded
     execute.keep_to(planned, limit)
+    unpacked.release()
 
 
 def hold_for_prefill(findings: Sequence[Finding], largest: int) -> bool:

@@ -15,6 +15,7 @@ import torch
 
 from margingate.runtime.compat import release
 from margingate.runtime.compat.compute.quantization import checkpoint_says
+from margingate_kernels.marlin_weights import MarlinWeights
 
 # As SGLang's ModelConfig calls them, where Marlin can have such a checkpoint's weights.
 METHODS = ("awq_marlin", "gptq_marlin")
@@ -23,6 +24,7 @@ BY_TRITON = "moe_wna16"  # experts by SGLang's Triton kernel; layers by Marlin, 
 _EXPERTS_MODULE = "sglang.srt.layers.moe.fused_moe_triton.fused_marlin_moe"
 _EXPERTS_KERNEL = "moe_wna16_marlin_gemm"  # in that module's namespace, on a GPU
 _ATOMIC = "use_atomic_add"  # an argument of it
+_WORD = 32  # bits
 
 
 def is_served(model: Any) -> bool:
@@ -60,6 +62,25 @@ def shape(layer: Any) -> tuple[int, int]:
         return layer.output_size_per_partition, layer.input_size_per_partition
     inputs, outputs = config.partition_weight_shape
     return outputs, inputs
+
+
+def weights(layer: Any) -> MarlinWeights | None:
+    """Those of a layer, as Marlin has them; None of reordered inputs, and where all are one group.
+
+    Raises AttributeError for a layer that Marlin has not repacked, as on a CPU.
+    """
+    held = scales(layer)
+    named = [getattr(layer, name, None) for name in ("g_idx", "g_idx_sort_indices")]
+    reordered = any(each is not None and each.numel() for each in named)
+    if reordered or len(held) < 2:
+        return None
+    packed = layer.qweight if hasattr(layer, "qweight") else layer.weight_packed
+    zeros = getattr(layer, "qzeros", getattr(layer, "weight_zero_point", None))
+    _, inputs = shape(layer)
+    bits = packed.numel() * _WORD // (held.shape[1] * inputs)
+    return MarlinWeights(
+        packed.data, held.data, zeros.data if zeros is not None and zeros.numel() else None, bits
+    )
 
 
 def describe(layer: Any) -> str:
