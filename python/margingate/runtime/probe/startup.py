@@ -28,9 +28,8 @@ from margingate.runtime.probe import (
     classes,
     dual_gemm,
     execute,
-    loaded_scales,
+    loaded_model,
     plans,
-    rotary,
     shared_plans,
     tile_heights,
 )
@@ -72,8 +71,7 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     """BEFORE ModelRunner.init_cuda_graphs: plan the operators that the graphs will hold."""
     if runner.is_draft_worker:
         return
-    loaded_scales.refuse(runner.model)  # before minutes of measuring
-    rotary.refuse(runner)
+    loaded_model.refuse(runner)  # before minutes of measuring
     decoded = largest_rows(runner.device)
     fixed_split.fix_split(runner.attn_backend, runner)
     config = gate_config(runner.server_args)

@@ -14,7 +14,7 @@ from margingate.runtime.compat.compute import marlin, mxfp4, quantization
 from margingate.runtime.compat.compute.routers import experts
 from margingate.runtime.compat.model import vision
 from margingate.runtime.compat.model.architectures import has_two_pools
-from margingate.runtime.probe import loaded_scales
+from margingate.runtime.probe import loaded_model
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ REFUSED_FAMILIES = (
         "flag",
     ),
     ModelFamily(
-        loaded_scales.SHARED.format("the model"), quantization.shares_scales, loaded_scales.BY_ROW
+        loaded_model.SHARED.format("the model"), quantization.shares_scales, loaded_model.BY_ROW
     ),
 )
 
