@@ -497,7 +497,11 @@ def test_hidden_states_are_refused_by_their_other_name_too(prepare):
     assert "does not work with --enable-return-hidden-states" in text
 
 
-@pytest.mark.parametrize("name", refusals._ENVIRONMENT)
+def variables(refused: Any) -> list[str]:
+    return [name for name, found in refusals.VARIABLES.items() if found.refused is refused]
+
+
+@pytest.mark.parametrize("name", variables(refusals._is_on))
 def test_each_variable_that_does_not_go_with_the_gate_is_refused(
     server_args_class, monkeypatch, name
 ):
@@ -509,7 +513,7 @@ def test_each_variable_that_does_not_go_with_the_gate_is_refused(
         assert getattr(envs, name).get() >= 1  # as SGLang reads it
         with pytest.raises(GateError) as caught:
             refusals.refuse_server(stand_in(server_args_class))
-        does = refusals._ENVIRONMENT[name]
+        does = refusals.VARIABLES[name].does
         said = f"does not work with {name}={value}, which {does}: unset it."
         assert said in sentence(caught.value)
     for value in ("0", "") if is_level else ("0", "false", "no", ""):
@@ -517,7 +521,7 @@ def test_each_variable_that_does_not_go_with_the_gate_is_refused(
         refusals.refuse_server(stand_in(server_args_class))
 
 
-@pytest.mark.parametrize("name", refusals._NEEDED)
+@pytest.mark.parametrize("name", variables(refusals._is_off))
 def test_each_variable_that_the_gate_needs_is_refused_where_it_is_off(
     server_args_class, monkeypatch, name
 ):
@@ -530,7 +534,8 @@ def test_each_variable_that_the_gate_needs_is_refused_where_it_is_off(
         assert not getattr(envs, name).get()  # as SGLang reads it
         with pytest.raises(GateError) as caught:
             refusals.refuse_server(stand_in(server_args_class))
-        said = f"does not work with {name}={value}, which {refusals._NEEDED[name]}: unset it."
+        does = refusals.VARIABLES[name].does
+        said = f"does not work with {name}={value}, which {does}: unset it."
         assert said in sentence(caught.value)
     for value in ("1", "true", ""):
         monkeypatch.setenv(name, value)
