@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from margingate.runtime.client import embeddings, sessions
-from margingate.runtime.client.kinds import TEXT, Kind, another, is_text
+from margingate.runtime.client.kinds import TEXT, Kind, is_text, type_error
 from margingate.runtime.client.stop_expressions import LIMIT, UNBOUNDED, is_served
 from margingate.runtime.compat.arguments import request_table
 from margingate.runtime.request.record import SWITCH
@@ -142,18 +142,18 @@ def refusal(params: Mapping[str, Any]) -> str:
             to SGLang.
     """
     for name, value in params.items():
-        if (kind := _KINDS.get(name)) and (sentence := another(name, value, kind)):
+        if (kind := _KINDS.get(name)) and (sentence := type_error(name, value, kind)):
             return sentence
     return ""
 
 
-def not_single(obj: Any) -> str:
+def single_type_error(obj: Any) -> str:
     """The sentence for the first field of another type in one prompt's request, or an empty one."""
-    sentences = (another(name, getattr(obj, name, None), kind) for name, kind in _SINGLE.items())
+    sentences = (type_error(name, getattr(obj, name, None), kind) for name, kind in _SINGLE.items())
     return next(filter(None, sentences), "")
 
 
-def at_places(obj: Any) -> str:
+def positions_error(obj: Any) -> str:
     """The sentence for logits at places that a client names, gated or not, or an empty one.
 
     In a chunk or behind a cached prefix a forward has fewer rows, and SGLang's scheduler ends.
@@ -234,8 +234,8 @@ def validate_one_request(manager: Any, obj: Any, input_ids: Sized | None) -> Non
     sentence = (
         unknown(params, manager.sampling_params_class.__struct_fields__)
         or refusal(params)
-        or not_single(obj)
-        or at_places(obj)
+        or single_type_error(obj)
+        or positions_error(obj)
         or out_of_range(getattr(obj, "top_logprobs_num", None), manager.model_config.vocab_size)
         or request_table.unseen(obj)
         or named_media(obj)
