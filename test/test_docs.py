@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from margingate import answers_plot, api
-from margingate.answers_plot import Changed, plot_answers, read_changed, recorded
+from benchmark import answers_plot
+from benchmark.answers_plot import Changed, plot_answers, read_changed, recorded
+from margingate import api
 from margingate.cli.main import main
 from margingate.config import GateConfig
 from margingate.core.audit import Audits

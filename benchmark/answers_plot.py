@@ -1,6 +1,6 @@
 """The picture of README.md: how many answers change with the batch, by server and arrangement.
 
-`python -m margingate.answers_plot` draws docs/demo.png from the recorded runs of
+`python -m benchmark.answers_plot` draws docs/demo.png from the recorded runs of
 `benchmark/sameness/servers.py` that SOURCES names; it works in a checkout.
 """
 
