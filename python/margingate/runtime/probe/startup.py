@@ -72,9 +72,17 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     if runner.is_draft_worker:
         return
     loaded_model.refuse(runner)  # before minutes of measuring
-    decoded = largest_rows(runner.device)
+    config, decoded = gate_config(runner.server_args), largest_rows(runner.device)
     fixed_split.fix_split(runner.attn_backend, runner)
-    config = gate_config(runner.server_args)
+    operators = _operators(runner)
+    prefill = _prefill_counts(runner, config, operators, decoded)
+    fresh = config is not None and config.probe == "fresh"
+    _findings[:] = _find(runner, operators, decoded, prefill, fresh=fresh)
+    _plan(runner, operators, decoded, prefill)
+
+
+def _operators(runner: Any) -> dict[str, list[Operator]]:
+    """The operators that a first decode step calls, by kind. Raises GateError for unknown ones."""
     use_linear_kernels(runner.model)
     logger.info(
         "margingate: runs a first decode step; kernels that this machine has not compiled yet, as "
@@ -85,9 +93,16 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     refuse_unknown(runner.model, operators, seen)
     if tile_heights.settle(operators):
         operators = classes.groups(runner.model, seen)
-    prefill = _prefill_counts(runner, config, operators, decoded)
-    fresh = config is not None and config.probe == "fresh"
-    _findings[:] = _find(runner, operators, decoded, prefill, fresh=fresh)
+    return operators
+
+
+def _plan(
+    runner: Any, operators: dict[str, list[Operator]], decoded: int, prefill: list[int]
+) -> None:
+    """From what was found of operators: how each is run from here on, up to which row count.
+
+    All-reduce and the dual GEMM are measured here, within the plans, and their findings added.
+    """
     summed = all_reduce.settle(runner, classes.row_counts(decoded), prefill)
     for finding in summed:
         logger.info("margingate: %s", finding)
