@@ -3,8 +3,10 @@
 test_hooks and test_metrics hold their own pages.
 """
 
+import ast
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -79,12 +81,42 @@ def test_the_api_has_every_parameter_of_the_gate():
     assert names(api.PARAMETERS) == [SWITCH, *of_sglang, *custom]
 
 
-def test_the_limits_have_a_row_for_each_refused_setting():
+def test_the_refusals_have_a_row_for_each_refused_setting():
     """Of both releases that are served, with the reason and the way out that the start says."""
-    limits = (ROOT / "docs" / "limits.md").read_text()
-    section = limits.partition("## Settings that do not start")[2]
-    listed = re.findall(r"^\| `(--[\w-]+)` \| (.+) \| (.+) \|$", section, re.M)
+    page = (ROOT / "docs" / "refusals.md").read_text()
+    (table,) = (part for part in page.split("\n\n") if part.startswith("| option | because |"))
+    listed = re.findall(r"^\| `(--[\w-]+)` \| (.+) \| (.+) \|$", table, re.M)
     assert listed == [(each.option, each.because, each.instead) for each in REFUSALS]
+
+
+def said_in(source: str) -> Iterator[str]:
+    """The texts of a module; `{}` where a value goes in."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(getattr(part, "value", "{}")) for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+VALUE = re.compile(r"\W*[A-Z]+\W*|\S*\d\S*")  # what stands for one in a sentence of a page
+
+
+def test_the_sentences_that_pages_quote_are_in_the_code():
+    """By most of their runs of four words: some are put together of pieces."""
+    modules = (ROOT / "python" / "margingate").rglob("*.py")
+    texts = [text for module in modules for text in said_in(module.read_text())]
+    code = " | ".join(" ".join(text.split()) for text in texts)
+    quoted = 0
+    for page in ("limits", "refusals"):
+        whole = re.sub(r"(?<=\S)\n> ", " ", (ROOT / "docs" / f"{page}.md").read_text())
+        for sentence in re.findall(r"^> `(.*?)`", whole, re.M):
+            words = sentence.split()
+            runs = [words[at : at + 4] for at in range(len(words) - 3)]
+            runs = [run for run in runs if not any(map(VALUE.fullmatch, run))]
+            found = sum(" ".join(run) in code for run in runs)
+            assert 2 * found >= len(runs), sentence
+            quoted += 1
+    assert quoted > 40
 
 
 def anchors(document: Path) -> set[str]:
