@@ -40,9 +40,10 @@ folder_of() {
 answers() { # NAME FOLDER
     local extra=()
     [ "$1" != oss ] || extra=(--swa-full-tokens-ratio 0.15)
-    step "same-$1" 600 python3 -m benchmark.sameness.servers --model "$2" --prompts "${files[@]}" \
+    mkdir -p "$OUT/$1" # logs of its servers: several of these may run at once
+    step "same-$1" 600 env OUT="$OUT/$1" python3 -m benchmark.sameness.servers --model "$2" --prompts "${files[@]}" \
         --per-file 50 --others 50 --tokens 256 --servers gate exact-512 stock-default --start-s 400 \
-        --out "$OUT/same-$1.json" -- --max-total-tokens 60000 --mem-fraction-static 0.25 \
+        --out "$OUT/same-$1.json" -- --max-total-tokens 60000 --mem-fraction-static 0.4 \
         --cuda-graph-max-bs-decode 64 --context-length 4096 --cuda-graph-backend-prefill disabled \
         "${extra[@]}"
 }

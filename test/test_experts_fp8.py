@@ -18,7 +18,7 @@ from benchmark.models.fp8_blocks import BLOCK, from_blocks, to_blocks
 from margingate.config import GateError
 from margingate.runtime.compat.compute import quantization, routers
 from margingate.runtime.compat.host.fp8 import fp8_experts, round_to_fp8
-from margingate.runtime.probe import classes, expert_tiles, loaded_model, startup
+from margingate.runtime.probe import expert_tiles, loaded_model, sample_sizes, startup
 from margingate.runtime.probe.classes import probe_operator, row_counts
 from margingate.runtime.probe.observed_calls import ObservedRows
 from margingate.runtime.probe.routed import Experts, routed_operators
@@ -131,7 +131,7 @@ def test_experts_in_fp8_are_an_operator_whose_signature_says_their_scales():
 
 def test_loud_neighbours_find_a_scale_that_rows_share(monkeypatch):
     """Rows of one size may round alike by a common scale: so the sample alone need not show it."""
-    monkeypatch.setattr(classes, "ROUNDED", 0)  # no sum is looked for in another order
+    monkeypatch.setattr(sample_sizes, "ROUNDED", 1)  # no sum is looked for in another order
     own = Experts("experts", Mixture(in_blocks()), SEEN)
     assert set(probe_operator(own, row_counts(6)).values()) == {0}
     assert len(own.company(own.sample(8), 3, 4)) == 4

@@ -19,7 +19,7 @@ from margingate.config import GateError
 from margingate.core.rowclass import Route, RowPlan
 from margingate.runtime.compat.arguments import settings_table
 from margingate.runtime.compat.process import ranks
-from margingate.runtime.probe import cache, classes, plans, startup
+from margingate.runtime.probe import cache, classes, plans, sample_sizes, startup
 from margingate.runtime.probe.capped import refuse_small_pieces
 from margingate.runtime.probe.operators import Linear, MadeUp, Norm, Operator, Packed
 from margingate.runtime.probe.routed import Experts
@@ -365,8 +365,27 @@ def test_sums_in_another_order_show_where_rounding_hides_most_of_them(monkeypatc
     counts = range(1, 21)
     border = {count: int(count >= 11) for count in counts}
     assert classes.probe_operator(seldom_apart(11), counts) == border
-    monkeypatch.setattr(classes, "ROUNDED", 1)
+    monkeypatch.setattr(sample_sizes, "ROUNDED", 1)
     assert set(classes.probe_operator(seldom_apart(11), counts).values()) == {0}, "the control"
+
+
+class SeldomByPlace(MadeUp):
+    """Rows behind the first 64 of a call have now and then another last bit."""
+
+    is_capped, differs_by_place = True, True
+
+    def run(self, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.cat([inputs[:64], seldom_apart(0).run(inputs[64:])])
+
+
+def test_few_rows_of_a_call_that_seldom_differ_are_found(monkeypatch):
+    """As Marlin's: at 65 rows one of them would have 1,280 results to show it."""
+    like = torch.empty(0, dtype=torch.bfloat16)
+    operator = SeldomByPlace("by place", None, function=None, width=1280, like=like)
+    counts = range(60, 73)
+    assert classes.probe_operator(operator, counts) == dict.fromkeys(range(60, 65), 0)
+    monkeypatch.setattr(SeldomByPlace, "differs_by_place", False)
+    assert 72 in classes.probe_operator(operator, counts), "the control"
 
 
 def test_they_show_at_row_counts_of_prefill_too(monkeypatch):
@@ -374,7 +393,7 @@ def test_they_show_at_row_counts_of_prefill_too(monkeypatch):
     decode, prefill = dict.fromkeys(range(1, 65), 0), [96, 128, 160, 992]
     found = classes.extended(seldom_apart(128), decode, prefill)
     assert found == {**decode, 96: 0, 128: 1, 160: 1, 992: 1}
-    monkeypatch.setattr(classes, "ROUNDED", 1)
+    monkeypatch.setattr(sample_sizes, "ROUNDED", 1)
     found = classes.extended(seldom_apart(128), decode, [96, 128])
     assert set(found.values()) == {0}, "the control"
 
@@ -391,4 +410,4 @@ def test_they_show_at_row_counts_of_prefill_too(monkeypatch):
 def test_rows_are_as_many_as_their_results_are_few(width, dtype, rows):
     like = torch.empty(0, dtype=dtype)
     operator = MadeUp("made up", None, function=lambda x: x, width=width, like=like)
-    assert classes._least_rows(operator, 3) == rows
+    assert sample_sizes.size_for(operator, 3) == sample_sizes.SampleSize(rows)

@@ -19,14 +19,15 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMo
 
 from margingate.runtime.compat.compute.forward import context, plan_slots
 from margingate.runtime.compat.host.attention import attends_row_by_row
-from margingate.runtime.probe.classes import SEED, Finding, Rows, classify, refusing, sample_rows
+from margingate.runtime.probe.classes import SEED, Finding, Rows, classify, refusing
+from margingate.runtime.probe.sample_sizes import SampleSize
 from margingate.runtime.verify.verifier import RowInput, Verifier, scratch_rows
 
 
 def probe_attention(runner: Any, counts: Sequence[int]) -> list[Finding]:
     """Decode and extend attention of the model's first attention layer; [] where not known.
 
-    Writes the slots 1 to sample_rows(counts) of that layer, which must be free.
+    Writes the slots 1 to SampleSize().whole(counts) of that layer, which must be free.
     """
     layers = [m for m in runner.model.modules() if isinstance(m, RadixAttention)]
     if not attends_row_by_row(runner.attn_backend) or not layers:
@@ -36,7 +37,7 @@ def probe_attention(runner: Any, counts: Sequence[int]) -> list[Finding]:
     for mode in (ForwardMode.DECODE, ForwardMode.EXTEND):
         start, name = time.monotonic(), f"attention {mode.name.lower()}"
         decodes = mode == ForwardMode.DECODE
-        total = sample_rows(counts)
+        total = SampleSize().whole(counts)
         with torch.inference_mode(), refusing(name), scratch_rows(runner, total):
             rows = _attention(runner, layers[0], mode, total)
             classes = classify(rows, counts, torch.device(runner.device), in_any_order=decodes)

@@ -24,13 +24,9 @@ from margingate.core.rowclass import members as counts_by_class
 from margingate.runtime.probe.observed_calls import Observed
 from margingate.runtime.probe.operators import SEED, Inputs, Operator, dense_operators
 from margingate.runtime.probe.routed import routed_operators
+from margingate.runtime.probe.sample_sizes import SampleSize, size_for
 from margingate.runtime.probe.scored import scored_operators
 
-SAMPLE_ROWS = 64  # rows computed at every count, at least; twice that from counts above it
-# Sums in another order differ in their last bits, and rounding a result to 16 bits hides that in
-# all but some of 10,000: so many results are compared at every count, where rows have few.
-ROUNDED = 1 << 16
-MOST_ROWS = 1 << 14
 DISTURBED = 4  # rows of a sample that are tried in the company that an operator chooses
 SHOWN = 5  # classes of an operator in the log
 Rows = Callable[[torch.Tensor], torch.Tensor]  # row indices [n] -> their results, of one call
@@ -103,9 +99,9 @@ def probe_operator(operator: Operator, counts: Sequence[int]) -> dict[int, int]:
     Raises:
         RowDependenceError: at a fixed row count a row's bits depend on its place or neighbours.
     """
-    least = _least_rows(operator, counts[0])
-    samples = operator.samples(sample_rows(counts, least))
-    of_samples = [_classes_of(operator, sample, (counts, least)) for sample in samples]
+    size = size_for(operator, counts[0])
+    samples = operator.samples(size.whole(counts))
+    of_samples = [_classes_of(operator, sample, (counts, size)) for sample in samples]
     found = _together(of_samples)
     disturbed = _disturbed(operator, samples[0], found)
     if disturbed and not operator.is_capped:
@@ -114,7 +110,7 @@ def probe_operator(operator: Operator, counts: Sequence[int]) -> dict[int, int]:
 
 
 def _classes_of(
-    operator: Operator, sample: Inputs, asked: tuple[Sequence[int], int]
+    operator: Operator, sample: Inputs, asked: tuple[Sequence[int], SampleSize]
 ) -> dict[int, int]:
     """Classes by one sample, as `_classify`, up to where a capped operator depends."""
     found: dict[int, int] = {}
@@ -162,23 +158,10 @@ def _disturbed(operator: Operator, sample: Inputs, counts: Iterable[int]) -> int
     return 0
 
 
-def sample_rows(counts: Sequence[int], least: int = SAMPLE_ROWS) -> int:
-    """How many rows `classify` asks for."""
-    return max(least, *counts)
-
-
-def _least_rows(operator: Operator, count: int) -> int:
-    """Rows whose results show sums in another order; `count` rows are computed to see them."""
-    results = operator.run(operator.sample(count))
-    if results.element_size() > 2:
-        return SAMPLE_ROWS
-    return min(max(SAMPLE_ROWS, -(-ROUNDED // results[0].numel())), MOST_ROWS)
-
-
 def classify(
     rows: Rows, counts: Sequence[int], device: torch.device, *, in_any_order: bool = True
 ) -> dict[int, int]:
-    """Classes of `counts` for results of the rows 0 to sample_rows(counts) - 1.
+    """Classes of `counts` for results of the rows 0 to SampleSize().whole(counts) - 1.
 
     A row count at which a row depends on its place ends it; such counts cannot be left out instead.
     oneDNN with AVX-512 and no bfloat16 products has them at 5, 7, 9, 11, 13, 17 and 33 rows (others
@@ -191,13 +174,13 @@ def classify(
         RowDependenceError: at a fixed row count a row's bits depend on its place or neighbours.
     """
     found: dict[int, int] = {}
-    _classify(rows, (counts, SAMPLE_ROWS), device, found, in_any_order=in_any_order)
+    _classify(rows, (counts, SampleSize()), device, found, in_any_order=in_any_order)
     return found
 
 
 def _classify(
     rows: Rows,
-    asked: tuple[Sequence[int], int],
+    asked: tuple[Sequence[int], SampleSize],
     device: torch.device,
     found: dict[int, int],
     *,
@@ -206,14 +189,14 @@ def _classify(
     """As `classify`, into `found`, which has the row counts before the one that raised.
 
     Args:
-        asked: the row counts, and how many rows to compute at each, at least.
+        asked: the row counts, and how many rows to compute at each.
     """
-    (counts, least), generator = asked, torch.Generator().manual_seed(SEED)
-    order = torch.randperm(sample_rows(counts, least), generator=generator).to(device)
+    (counts, size), generator = asked, torch.Generator().manual_seed(SEED)
+    order = torch.randperm(size.whole(counts), generator=generator).to(device)
     ascending = torch.arange(len(order), device=device)
     seen: list[torch.Tensor] = []
     for count in counts:
-        used = max(count, least // count * count)
+        used = size.rows(count)
         outputs = _in_windows(rows, ascending[:used], count)
         shuffled = order[order < used]
         if in_any_order and not torch.equal(_in_windows(rows, shuffled, count), outputs[shuffled]):
@@ -231,7 +214,7 @@ def extended(
     """
     if not counts:
         return dict(classes)
-    base = sample_rows(list(classes), _least_rows(operator, max(classes)))
+    base = size_for(operator, max(classes)).whole(classes)
     of_samples = [_extended(operator, sample, classes, counts) for sample in operator.samples(base)]
     found, numbers = dict(classes), {(key,) * len(of_samples): key for key in classes.values()}
     for count in counts:

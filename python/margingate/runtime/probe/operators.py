@@ -47,6 +47,11 @@ class Operator:
     sees_prefill: ClassVar[bool] = True  # whether all rows of a prefill forward reach it
 
     @property
+    def differs_by_place(self) -> bool:
+        """Whether few rows of a call may have other bits than the others, by where they are."""
+        return False
+
+    @property
     def is_replicated(self) -> bool:
         """Whether each tensor-parallel rank runs all of it, on the same rows."""
         return type(self.module).__name__ == "ReplicatedLinear"
@@ -184,6 +189,11 @@ class Packed(Quantized):
 
     kind: ClassVar[str] = "packed linear"
     is_capped: ClassVar[bool] = True
+
+    @property
+    def differs_by_place(self) -> bool:
+        """Rows behind the last whole 64 of a call go to a kernel for so many."""
+        return self.device.type == "cuda"
 
     @property
     def like(self) -> torch.Tensor:
