@@ -1,0 +1,67 @@
+"""Rows of the ledger of patches that concern what an operator asks of a scheduler that serves."""
+
+from __future__ import annotations
+
+from margingate.runtime.hooks import handlers
+from margingate.runtime.hooks.registry import AROUND, Hook
+from margingate.runtime.schedule import profiling
+
+_COMPONENTS = "managers.scheduler_components."
+_PROFILER = _COMPONENTS + "profiler_manager.SchedulerProfilerManager."
+_WEIGHTS = _COMPONENTS + "weight_updater.SchedulerWeightUpdaterManager."
+_ENDS = "SGLang's scheduler does not end over it"
+
+# Applied in gated schedulers, with the other rows of theirs.
+OPERATOR_HOOKS = (
+    *(
+        Hook(
+            _WEIGHTS + name,
+            AROUND,
+            handlers.weights_change,
+            "self recv_req",
+            "no row waits across a change of the weights; fingerprint and columns follow them",
+            "SGLang counts changes of weights, and keys its tree by them",
+        )
+        for name in (
+            *("begin_weight_update", "update_weights_from_disk"),
+            "update_weights_from_distributed",
+            *("update_weights_from_tensor", "update_weights_from_ipc"),
+            *("end_weight_update", "resume_memory_occupation", "check_weights"),
+        )
+    ),
+    Hook(
+        "managers.scheduler.Scheduler.expert_distribution_handle",
+        AROUND,
+        handlers.record_experts,
+        "self recv_req",
+        "a scheduler without a recorder of experts refuses and goes on",
+        _ENDS,
+    ),
+    Hook(
+        _PROFILER + "_profile",
+        AROUND,
+        profiling.ask,
+        "self recv_req",
+        "stages without a number of steps, over which a scheduler ends at its next step",
+        _ENDS,
+    ),
+    *(
+        Hook(
+            _PROFILER + name,
+            AROUND,
+            profiling.contain,
+            "self stage",
+            "a profile that cannot be taken or written is given up",
+            _ENDS,
+        )
+        for name in ("_start_profile", "_stop_profile")
+    ),
+    Hook(
+        _WEIGHTS + "release_memory_occupation",
+        AROUND,
+        handlers.release_memory,
+        "self recv_req",
+        "a scheduler whose requests are not finished, or whose memory is away, refuses and goes on",
+        _ENDS,
+    ),
+)
