@@ -420,6 +420,7 @@ VALUES: dict[str, Any] = {
     "--page-size": 16,
     "--tokenizer-worker-num": 2,
     "--radix-cache-backend": "another",
+    "--radix-eviction-policy": "tlru",
     "--kv-cache-dtype": "fp8_e4m3",
     "--quantization-param-path": "scales.json",
     "--flashinfer-allreduce-fusion-backend": "auto",
@@ -466,6 +467,10 @@ def test_defaults_are_not_refused(server_args_class):
 def test_the_backend_of_the_gate_itself_is_not_refused(server_args_class):
     refusals.refuse_server(stand_in(server_args_class, radix_cache_backend="margingate"))
     refusals.refuse_server(stand_in(server_args_class, page_size=1, pp_size=1, kv_canary="none"))
+    for name in ("lru", "lfu", "slru", "priority"):
+        refusals.refuse_server(stand_in(server_args_class, radix_eviction_policy=name))
+    tree_off = {"radix_eviction_policy": "tlru", "disable_radix_cache": True}
+    refusals.refuse_server(stand_in(server_args_class, **tree_off))
 
 
 @each_refusal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -140,9 +141,11 @@ def test_the_sentence_comes_to_who_asked():
 
     done = io_struct.ReleaseMemoryOccupationReqOutput()
     assert asyncio.run(asked(done, done)) == [done, done]
-    for kind in (control.NotReleased, control.NotResumed, control.NotRecorded):
+    profiled = control.NotProfiled(success=False, message="a sentence.")
+    kinds = (control.NotReleased, control.NotResumed, control.NotRecorded)
+    for answer in (*(kind(message="a sentence.") for kind in kinds), profiled):
         with pytest.raises(ValueError, match=r"^a sentence\.$") as raised:
-            asyncio.run(asked(done, kind(message="a sentence.")))
+            asyncio.run(asked(done, pickle.loads(pickle.dumps(answer))))
         assert isinstance(raised.value, HTTPException) and raised.value.status_code == 400
 
 

@@ -27,6 +27,10 @@ class NotRecorded(io_struct.ExpertDistributionReqOutput):
     message: str
 
 
+class NotProfiled(io_struct.ProfileReqOutput):
+    """No profile is in progress. SGLang's own such answer is HTTP 500 without its message."""
+
+
 class RefusedError(HTTPException, ValueError):
     """HTTP 400 in routes that catch exceptions and in those that do not."""
 
@@ -41,6 +45,6 @@ async def answers(original: Any, communicator: Any, obj: Any) -> Any:
     """AROUND FanOutCommunicator.__call__. Raises RefusedError where a scheduler refused."""
     found = await original(communicator, obj)
     for answer in found:
-        if isinstance(answer, NotReleased | NotResumed | NotRecorded):
+        if isinstance(answer, NotReleased | NotResumed | NotRecorded | NotProfiled):
             raise RefusedError(answer.message)
     return found

@@ -165,6 +165,6 @@ SURFACE: Mapping[str, str] = {
     "kv_cache_dtype kv_canary load_format max_prefill_tokens max_running_requests model_path "
     "moe_a2a_backend moe_runner_backend nnodes node_rank offload_group_size page_size "
     "prefill_attention_backend preferred_sampling_params radix_cache_backend "
-    "random_seed return_hidden_states_mode revision "
+    "random_seed radix_eviction_policy return_hidden_states_mode revision "
     "smg_grpc_mode startup_weight_load_mode swa_full_tokens_ratio tokenizer_path tp_size",
 }

@@ -6,7 +6,9 @@ import logging
 from contextlib import suppress
 from typing import Any
 
-from sglang.srt.managers.io_struct import ProfileReqOutput, ProfileReqType
+from sglang.srt.managers.io_struct import ProfileReqType
+
+from margingate.runtime.client.control import NotProfiled
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +18,7 @@ def ask(original: Any, manager: Any, received: Any) -> Any:
     starts = received.req_type == ProfileReqType.START_PROFILE
     if starts and received.profile_by_stage and not received.num_steps:
         message = "profile_by_stage is true, but num_steps is not set: give a number of steps."
-        return ProfileReqOutput(success=False, message=message)
+        return NotProfiled(success=False, message=message)
     return original(manager, received)
 
 
@@ -29,7 +31,7 @@ def contain(original: Any, manager: Any, *args: Any, **kwargs: Any) -> Any:
         _give_up(manager)
         because = f"SGLang raised {type(error).__name__} ({error})"
         message = f"The profile was given up, because {because}: change what was asked for."
-        return ProfileReqOutput(success=False, message=message)
+        return NotProfiled(success=False, message=message)
 
 
 def _give_up(manager: Any) -> None:
