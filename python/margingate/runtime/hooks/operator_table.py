@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from margingate.runtime.hooks import handlers
 from margingate.runtime.hooks.registry import AROUND, Hook
-from margingate.runtime.schedule import profiling
+from margingate.runtime.schedule import profiling, sent_weights
 
 _COMPONENTS = "managers.scheduler_components."
 _PROFILER = _COMPONENTS + "profiler_manager.SchedulerProfilerManager."
@@ -28,6 +28,23 @@ OPERATOR_HOOKS = (
             *("update_weights_from_tensor", "update_weights_from_ipc"),
             *("end_weight_update", "resume_memory_occupation", "check_weights"),
         )
+    ),
+    Hook(
+        "managers.tp_worker.TpModelWorker.deserialize_own_rank",
+        AROUND,
+        sent_weights.deserialize,
+        "self serialized_named_tensors",
+        "tensors of an update that cannot be read are none",
+        _ENDS,
+    ),
+    Hook(
+        "model_executor.model_runner_components.weight_updater.WeightUpdater."
+        "update_weights_from_tensor",
+        AROUND,
+        sent_weights.load,
+        "self named_tensors load_format",
+        "tensors that cannot be loaded are answered",
+        "SGLang answers as it does of weights from another process",
     ),
     Hook(
         "managers.scheduler.Scheduler.expert_distribution_handle",
