@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from benchmark.models import mxfp4
@@ -362,6 +363,20 @@ def test_the_settings_travel_with_a_copy(prepare):
     for other in (pickle.loads(pickle.dumps(server_args)), copy.deepcopy(server_args)):
         assert other._margingate == server_args._margingate
         assert settings.view(other).radix_cache_backend == "margingate"
+
+
+@pytest.mark.parametrize("copied", [copy.copy, msgspec.structs.replace])
+def test_a_copy_without_the_settings_does_not_start(make, server_args_class, folder, copied):
+    """It was served without the gate, and without a word."""
+    from sglang.srt.entrypoints.engine import Engine
+
+    made = Engine.server_args_class(model_path=folder, device="cpu", deterministic_gate=True)
+    for gated in (made, make(model_path=folder, device="cpu", deterministic_gate=True)):
+        other = copied(gated)
+        assert not hasattr(other, "_margingate")
+        with pytest.raises(GateError) as caught:
+            other.resolve_once()
+        assert "carry no settings of the gate" in sentence(caught.value)
 
 
 # Calibration
