@@ -11,6 +11,7 @@ import pytest
 import torch
 from sglang.srt.managers import io_struct, tp_worker
 from sglang.srt.managers.scheduler_components import weight_updater
+from sglang.srt.model_executor.model_runner_components import weight_exporter
 from sglang.srt.model_executor.model_runner_components import weight_updater as of_runner
 from sglang.srt.utils import MultiprocessingSerializer
 
@@ -97,3 +98,30 @@ def test_what_cannot_be_loaded_is_answered(monkeypatch, shape, load_format, rais
     sent = payload(weight=torch.zeros(shape))
     answer, met = update(monkeypatch, model, sent, load_format=load_format)
     assert (answer.success, answer.message, met) == (False, PARTLY + raised + AGAIN, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "said"),
+    [
+        ("send_weights_to_remote_instance", ("host", "1", "group"), "KeyError: 'group_1_0'"),
+        (
+            "send_weights_to_remote_instance",
+            ("host", "1,2", "group"),
+            "AssertionError: Expected 1 ports, but got 2 ports.",
+        ),
+        (
+            "init_weights_send_group_for_remote_instance",
+            ("host", "1", 0, 2, ""),
+            "AssertionError: Group name cannot be empty",
+        ),
+    ],
+)
+def test_groups_that_are_not_there_are_answered(monkeypatch, name, asked, said):
+    """SGLang's scheduler ended."""
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    exporter: Any = SimpleNamespace(
+        _weight_export_unsupported_reason=lambda: None, tp_size=1, tp_rank=0, _weights_send_group={}
+    )
+    original = getattr(weight_exporter.WeightExporter, name)
+    done, sentence = sent_weights.meet(original, exporter, *asked)
+    assert not done and sentence.startswith(f"Nothing was done, because SGLang raised {said}")

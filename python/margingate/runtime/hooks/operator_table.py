@@ -46,6 +46,30 @@ OPERATOR_HOOKS = (
         "tensors that cannot be loaded are answered",
         "SGLang answers as it does of weights from another process",
     ),
+    *(
+        Hook(
+            "model_executor.model_runner_components." + name,
+            AROUND,
+            sent_weights.meet,
+            parameters,
+            "what is asked for of groups that are not there, or with other ports, is answered",
+            _ENDS,
+        )
+        for name, parameters in (
+            (
+                "weight_updater.WeightUpdater.init_weights_update_group",
+                "self master_address master_port rank_offset world_size group_name backend",
+            ),
+            (
+                "weight_exporter.WeightExporter.init_weights_send_group_for_remote_instance",
+                "self master_address ports group_rank world_size group_name backend",
+            ),
+            (
+                "weight_exporter.WeightExporter.send_weights_to_remote_instance",
+                "self master_address ports group_name",
+            ),
+        )
+    ),
     Hook(
         "managers.scheduler.Scheduler.expert_distribution_handle",
         AROUND,

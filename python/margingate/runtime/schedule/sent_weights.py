@@ -1,4 +1,4 @@
-"""Weights that come as tensors: what SGLang cannot read or load ends no scheduler.
+"""Weights that come or go: what SGLang cannot read, load or send ends no scheduler.
 
 Of weights from another process SGLang says so itself, and answers "not done". All ranks meet behind
 each update, so that one that failed must get there too.
@@ -45,6 +45,15 @@ def load(
             f"The weights may be replaced in part, because SGLang raised {_first_line(error)}: "
             "send all of them again."
         )
+    return done
+
+
+def meet(original: Any, component: Any, *args: Any, **kwargs: Any) -> tuple[bool, str]:
+    """AROUND what makes groups with other processes, and sends weights to them."""
+    try:
+        done: tuple[bool, str] = original(component, *args, **kwargs)
+    except Exception as error:
+        return False, f"Nothing was done, because SGLang raised {_first_line(error)}."
     return done
 
 
