@@ -110,6 +110,7 @@ OF_ONE_PROMPT: tuple[tuple[str, Any, str], ...] = (
     ("bootstrap_room", [5], f"a whole number below {1 << 63}"),
     *((name, 1, "a text") for name in ("rid", "lora_id", "extra_key", "session_id")),
     ("cache_salt", ["a"], "a text"),
+    ("received_time", "now", "a number that is finite in float32"),
     ("custom_labels", [None], "an object"),
     ("custom_labels", ["model_name"], "an object"),
     ("priority", "high", f"a whole number below {1 << 63}"),

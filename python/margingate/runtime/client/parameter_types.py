@@ -140,6 +140,7 @@ _SINGLE: dict[str, Kind] = {
     **dict.fromkeys(("sampling_logprobs_mode", "bootstrap_host", "bootstrap_pair_key"), TEXT),
     "custom_logit_processor": (_processor, "what its class's to_str() says"),
     "custom_labels": _KINDS["custom_params"],
+    "received_time": _NUMBER,
     "decode_tp_size": _INT64,
     "return_hidden_states": (lambda value: _flag(value) or is_text(value), "true, false or a mode"),
 }
