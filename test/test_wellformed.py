@@ -108,6 +108,12 @@ OF_ONE_PROMPT: tuple[tuple[str, Any, str], ...] = (
         for value in (["x"], "x", "", "[]", '{"callable": 5}', '{"callable": "8x"}', '{"x": "80"}')
     ),
     ("bootstrap_room", [5], f"a whole number below {1 << 63}"),
+    *((name, 1, "a text") for name in ("rid", "lora_id", "extra_key", "session_id")),
+    ("cache_salt", ["a"], "a text"),
+    ("received_time", "now", "a number that is finite in float32"),
+    ("custom_labels", [None], "an object"),
+    ("custom_labels", ["model_name"], "an object"),
+    ("priority", "high", f"a whole number below {1 << 63}"),
 )
 
 
@@ -142,6 +148,7 @@ def test_fields_of_one_prompt_are_served():
             sampling_params=None, return_logprob=np.bool_(True), logprob_start_len=-1
         )
         obj.return_hidden_states, obj.bootstrap_room = mode, None
+        obj.rid, obj.extra_key, obj.priority = "one", "", np.int64(3)
         obj.custom_logit_processor = DisallowedTokensLogitsProcessor.to_str()
         validate_one_request(MANAGER, obj, [1])
 

@@ -120,12 +120,18 @@ _KINDS: dict[str, Kind] = {
 }
 
 # Of the request itself, where SGLang takes a list of several prompts' values. A list for a single
-# prompt passes its checks, and ends its scheduler.
+# prompt passes its checks, and ends its scheduler. So do ids and keys that are no texts: it checks
+# the types of /generate's bodies, and none of an Engine's arguments or of /vertex_generate.
 _SINGLE: dict[str, Kind] = {
+    **dict.fromkeys(("rid", "lora_id", "lora_path", "extra_key", "cache_salt"), TEXT),
+    **dict.fromkeys(("routing_key", "session_id", "http_worker_ipc"), TEXT),
+    **dict.fromkeys(("priority", "routed_dp_rank", "routed_experts_start_len"), _INT64),
     **dict.fromkeys(("return_logprob", "return_sampling_mask"), _FLAG),
     **dict.fromkeys(("logprob_start_len", "bootstrap_port", "bootstrap_room"), _INT64),
     **dict.fromkeys(("sampling_logprobs_mode", "bootstrap_host", "bootstrap_pair_key"), TEXT),
     "custom_logit_processor": (_processor, "what its class's to_str() says"),
+    "custom_labels": _KINDS["custom_params"],
+    "received_time": _NUMBER,
     "decode_tp_size": _INT64,
     "return_hidden_states": (lambda value: _flag(value) or is_text(value), "true, false or a mode"),
 }

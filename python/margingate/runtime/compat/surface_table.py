@@ -96,10 +96,13 @@ SURFACE: Mapping[str, str] = {
     "managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter": ""
     "current_scheduler_metrics_enabled",
     "managers.scheduler_components.output_streamer.SchedulerOutputStreamer": "stream_output",
+    "managers.scheduler_components.profiler_manager.SchedulerProfilerManager": ""
+    "profile_by_stage profile_in_progress profiler_start_forward_ct profiler_target_forward_ct "
+    "rpd_profiler torch_profiler",
     "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager": ""
     "_session offload_tags",
     "managers.tokenizer_manager.TokenizerManager": ""
-    "metrics_collector model_config rid_to_state sampling_params_class",
+    "metrics_collector model_config rid_to_state sampling_params_class server_args",
     "managers.tp_worker.TpModelWorker": "forward_batch_generation model_runner",
     "managers.utils.GenerationBatchResult": ""
     "can_run_cuda_graph copy_done logits_output next_token_ids",
@@ -157,11 +160,11 @@ SURFACE: Mapping[str, str] = {
     "decoupled_spec_role device disable_hybrid_swa_memory disable_radix_cache "
     "disaggregation_mode dp_size enable_flashinfer_allreduce_fusion "
     "enable_fp32_lm_head enable_return_hidden_states enable_return_routed_experts "
-    "enable_torch_compile "
+    "enable_torch_compile expert_distribution_recorder_mode "
     "flashinfer_allreduce_fusion_backend grammar_backend grpc_mode init_expert_location "
     "kv_cache_dtype kv_canary load_format max_prefill_tokens max_running_requests model_path "
     "moe_a2a_backend moe_runner_backend nnodes node_rank offload_group_size page_size "
     "prefill_attention_backend preferred_sampling_params radix_cache_backend "
-    "random_seed return_hidden_states_mode revision "
+    "random_seed radix_eviction_policy return_hidden_states_mode revision "
     "smg_grpc_mode startup_weight_load_mode swa_full_tokens_ratio tokenizer_path tp_size",
 }
