@@ -34,7 +34,8 @@ class Constraint:
             self.penalty.apply(logits)
         if self.mask is not None:
             mask = self.grammar.move_vocab_mask(self.mask, logits.device)
-            self.grammar.apply_vocab_mask(logits, mask)
+            # Outlines leaves it where it was made, which on the fast path is the logits' device.
+            self.grammar.apply_vocab_mask(logits, mask.to(logits.device))
         if self.bias:
             added = torch.zeros(logits.shape, dtype=torch.float32, device=logits.device)
             ids = torch.tensor(list(self.bias), device=logits.device)
