@@ -14,7 +14,7 @@ SURFACE: Mapping[str, str] = {
     "is_image_understandable_model is_multimodal model_is_mrope "
     "model_path quantization vocab_size",
     "constrained.base_grammar_backend.BaseGrammarObject": ""
-    "accept_token allocate_vocab_mask apply_vocab_mask fill_vocab_mask is_terminated "
+    "accept_token allocate_vocab_mask apply_vocab_mask fill_vocab_mask finished is_terminated "
     "move_vocab_mask",
     "constrained.grammar_manager.GrammarManager": "grammar_queue",
     "distributed.parallel_state.GroupCoordinator": "all_reduce rank_in_group world_size",
