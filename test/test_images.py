@@ -278,6 +278,7 @@ def opened(url: str) -> Image.Image:
 def prompt(gated: bool, media: Any = None) -> Any:
     gate = SimpleNamespace(gated=gated, kept=None)
     embeds = {"input_embeds": None, "positional_embed_overrides": None}
+    embeds["multi_item_delimiter_indices"] = None
     return SimpleNamespace(gate=gate, multimodal_inputs=media, **embeds)
 
 

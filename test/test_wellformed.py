@@ -159,6 +159,18 @@ def test_rows_that_a_client_names_are_refused():
         validate_one_request(MANAGER, obj, [1])
 
 
+@pytest.mark.parametrize("places", [5, [], [3], [-1], [1, 1], [2, 0], ["0"], [[0]]])
+def test_delimiters_that_a_prompt_has_not_are_refused(places):
+    """With --enable-mis SGLang reads rows there, and its scheduler ended."""
+    obj = SimpleNamespace(sampling_params={"max_new_tokens": 0})
+    obj.multi_item_delimiter_indices = places
+    with pytest.raises(ValueError, match=r"^multi_item_delimiter_indices is .* from 0 to 2\.$"):
+        validate_one_request(MANAGER, obj, [7, 8, 9])
+    for good in (None, [0], [0, 2], (1,)):
+        obj.multi_item_delimiter_indices = good
+        validate_one_request(MANAGER, obj, [7, 8, 9])
+
+
 def test_labels_that_the_metrics_have_not():
     """SGLang's launcher ended as it counted the answer, where it keeps metrics."""
     collector = SimpleNamespace(labels={"model_name": "m", "team": ""})

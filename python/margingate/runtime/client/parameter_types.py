@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sized
+from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any
 
@@ -172,6 +173,22 @@ def positions_error(obj: Any) -> str:
     )
 
 
+def delimiters(obj: Any, input_ids: Sized | None) -> str:
+    """The sentence for places of delimiters that a prompt has not, gated or not, or an empty one.
+
+    With --enable-mis SGLang reads rows there, and its scheduler ends where there are none.
+    """
+    given, last = getattr(obj, "multi_item_delimiter_indices", None), len(input_ids or ()) - 1
+
+    def ascend(places: Any) -> bool:
+        if not isinstance(places, list | tuple) or not places:
+            return False
+        return all(_whole(each) and low < each <= last for low, each in pairwise((-1, *places)))
+
+    what = f"places in the prompt in ascending order, from 0 to {last}"
+    return type_error("multi_item_delimiter_indices", given, (ascend, what))
+
+
 def unknown(params: Mapping[str, Any], fields: Collection[str]) -> str:
     """The sentence for the first name that a client has no business with, or an empty one.
 
@@ -242,6 +259,7 @@ def validate_one_request(manager: Any, obj: Any, input_ids: Sized | None) -> Non
         or refusal(params)
         or single_type_error(obj)
         or positions_error(obj)
+        or delimiters(obj, input_ids)
         or out_of_range(getattr(obj, "top_logprobs_num", None), manager.model_config.vocab_size)
         or request_table.unseen(obj)
         or named_media(obj)

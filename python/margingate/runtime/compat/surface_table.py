@@ -14,7 +14,7 @@ SURFACE: Mapping[str, str] = {
     "is_image_understandable_model is_multimodal model_is_mrope "
     "model_path quantization vocab_size",
     "constrained.base_grammar_backend.BaseGrammarObject": ""
-    "accept_token allocate_vocab_mask apply_vocab_mask fill_vocab_mask is_terminated "
+    "accept_token allocate_vocab_mask apply_vocab_mask fill_vocab_mask finished is_terminated "
     "move_vocab_mask",
     "constrained.grammar_manager.GrammarManager": "grammar_queue",
     "distributed.parallel_state.GroupCoordinator": "all_reduce rank_in_group world_size",
@@ -47,7 +47,8 @@ SURFACE: Mapping[str, str] = {
     "managers.io_struct.AbortReq": "abort_all rid",
     "managers.io_struct.BatchTokenIDOutput": "rids",
     "managers.io_struct.GenerateReqInput": ""
-    "custom_labels input_embeds mm_hashes positional_embed_overrides sampling_params "
+    "custom_labels input_embeds mm_hashes multi_item_delimiter_indices "
+    "positional_embed_overrides sampling_params "
     "session_params stream token_indices_to_pool top_logprobs_num",
     "managers.io_struct.TokenizedGenerateReqInput": "rid sampling_params",
     "managers.overlap_utils.FutureMap": "output_tokens_buf",

@@ -52,6 +52,7 @@ def init(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) 
     original(self, server_args, *args, **kwargs)
     refused_models.refuse_columns(self.tp_worker.model_runner)
     refused_models.refuse_stock_experts(self.tp_worker.model_runner.model, config)
+    refused_models.refuse_other_masks(self.tp_worker.model_runner.model, config)
     if not config.invariant:  # whose probe has looked already
         loaded_model.refuse(self.tp_worker.model_runner)
     pools.confirm(self, config)

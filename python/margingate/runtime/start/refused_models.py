@@ -103,6 +103,23 @@ def refuse_stock_experts(model: Any, config: GateConfig) -> None:
             )
 
 
+def refuse_other_masks(model: Any, config: GateConfig) -> None:
+    """A loaded model's attention that lets a token of a prompt see later ones. Raises GateError.
+
+    A prompt's columns then depend on where it is cut, and the gate cuts prompts.
+    """
+    from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+
+    if config.policy == "observe":
+        return
+    for name, module in vision.text_modules(model):
+        if isinstance(module, RadixAttention) and module.attn_type != AttentionType.DECODER:
+            raise GateError(
+                f"--deterministic-gate does not serve this model yet, because {name} lets tokens "
+                f"of a prompt see later ones ({module.attn_type.value}): serve it without the flag."
+            )
+
+
 def refuse_column_type(server_args: Any) -> None:
     """--kv-cache-dtype names another type than the model's. Raises GateError."""
     dtype = settings.model_config(server_args).dtype
