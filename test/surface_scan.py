@@ -39,6 +39,7 @@ _PROMPTS = "layers.logprob_processor.InputLogprobProcessor"
 _TOKENIZED = "managers.io_struct.TokenizedGenerateReqInput"
 _PARAMS = "sampling.sampling_params.SamplingParams"
 _POOL = "mem_cache.memory_pool.MHATokenToKVPool"
+_PROFILER = "managers.scheduler_components.profiler_manager.SchedulerProfilerManager"
 _REQ = "managers.schedule_batch.Req"
 _RESULT = "managers.utils.GenerationBatchResult"
 _RESULTS = "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
@@ -142,6 +143,7 @@ IN_FILES = {
     "client/choices.py": {"manager": _MANAGER, "tokenized": _TOKENIZED},
     "client/detokenizer.py": {"manager": "managers.detokenizer_manager.DetokenizerManager"},
     "client/frontend.py": {"params": ""},
+    "client/managers.py": {"manager": _MANAGER},
     "client/ollama_answers.py": {"params": "", "obj": _GENERATE},
     "client/openai_answers.py": {"result": ""},
     "client/parameter_types.py": {"params": "", "obj": _GENERATE, "manager": _MANAGER},
@@ -168,6 +170,7 @@ IN_FILES = {
     "sampling/router_margins.py": {"module": "layers.moe.topk.TopK"},
     "sampling/sampler.py": {"batch": _FORWARD, "info": _INFO},
     "sampling/seeds.py": {"info": _INFO, "other": _INFO},
+    "schedule/profiling.py": {"manager": _PROFILER},
     "start/refused_models.py": {"model": _MODEL},
     "start/refused_settings.py": {"a": _ARGS},
     "verify/rollback.py": {"kept": _LOGPROB, "counter": _RESULTS},

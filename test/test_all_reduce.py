@@ -13,7 +13,7 @@ from margingate.core.rowclass import RowPlan
 from margingate.runtime.compat.process import ranks
 from margingate.runtime.probe import all_reduce, classes
 
-WIDTH = 24
+WIDTH = 256
 
 
 class Group:

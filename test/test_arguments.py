@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from benchmark.models import mxfp4
@@ -364,6 +365,20 @@ def test_the_settings_travel_with_a_copy(prepare):
         assert settings.view(other).radix_cache_backend == "margingate"
 
 
+@pytest.mark.parametrize("copied", [copy.copy, msgspec.structs.replace])
+def test_a_copy_without_the_settings_does_not_start(make, server_args_class, folder, copied):
+    """It was served without the gate, and without a word."""
+    from sglang.srt.entrypoints.engine import Engine
+
+    made = Engine.server_args_class(model_path=folder, device="cpu", deterministic_gate=True)
+    for gated in (made, make(model_path=folder, device="cpu", deterministic_gate=True)):
+        other = copied(gated)
+        assert not hasattr(other, "_margingate")
+        with pytest.raises(GateError) as caught:
+            other.resolve_once()
+        assert "carry no settings of the gate" in sentence(caught.value)
+
+
 # Calibration
 
 
@@ -420,6 +435,7 @@ VALUES: dict[str, Any] = {
     "--page-size": 16,
     "--tokenizer-worker-num": 2,
     "--radix-cache-backend": "another",
+    "--radix-eviction-policy": "tlru",
     "--kv-cache-dtype": "fp8_e4m3",
     "--quantization-param-path": "scales.json",
     "--flashinfer-allreduce-fusion-backend": "auto",
@@ -466,6 +482,10 @@ def test_defaults_are_not_refused(server_args_class):
 def test_the_backend_of_the_gate_itself_is_not_refused(server_args_class):
     refusals.refuse_server(stand_in(server_args_class, radix_cache_backend="margingate"))
     refusals.refuse_server(stand_in(server_args_class, page_size=1, pp_size=1, kv_canary="none"))
+    for name in ("lru", "lfu", "slru", "priority"):
+        refusals.refuse_server(stand_in(server_args_class, radix_eviction_policy=name))
+    tree_off = {"radix_eviction_policy": "tlru", "disable_radix_cache": True}
+    refusals.refuse_server(stand_in(server_args_class, **tree_off))
 
 
 @each_refusal
@@ -497,7 +517,11 @@ def test_hidden_states_are_refused_by_their_other_name_too(prepare):
     assert "does not work with --enable-return-hidden-states" in text
 
 
-@pytest.mark.parametrize("name", refusals._ENVIRONMENT)
+def variables(refused: Any) -> list[str]:
+    return [name for name, found in refusals.VARIABLES.items() if found.refused is refused]
+
+
+@pytest.mark.parametrize("name", variables(refusals._is_on))
 def test_each_variable_that_does_not_go_with_the_gate_is_refused(
     server_args_class, monkeypatch, name
 ):
@@ -509,7 +533,7 @@ def test_each_variable_that_does_not_go_with_the_gate_is_refused(
         assert getattr(envs, name).get() >= 1  # as SGLang reads it
         with pytest.raises(GateError) as caught:
             refusals.refuse_server(stand_in(server_args_class))
-        does = refusals._ENVIRONMENT[name]
+        does = refusals.VARIABLES[name].does
         said = f"does not work with {name}={value}, which {does}: unset it."
         assert said in sentence(caught.value)
     for value in ("0", "") if is_level else ("0", "false", "no", ""):
@@ -517,7 +541,7 @@ def test_each_variable_that_does_not_go_with_the_gate_is_refused(
         refusals.refuse_server(stand_in(server_args_class))
 
 
-@pytest.mark.parametrize("name", refusals._NEEDED)
+@pytest.mark.parametrize("name", variables(refusals._is_off))
 def test_each_variable_that_the_gate_needs_is_refused_where_it_is_off(
     server_args_class, monkeypatch, name
 ):
@@ -530,7 +554,8 @@ def test_each_variable_that_the_gate_needs_is_refused_where_it_is_off(
         assert not getattr(envs, name).get()  # as SGLang reads it
         with pytest.raises(GateError) as caught:
             refusals.refuse_server(stand_in(server_args_class))
-        said = f"does not work with {name}={value}, which {refusals._NEEDED[name]}: unset it."
+        does = refusals.VARIABLES[name].does
+        said = f"does not work with {name}={value}, which {does}: unset it."
         assert said in sentence(caught.value)
     for value in ("1", "true", ""):
         monkeypatch.setenv(name, value)

@@ -170,7 +170,7 @@ def test_a_request_with_one_token_left_decodes_on_where_its_result_came_early():
 
 def test_a_flip_in_a_request_that_was_left_out_brings_it_back(monkeypatch):
     """It is in no batch: what was behind its row is freed, and it rejoins to decode on."""
-    monkeypatch.setattr(passes_module.constraints, "follow", lambda *_: None)
+    monkeypatch.setattr(passes_module.constraints, "follow", lambda *_, **__: None)
     world = World()
     req, other = world.decoding(3, most=4, flagged=2), make_request("b")
     world.scheduler.running_batch = world.scheduler.last_batch = world.batch(req)
@@ -277,7 +277,7 @@ def retractions(world: World) -> Retractions:
 @pytest.mark.parametrize("known", [True, False])
 def test_whether_a_retracted_request_can_go_on_is_passed_on(monkeypatch, resumable, known):
     """SGLang aborts one that cannot; nothing returned would abort each with HTTP 500."""
-    monkeypatch.setattr("margingate.runtime.sampling.constraints.follow", lambda *_: None)
+    monkeypatch.setattr("margingate.runtime.sampling.constraints.follow", lambda *_, **__: None)
     world = World()
     req = world.decoding(3)
     if not known:
@@ -310,7 +310,7 @@ def test_of_those_about_to_end_sglang_forgets_only_the_one_without_memory(
     monkeypatch, happened, stays
 ):
     """The others are prefilled again before they end; nothing of them is told meanwhile."""
-    monkeypatch.setattr("margingate.runtime.sampling.constraints.follow", lambda *_: None)
+    monkeypatch.setattr("margingate.runtime.sampling.constraints.follow", lambda *_, **__: None)
     world = World()
     req = world.decoding(3)
     happened(req)
@@ -322,7 +322,7 @@ def test_of_those_about_to_end_sglang_forgets_only_the_one_without_memory(
 @pytest.mark.parametrize(("flagged", "kept"), [(1, 0), (2, 1), (0, 3)])
 def test_log_probs_of_tokens_that_a_retraction_forgets_go_with_them(monkeypatch, flagged, kept):
     """Of all of them too: what the next prefill appends is the first of the list."""
-    monkeypatch.setattr("margingate.runtime.sampling.constraints.follow", lambda *_: None)
+    monkeypatch.setattr("margingate.runtime.sampling.constraints.follow", lambda *_, **__: None)
     world = World()
     req = world.decoding(3, flagged=flagged, return_logprob=True)
     req.logprob.output_token_logprobs_val[:] = [-1.0, -2.0, -3.0]
@@ -338,7 +338,7 @@ def test_log_probs_of_tokens_that_a_retraction_forgets_go_with_them(monkeypatch,
 @pytest.mark.parametrize(("flagged", "kept"), [(1, 0), (2, 1), (0, 3)])
 def test_tokens_that_a_retraction_forgets_are_of_no_weights(monkeypatch, flagged, kept):
     """What comes in their place is of those in memory, in the record and in SGLang's spans."""
-    monkeypatch.setattr("margingate.runtime.sampling.constraints.follow", lambda *_: None)
+    monkeypatch.setattr("margingate.runtime.sampling.constraints.follow", lambda *_, **__: None)
     world = World()
     req = world.decoding(3, flagged=flagged)
     req.gate.begins(0, 0)
@@ -355,7 +355,7 @@ def test_tokens_that_a_retraction_forgets_are_of_no_weights(monkeypatch, flagged
 
 def test_all_agrees_while_a_prompt_is_computed_again_of_whose_answer_nothing_stands(monkeypatch):
     """It is open, has no token, and some columns of its prompt."""
-    monkeypatch.setattr("margingate.runtime.sampling.constraints.follow", lambda *_: None)
+    monkeypatch.setattr("margingate.runtime.sampling.constraints.follow", lambda *_, **__: None)
     world = World(overlap=False)
     req = world.decoding(3, flagged=1)
     assert retractions(world).release(lambda req: True, req)
@@ -372,7 +372,7 @@ def test_kept_tokens_that_find_no_room_wait_for_others_and_fail_behind_none(
     monkeypatch, other, split
 ):
     monkeypatch.setattr("margingate.runtime.compat.kv.window_pool.is_split", lambda _: split)
-    monkeypatch.setattr("margingate.runtime.sampling.constraints.follow", lambda *_: None)
+    monkeypatch.setattr("margingate.runtime.sampling.constraints.follow", lambda *_, **__: None)
     monkeypatch.setattr(rollback, "extend_columns", lambda *_: False)
     world = World(overlap=False)
     req = world.decoding(3)

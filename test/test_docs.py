@@ -3,15 +3,18 @@
 test_hooks and test_metrics hold their own pages.
 """
 
+import ast
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
-from margingate import answers_plot, api
-from margingate.answers_plot import Changed, plot_answers, read_changed, recorded
+from benchmark import answers_plot
+from benchmark.answers_plot import Changed, plot_answers, read_changed, recorded
+from margingate import api
 from margingate.cli.main import main
 from margingate.config import GateConfig
 from margingate.core.audit import Audits
@@ -78,12 +81,42 @@ def test_the_api_has_every_parameter_of_the_gate():
     assert names(api.PARAMETERS) == [SWITCH, *of_sglang, *custom]
 
 
-def test_the_limits_have_a_row_for_each_refused_setting():
+def test_the_refusals_have_a_row_for_each_refused_setting():
     """Of both releases that are served, with the reason and the way out that the start says."""
-    limits = (ROOT / "docs" / "limits.md").read_text()
-    section = limits.partition("## Settings that do not start")[2]
-    listed = re.findall(r"^\| `(--[\w-]+)` \| (.+) \| (.+) \|$", section, re.M)
+    page = (ROOT / "docs" / "refusals.md").read_text()
+    (table,) = (part for part in page.split("\n\n") if part.startswith("| option | because |"))
+    listed = re.findall(r"^\| `(--[\w-]+)` \| (.+) \| (.+) \|$", table, re.M)
     assert listed == [(each.option, each.because, each.instead) for each in REFUSALS]
+
+
+def said_in(source: str) -> Iterator[str]:
+    """The texts of a module; `{}` where a value goes in."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(getattr(part, "value", "{}")) for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+VALUE = re.compile(r"\W*[A-Z]+\W*|\S*\d\S*")  # what stands for one in a sentence of a page
+
+
+def test_the_sentences_that_pages_quote_are_in_the_code():
+    """By most of their runs of four words: some are put together of pieces."""
+    modules = (ROOT / "python" / "margingate").rglob("*.py")
+    texts = [text for module in modules for text in said_in(module.read_text())]
+    code = " | ".join(" ".join(text.split()) for text in texts)
+    quoted = 0
+    for page in ("limits", "refusals"):
+        whole = re.sub(r"(?<=\S)\n> ", " ", (ROOT / "docs" / f"{page}.md").read_text())
+        for sentence in re.findall(r"^> `(.*?)`", whole, re.M):
+            words = sentence.split()
+            runs = [words[at : at + 4] for at in range(len(words) - 3)]
+            runs = [run for run in runs if not any(map(VALUE.fullmatch, run))]
+            found = sum(" ".join(run) in code for run in runs)
+            assert 2 * found >= len(runs), sentence
+            quoted += 1
+    assert quoted > 40
 
 
 def anchors(document: Path) -> set[str]:
@@ -150,7 +183,7 @@ def test_the_readme_takes_three_minutes():
 
 
 def test_the_readme_says_what_was_recorded():
-    servers = recorded(ROOT / "benchmark" / "results")
+    servers = recorded()
     stock, mode, gate = servers.values()
     same = sorted(run.answers - run.changed for name, run in stock.items() if name != "cached")
     assert same[0] == same[-1], "the table has one figure"
@@ -193,12 +226,11 @@ def test_what_changed_is_read_by_arrangement(tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_picture_is_drawn_in_a_checkout(tmp_path, monkeypatch):
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "benchmark").symlink_to(ROOT / "benchmark")
-    monkeypatch.chdir(tmp_path)
+def test_the_picture_is_drawn_of_the_records(tmp_path, monkeypatch):
+    picture = tmp_path / "demo.png"
+    monkeypatch.setattr("sys.argv", ["answers_plot", "--out", str(picture)])
     answers_plot.main()
-    assert (tmp_path / "docs" / "demo.png").stat().st_size > 10_000
+    assert picture.stat().st_size > 10_000
 
 
 def test_every_test_that_is_named_is_in_its_module():

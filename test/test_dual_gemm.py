@@ -13,7 +13,7 @@ from margingate.core.rowclass import RowPlan
 from margingate.runtime.probe import classes, dual_gemm, startup
 from margingate.runtime.probe.observed_calls import ROWS, observing
 
-WIDTH, INNER, MOST = 24, 40, 16
+WIDTH, INNER, MOST = 24, 512, 16
 
 
 class Linear(torch.nn.Module):

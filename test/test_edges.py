@@ -209,17 +209,19 @@ def test_a_retracted_request_is_admitted_where_its_answer_has_room_too(kept, run
 
 def test_nothing_overtakes_a_gated_prompt_that_must_go_alone():
     """Ungated prompts in chunks, one behind another, would keep it from ever starting."""
-    ungated = SimpleNamespace(gate=None, input_embeds=None)
-    req = SimpleNamespace(gate=SimpleNamespace(gated=True, kept=None), input_embeds=None)
+    ungated, req = prompt(), prompt(gated=True)
     for half_done in (True, False):
         adder = SimpleNamespace(can_run_list=[ungated])
         found = ALONE.add_one_req(unreachable, adder, req, half_done, None)
         assert found is AddReqResult.OTHER
 
 
-def prompt(*, gated: bool = False, embeds: Any = None, overrides: Any = None) -> Any:
+def prompt(
+    *, gated: bool = False, embeds: Any = None, overrides: Any = None, items: Any = None
+) -> Any:
     gate = SimpleNamespace(gated=gated, kept=None)
     named = {"positional_embed_overrides": overrides, "input_embeds": embeds}
+    named["multi_item_delimiter_indices"] = items
     return SimpleNamespace(gate=gate, multimodal_inputs=None, **named)
 
 
@@ -233,6 +235,15 @@ def test_a_prompt_in_embeddings_shares_no_forward_with_one_in_tokens(admission, 
     found = admission.add_one_req(lambda *_: "SGLang's", adder, second, False, None)
     alike = (first.input_embeds is None) == (second.input_embeds is None)
     assert found == ("SGLang's" if alike else AddReqResult.OTHER)
+
+
+@pytest.mark.parametrize("first", [None, [3, 5]])
+@pytest.mark.parametrize("second", [None, [2]])
+def test_a_prompt_of_several_items_shares_no_forward_with_another(first, second):
+    """SGLang's scheduler ended over a forward of scores in which one had no delimiters."""
+    adder = SimpleNamespace(can_run_list=[prompt(items=first)])
+    found = TOGETHER.add_one_req(lambda *_: "SGLang's", adder, prompt(items=second), False, None)
+    assert found == ("SGLang's" if (first is None) == (second is None) else AddReqResult.OTHER)
 
 
 @pytest.mark.parametrize("gated", [True, False])

@@ -1,4 +1,4 @@
-"""`sglang.Engine(deterministic_gate=True)`, as a user's program has it: examples/engine.py."""
+"""`sglang.Engine(deterministic_gate=True)` in a user's program: examples/engine.py; two engines."""
 
 from __future__ import annotations
 
@@ -10,8 +10,28 @@ from pathlib import Path
 
 from margingate.core.choice_seeds import choice_seed
 from margingate.harness.servers import CPU_ENV
+from margingate.harness.tiny_models import tiny_model
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "engine.py"
+BEHIND = """
+import sglang
+
+def main(model):
+    options = {"model_path": model, "device": "cpu", "dtype": "float32"}
+    options |= {"mem_fraction_static": 0.3, "max_total_tokens": 4096}
+    try:
+        sglang.Engine(**options, deterministic_gate=True, enable_lora=True)
+    except Exception as error:
+        print("refused:", error)
+    engine = sglang.Engine(**options)
+    params = {"temperature": 0, "max_new_tokens": 1, "n": 129}
+    print("answers:", len(engine.generate("One", params)))
+    engine.shutdown()
+
+if __name__ == "__main__":
+    import sys
+    main(sys.argv[1])
+"""
 
 
 def test_the_engine_alone_and_in_a_batch(model):
@@ -35,3 +55,20 @@ def test_the_engine_alone_and_in_a_batch(model):
     assert f"choices: {' '.join(f'same with seed {seed};' for seed in seeds)}" in lines
     said = "opted out: {'gated': False, 'because': 'deterministic is false', 'prompt'"
     assert said in done.stdout
+
+
+def test_an_engine_without_the_gate_behind_one_that_was_refused(tmp_path: Path):
+    """Its first answer raised GateError, and 129 choices were too many for it."""
+    script = tmp_path / "behind.py"
+    script.write_text(BEHIND)
+    done = subprocess.run(
+        [sys.executable, script, tiny_model("qwen3", tmp_path / "model")],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **CPU_ENV},
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "refused: --deterministic-gate does not work with --enable-lora" in done.stdout
+    assert "answers: 129" in done.stdout

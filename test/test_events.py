@@ -479,9 +479,15 @@ def test_watch_refuses_another_schema(endpoint, capsys):
 
 
 def test_ctrl_c_ends_it_cleanly(endpoint):
-    command = [sys.executable, "-m", "margingate.cli.main", "watch", "--endpoint", endpoint]
-    with subprocess.Popen([*command, "--json"], stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr.readline().startswith("margingate: waiting for events from tcp://")
-        process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 130
-        assert process.stderr.read() == ""
+    """Also where pytest runs in the background of a script, and ignores it."""
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "margingate.cli.main", "watch"]
+    command += ["--endpoint", endpoint, "--json"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            said = process.stderr.readline()
+            assert said.startswith("margingate: waiting for events from tcp://")
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == 130
+            assert process.stderr.read() == ""
+        finally:
+            process.kill()

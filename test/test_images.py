@@ -275,9 +275,10 @@ def opened(url: str) -> Image.Image:
 # Prefill forwards, and rows behind a prompt
 
 
-def prompt(gated: bool, media: Any = None, overrides: Any = None) -> Any:
+def prompt(gated: bool, media: Any = None) -> Any:
     gate = SimpleNamespace(gated=gated, kept=None)
-    embeds = {"input_embeds": None, "positional_embed_overrides": overrides}
+    embeds = {"input_embeds": None, "positional_embed_overrides": None}
+    embeds["multi_item_delimiter_indices"] = None
     return SimpleNamespace(gate=gate, multimodal_inputs=media, **embeds)
 
 
@@ -298,9 +299,6 @@ IMAGES = object()
         (prompt(True), prompt(True, IMAGES), False),
         (prompt(True, IMAGES), prompt(False), False),
         (prompt(True, IMAGES), prompt(False, IMAGES), False),
-        (prompt(True), prompt(False, overrides=object()), False),
-        (prompt(False, overrides=object()), prompt(True), False),
-        (prompt(False), prompt(False, overrides=object()), True),
     ],
 )
 def test_gated_prompts_share_forwards_with_their_like(first, second, meet):

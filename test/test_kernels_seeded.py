@@ -151,6 +151,16 @@ def test_masked_and_broken_logits():
     assert drawn.margin.isnan().tolist() == [False, True, True]
 
 
+@pytest.mark.parametrize("temperature", [1e20, 1e30, 3e38])
+@pytest.mark.parametrize("filters", [(ALL, 1.0, 0.0), (ALL, 0.9, 0.0), (9, 1.0, 0.1)])
+def test_no_temperature_draws_a_masked_token(temperature, filters):
+    """Every other token may come; SGLang accepts any finite temperature."""
+    logits = torch.randn(300, 10, generator=torch.Generator().manual_seed(6))
+    logits[:, 2:] = -torch.inf
+    drawn = seeded_top2(logits, make_draws(300, temperature, *filters))
+    assert set(drawn.ids.tolist()) == {0, 1}
+
+
 def test_wrong_shapes_are_refused():
     with pytest.raises(ValueError, match=r"logits has shape \[3\]"):
         seeded_top2(torch.zeros(3), make_draws(3))

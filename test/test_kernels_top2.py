@@ -125,7 +125,7 @@ def check_few_distinct_values(device: str) -> None:
     pool = torch.tensor([-INF, NAN, -3.0, -0.0, 0.0, 1.0, INF])
     for vocab in (1, 5, 12, 1000, BLOCK + 8):
         generator = torch.Generator().manual_seed(vocab)
-        choice = torch.multinomial(torch.rand(16, 7, generator=generator) ** 6, vocab, True)
+        choice = torch.multinomial(torch.rand(8, 7, generator=generator) ** 6, vocab, True)
         for dtype in (torch.float32, torch.bfloat16):
             logits = pool[choice].to(dtype).to(device)
             assert_matches_oracle(run_body(logits), softmax_top2_reference(logits), (vocab, dtype))
@@ -166,6 +166,7 @@ def check_special_values(device: str) -> None:
 
 
 def special_rows(vocab: int) -> torch.Tensor:
+    """Each once: in a small vocabulary several are the same."""
     rows = []
     for value in (NAN, -INF, INF):
         everywhere = torch.full((vocab,), value)
@@ -178,7 +179,7 @@ def special_rows(vocab: int) -> torch.Tensor:
             rows.append(row)
     rows.append(torch.where(torch.arange(vocab) % 2 == 0, -INF, NAN))
     rows.append(torch.where(torch.arange(vocab) % 2 == 0, INF, -INF))
-    return torch.stack(rows)
+    return torch.stack(list({row.numpy().tobytes(): row for row in rows}.values()))
 
 
 def check_many_parts(device: str) -> None:

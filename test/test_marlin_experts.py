@@ -23,7 +23,7 @@ from margingate.harness.tiny_models import tiny_model
 from margingate.runtime.compat.compute import marlin, routers
 from margingate.runtime.compat.host import marlin as host_marlin
 from margingate.runtime.compat.host import platform as host_platform
-from margingate.runtime.probe import execute, loaded_scales
+from margingate.runtime.probe import execute, loaded_model
 from margingate.runtime.probe.classes import probe_operator, row_counts
 from margingate.runtime.probe.observed_calls import ObservedRows
 from margingate.runtime.probe.plans import plan_of
@@ -293,11 +293,11 @@ def test_verify_passes_on_stock_steps_are_refused(monkeypatch):
 
 def test_scales_of_another_type_than_rows_are_refused(monkeypatch):
     module, _ = mixture("gptq")
-    monkeypatch.setattr(loaded_scales, "experts", lambda _model: [("mlp.experts", module)])
-    loaded_scales.refuse(torch.nn.Module())
+    monkeypatch.setattr(loaded_model, "experts", lambda _model: [("mlp.experts", module)])
+    loaded_model.refuse_layers(torch.nn.Module())
     module.moe_runner_config.params_dtype = torch.bfloat16
     with pytest.raises(GateError, match=r"model's type is torch\.bfloat16: use --dtype float16\."):
-        loaded_scales.refuse(torch.nn.Module())
+        loaded_model.refuse_layers(torch.nn.Module())
     rows = Rows(tuple(part.to(torch.bfloat16) for part in operator(module).sample(1).parts))
     with pytest.raises(AssertionError, match="scales' dtype"):
         operator(module).run(rows)

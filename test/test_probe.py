@@ -319,7 +319,8 @@ def test_a_layer_without_a_class_for_prefill_is_named(caplog):
 
 def test_experts_that_take_few_rows_at_a_time_are_refused_on_a_gpu():
     def capped(device: str, kind: type[Operator] = Experts, **more: object) -> Operator:
-        made = {"name": "e", "device": torch.device(device), "instead": kind.instead, **more}
+        made = {"name": "e", "device": torch.device(device), "instead": kind.instead}
+        made |= {"sees_prefill": True, **more}
         return cast(Operator, SimpleNamespace(**made))
 
     few, enough = RowPlan(((1, 31),)), RowPlan(((1, 32),))
@@ -330,6 +331,7 @@ def test_experts_that_take_few_rows_at_a_time_are_refused_on_a_gpu():
     refuse_small_pieces(capped("cuda", is_capped=True), enough)
     refuse_small_pieces(capped("cuda", is_capped=False), few)
     refuse_small_pieces(capped("cpu", is_capped=True), few)
+    refuse_small_pieces(capped("cuda", Packed, is_capped=True, sees_prefill=False), few)
 
 
 def test_a_norm_that_changes_above_some_count_keeps_prompts_alone():

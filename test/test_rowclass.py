@@ -250,7 +250,7 @@ def test_a_way_that_leaves_calls_as_they_are_needs_all_counts_since_the_last_one
     assert made == {8: (8, True), **dict.fromkeys((9, 11), (16, True)), 16: (16, True)}
 
 
-WEIGHT = torch.randn(24, 40, generator=torch.Generator().manual_seed(1)).bfloat16()
+WEIGHT = torch.randn(512, 40, generator=torch.Generator().manual_seed(1)).bfloat16()
 
 
 def split_by_count(x: torch.Tensor) -> torch.Tensor:
@@ -508,7 +508,7 @@ def test_a_kernel_with_the_bits_of_the_last_class_joins_it(steady, timed, kernel
     assert plans._tried(same[0], wide) == 128
     # A bias is added to results that are rounded, so such a layer's bits are others; and the
     # kernel of lm_head is not worth a start's time.
-    same[0].module.bias = torch.zeros(24)
+    same[0].module.bias = torch.zeros(len(WEIGHT))
     head = Head(HEAD, SimpleNamespace(weight=WEIGHT))
     for member in (same[0], head):
         assert plans._tried(member, wide) == (0 if steady else 640)

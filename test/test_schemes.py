@@ -20,7 +20,7 @@ from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
 from margingate.config import GateError
 from margingate.runtime.compat import release
 from margingate.runtime.compat.compute import schemes
-from margingate.runtime.probe import loaded_scales
+from margingate.runtime.probe import loaded_model
 
 ROOTS = frozenset({"QuantizeMethodBase", "BaseLinearScheme", "BaseMoEScheme"})
 MARKS = ("Method", "Scheme", "process_weights_after_loading")  # in the text of a file with one
@@ -157,7 +157,7 @@ def on_a_layer(kind: type) -> torch.nn.Module:
 def test_all_others_end_the_start_by_name(found):
     for name in sorted(found - KNOWN - OF_COLUMNS):
         with pytest.raises(GateError, match=rf"cannot measure proj, .* by {name}, .* or serve "):
-            loaded_scales.refuse(on_a_layer(type(name, (), {})))
+            loaded_model.refuse_layers(on_a_layer(type(name, (), {})))
 
 
 def test_experts_in_nvfp4_are_refused_and_what_is_derived_of_a_known_class_too():
@@ -165,7 +165,7 @@ def test_experts_in_nvfp4_are_refused_and_what_is_derived_of_a_known_class_too()
     derived = type("DerivedLinearMethod", (Fp8LinearMethod,), {})
     for kind in (CompressedTensorsW4A16Nvfp4MoE, derived):
         with pytest.raises(GateError, match=f"by {kind.__name__}, as it is set up here: use"):
-            loaded_scales.refuse(on_a_layer(kind))
+            loaded_model.refuse_layers(on_a_layer(kind))
 
 
 def test_a_known_class_that_is_set_up_for_another_kernel_is_refused(fp8_layer):

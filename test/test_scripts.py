@@ -38,70 +38,97 @@ def run_benchmark(name: str, *arguments: str) -> subprocess.CompletedProcess[str
     return run("-m", f"benchmark.{name}", *arguments)
 
 
-@pytest.mark.parametrize("name", ["openai_client", "evaluation", "frontend_program", "trainer"])
-def test_an_example_without_a_server_is_one_sentence_and_status_2(name):
-    done = run(f"examples/{name}.py", "--base-url", NOWHERE)
-    said = done.stderr.splitlines()[-1]
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+EXAMPLES = ("openai_client", "evaluation", "frontend_program", "trainer")
+LACKING = (  # a benchmark, its arguments, and what it says
+    ("bench.serving_table", ["nofile"], "nofile cannot be read (No such file or directory): name"),
+    (
+        "bench.serving_table",
+        [__file__],
+        "holds no results of serving.py: name a file that it wrote",
+    ),
+    ("bench.serving_table", [], "the following arguments are required: file"),
+    (
+        "speed.serving",
+        ["--model", "no", "--out", "x"],
+        "--model: no/config.json cannot be read (No",
+    ),
+    (
+        "readme_table",
+        ["--out", "{tmp}", "--shape", "no", "--parts"],
+        "--shape no/config.json cannot be read (No such file or directory): give a folder",
+    ),
+    ("sameness.turns", [*TURNS, "--model", "{model}"], f"{NOWHERE} does not answer ("),
+    (
+        "sameness.turns",
+        [*TURNS, "--model", str(ROOT)],
+        f"--model {ROOT} has no tokenizer that loads (",
+    ),
+    (
+        "sameness.turns",
+        [*TURNS, "--model", "no", "--turns", "13"],
+        "have 24 lines, and 2 conversations",
+    ),
+    (
+        "sameness.turns",
+        [*TURNS, "/none", "--model", "no"],
+        "--prompts /none cannot be read (No such",
+    ),
+    (
+        "sameness.holes",
+        [*HOLES, "--lengths", "7-x"],
+        "--lengths 7-x: give numbers or ranges as 224-272.",
+    ),
+    (
+        "sameness.holes",
+        [*HOLES, "--random-counts", "9", "--max", "8"],
+        "give --max or less, 8.",
+    ),
+)
+# Scripts one after the other, so that torch is imported once: the status of each, and its stderr.
+ONE_AFTER_THE_OTHER = """if True:
+    import contextlib, io, json, runpy, sys
+    ended = []
+    for script, *arguments in json.loads(sys.argv[1]):
+        sys.argv, status, said = [script, *arguments], 0, io.StringIO()
+        with contextlib.redirect_stderr(said):
+            try:
+                runpy.run_path(script, run_name="__main__")
+            except SystemExit as end:
+                status = end.code
+        if isinstance(status, str):  # as Python does
+            status, _ = 1, said.write(status)
+        ended.append([status, said.getvalue()])
+    print(json.dumps(ended))
+    """
+
+
+@pytest.fixture(scope="module")
+def ended(model, tmp_path_factory) -> list[tuple[int, str]]:
+    """Of EXAMPLES without a server, and then of LACKING."""
+    places = {"{tmp}": str(tmp_path_factory.mktemp("out")), "{model}": str(model)}
+    calls = [[f"examples/{name}.py", "--base-url", NOWHERE] for name in EXAMPLES]
+    for name, arguments, _ in LACKING:
+        script = f"benchmark/{name.replace('.', '/')}.py"
+        calls.append([script, *(places.get(each, each) for each in arguments)])
+    done = run("-c", ONE_AFTER_THE_OTHER, json.dumps(calls))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)), ids=EXAMPLES)
+def test_an_example_without_a_server_is_one_sentence_and_status_2(ended, number):
+    status, error = ended[number]
+    said = error.splitlines()[-1]
+    assert status == 2, error
     assert "server answers at http://127.0.0.1:9" in said
     assert said.endswith("--deterministic-gate, or name another with --base-url.")
 
 
-@pytest.mark.parametrize(
-    ("script", "arguments", "said"),
-    [
-        (
-            "bench.serving_table",
-            ["nofile"],
-            "nofile cannot be read (No such file or directory): name",
-        ),
-        (
-            "bench.serving_table",
-            [__file__],
-            "holds no results of serving.py: name a file that it wrote",
-        ),
-        ("bench.serving_table", [], "the following arguments are required: file"),
-        (
-            "speed.serving",
-            ["--model", "no", "--out", "x"],
-            "--model: no/config.json cannot be read (No",
-        ),
-        (
-            "readme_table",
-            ["--out", "{tmp}", "--shape", "no", "--parts"],
-            "--shape no/config.json cannot be read (No such file or directory): give a folder",
-        ),
-        (
-            "sameness.turns",
-            [*TURNS, "--model", str(ROOT)],
-            f"--model {ROOT} has no tokenizer that loads (",
-        ),
-        (
-            "sameness.turns",
-            [*TURNS, "--model", "no", "--turns", "13"],
-            "have 24 lines, and 2 conversations",
-        ),
-        (
-            "sameness.turns",
-            [*TURNS, "/none", "--model", "no"],
-            "--prompts /none cannot be read (No such",
-        ),
-        (
-            "sameness.holes",
-            [*HOLES, "--lengths", "7-x"],
-            "--lengths 7-x: give numbers or ranges as 224-272.",
-        ),
-        (
-            "sameness.holes",
-            [*HOLES, "--random-counts", "9", "--max", "8"],
-            "give --max or less, 8.",
-        ),
-    ],
-)
-def test_a_benchmark_that_lacks_something_is_one_sentence(tmp_path, script, arguments, said):
-    done = run_benchmark(script, *(each.replace("{tmp}", str(tmp_path)) for each in arguments))
-    assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
-    assert said in done.stderr.splitlines()[-1]
+@pytest.mark.parametrize("number", range(len(LACKING)))
+def test_a_benchmark_that_lacks_something_is_one_sentence(ended, number):
+    status, error = ended[len(EXAMPLES) + number]
+    assert status in (1, 2), error
+    assert LACKING[number][2] in error.splitlines()[-1]
 
 
 SCRIPTS = sorted(
@@ -150,12 +177,6 @@ def test_an_engines_process_is_the_module_that_was_started(tmp_path):
     assert "stock did not start" in done.stdout, done.stderr
     log = (tmp_path / "steps.stock.log").read_text()
     assert "benchmark/speed/decode_step.py" in log and "engines.start" in log, log
-
-
-def test_turns_without_a_server_is_one_sentence(model):
-    done = run_benchmark("sameness.turns", *TURNS, "--model", str(model))
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"{NOWHERE} does not answer (")
 
 
 def test_the_table_of_a_serving_run_is_printed(tmp_path):

@@ -121,7 +121,8 @@ def test_the_group_ends_with_the_process_that_started_it(tmp_path, number):
             time.sleep(100)
     """
     parent = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        # Python leaves SIGINT ignored where a script runs pytest in the background.
+        ["env", "--default-signal=INT", sys.executable, "-c", textwrap.dedent(code)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

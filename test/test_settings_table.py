@@ -201,8 +201,26 @@ def test_columns_that_a_checkpoint_scales_are_refused():
         refuse_columns(runner)
 
 
-def test_a_fused_all_reduce_that_sglang_would_choose_by_itself_is_off(monkeypatch):
-    """SGLang's own passes over the arguments that the gate has set, as if on a Hopper GPU."""
+@pytest.mark.parametrize("kind", ["decoder_bidirectional", "encoder_only"])
+def test_a_prompt_that_sees_its_later_tokens_is_refused(kind):
+    """HRM-Text's on the stock path: the gate cut such prompts, which SGLang leaves whole."""
+    from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+
+    from margingate.runtime.start.refused_models import refuse_other_masks
+
+    model = torch.nn.Sequential(RadixAttention(2, 8, 1.0, 2, 0))
+    refuse_other_masks(model, GateConfig(rows=8))
+    model.append(RadixAttention(2, 8, 1.0, 2, 1, attn_type=AttentionType(kind)))
+    with pytest.raises(GateError, match=rf"because 1 lets tokens .* later ones \({kind}\): serve"):
+        refuse_other_masks(model, GateConfig(rows=8))
+    refuse_other_masks(model, GateConfig(rows=8, policy="observe"))
+
+
+def test_a_fused_all_reduce_that_sglang_would_choose_by_itself_is_off(tmp_path):
+    """SGLang's own passes over the arguments that the gate has set, as if on a Hopper GPU.
+
+    The model is a folder: of another name SGLang would ask the hub.
+    """
     from sglang.srt.arg_groups import overrides
     from sglang.srt.runtime_context import override_platform
     from sglang.srt.server_args import ServerArgs
@@ -210,7 +228,7 @@ def test_a_fused_all_reduce_that_sglang_would_choose_by_itself_is_off(monkeypatc
     from margingate.runtime.start import arguments
 
     model = SimpleNamespace(hf_config=SimpleNamespace(architectures=["Qwen3MoeForCausalLM"]))
-    args = ServerArgs(model_path="model", tp_size=2, device="cuda")
+    args = ServerArgs(model_path=str(tmp_path), tp_size=2, device="cuda")
     args._model_config = model
     with override_platform(is_sm90=True):
         assert overrides._flashinfer_allreduce_fusion_auto_enable(settings.view(args)) == {

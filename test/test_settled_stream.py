@@ -99,6 +99,19 @@ def test_of_each_request_of_a_batch_the_settled_tokens_leave_and_no_others():
     assert len(streamer.shown) == 4, "nothing new is settled"
 
 
+def test_a_score_has_no_log_prob_of_a_token_that_nobody_gets():
+    """SGLang says one where the prompt shared a forward with a request that goes on."""
+    streamer = Streamer()
+    for most, kept in ((0, []), (4, [-0.5])):
+        lists = {"output_token_logprobs_val": [-0.5], "output_token_logprobs_idx": [5]}
+        kind = {"return_logprob": True, "logprob": SimpleNamespace(**lists), "logprob_start_len": 9}
+        kind |= {"sampling_params": SimpleNamespace(max_new_tokens=most), "origin_input_ids": [1]}
+        req = streamer.add(str(most), 1, finished_reason=FINISH_LENGTH(most), **kind)
+        streamer.send(req)
+        assert req.logprob.output_token_logprobs_val == kept
+        assert len(req.logprob.output_token_logprobs_idx) == len(kept)
+
+
 def test_outputs_are_whole_again_whatever_sglang_does():
     streamer = Streamer()
     req, whole = streamer.add("a", unsettled=1), array("q", [5, 6, 7, 8])

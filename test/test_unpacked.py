@@ -40,12 +40,13 @@ def operators(form: str = "awq", count: int = 2) -> dict[str, list[Any]]:
 @pytest.mark.parametrize("form", ["gptq", "awq"])
 def test_a_layer_is_measured_twice_for_decode_and_for_prefill(form):
     before = operators(form)
-    found = unpacked.settle(before)
+    found = unpacked.settle(torch.nn.Module(), before)
     decoded, prefilled, norm = found.values()
     assert [each.name for each in decoded] == ["layers.0.o_proj", "layers.1.o_proj"]
     assert not decoded[0].sees_prefill and decoded[0].is_capped and decoded[0].is_planned
     (first,) = prefilled
     assert first.sees_prefill and not first.is_capped and first.kind == "unpacked linear"
+    assert first.name == "layers.0.o_proj, unpacked", "plans go by names"
     assert first.shape == (64, 128) and first.sample(3).dtype == torch.bfloat16
     x = rows(5)
     expected = torch.nn.functional.linear(x, decoded[0].module.unpacked.bfloat16())
@@ -71,7 +72,7 @@ def test_a_layer_that_cannot_be_unpacked_stays_with_marlin(monkeypatch, caplog, 
     if broken == "reordered":
         monkeypatch.setattr(unpacked.marlin, "weights", lambda layer: None)
     before = operators()
-    assert unpacked.settle(before) == before
+    assert unpacked.settle(torch.nn.Module(), before) == before
     assert all(unpacked.kind_of(each.module) is None for each in next(iter(before.values())))
     reason = {"other": "not those that Marlin multiplies by", "no kernel": "no such kernel."}
     assert reason.get(broken, "reordered or one group") in caplog.text
@@ -79,7 +80,7 @@ def test_a_layer_that_cannot_be_unpacked_stays_with_marlin(monkeypatch, caplog, 
 
 @pytest.mark.usefixtures("unpacks")
 def test_a_prefill_runs_unpacked_and_a_decode_step_by_marlin(monkeypatch):
-    found = unpacked.settle(operators())
+    found = unpacked.settle(torch.nn.Module(), operators())
     decoded, (prefilled,), _ = found.values()
     kind, layer = prefilled.module, decoded[1].module
     monkeypatch.setattr(execute, "_plans", {})

@@ -108,6 +108,12 @@ OF_ONE_PROMPT: tuple[tuple[str, Any, str], ...] = (
         for value in (["x"], "x", "", "[]", '{"callable": 5}', '{"callable": "8x"}', '{"x": "80"}')
     ),
     ("bootstrap_room", [5], f"a whole number below {1 << 63}"),
+    *((name, 1, "a text") for name in ("rid", "lora_id", "extra_key", "session_id")),
+    ("cache_salt", ["a"], "a text"),
+    ("received_time", "now", "a number that is finite in float32"),
+    ("custom_labels", [None], "an object"),
+    ("custom_labels", ["model_name"], "an object"),
+    ("priority", "high", f"a whole number below {1 << 63}"),
 )
 
 
@@ -142,6 +148,7 @@ def test_fields_of_one_prompt_are_served():
             sampling_params=None, return_logprob=np.bool_(True), logprob_start_len=-1
         )
         obj.return_hidden_states, obj.bootstrap_room = mode, None
+        obj.rid, obj.extra_key, obj.priority = "one", "", np.int64(3)
         obj.custom_logit_processor = DisallowedTokensLogitsProcessor.to_str()
         validate_one_request(MANAGER, obj, [1])
 
@@ -150,6 +157,18 @@ def test_rows_that_a_client_names_are_refused():
     obj = SimpleNamespace(sampling_params={"max_new_tokens": 0}, token_indices_to_pool=[0])
     with pytest.raises(ValueError, match=r"^token_indices_to_pool .* drop it\.$"):
         validate_one_request(MANAGER, obj, [1])
+
+
+@pytest.mark.parametrize("places", [5, [], [3], [-1], [1, 1], [2, 0], ["0"], [[0]]])
+def test_delimiters_that_a_prompt_has_not_are_refused(places):
+    """With --enable-mis SGLang reads rows there, and its scheduler ended."""
+    obj = SimpleNamespace(sampling_params={"max_new_tokens": 0})
+    obj.multi_item_delimiter_indices = places
+    with pytest.raises(ValueError, match=r"^multi_item_delimiter_indices is .* from 0 to 2\.$"):
+        validate_one_request(MANAGER, obj, [7, 8, 9])
+    for good in (None, [0], [0, 2], (1,)):
+        obj.multi_item_delimiter_indices = good
+        validate_one_request(MANAGER, obj, [7, 8, 9])
 
 
 def test_labels_that_the_metrics_have_not():

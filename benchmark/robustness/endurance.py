@@ -1,6 +1,6 @@
 """Ten minutes of ordinary trouble: clients abort, disconnect and send nonsense; nothing leaks.
 
-    python -m benchmark.robustness.endurance --prompts ../shared/data/*.jsonl --out result.json
+    python -m benchmark.robustness.endurance --prompts DATA/*.jsonl --out result.json
 
 Starts a gated server and asks it some requests one at a time, each with parameters drawn at random:
 seeds, grammars, penalties, biases, stops, log-probs. Then it sends them at random times, beside

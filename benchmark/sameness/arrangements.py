@@ -1,6 +1,6 @@
 """Determinism on a real server: the same prompts alone, batched, shuffled, cached, retracted.
 
-    python -m benchmark.sameness.arrangements --prompts ../shared/data/*.jsonl \
+    python -m benchmark.sameness.arrangements --prompts DATA/*.jsonl \
         --cases stock margin \
         --out benchmark/results/determinism.json
 

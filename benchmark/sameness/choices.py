@@ -1,6 +1,6 @@
 """`n` choices with a seed: are they the same however they are asked for, and single requests too?
 
-    python -m benchmark.sameness.choices --prompts ../shared/data/gsm8k.jsonl --out choices.json
+    python -m benchmark.sameness.choices --prompts DATA/gsm8k.jsonl --out choices.json
 
 Starts a gated server and asks it for `n` choices of each prompt with a seed of the prompt's own:
 each prompt alone, all at once, beside greedy requests, all in one list, each of these streamed and

@@ -1,7 +1,7 @@
 """lm-evaluation-harness against a gated server and a stock one: are its results files the same?
 
     python -m benchmark.sameness.evaluation_harness --lm-eval /tmp/lm-eval/bin/lm_eval \
-        --prompts ../shared/data/gsm8k.jsonl --out harness.json
+        --prompts DATA/gsm8k.jsonl --out harness.json
 
 Two tasks are made of a file of prompts: one that is scored by log-likelihoods (which of four last
 sentences belongs to a text) and one that generates (the last sentence itself). lm_eval asks each

@@ -1,6 +1,6 @@
 """Are the experts of each token the same alone, batched, shuffled, cached and scored?
 
-    python -m benchmark.sameness.experts --model MODEL --prompts ../shared/data/*.jsonl \
+    python -m benchmark.sameness.experts --model MODEL --prompts DATA/*.jsonl \
         --out experts.json
 
 Starts servers of a mixture of experts with `--enable-return-routed-experts`, one after the other:

@@ -1,6 +1,6 @@
 """A file of long prompts, made of the short ones of others, for `benchmark.sameness.servers`.
 
-    python -m benchmark.sameness.long_texts --model MODEL --prompts ../shared/data/*.jsonl \
+    python -m benchmark.sameness.long_texts --model MODEL --prompts DATA/*.jsonl \
         --count 60 --tokens 1500 3000 --out long.jsonl
 
 Each begins with another prompt, so that none is the prefix of another. Lengths in tokens are drawn

@@ -1,6 +1,6 @@
 """Are log-probs of given tokens the same however they are computed, with any size of chunks?
 
-    python -m benchmark.sameness.scores --prompts ../shared/data/*.jsonl --out scores.json
+    python -m benchmark.sameness.scores --prompts DATA/*.jsonl --out scores.json
 
 Starts servers of each mode (the gate, stock, SGLang's own deterministic mode) with several sizes of
 prefill chunks. The first of a mode decodes the prompts greedily, one by one; then all of its mode

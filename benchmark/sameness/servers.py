@@ -1,6 +1,6 @@
 """Is an answer the same on servers that are set up differently, and however it is sent?
 
-    python -m benchmark.sameness.servers --model MODEL --prompts ../shared/data/*.jsonl \
+    python -m benchmark.sameness.servers --model MODEL --prompts DATA/*.jsonl \
         --out sameness.json
 
 Starts several servers side by side. The gated ones, with other guarantees, prefill chunks, caches

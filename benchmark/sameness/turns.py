@@ -1,6 +1,6 @@
 """Multi-turn chats on a running server: is a turn's answer the same with its history cached?
 
-    python -m benchmark.sameness.turns --base-url URL --model MODEL --prompts ../shared/data/*.jsonl
+    python -m benchmark.sameness.turns --base-url URL --model MODEL --prompts DATA/*.jsonl
 
 Each conversation has some turns; the user's part of each is a prompt of the files. Every turn is
 asked cold (alone, the radix tree empty), hot (alone, right behind the turn before) and, with all

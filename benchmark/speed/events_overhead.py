@@ -30,16 +30,15 @@ from typing import Any
 
 import aiohttp
 
-import margingate
 from margingate.events import Flag, Verdict
 from margingate.harness.client import Client, Prompt, chat_prompts, read_prompts
+from margingate.harness.defaults import PROMPTS
 from margingate.harness.embedded_model import ensure_model
 from margingate.harness.servers import free_port, launch
 from margingate.runtime.observe.event_socket import Publisher
 
 MODES = ("no option", "no subscriber", "reads", "stopped reading")
 LAST = 32  # tokens of a request that are timed: by then every prompt is prefilled
-PROMPTS = Path(margingate.__file__).parent / "data" / "demo_prompts.jsonl"
 WATCH = (sys.executable, "-m", "margingate.cli.main", "watch", "--json", "--endpoint")
 
 

@@ -23,6 +23,7 @@ import torch
 
 _UNIT = 1 << 40  # the best token's probability weight, as an integer; 2**22 of them fit an int64
 _MASKED = -1e30  # stands for -inf, so that differences stay numbers; its probability is 0
+_HOTTEST = 1e24  # temperatures above it are as good as this one, and would reach a masked token
 _GOLDEN, _FIRST, _SECOND = (
     value - (1 << 64) for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )
@@ -101,7 +102,7 @@ def _filters(draws: Draws, vocab: int) -> bool:
 
 
 def _draw(logits: torch.Tensor, draws: Draws, filtered: bool) -> SeededTop2:
-    temperature = draws.temperatures.double().view(-1, 1)
+    temperature = draws.temperatures.double().clamp(max=_HOTTEST).view(-1, 1)
     invalid = logits.isnan() | logits.isposinf()
     values = logits.float().masked_fill(invalid, _MASKED).clamp(min=_MASKED)
     # In logits: scaled by the temperature, so that margins are too.

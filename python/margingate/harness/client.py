@@ -125,9 +125,7 @@ class Client:
             reply = await response.json()
         return Answer(prompt.name, tuple(reply["output_ids"]), reply["text"], reply["meta_info"])
 
-    def _run(
-        self, work: Callable[[aiohttp.ClientSession], Awaitable[list[Answer]]]
-    ) -> list[Answer]:
+    def _run(self, work: _Work) -> list[Answer]:
         async def session_scope() -> list[Answer]:
             connector = aiohttp.TCPConnector(limit=0)
             async with aiohttp.ClientSession(timeout=self.timeout, connector=connector) as session:

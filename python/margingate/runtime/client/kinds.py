@@ -16,7 +16,7 @@ def is_text(value: Any) -> bool:
 TEXT: Kind = (is_text, "a text")
 
 
-def another(name: str, value: Any, kind: Kind) -> str:
+def type_error(name: str, value: Any, kind: Kind) -> str:
     """The sentence for a value that is not of this kind, or an empty one; None is of any."""
     is_one, words = kind
     if value is None or is_one(value):

@@ -8,18 +8,18 @@ a `logit_bias` that is a list. `benchmark/robustness/bad_requests.py` has more o
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Mapping, Sized
+from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 
 from margingate.runtime.client import embeddings, sessions
-from margingate.runtime.client.kinds import TEXT, Kind, another, is_text
+from margingate.runtime.client.kinds import TEXT, Kind, is_text, type_error
+from margingate.runtime.client.stop_expressions import LIMIT, UNBOUNDED, is_served
 from margingate.runtime.compat.arguments import request_table
 from margingate.runtime.request.record import SWITCH
-from margingate.runtime.request.stop_expressions import LIMIT, UNBOUNDED, breaks, stalls
 
 MOST_COPIES = 128  # of a request, each a request of its own; ask for more in several
 _FLOAT32 = float(np.finfo(np.float32).max)
@@ -88,16 +88,8 @@ def _processor(value: Any) -> bool:
 
 
 def _expressions(value: Any) -> bool:
-    if not _texts(value):
-        return False
-    try:
-        for each in [value] if isinstance(value, str) else value:
-            re.compile(each)
-            if stalls(each) or breaks(each):
-                return False
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return True
+    each = [value] if isinstance(value, str) else value
+    return _texts(value) and all(map(is_served, each))
 
 
 _INT32: Kind = (_int32, f"a whole number below {1 << 31}")
@@ -129,12 +121,18 @@ _KINDS: dict[str, Kind] = {
 }
 
 # Of the request itself, where SGLang takes a list of several prompts' values. A list for a single
-# prompt passes its checks, and ends its scheduler.
+# prompt passes its checks, and ends its scheduler. So do ids and keys that are no texts: it checks
+# the types of /generate's bodies, and none of an Engine's arguments or of /vertex_generate.
 _SINGLE: dict[str, Kind] = {
+    **dict.fromkeys(("rid", "lora_id", "lora_path", "extra_key", "cache_salt"), TEXT),
+    **dict.fromkeys(("routing_key", "session_id", "http_worker_ipc"), TEXT),
+    **dict.fromkeys(("priority", "routed_dp_rank", "routed_experts_start_len"), _INT64),
     **dict.fromkeys(("return_logprob", "return_sampling_mask"), _FLAG),
     **dict.fromkeys(("logprob_start_len", "bootstrap_port", "bootstrap_room"), _INT64),
     **dict.fromkeys(("sampling_logprobs_mode", "bootstrap_host", "bootstrap_pair_key"), TEXT),
     "custom_logit_processor": (_processor, "what its class's to_str() says"),
+    "custom_labels": _KINDS["custom_params"],
+    "received_time": _NUMBER,
     "decode_tp_size": _INT64,
     "return_hidden_states": (lambda value: _flag(value) or is_text(value), "true, false or a mode"),
 }
@@ -151,18 +149,18 @@ def refusal(params: Mapping[str, Any]) -> str:
             to SGLang.
     """
     for name, value in params.items():
-        if (kind := _KINDS.get(name)) and (sentence := another(name, value, kind)):
+        if (kind := _KINDS.get(name)) and (sentence := type_error(name, value, kind)):
             return sentence
     return ""
 
 
-def not_single(obj: Any) -> str:
+def single_type_error(obj: Any) -> str:
     """The sentence for the first field of another type in one prompt's request, or an empty one."""
-    sentences = (another(name, getattr(obj, name, None), kind) for name, kind in _SINGLE.items())
+    sentences = (type_error(name, getattr(obj, name, None), kind) for name, kind in _SINGLE.items())
     return next(filter(None, sentences), "")
 
 
-def at_places(obj: Any) -> str:
+def positions_error(obj: Any) -> str:
     """The sentence for logits at places that a client names, gated or not, or an empty one.
 
     In a chunk or behind a cached prefix a forward has fewer rows, and SGLang's scheduler ends.
@@ -173,6 +171,22 @@ def at_places(obj: Any) -> str:
         "token_indices_to_pool (of /v1/score: score_extraction_token_id) is not served with the "
         "deterministic gate, since it may name rows that a forward has not: drop it."
     )
+
+
+def delimiters(obj: Any, input_ids: Sized | None) -> str:
+    """The sentence for places of delimiters that a prompt has not, gated or not, or an empty one.
+
+    With --enable-mis SGLang reads rows there, and its scheduler ends where there are none.
+    """
+    given, last = getattr(obj, "multi_item_delimiter_indices", None), len(input_ids or ()) - 1
+
+    def ascend(places: Any) -> bool:
+        if not isinstance(places, list | tuple) or not places:
+            return False
+        return all(_whole(each) and low < each <= last for low, each in pairwise((-1, *places)))
+
+    what = f"places in the prompt in ascending order, from 0 to {last}"
+    return type_error("multi_item_delimiter_indices", given, (ascend, what))
 
 
 def unknown(params: Mapping[str, Any], fields: Collection[str]) -> str:
@@ -243,8 +257,9 @@ def validate_one_request(manager: Any, obj: Any, input_ids: Sized | None) -> Non
     sentence = (
         unknown(params, manager.sampling_params_class.__struct_fields__)
         or refusal(params)
-        or not_single(obj)
-        or at_places(obj)
+        or single_type_error(obj)
+        or positions_error(obj)
+        or delimiters(obj, input_ids)
         or out_of_range(getattr(obj, "top_logprobs_num", None), manager.model_config.vocab_size)
         or request_table.unseen(obj)
         or named_media(obj)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from margingate.runtime.client.kinds import TEXT, Kind, another
+from margingate.runtime.client.kinds import TEXT, Kind, type_error
 
 _FLAG: Kind = (lambda value: isinstance(value, bool), "true or false")
 _OBJECT: Kind = (lambda value: isinstance(value, Mapping), "an object")
@@ -24,12 +24,12 @@ def refusal(given: Any) -> str:
     """
     if given is None:
         return ""
-    if sentence := another("session_params", given, _OBJECT):
+    if sentence := type_error("session_params", given, _OBJECT):
         return sentence
     for name, value in given.items():
         if name not in _KINDS:
             return f"session_params.{name} is {value!r}: drop it, or check its spelling."
-        if sentence := another(f"session_params.{name}", value, _KINDS[name]):
+        if sentence := type_error(f"session_params.{name}", value, _KINDS[name]):
             return sentence
     if given.get("replace"):  # without a rid, or where two requests had the same one
         return (

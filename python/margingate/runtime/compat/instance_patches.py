@@ -102,6 +102,13 @@ ON_GATES = (
         _PLANNED,
     ),
 )
+ON_FORWARD = InstancePatch(
+    "models.llama.LlamaForCausalLM",
+    "forward",
+    "of any model with layers by Marlin, and of its layers without the head: notes whether it is a "
+    "prefill, which multiplies by unpacked weights",
+    "a prefill by Marlin gives a row the same bits in any forward",
+)
 ON_QUANTIZED = tuple(
     InstancePatch(
         f"layers.quantization.{method}",
@@ -119,7 +126,7 @@ ON_QUANTIZED = tuple(
 )
 INSTANCE_PATCHES = (
     *(*ON_TRITON, *ON_TWO_POOLS, *ON_FLASHINFER, ON_REQUEST, ON_LOGPROBS, ON_DUAL_GEMM),
-    *(ON_EXPERTS, ON_ROUTERS, *ON_GATES, *ON_QUANTIZED, *ON_ENGINE),
+    *(ON_EXPERTS, ON_ROUTERS, *ON_GATES, ON_FORWARD, *ON_QUANTIZED, *ON_ENGINE),
 )
 
 

@@ -14,7 +14,7 @@ SURFACE: Mapping[str, str] = {
     "is_image_understandable_model is_multimodal model_is_mrope "
     "model_path quantization vocab_size",
     "constrained.base_grammar_backend.BaseGrammarObject": ""
-    "accept_token allocate_vocab_mask apply_vocab_mask fill_vocab_mask is_terminated "
+    "accept_token allocate_vocab_mask apply_vocab_mask fill_vocab_mask finished is_terminated "
     "move_vocab_mask",
     "constrained.grammar_manager.GrammarManager": "grammar_queue",
     "distributed.parallel_state.GroupCoordinator": "all_reduce rank_in_group world_size",
@@ -47,7 +47,8 @@ SURFACE: Mapping[str, str] = {
     "managers.io_struct.AbortReq": "abort_all rid",
     "managers.io_struct.BatchTokenIDOutput": "rids",
     "managers.io_struct.GenerateReqInput": ""
-    "custom_labels input_embeds mm_hashes positional_embed_overrides sampling_params "
+    "custom_labels input_embeds mm_hashes multi_item_delimiter_indices "
+    "positional_embed_overrides sampling_params "
     "session_params stream token_indices_to_pool top_logprobs_num",
     "managers.io_struct.TokenizedGenerateReqInput": "rid sampling_params",
     "managers.overlap_utils.FutureMap": "output_tokens_buf",
@@ -96,10 +97,13 @@ SURFACE: Mapping[str, str] = {
     "managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter": ""
     "current_scheduler_metrics_enabled",
     "managers.scheduler_components.output_streamer.SchedulerOutputStreamer": "stream_output",
+    "managers.scheduler_components.profiler_manager.SchedulerProfilerManager": ""
+    "profile_by_stage profile_in_progress profiler_start_forward_ct profiler_target_forward_ct "
+    "rpd_profiler torch_profiler",
     "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager": ""
     "_session offload_tags",
     "managers.tokenizer_manager.TokenizerManager": ""
-    "metrics_collector model_config rid_to_state sampling_params_class",
+    "metrics_collector model_config rid_to_state sampling_params_class server_args",
     "managers.tp_worker.TpModelWorker": "forward_batch_generation model_runner",
     "managers.utils.GenerationBatchResult": ""
     "can_run_cuda_graph copy_done logits_output next_token_ids",
@@ -157,11 +161,11 @@ SURFACE: Mapping[str, str] = {
     "decoupled_spec_role device disable_hybrid_swa_memory disable_radix_cache "
     "disaggregation_mode dp_size enable_flashinfer_allreduce_fusion "
     "enable_fp32_lm_head enable_return_hidden_states enable_return_routed_experts "
-    "enable_torch_compile "
+    "enable_torch_compile expert_distribution_recorder_mode "
     "flashinfer_allreduce_fusion_backend grammar_backend grpc_mode init_expert_location "
     "kv_cache_dtype kv_canary load_format max_prefill_tokens max_running_requests model_path "
     "moe_a2a_backend moe_runner_backend nnodes node_rank offload_group_size page_size "
     "prefill_attention_backend preferred_sampling_params radix_cache_backend "
-    "random_seed return_hidden_states_mode revision "
+    "random_seed radix_eviction_policy return_hidden_states_mode revision "
     "smg_grpc_mode startup_weight_load_mode swa_full_tokens_ratio tokenizer_path tp_size",
 }

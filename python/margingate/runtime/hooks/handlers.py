@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from margingate.runtime.client.control import NotRecorded
+from margingate.runtime.compat.arguments import settings
 from margingate.runtime.observe import study
 from margingate.runtime.request import aborts, admission, guard
 from margingate.runtime.request.in_flight import InFlight
-from margingate.runtime.schedule import next_batch, server_info
+from margingate.runtime.schedule import memory, next_batch, server_info
 from margingate.runtime.schedule.controller import GateController
 
 _controller: GateController | None = None  # None: the scheduler is being made
@@ -190,6 +192,24 @@ def pause_generation(_scheduler: Any, _received: Any) -> None:
 def weights_change(original: Any, manager: Any, received: Any) -> Any:
     """AROUND what replaces weights in SchedulerWeightUpdaterManager."""
     return _gate().weights.around(original, manager, received)
+
+
+def release_memory(original: Any, manager: Any, received: Any) -> Any:
+    """AROUND SchedulerWeightUpdaterManager.release_memory_occupation."""
+    gate = _gate()
+    gate.verify_everything()
+    refused = memory.refusal(gate.scheduler, received)
+    return original(manager, received) if refused is None else refused
+
+
+def record_experts(original: Any, scheduler: Any, received: Any) -> Any:
+    """AROUND Scheduler.expert_distribution_handle."""
+    if settings.view(scheduler.server_args).expert_distribution_recorder_mode is None:
+        return NotRecorded(
+            message="This server counts no experts: start it with "
+            "--expert-distribution-recorder-mode."
+        )
+    return original(scheduler, received)
 
 
 def weight_version_change(_scheduler: Any, new_version: str | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from margingate.runtime.client import (
     anthropic_answers,
     choices,
+    control,
     detokenizer,
     meta_info,
     ollama_answers,
@@ -14,6 +15,7 @@ from margingate.runtime.client import (
     responses_answers,
     switch,
 )
+from margingate.runtime.client.managers import around_gated, before_gated
 from margingate.runtime.hooks import firing
 from margingate.runtime.hooks.registry import AFTER, AROUND, BEFORE, Hook
 from margingate.runtime.request.guard import Policy
@@ -33,7 +35,7 @@ TOKENIZER_HOOKS = (
     Hook(
         _MANAGER + "update_request_meta_info",
         AROUND,
-        meta_info.update_request_meta_info,
+        around_gated(meta_info.update_request_meta_info),
         "self meta_info state customized_info index finish_reason",
         'meta_info["gate"] is a record per request, not a list per token',
         "customized info can be an object per request, sent with the last output",
@@ -42,7 +44,7 @@ TOKENIZER_HOOKS = (
     Hook(
         _MANAGER + "get_internal_state",
         AROUND,
-        replica_counters.internal_states,
+        around_gated(replica_counters.internal_states),
         "self",
         "`/server_info` lists data-parallel replicas in order, with sums of their counters",
         "SGLang says which replica a state is of",
@@ -51,7 +53,7 @@ TOKENIZER_HOOKS = (
     Hook(
         _MANAGER + "_validate_one_request",
         BEFORE,
-        parameter_types.validate_one_request,
+        before_gated(parameter_types.validate_one_request),
         "self obj input_ids",
         "HTTP 400 for sampling parameters of a type that would end the scheduler",
         "SGLang checks types",
@@ -60,7 +62,7 @@ TOKENIZER_HOOKS = (
     Hook(
         _MANAGER + "_create_tokenized_object",
         BEFORE,
-        switch.tokenized_object,
+        before_gated(switch.tokenized_object),
         "self obj input_text input_ids input_embeds mm_inputs token_type_ids",
         "`deterministic` among the sampling parameters",
         _SWITCH,
@@ -69,7 +71,7 @@ TOKENIZER_HOOKS = (
     Hook(
         _MANAGER + "_tokenize_one_request",
         AROUND,
-        choices.tokenize_one_request,
+        around_gated(choices.tokenize_one_request),
         "self obj",
         "choices of a request with `n` above 1 are counted",
         _CHOICES,
@@ -78,10 +80,19 @@ TOKENIZER_HOOKS = (
     Hook(
         _MANAGER + "_send_one_request",
         AROUND,
-        choices.send_one_request,
+        around_gated(choices.send_one_request),
         "self tokenized_obj",
         "each choice of a request with a seed is drawn with a seed of its own",
         _CHOICES,
+        Policy.CLIENT,
+    ),
+    Hook(
+        "managers.communicator.FanOutCommunicator.__call__",
+        AROUND,
+        control.answers,
+        "self obj",
+        "HTTP 400 for what a scheduler refuses of an operator's requests",
+        "SGLang's answer has a message",
         Policy.CLIENT,
     ),
     Hook(
@@ -141,7 +152,7 @@ TOKENIZER_HOOKS = (
     Hook(
         _MANAGER + "generate_request",
         AROUND,
-        firing.generate_request,
+        around_gated(firing.generate_request),
         "self obj request",
         "notes the record for the stream that is to carry it; the switch of the three routes below",
         _RECORD,

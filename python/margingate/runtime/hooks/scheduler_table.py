@@ -14,6 +14,7 @@ from __future__ import annotations
 from margingate.runtime.compat.compute import marlin
 from margingate.runtime.compat.model import images
 from margingate.runtime.hooks import handlers
+from margingate.runtime.hooks.operator_table import OPERATOR_HOOKS
 from margingate.runtime.hooks.path_hooks import INVARIANT_HOOKS, ROUTER_HOOKS, STOCK_HOOKS
 from margingate.runtime.hooks.registry import AFTER, AROUND, BEFORE, Hook
 from margingate.runtime.observe import study
@@ -24,7 +25,6 @@ from margingate.runtime.schedule import prefill_admission
 
 _SCHEDULER = "managers.scheduler.Scheduler."
 _SAMPLING = "sampling.sampling_batch_info.SamplingBatchInfo."
-_WEIGHTS = "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
 _OPTIONS = "SGLang lets plugins declare arguments"
 _CALLBACK = "SGLang offers plugins a callback here"
 
@@ -119,6 +119,15 @@ RUNTIME_HOOKS = (
         "SGLang computes them in one way",
         Policy.FORWARD,
         handlers.logprobs_failed,
+    ),
+    Hook(
+        "layers.logprob_processor.OutputLogprobProcessor.compute_logprobs_only",
+        AROUND,
+        logprobs.of_scores,
+        "self next_token_logits top_logprobs_nums token_ids_logprobs preprocess_fn",
+        "the token behind a scored prompt has the log-probs that it has beside requests that go on",
+        "SGLang computes them in one way",
+        Policy.FORWARD,
     ),
     Hook(
         "layers.logprob_processor.InputLogprobProcessor.forward",
@@ -294,22 +303,7 @@ RUNTIME_HOOKS = (
         "SGLang lets plugins keep output of a retracted request",
         Policy.OBSERVE,
     ),
-    *(
-        Hook(
-            _WEIGHTS + name,
-            AROUND,
-            handlers.weights_change,
-            "self recv_req",
-            "no row waits across a change of the weights; fingerprint and columns follow them",
-            "SGLang counts changes of weights, and keys its tree by them",
-        )
-        for name in (
-            *("begin_weight_update", "update_weights_from_disk"),
-            "update_weights_from_distributed",
-            *("update_weights_from_tensor", "update_weights_from_ipc"),
-            *("end_weight_update", "resume_memory_occupation", "check_weights"),
-        )
-    ),
+    *OPERATOR_HOOKS,
 )
 
 # Applied, besides, with --gate-study.

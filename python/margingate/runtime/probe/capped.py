@@ -1,4 +1,4 @@
-"""Operators whose rows depend on each other above some row count, so that prompts run in pieces."""
+"""Operators whose rows depend on each other above some row count, so that more run in pieces."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from margingate.config import GateError
 from margingate.core.rowclass import RowPlan
 from margingate.runtime.probe.operators import Operator
 
-FEWEST = 32  # rows of a piece, below which such an operator is not served on a GPU
+FEWEST = 32  # rows of a piece, below which a prefill by such an operator is not served on a GPU
 
 
 def large_enough(classes: Mapping[int, int]) -> dict[int, int]:

@@ -188,7 +188,7 @@ def _plan(same: Sequence[Operator], classes: dict[int, int], *, to_the_top: bool
     first = same[0]
     if not _is_timed(first):
         return choose(classes, to_the_top=to_the_top)
-    if first.is_capped and first.sees_prefill:  # prompts run in pieces of it
+    if first.is_capped:  # prompts, or steps of many rows, run in pieces of it
         classes = large_enough(classes)
     steady = len(set(classes.values())) == 1
     own = _by_kernel(same)

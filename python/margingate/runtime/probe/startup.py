@@ -28,10 +28,8 @@ from margingate.runtime.probe import (
     classes,
     dual_gemm,
     execute,
-    forward_phase,
-    loaded_scales,
+    loaded_model,
     plans,
-    rotary,
     shared_plans,
     tile_heights,
     unpacked,
@@ -74,11 +72,18 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     """BEFORE ModelRunner.init_cuda_graphs: plan the operators that the graphs will hold."""
     if runner.is_draft_worker:
         return
-    loaded_scales.refuse(runner.model)  # before minutes of measuring
-    rotary.refuse(runner)
-    decoded = largest_rows(runner.device)
+    loaded_model.refuse(runner)  # before minutes of measuring
+    config, decoded = gate_config(runner.server_args), largest_rows(runner.device)
     fixed_split.fix_split(runner.attn_backend, runner)
-    config = gate_config(runner.server_args)
+    operators = _operators(runner)
+    prefill = _prefill_counts(runner, config, operators, decoded)
+    fresh = config is not None and config.probe == "fresh"
+    _findings[:] = _find(runner, operators, decoded, prefill, fresh=fresh)
+    _plan(runner, operators, decoded, prefill)
+
+
+def _operators(runner: Any) -> dict[str, list[Operator]]:
+    """The operators that a first decode step calls, by kind. Raises GateError for unknown ones."""
     use_linear_kernels(runner.model)
     logger.info(
         "margingate: runs a first decode step; kernels that this machine has not compiled yet, as "
@@ -89,12 +94,16 @@ def before_graphs(runner: Any, *_args: Any, **_kwargs: Any) -> None:
     refuse_unknown(runner.model, operators, seen)
     if tile_heights.settle(operators):
         operators = classes.groups(runner.model, seen)
-    if (settled := unpacked.settle(operators)) != operators:
-        operators = settled
-        forward_phase.watch(runner.model)
-    prefill = _prefill_counts(runner, config, operators, decoded)
-    fresh = config is not None and config.probe == "fresh"
-    _findings[:] = _find(runner, operators, decoded, prefill, fresh=fresh)
+    return unpacked.settle(runner.model, operators)
+
+
+def _plan(
+    runner: Any, operators: dict[str, list[Operator]], decoded: int, prefill: list[int]
+) -> None:
+    """From what was found of operators: how each is run from here on, up to which row count.
+
+    All-reduce and the dual GEMM are measured here, within the plans, and their findings added.
+    """
     summed = all_reduce.settle(runner, classes.row_counts(decoded), prefill)
     for finding in summed:
         logger.info("margingate: %s", finding)

@@ -12,7 +12,6 @@ input's weights, with nothing to round. A layer whose weights are others stays w
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -20,6 +19,7 @@ import torch
 
 from margingate.runtime.compat.compute import marlin
 from margingate.runtime.compat.process import ranks
+from margingate.runtime.probe import forward_phase
 from margingate.runtime.probe.operators import Layer, Operator, Packed
 from margingate_kernels.marlin_weights import unpack_marlin
 
@@ -32,8 +32,8 @@ COMPARED = 64  # rows of a call by which weights are compared
 class UnpackedLayers:
     """Layers of one kind, by Marlin in decode and unpacked in prefill."""
 
-    def __init__(self, layers: Sequence[Any]) -> None:
-        self._first = layers[0]
+    def __init__(self, first: Any) -> None:
+        self._first = first
         self._held: torch.Tensor | None = None
 
     @property
@@ -82,21 +82,23 @@ def unpacked(layer: Any) -> torch.Tensor:
     return unpack_marlin(weights)
 
 
-def settle(operators: Mapping[str, list[Operator]]) -> dict[str, list[Operator]]:
+def settle(model: Any, operators: dict[str, list[Operator]]) -> dict[str, list[Operator]]:
     """Unpack what can be; the operators to measure then, with those of prefill beside Marlin's."""
     found: dict[str, list[Operator]] = {}
     for signature, same in operators.items():
-        first = same[0]
-        if not isinstance(first, Packed) or not _can_be(first):
+        packed = [each for each in same if isinstance(each, Packed)]
+        if not packed or not _can_be(packed[0]):
             found[signature] = same
             continue
-        layers = [each.module for each in same]
-        kind = UnpackedLayers(layers)
+        first, layers = packed[0], [each.module for each in packed]
+        kind = UnpackedLayers(layers[0])
         _kinds.update({id(layer): kind for layer in layers})
-        prefilled = Unpacked(first.name, kind, first.call, packed=first)
-        decoded = [replace(each, decodes_only=True) for each in same if isinstance(each, Packed)]
+        prefilled = Unpacked(f"{first.name}, unpacked", kind, first.call, packed=first)
+        decoded = [replace(each, decodes_only=True) for each in packed]
         found[decoded[0].signature] = [*decoded]
         found[prefilled.signature] = [prefilled]
+    if _kinds:
+        forward_phase.watch(model)
     return found
 
 

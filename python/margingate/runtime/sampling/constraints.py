@@ -34,7 +34,8 @@ class Constraint:
             self.penalty.apply(logits)
         if self.mask is not None:
             mask = self.grammar.move_vocab_mask(self.mask, logits.device)
-            self.grammar.apply_vocab_mask(logits, mask)
+            # Outlines leaves it where it was made, which on the fast path is the logits' device.
+            self.grammar.apply_vocab_mask(logits, mask.to(logits.device))
         if self.bias:
             added = torch.zeros(logits.shape, dtype=torch.float32, device=logits.device)
             ids = torch.tensor(list(self.bias), device=logits.device)
@@ -59,20 +60,33 @@ def begin(req: Any) -> None:
         req.gate.grammar_start = _copy(req)
 
 
-def follow(req: Any, counts: penalties.Table) -> None:
+def follow(req: Any, counts: penalties.Table, *, newest: bool = True) -> None:
     """The output was changed: grammar and `counts` become those that it leads to.
 
     Where the grammar cannot follow, the request is aborted; its grammar stays as it was.
+
+    Args:
+        newest: False: the last token is for `take_newest`, behind a finish check as in SGLang.
     """
     if req.gate.penalties is not None:
         counts.recount(req)
     if req.grammar is None and req.gate.grammar_start is None:
         return
-    grammar = _start(req)
-    if grammar is not None and _walk(req, grammar, req.output_ids):
+    grammar, tokens = _start(req), req.output_ids if newest else req.output_ids[:-1]
+    if grammar is not None and _walk(req, grammar, tokens):
         req.grammar = grammar
     else:
         lifecycle.abort_next(req)
+
+
+def take_newest(req: Any) -> bool:
+    """Whether the grammar took the last token; if not, the request is aborted."""
+    if req.grammar is None or req.gate.grammar_failed:
+        return True  # or aborted by `follow`
+    taken = _walk(req, req.grammar, req.output_ids[-1:])
+    if not taken:
+        lifecycle.abort_next(req)
+    return taken
 
 
 def abort_failed(reqs: Iterable[Any]) -> None:
@@ -127,10 +141,15 @@ def _copy(req: Any, grammar: Any = None) -> Any:
 
 
 def _walk(req: Any, grammar: Any, tokens: Sequence[int]) -> bool:
-    """Whether the grammar took all tokens; a failure is noted."""
+    """Whether the grammar took all tokens; a failure is noted.
+
+    SGLang says behind each token whether its request has finished: none that goes on has, also
+    behind an end token that `ignore_eos` ignores, where llguidance took itself to be through.
+    """
     try:
         for token in tokens:
             grammar.accept_token(token)
+            grammar.finished = False
     except Exception:
         req.gate.grammar_failed = True
         return False

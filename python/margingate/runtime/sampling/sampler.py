@@ -102,8 +102,9 @@ class Sampling:
         if forward is None:  # log-probs without a token
             return None
         info = forward.info
-        forward.best = softmax_top2(logits)
+        forward.best = best = softmax_top2(logits)
         if self._observes:
+            _make_drawable(logits, best, info)
             return None
         if not info.is_all_greedy:  # at once: None would make all rows ours if this raised below
             forward.ours = info.top_ks.view(-1) <= 1
@@ -115,6 +116,7 @@ class Sampling:
             return None if any(info.return_sampling_masks or ()) else logits[:, :1]
         if forward.seeds is not None:
             _draw(forward, logits, info)
+        _make_drawable(logits, best, info)
         return None
 
     def compute_logprobs(
@@ -145,6 +147,26 @@ class Sampling:
         if forward is not None and forward.logprobs is not None and forward.ours is None:
             theirs, asked = _with_ours(forward, theirs, asked)
         return original(processor, theirs, *asked)
+
+
+def _make_drawable(logits: torch.Tensor, best: Top2, info: Any) -> None:
+    """A row of a batch that samples keeps its best token alone if its softmax is of no numbers.
+
+    One client's parameters make such rows: a grammar and a least length leave no token, a logit is
+    infinite, or it is once divided by the temperature. torch's draw from one ends the scheduler.
+
+    Args:
+        logits: final, not yet scaled; changed in place, but for the bits of other rows.
+        best: of `logits`; the log-prob of a row without a softmax is NaN.
+    """
+    if info.is_all_greedy:
+        return
+    ids = best.ids.view(-1, 1)
+    highest = logits.gather(1, ids)
+    scaled = (highest / info.temperatures).to(logits.dtype)
+    broken = torch.isnan(best.logprob).view(-1, 1) | ~scaled.isfinite()
+    logits.masked_fill_(broken, -torch.inf)
+    logits.scatter_(1, ids, highest.masked_fill(broken, 0))
 
 
 def _draw(forward: _Forward, logits: torch.Tensor, info: Any) -> None:

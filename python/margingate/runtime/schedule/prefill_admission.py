@@ -40,7 +40,7 @@ class Admission:
 
     def _may_not_meet(self, reqs: list[Any]) -> bool:
         """Whether these prompts, of which each may be served, may not share a prefill forward."""
-        if _embeddings_meet_tokens(reqs):
+        if _embeddings_meet_tokens(reqs) or _items_meet_others(reqs):
             return True
         if not self._together or not any(map(is_gated, reqs)):
             return False
@@ -120,6 +120,14 @@ def _embeddings_meet_tokens(reqs: list[Any]) -> bool:
     SGLang gives such a forward the embeddings of the first alone, and its scheduler ends.
     """
     return len({each.input_embeds is None for each in reqs}) > 1
+
+
+def _items_meet_others(reqs: list[Any]) -> bool:
+    """Whether some prompts are of several items (--enable-mis) and others are not, gated or not.
+
+    SGLang asserts that a forward of scores has none of the others, and its scheduler ends.
+    """
+    return len({each.multi_item_delimiter_indices is None for each in reqs}) > 1
 
 
 def _some_are_replaced(reqs: list[Any]) -> bool:

@@ -12,6 +12,7 @@ from margingate.runtime.observe.fingerprint import Fingerprint
 from margingate.runtime.request import guard
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import INFO_KEY
+from margingate.runtime.request.sampling_params import is_score
 from margingate.runtime.verify.retraction import Retractions
 
 _PLACE = "the output of a request"  # where something of ours raised
@@ -156,6 +157,8 @@ class SettledStream:
         if gate.gated:
             routed_experts.fit(req)
             summary |= self._fingerprint.of(seen)
+            if req.return_logprob and is_score(req.sampling_params):
+                _drop_chosen(req)
             if _is_scored(req):
                 summary["scores"] = self._scores
         req.customized_info = {INFO_KEY: _WithLastToken([summary])}
@@ -167,6 +170,13 @@ class SettledStream:
         known = req.gate.key in self._requests and not req.gate.failed
         settled = self._requests.ledger.settled_length(req.gate.key) if known else 0
         req.finished_len = min(max(settled, req.send_token_offset), len(req.output_ids))
+
+
+def _drop_chosen(req: Any) -> None:
+    """Of a request for which no token is generated: the log-prob of one that nobody gets, which
+    SGLang says where its prompt shared a forward with one that goes on.
+    """
+    req.logprob.output_token_logprobs_val, req.logprob.output_token_logprobs_idx = [], []
 
 
 def _is_scored(req: Any) -> bool:

@@ -15,6 +15,7 @@ from margingate.runtime.observe.fingerprint import Fingerprint
 from margingate.runtime.request import guard
 from margingate.runtime.request.column_holders import ColumnHolders
 from margingate.runtime.request.open_requests import OpenRequests
+from margingate.runtime.schedule import memory
 from margingate.runtime.schedule.radix import GateTree
 
 
@@ -39,6 +40,7 @@ class WeightChanges:
             return original(manager, received)
         self._settle_all()
         refused = weight_updates.refusal(self._scheduler, received)
+        refused = refused or memory.refusal(self._scheduler, received)
         if refused is not None:
             return refused
         try:

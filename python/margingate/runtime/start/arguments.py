@@ -87,10 +87,16 @@ def pop_options(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def attach(server_args: Any, options: dict[str, Any]) -> None:
-    """Give unresolved arguments the gate's settings, validated; raises GateError."""
+    """Give unresolved arguments the gate's settings, validated; raises GateError.
+
+    A copy of them that leaves the settings out has the name of the gate's tree, and is refused.
+    """
     release.check_version()
-    model = model_identity(settings.view(server_args).model_path, options)
+    given = settings.view(server_args)
+    model = model_identity(given.model_path, options)
     setattr(server_args, ATTRIBUTE, make_config(options, model))
+    if given.radix_cache_backend is None and not given.disable_radix_cache:
+        settings.choose(server_args, radix_cache_backend=RADIX_BACKEND)
 
 
 @contextmanager
@@ -108,6 +114,7 @@ def resolve(original: Any, self: Any) -> None:
     """AROUND ServerArgs.resolve_once: set what the gate needs, refuse what it cannot serve."""
     config = gate_config(self)
     if config is None:
+        _refuse_copy(self)
         original(self)
         return
     with ending(self):
@@ -142,9 +149,19 @@ def _prepare(server_args: Any, config: GateConfig) -> GateConfig:
     pools.choose(server_args, config)
     if given.moe_runner_backend == "auto" and has_sinks(given):
         settings.choose(server_args, moe_runner_backend=mxfp4.runner(given))
-    if not given.disable_radix_cache:
-        settings.choose(server_args, radix_cache_backend=RADIX_BACKEND)
+    tree = None if given.disable_radix_cache else RADIX_BACKEND
+    settings.choose(server_args, radix_cache_backend=tree)
     return config
+
+
+def _refuse_copy(server_args: Any) -> None:
+    """Raises GateError for arguments without the gate's settings that ask for its tree."""
+    if settings.view(server_args).radix_cache_backend == RADIX_BACKEND:
+        raise GateError(
+            f"radix_cache_backend is {RADIX_BACKEND}, but these arguments carry no settings of the "
+            "gate, as a copy by copy.copy or msgspec.structs.replace leaves them out: use "
+            "copy.deepcopy, or make them anew with --deterministic-gate."
+        )
 
 
 def _refuse_resolved(server_args: Any, config: GateConfig) -> None:

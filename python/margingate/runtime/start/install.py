@@ -19,7 +19,7 @@ from margingate.runtime.compat.process import ranks, replicas
 from margingate.runtime.hooks import firing, handlers, registry, scheduler_table
 from margingate.runtime.hooks.launcher_table import DETOKENIZER_HOOKS, TOKENIZER_HOOKS
 from margingate.runtime.observe import audit, event_records, metrics
-from margingate.runtime.probe import loaded_scales, rotary
+from margingate.runtime.probe import loaded_model
 from margingate.runtime.probe.startup_checks import run_checks
 from margingate.runtime.request.observer import Observer
 from margingate.runtime.schedule import radix, server_info
@@ -52,9 +52,9 @@ def init(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) 
     original(self, server_args, *args, **kwargs)
     refused_models.refuse_columns(self.tp_worker.model_runner)
     refused_models.refuse_stock_experts(self.tp_worker.model_runner.model, config)
+    refused_models.refuse_other_masks(self.tp_worker.model_runner.model, config)
     if not config.invariant:  # whose probe has looked already
-        loaded_scales.refuse(self.tp_worker.model_runner.model)
-        rotary.refuse(self.tp_worker.model_runner)
+        loaded_model.refuse(self.tp_worker.model_runner)
     pools.confirm(self, config)
     checks = run_checks(self, config)
     quantized = self.tp_worker.model_runner.model_config.quantization is not None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from margingate.config import GateConfig, GateError
 from margingate.runtime.compat import release
@@ -12,22 +13,43 @@ from margingate.runtime.compat.compute import mxfp4, quantization
 from margingate.runtime.compat.process import machine
 from margingate.runtime.start.refused_settings import SERVER_REFUSALS
 
-_REPLACES = "replaces parts that it patches"
-_ENVIRONMENT = {
-    "SGLANG_RUST_SERVER": _REPLACES,
-    "SGLANG_ENABLE_DELAY_SAMPLE": _REPLACES,
+_OFF = ("0", "false", "no", "n")  # as SGLang reads them
+
+
+class Variable(NamedTuple):
+    """An environment variable of SGLang that cannot be combined with the gate."""
+
+    does: str  # stands behind "which"
+    refused: Callable[[str], bool]  # by its value, which is not empty
+
+
+def _is_on(value: str) -> bool:
+    return not _is_off(value)
+
+
+def _is_off(value: str) -> bool:
+    return value.lower() in _OFF
+
+
+def _is_set(_value: str) -> bool:
+    return True
+
+
+VARIABLES = {
+    "SGLANG_RUST_SERVER": Variable("replaces parts that it patches", _is_on),
+    "SGLANG_ENABLE_DELAY_SAMPLE": Variable("replaces parts that it patches", _is_on),
     # SGLang looks for them in its batches, and ends the scheduler.
-    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "takes slots of withheld requests to be lost",
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": Variable(
+        "takes slots of withheld requests to be lost", _is_on
+    ),
     # In decode steps alone: a verify pass would see them.
-    "SGLANG_SANITIZE_NAN_LOGITS": "makes numbers of logits that are none",
+    "SGLANG_SANITIZE_NAN_LOGITS": Variable("makes numbers of logits that are none", _is_on),
+    "SGLANG_MOE_CONFIG_DIR": Variable("names files that choose the kernels of experts", _is_set),
+    # msgspec's decoder raises in the scheduler then.
+    "SGLANG_USE_PICKLE_IPC": Variable(
+        "lets a request with nested custom_params end the scheduler", _is_off
+    ),
 }
-# By any value.
-_FILES = {"SGLANG_MOE_CONFIG_DIR": "names files that choose the kernels of experts"}
-# By a value that switches them off: msgspec's decoder raises in the scheduler then.
-_NEEDED = {
-    "SGLANG_USE_PICKLE_IPC": "lets a request with nested custom_params end the scheduler",
-}
-_OFF = ("", "0", "false", "no", "n")  # as SGLang reads them
 
 
 def refuse_server(args: Any) -> None:
@@ -43,12 +65,12 @@ def refuse_server(args: Any) -> None:
             f"--deterministic-gate does not work with --{name.replace('_', '-')}, which nobody has "
             f"looked at in SGLang {release.SGLANG_VERSION}: leave it at its default."
         )
-    for name, does in (_ENVIRONMENT | _FILES | _NEEDED).items():
+    for name, variable in VARIABLES.items():
         value = os.environ.get(name, "")
-        is_off = value.lower() in _OFF
-        if value and (name in _FILES or is_off == (name in _NEEDED)):
+        if value and variable.refused(value):
             raise GateError(
-                f"--deterministic-gate does not work with {name}={value}, which {does}: unset it."
+                f"--deterministic-gate does not work with {name}={value}, which {variable.does}: "
+                "unset it."
             )
 
 

@@ -14,7 +14,7 @@ from margingate.runtime.compat.compute import marlin, mxfp4, quantization
 from margingate.runtime.compat.compute.routers import experts
 from margingate.runtime.compat.model import vision
 from margingate.runtime.compat.model.architectures import has_two_pools
-from margingate.runtime.probe import loaded_scales
+from margingate.runtime.probe import loaded_model
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ REFUSED_FAMILIES = (
         "flag",
     ),
     ModelFamily(
-        loaded_scales.SHARED.format("the model"), quantization.shares_scales, loaded_scales.BY_ROW
+        loaded_model.SHARED.format("the model"), quantization.shares_scales, loaded_model.BY_ROW
     ),
 )
 
@@ -100,6 +100,23 @@ def refuse_stock_experts(model: Any, config: GateConfig) -> None:
             raise GateError(
                 f"--gate-fast-path is {config.fast_path}, but Marlin shares out the sums of {name} "
                 "by the experts that all rows choose: use --gate-fast-path invariant."
+            )
+
+
+def refuse_other_masks(model: Any, config: GateConfig) -> None:
+    """A loaded model's attention that lets a token of a prompt see later ones. Raises GateError.
+
+    A prompt's columns then depend on where it is cut, and the gate cuts prompts.
+    """
+    from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+
+    if config.policy == "observe":
+        return
+    for name, module in vision.text_modules(model):
+        if isinstance(module, RadixAttention) and module.attn_type != AttentionType.DECODER:
+            raise GateError(
+                f"--deterministic-gate does not serve this model yet, because {name} lets tokens "
+                f"of a prompt see later ones ({module.attn_type.value}): serve it without the flag."
             )
 
 

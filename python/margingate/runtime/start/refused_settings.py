@@ -201,6 +201,12 @@ REFUSALS = (
         _DROP,
     ),
     Refusal(
+        lambda a: a.radix_eviction_policy == "tlru" and not a.disable_radix_cache,
+        "--radix-eviction-policy",
+        "the gate's radix tree does not keep the lengths of conversations that T-LRU goes by",
+        "use lru",
+    ),
+    Refusal(
         _other_columns,
         "--kv-cache-dtype",
         "K/V columns of another type than the model's would be read back as other numbers",

@@ -175,9 +175,11 @@ class Passes:
         """
         self._requests.flipped(req, row, emitted)
         batched = rollback.to_row(self._scheduler, self._in_flight.around(), req, row, result)
-        constraints.follow(req, self._penalties)
+        constraints.follow(req, self._penalties, newest=False)
         self._requests.unhold(req)
         lifecycle.check_finish(self._requests, req)
+        if not (req.finished() or constraints.take_newest(req)):
+            lifecycle.check_finish(self._requests, req)
         if req.finished():
             lifecycle.end(self._requests, self._scheduler.tree_cache, req)
         elif not batched:

@@ -43,12 +43,12 @@ _BOTH: _Group = {
     "return_flat_raw_top_logprobs return_bytes return_entropy sampling_logprobs_mode "
     "return_routed_experts routed_experts_start_len",
     _REFUSED: "input_embeds return_sampling_mask return_hidden_states custom_logit_processor "
-    "positional_embed_overrides lora_id session_id session_params",
+    "positional_embed_overrides lora_id session_params",
     "refused: it names rows of a forward": "token_indices_to_pool",
     _OFF: "return_indexer_topk kv_hints",
     _CARRIED: "rid stream priority http_worker_ipc no_logs routing_key",
     "where columns are looked for, which the gate makes answers independent of": ""
-    "extra_key cache_salt",
+    "extra_key cache_salt session_id",
     _DISAGGREGATED: "bootstrap_host bootstrap_port bootstrap_room bootstrap_pair_key "
     "decode_tp_size disagg_prefill_dp_rank",
     _ROUTED: "routed_dp_rank",

@@ -7,7 +7,7 @@ import torch
 from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
 
 from margingate.config import GateError
-from margingate.runtime.probe import loaded_scales
+from margingate.runtime.probe import loaded_model
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def model() -> torch.nn.Module:
 
 def test_scales_that_were_not_read_are_named(model):
     with pytest.raises(GateError, match=r"proj\.weight_scale_inv was not read.*or one in BF16"):
-        loaded_scales.refuse(model)
+        loaded_model.refuse_layers(model)
 
 
 def test_one_block_is_enough(model):
@@ -34,9 +34,9 @@ def test_one_block_is_enough(model):
     scales.data.fill_(0.5)
     scales.data[1, 1] = kept
     with pytest.raises(GateError, match="was not read"):
-        loaded_scales.refuse(model)
+        loaded_model.refuse_layers(model)
 
 
 def test_scales_that_were_read_pass(model):
     model["proj"].weight_scale_inv.data.fill_(-1e-4)  # as made-up ones may be
-    loaded_scales.refuse(model)
+    loaded_model.refuse_layers(model)

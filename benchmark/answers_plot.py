@@ -1,11 +1,13 @@
 """The picture of README.md: how many answers change with the batch, by server and arrangement.
 
-`python -m margingate.answers_plot` draws docs/demo.png from the recorded runs of
-`benchmark/sameness/servers.py` that SOURCES names; it works in a checkout.
+    python -m benchmark.answers_plot [--out docs/demo.png]
+
+Drawn from the recorded runs of `benchmark/sameness/servers.py` that SOURCES names.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +26,7 @@ SOURCES = (
     ("SGLang's deterministic mode", "h200-2026-11-28-2", "sglang-deterministic-default"),
     ("margingate", "h200-2026-11-28-2", "gate"),
 )
+RESULTS = Path(__file__).parent / "results"
 TITLE = "Answers that change with the batch: SmolLM2, 64 requests at once, SGLang 0.5.23, H200"
 COLOURS = ("#c8321e", "#e0a458", "#2a6f97")
 _STYLE: dict[Any, Any] = {"font.size": 11.0, "axes.spines.top": False, "axes.spines.right": False}
@@ -85,8 +88,8 @@ def _label(found: Changed | None) -> str:
     return "no cache" if found is None else f"{found.changed} of {found.answers}"
 
 
-def recorded(results: Path) -> dict[str, dict[str, Changed]]:
-    """What SOURCES recorded, from the folder benchmark/results of a checkout."""
+def recorded(results: Path = RESULTS) -> dict[str, dict[str, Changed]]:
+    """What SOURCES recorded, from a folder of runs."""
     return {
         name: read_changed(json.loads((results / run / "sameness.json").read_text()), server)
         for name, run, server in SOURCES
@@ -94,8 +97,9 @@ def recorded(results: Path) -> dict[str, dict[str, Changed]]:
 
 
 def main() -> None:
-    """Draw docs/demo.png of the checkout that is the current folder."""
-    plot_answers(recorded(Path("benchmark/results")), Path("docs/demo.png"), TITLE)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("docs/demo.png"), metavar="FILE")
+    plot_answers(recorded(), parser.parse_args().out, TITLE)
 
 
 if __name__ == "__main__":

@@ -34,17 +34,22 @@ class _Place(NamedTuple):
     widths: Sequence[Any]  # by group: the least and the most characters
 
 
-def stalls(expression: str) -> bool:
-    """Whether the expression may backtrack for too long. Raises re.error where it has no sense."""
-    return bound(expression).steps >= LIMIT
+def is_served(expression: str) -> bool:
+    """Whether it has a sense, cannot backtrack for too long, and breaks nothing in Python."""
+    try:
+        re.compile(expression)  # finds more than the parser, as a look-behind of any width
+        pattern = parser.parse(expression)
+        return bound(pattern).steps < LIMIT and not breaks(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
 
 
-def breaks(expression: str) -> bool:
+def breaks(pattern: parser.SubPattern) -> bool:
     """Whether Python may raise SystemError for a text that matches: it restores groups wrongly.
 
-    3.11 to 3.13 do. SGLang's scheduler ends then. Raises re.error where it has no sense.
+    3.11 to 3.13 do. SGLang's scheduler ends then.
     """
-    return _captures(parser.parse(expression), False)
+    return _captures(pattern, False)
 
 
 def _captures(pattern: Any, possessive: bool) -> bool:
@@ -66,9 +71,8 @@ def _parts(value: Any) -> Iterator[Any]:
             yield from _parts(each)
 
 
-def bound(expression: str) -> Cost:
-    """Of the whole expression. Raises re.error where it has no sense."""
-    pattern = parser.parse(expression)
+def bound(pattern: parser.SubPattern) -> Cost:
+    """Of the whole expression, as Python parsed it."""
     place = _Place(_folds(pattern.state.flags), None, pattern.state.groupwidths)
     return _of_all(pattern, place)
 

@@ -1,14 +1,15 @@
-"""A model as it was loaded: refused where nobody measures a method, where rows share a scale, where
-none was read, and where Marlin's are of another type than rows.
-"""
+"""A model as it was loaded: what in it is refused on either fast path, before it is measured."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
 from margingate.config import GateError
 from margingate.runtime.compat.compute import marlin, quantization, schemes
 from margingate.runtime.compat.compute.routers import experts
+from margingate.runtime.probe import rotary
 
 SHARED = "rounds the inputs of experts in {} to FP8 by one scale for all rows of a forward"
 BY_ROW = (
@@ -19,8 +20,14 @@ _OF_BLOCKS = "weight_scale_inv"
 _UNFILLED = torch.finfo(torch.float32).min  # what SGLang makes scales of blocks of
 
 
-def refuse(model: torch.nn.Module) -> None:
-    """Check a loaded model. Raises GateError naming what no plan makes right."""
+def refuse(runner: Any) -> None:
+    """Check the model of SGLang's ModelRunner. Raises GateError naming what no plan makes right."""
+    refuse_layers(runner.model)
+    rotary.refuse(runner)
+
+
+def refuse_layers(model: torch.nn.Module) -> None:
+    """Layers and experts by their method, and by the scales that were loaded. Raises GateError."""
     _refuse_unknown(model)
     _refuse_shared(model)
     _refuse_unread(model)

@@ -1,0 +1,62 @@
+"""Weights that come or go: what SGLang cannot read, load or send ends no scheduler.
+
+Of weights from another process SGLang says so itself, and answers "not done". All ranks meet behind
+each update, so that one that failed must get there too.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """In the place of tensors."""
+
+    why: str
+
+
+def deserialize(original: Any, worker: Any, sent: Any) -> Any:
+    """AROUND TpModelWorker.deserialize_own_rank: the tensors of one rank, or why there are none."""
+    try:
+        return original(worker, sent)
+    except Exception as error:
+        return Unreadable(_first_line(error))
+
+
+def load(
+    original: Any, updater: Any, named_tensors: Any, load_format: str | None = None
+) -> tuple[bool, str]:
+    """AROUND WeightUpdater.update_weights_from_tensor: whether they are in, and a sentence."""
+    if isinstance(named_tensors, Unreadable):
+        return False, (
+            f"The weights were not updated, because the tensors cannot be read "
+            f"({named_tensors.why}): send them as sglang.Engine does."
+        )
+    try:
+        done: tuple[bool, str] = original(updater, named_tensors, load_format)
+    except Exception as error:
+        logger.exception("margingate: SGLang failed to load tensors.")
+        return False, (
+            f"The weights may be replaced in part, because SGLang raised {_first_line(error)}: "
+            "send all of them again."
+        )
+    return done
+
+
+def meet(original: Any, component: Any, *args: Any, **kwargs: Any) -> tuple[bool, str]:
+    """AROUND what makes groups with other processes, and sends weights to them."""
+    try:
+        done: tuple[bool, str] = original(component, *args, **kwargs)
+    except Exception as error:
+        return False, f"Nothing was done, because SGLang raised {_first_line(error)}."
+    return done
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
