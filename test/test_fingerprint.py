@@ -289,9 +289,19 @@ def test_the_plan_names_shapes_and_row_classes(fingerprint, monkeypatch):
     two, one = [[1, 0], [2, 1], [64, 1]], [[1, 0], [64, 0]]
     route = [[16, True, 0]]
     found = [
-        {"name": "down", "plan": [[[2, 2], [64, 64]], False, route], "classes": two},
-        {"name": "norm", "plan": None, "classes": one},
-        {"name": "qkv", "plan": [[[1, 1], [64, 64]], False, route], "classes": one},
+        {
+            "name": "down",
+            "kind": "linear",
+            "plan": [[[2, 2], [64, 64]], False, route],
+            "classes": two,
+        },
+        {"name": "norm", "kind": "norm", "plan": None, "classes": one},
+        {
+            "name": "qkv",
+            "kind": "linear",
+            "plan": [[[1, 1], [64, 64]], False, route],
+            "classes": one,
+        },
     ]
     monkeypatch.setattr(fingerprint.startup, "records", lambda: found)
     verifier = SimpleNamespace(
@@ -303,6 +313,9 @@ def test_the_plan_names_shapes_and_row_classes(fingerprint, monkeypatch):
     assert together["prefill"] == {"together": True, "as_decoded": True}
     assert plan["kept"] == {"limit": 64, "down": [2, 64, False]}, "no routes: they keep the bits"
     assert fingerprint.plan(replace(CONFIG, fast_path="stock"), verifier, Prefill())["kept"] is None
+    assert plan["unpacked"] == [], "else their prefills have other bits"
+    found.append({**found[-1], "name": "qkv, unpacked", "kind": "unpacked linear"})
+    assert fingerprint.plan(CONFIG, verifier, Prefill())["unpacked"] == ["qkv, unpacked"]
     assert json.loads(json.dumps(plan)) == plan
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from test_marlin import host, packed, rows  # noqa: F401
+from triton.runtime.errors import OutOfResources
 
 from margingate.core.rowclass import RowPlan
-from margingate.runtime.probe import execute, forward_phase, unpacked
+from margingate.runtime.probe import execute, forward_phase, plans, unpacked
 from margingate.runtime.probe.observed_calls import ObservedCall
 from margingate.runtime.probe.operators import Norm, Packed
 
@@ -59,11 +61,42 @@ def test_a_layer_is_measured_twice_for_decode_and_for_prefill(form):
 
 
 @pytest.mark.usefixtures("unpacks")
-@pytest.mark.parametrize("broken", ["other", "no kernel", "reordered"])
+def test_kinds_that_only_marlin_tells_apart_all_have_the_plan():
+    """As where a checkpoint has groups of 32 inputs in some layers and of 64 in others."""
+    one, other = operators(count=1), operators("gptq", count=1)
+    found = unpacked.settle(torch.nn.Module(), one | other)
+    (prefilled,) = [same for same in found.values() if same[0].kind == unpacked.Unpacked.kind]
+    kinds = {
+        unpacked.kind_of(same[0].module) for name, same in (one | other).items() if "packed" in name
+    }
+    assert {each.module for each in prefilled} == kinds and len(kinds) == 2
+    plan = RowPlan([(2, 4)])
+    finding = SimpleNamespace(name=prefilled[0].name, plan=plan)
+    assert plans.plans(found, [finding]) == {id(kind): plan for kind in kinds}
+
+
+@pytest.mark.usefixtures("unpacks")
+def test_a_bias_and_replicas_of_a_layer(monkeypatch):
+    """The bias, which is added to rounded results, leaves the batch-invariant kernel in."""
+    monkeypatch.setattr(Packed, "is_replicated", True)
+    (same, _), (layer, _) = operators(count=1).values(), packed("awq")
+    layer.bias = torch.arange(64).bfloat16()
+    biased = replace(same[0], module=layer, call=replace(same[0].call, bias=True))
+    found = unpacked.settle(torch.nn.Module(), {biased.signature: [biased]})
+    (prefilled,) = [same[0] for same in found.values() if same[0].kind == unpacked.Unpacked.kind]
+    assert prefilled.is_replicated and prefilled.weight is prefilled.module.weight
+    x = rows(5)
+    assert torch.equal(prefilled.run(x), torch.nn.functional.linear(x, prefilled.weight))
+
+
+@pytest.mark.usefixtures("unpacks")
+@pytest.mark.parametrize("broken", ["other", "no kernel", "no room", "reordered"])
 def test_a_layer_that_cannot_be_unpacked_stays_with_marlin(monkeypatch, caplog, broken):
     def other(layer: Any) -> torch.Tensor:
         if broken == "no kernel":
             raise RuntimeError("no such kernel\nat all")
+        if broken == "no room":
+            raise OutOfResources(2, 1, "shared memory")
         found: torch.Tensor = layer.unpacked.bfloat16()
         found[63, 127] *= 1.0078125  # by the last bit
         return found
@@ -75,6 +108,7 @@ def test_a_layer_that_cannot_be_unpacked_stays_with_marlin(monkeypatch, caplog, 
     assert unpacked.settle(torch.nn.Module(), before) == before
     assert all(unpacked.kind_of(each.module) is None for each in next(iter(before.values())))
     reason = {"other": "not those that Marlin multiplies by", "no kernel": "no such kernel."}
+    reason["no room"] = "out of resource: shared memory"
     assert reason.get(broken, "reordered or one group") in caplog.text
 
 
@@ -84,9 +118,9 @@ def test_a_prefill_runs_unpacked_and_a_decode_step_by_marlin(monkeypatch):
     decoded, (prefilled,), _ = found.values()
     kind, layer = prefilled.module, decoded[1].module
     monkeypatch.setattr(execute, "_plans", {})
-    plans = {id(kind): RowPlan([(2, 4), (8, 8)]), id(layer): RowPlan([(1, 2)])}
-    execute.keep_to(plans, float("inf"))
-    execute.redirect(found, plans)
+    planned = {id(kind): RowPlan([(2, 4), (8, 8)]), id(layer): RowPlan([(1, 2)])}
+    execute.keep_to(planned, float("inf"))
+    execute.redirect(found, planned)
     weight, x, bias = layer.unpacked.bfloat16(), rows(11), torch.arange(64).bfloat16()
     marlin = layer.quant_method.apply(layer, x)
     seen: list[int] = []
@@ -100,7 +134,8 @@ def test_a_prefill_runs_unpacked_and_a_decode_step_by_marlin(monkeypatch):
     with prefill():
         assert torch.equal(layer.quant_method.apply(layer, x), product(x, weight))
         biased = layer.quant_method.apply(layer, x[:1], bias)
-    assert torch.equal(biased, product(x[:1], weight, bias)) and seen == [8, 3, 2]
+    assert torch.equal(biased, product(x[:1], weight) + bias), "rounded, and then the bias"
+    assert seen == [8, 3, 2]
     assert torch.equal(layer.quant_method.apply(layer, x), marlin) and len(seen) == 3
 
 

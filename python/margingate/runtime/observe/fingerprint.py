@@ -27,6 +27,7 @@ from margingate.runtime.compat.process.ranks import gathered
 from margingate.runtime.observe import weight_digest
 from margingate.runtime.probe import cache, startup
 from margingate.runtime.probe.check_prefill import Prefill
+from margingate.runtime.probe.unpacked import Unpacked
 from margingate.runtime.verify.verifier import Verifier
 
 logger = logging.getLogger(__name__)
@@ -263,6 +264,7 @@ def plan(config: GateConfig, verifier: Verifier, prefill: Prefill) -> dict[str, 
         "graph": min(graphs, default=None),  # rows of the graph that a verify pass replays
         "split": fixed_split.split_of(verifier.backend),
         "kept": kept if config.invariant else None,
+        "unpacked": [each["name"] for each in startup.records() if each["kind"] == Unpacked.kind],
     }
 
 

@@ -84,17 +84,19 @@ def apply_linear(original: Any, method: Any, layer: Any, x: torch.Tensor, bias: 
 def apply_unpacked(
     kind: unpacked.UnpackedLayers, layer: Any, x: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """A prefill's product with a layer's weights, unpacked for it."""
+    """A prefill's product with a layer's weights, unpacked for it; plus the bias, as by Marlin."""
     plan = _plan_for(kind, x.shape[0])
     weight = unpacked.unpacked(layer)
-    if plan is None:
-        return torch.nn.functional.linear(x, weight, bias)
-    return run_in_class(
-        plan,
-        x,
-        lambda piece: torch.nn.functional.linear(piece, weight, bias),
-        lambda piece: invariant_matmul(piece, weight=weight, bias=bias),
+
+    def product(piece: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(piece, weight)
+
+    found = (
+        product(x)
+        if plan is None
+        else run_in_class(plan, x, product, partial(invariant_matmul, weight=weight, bias=None))
     )
+    return found if bias is None else found.add_(bias)
 
 
 def compute_lm_head(

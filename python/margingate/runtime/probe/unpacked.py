@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from triton.errors import TritonError
 
 from margingate.runtime.compat.compute import marlin
 from margingate.runtime.compat.process import ranks
@@ -50,21 +51,27 @@ class UnpackedLayers:
 
 @dataclass(frozen=True)
 class Unpacked(Layer):
-    """Such a product, measured with the weights of one layer; its module is UnpackedLayers."""
+    """Such a product, measured with the weights of one layer; its module is UnpackedLayers.
 
-    packed: Packed | None = None
+    Without a bias: as with Marlin, that is added to results that are rounded already.
+    """
+
+    replicated: bool = False  # as the layers are
     kind: ClassVar[str] = "unpacked linear"
     is_planned: ClassVar[bool] = True
 
+    @property
+    def is_replicated(self) -> bool:
+        return self.replicated
+
     def run(self, inputs: torch.Tensor) -> torch.Tensor:
-        assert self.packed is not None
-        bias = self.call.bias_of(self.packed.module)
-        return torch.nn.functional.linear(self.call.laid_out(inputs), self.module.weight, bias)
+        result = torch.nn.functional.linear(self.call.laid_out(inputs), self.module.weight)
+        return result.reshape(len(inputs), -1)
 
     @property
     def weight(self) -> torch.Tensor | None:
         found: torch.Tensor = self.module.weight
-        return None if self.call.bias is True else found
+        return found
 
 
 _kinds: dict[int, UnpackedLayers] = {}  # by id of the layer
@@ -93,19 +100,27 @@ def settle(model: Any, operators: dict[str, list[Operator]]) -> dict[str, list[O
         first, layers = packed[0], [each.module for each in packed]
         kind = UnpackedLayers(layers[0])
         _kinds.update({id(layer): kind for layer in layers})
-        prefilled = Unpacked(f"{first.name}, unpacked", kind, first.call, packed=first)
+        prefilled = Unpacked(
+            f"{first.name}, unpacked",
+            kind,
+            replace(first.call, bias=False),
+            replicated=first.is_replicated,
+        )
         decoded = [replace(each, decodes_only=True) for each in packed]
         found[decoded[0].signature] = [*decoded]
-        found[prefilled.signature] = [prefilled]
+        # Layers that Marlin tells apart, as by the size of groups, may be one kind here.
+        found.setdefault(prefilled.signature, []).append(prefilled)
     if _kinds:
         forward_phase.watch(model)
     return found
 
 
 def release() -> None:
-    """Give back the memory that measuring took."""
+    """Give back the memory that measuring took: CUDA graphs cannot have what torch keeps."""
     for kind in _kinds.values():
         kind.release()
+    if _kinds:
+        torch.cuda.empty_cache()
 
 
 def _can_be(operator: Packed) -> bool:
@@ -131,7 +146,8 @@ def _why_not(operator: Packed) -> str:
         with torch.inference_mode():
             weight = unpacked(operator.module)
             agrees = _agrees(operator, weight)
-    except (RuntimeError, ValueError, TypeError) as error:  # out of memory, or no such kernel
+    # Out of memory, or no such kernel.
+    except (RuntimeError, TritonError, ValueError, TypeError) as error:
         return str(error).strip().partition("\n")[0]
     return "" if agrees else "unpacked weights are not those that Marlin multiplies by"
 
