@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from triton.runtime.errors import OutOfResources
 
 from margingate.config import GateError
 from margingate.core.rowclass import (
@@ -533,7 +534,10 @@ def test_a_kernel_that_does_not_join_is_compiled_for_all_it_may_be_asked_for(
     assert len(compiled) == 2
 
 
-@pytest.mark.parametrize("error", [RowDependenceError(3), RuntimeError("no nvcc")])
+@pytest.mark.parametrize(
+    "error",
+    [RowDependenceError(3), RuntimeError("no nvcc"), OutOfResources(1, 2, "shared memory")],
+)
 def test_a_kernel_that_cannot_be_used_is_not_taken(error: Exception, timed, monkeypatch):
     def unusable(*_args: Any) -> bool:
         raise error

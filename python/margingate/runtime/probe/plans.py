@@ -15,6 +15,7 @@ import torch
 from margingate.config import GateError
 from margingate.core.rowclass import NoPlanError, RowPlan, Times, choose, reach, timed_counts, top
 from margingate.runtime.compat.compute.batch_invariant_matmul import (
+    NOT_RUNNING,
     invariant_matmul,
     is_deep_gemm,
     kernel_counts,
@@ -204,8 +205,7 @@ def _plan(same: Sequence[Operator], classes: dict[int, int], *, to_the_top: bool
         if _may_join(first):  # what `probe_groups` had compiled ends at `reach`
             weight = own[0].like
             compile_ahead([_need(weight, classes, max(classes), each) for each in (True, False)])
-        # RuntimeError: it does not run here, as where DeepGEMM has nothing to compile with
-        with suppress(RowDependenceError, RuntimeError):
+        with suppress(RowDependenceError, *NOT_RUNNING):
             if _in_one_class(own[0], classes):
                 kernel = _microseconds(own, counts)
     return choose(classes, Times(_microseconds(same, counts), kernel, joins), to_the_top=to_the_top)
@@ -246,7 +246,7 @@ def _joins(operator: Operator, own: MadeUp, classes: dict[int, int]) -> list[int
         sample = torch.randn(count, own.width, device=own.device).to(own.like.dtype)
         return torch.equal(own.run(sample), operator.run(sample))
 
-    with suppress(RowDependenceError, RuntimeError):
+    with suppress(RowDependenceError, *NOT_RUNNING):
         shared = [count for count in within if count in of_top]
         tried = replace(own, function=either)
         if _in_one_class(tried, [*within, beyond]) and all(map(agrees, shared)):
@@ -308,7 +308,7 @@ def settle_kernels(
 def _running(name: str) -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, OSError) as error:
+    except (*NOT_RUNNING, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise GateError(
             f"--deterministic-gate planned to run {name} by SGLang's batch-invariant matmul, which "

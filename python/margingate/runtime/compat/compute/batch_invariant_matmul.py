@@ -7,7 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from triton.errors import TritonError
 
+# Where it does not run here: DeepGEMM has nothing to compile with, or a GPU has less shared memory
+# than Triton's tiles of float16 take.
+NOT_RUNNING = (RuntimeError, TritonError)
 _LEAST_OUTPUTS = 16  # of a weight that DeepGEMM takes
 _BLOCK = 16  # bytes: rows of both operands begin at a multiple of it
 
