@@ -355,6 +355,8 @@ def test_another_version_of_sglang_does_not_start(make, folder, monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.5.18")
     with pytest.raises(GateError, match=r"but SGLang is 0\.5\.18: pip install"):
         make(model_path=folder, device="cpu", deterministic_gate=True)
+    # Without the flag nothing is looked for that such a version may have elsewhere.
+    monkeypatch.setattr(settings, "view", lambda _args: pytest.fail("looks into SGLang"))
     assert make(model_path="dummy")
 
 

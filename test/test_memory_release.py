@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from fastapi import HTTPException
 from sglang.srt.constants import GPU_MEMORY_ALL_TYPES
 from sglang.srt.managers import io_struct
@@ -38,17 +39,17 @@ class World:
             memory_saver_adapter=adapter,
             offload_tags=set(),
             flush_cache=lambda: None,
-            tp_worker=SimpleNamespace(model_runner=SimpleNamespace(model=None, device="cuda")),
+            tp_worker=SimpleNamespace(model_runner=SimpleNamespace(model=None)),
             tp_cpu_group=None,
             _assert_weight_cache_inactive=lambda _op: None,
         )
-        self.scheduler.tp_worker = self.updater.tp_worker
         self.verified = 0
         monkeypatch.setattr(handlers, "_controller", self)
         monkeypatch.setattr(weight_updater, "_export_static_state", lambda _model: {"buffers": []})
         monkeypatch.setattr(weight_updater, "_import_static_state", lambda *_of: None)
         monkeypatch.setattr("torch.distributed.barrier", lambda *_group, **_more: None)
-        monkeypatch.setattr("torch.get_device_module", lambda: SimpleNamespace(synchronize=int))
+        self.gpu = SimpleNamespace(synchronize=int, is_available=lambda: True)
+        monkeypatch.setattr("torch.get_device_module", lambda: self.gpu)
         self.weights = SimpleNamespace(around=self._around)
 
     def verify_everything(self) -> None:
@@ -88,11 +89,13 @@ def test_while_requests_run_nothing_is_released(monkeypatch):
 
 
 def test_a_cpu_has_no_memory_to_release(monkeypatch):
-    """SGLang waits for its GPU at the end, and its scheduler ends."""
+    """SGLang waits for the GPU that torch was made for at the end, and its scheduler ends."""
     world = World(monkeypatch)
-    world.scheduler.tp_worker.model_runner.device = "cpu"
+    world.gpu.is_available = lambda: False
     said = "The memory was not released, because this server computes on a CPU: do without."
     assert world.release() == said and not world.updater.offload_tags
+    world.gpu = torch.cpu  # of a torch that was made for CPUs
+    assert world.release() == "" and world.resume() == ""
 
 
 @pytest.mark.parametrize(
@@ -105,6 +108,7 @@ def test_a_cpu_has_no_memory_to_release(monkeypatch):
             ("cache",),
             "cache was not released: give tags of kv_cache, weights.",
         ),
+        (("weights",), ("weights", "weights"), "tags has weights twice: give it once."),
     ],
 )
 def test_what_was_not_released_is_not_resumed(monkeypatch, released, tags, said):
@@ -116,14 +120,21 @@ def test_what_was_not_released_is_not_resumed(monkeypatch, released, tags, said)
     assert sorted(world.paused) == sorted(released)
 
 
-def test_what_is_away_or_unknown_is_not_released(monkeypatch):
+def test_what_is_away_stays_away(monkeypatch):
+    """Some trainers release twice. torch_memory_saver ends a process that pauses what is paused."""
     world = World(monkeypatch)
-    world.release("weights")
-    said = "The memory was not released, because "
-    assert world.release() == f"{said}weights was released before: resume it first."
-    known = "give tags of kv_cache, weights, cuda_graph."
-    assert world.release("kv_cach") == f"{said}tags has 'kv_cach': {known}"
+    assert world.release("weights") == world.release("weights") == ""
     assert world.paused == ["weights"]
+    assert world.release() == "" and world.paused == ["weights", "kv_cache", "cuda_graph"]
+    assert world.release() == "" and len(world.paused) == 3
+    assert world.resume() == "" and not world.paused
+
+
+def test_what_is_unknown_is_not_released(monkeypatch):
+    world = World(monkeypatch)
+    known = "give tags of kv_cache, weights, cuda_graph."
+    said = f"The memory was not released, because tags has 'kv_cach': {known}"
+    assert world.release("kv_cach") == said and not world.paused
 
 
 def test_the_sentence_comes_to_who_asked():

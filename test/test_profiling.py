@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from sglang.srt.managers.io_struct import ProfileReq, ProfileReqType
 from sglang.srt.managers.scheduler_components import profiler_manager
+from sglang.srt.utils import profile_utils
 
 from margingate.runtime.schedule import profiling
 
@@ -80,3 +81,19 @@ def test_stages_without_a_number_of_steps(manager, tmp_path):
     for _ in range(3):
         manager._profile_batch_predicate(SimpleNamespace(forward_mode=mode, batch_size=lambda: 1))
     assert list(tmp_path.iterdir())
+
+
+def test_sglangs_other_profiler(manager, monkeypatch, tmp_path):
+    """SGLANG_PROFILE_V2: it asserts what it does not know, and cannot be stopped by hand."""
+    monkeypatch.setattr(profiler_manager, "ProfileManager", Other)
+    monkeypatch.setenv("SGLANG_PROFILE_V2", "1")
+    other = Manager(get_forward_ct=lambda: 5)
+    for found in (start(other, tmp_path, "CPU"), stop(other)):
+        assert not found.success and found.message.startswith("The profile was given up")
+    assert start(other, tmp_path, "CPU", profile_by_stage=True, num_steps=1).success
+
+
+class Other(profile_utils.ProfileManager):
+    def __init__(self, cpu_group: Any) -> None:
+        self.cpu_group, self.profiler = cpu_group, None
+        self.stage_based_trigger: Any = SimpleNamespace(configure=lambda **_of: None)

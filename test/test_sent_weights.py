@@ -31,9 +31,16 @@ class Model(torch.nn.Linear):
             parameters[name].data.copy_(tensor)
 
 
-def update(monkeypatch, model: Model, *payloads: Any, **more: Any) -> tuple[Any, int]:
-    """By SGLang's own functions, with the hooks around two of them; and how often ranks met."""
+def update(
+    monkeypatch, model: Model, *payloads: Any, others: Any = (), **more: Any
+) -> tuple[Any, int]:
+    """By SGLang's own functions, with the hooks around two of them; and how often ranks met.
+
+    Args:
+        others: what other ranks have found, each as the hook says it of its own.
+    """
     met: list[Any] = []
+    monkeypatch.setattr(sent_weights.ranks, "of_all", lambda found: [found, *others])
     monkeypatch.setattr("torch.distributed.barrier", lambda **_of: met.append(1))
     for module in (tp_worker, of_runner):
         monkeypatch.setattr(module, "get_parallel", lambda: SimpleNamespace(tp_rank=0))
@@ -76,6 +83,17 @@ def test_tensors_that_sglang_loads_are_loaded(monkeypatch):
     model, new = Model(2, 3, bias=False), torch.ones(3, 2)
     answer, met = update(monkeypatch, model, payload(weight=new))
     assert answer.success and met == 1 and torch.equal(model.weight, new)
+
+
+def test_what_one_rank_of_several_cannot_load_is_not_done(monkeypatch):
+    """Rank 0 alone answers: with two ranks and tensors for one it said that they are in."""
+    model, said = Model(2, 3, bias=False), "The weights were not updated, because of a reason."
+    for others, done in (([(True, "Success")], True), ([(False, said)], False)):
+        answer, _ = update(monkeypatch, model, payload(weight=torch.ones(3, 2)), others=others)
+        assert answer.success is done
+    assert answer.message == f"Not all ranks have the new weights. On rank 1: {said}"
+    answer, _ = update(monkeypatch, model, b"nothing", others=[(False, said)])
+    assert answer.message.startswith(SENT), "all ranks say the like"
 
 
 def test_what_is_no_tensor_changes_nothing(monkeypatch):

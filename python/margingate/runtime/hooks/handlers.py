@@ -199,7 +199,7 @@ def release_memory(original: Any, manager: Any, received: Any) -> Any:
     gate = _gate()
     gate.verify_everything()
     refused = memory.refusal(gate.scheduler, received)
-    return original(manager, received) if refused is None else refused
+    return memory.release(original, manager, received) if refused is None else refused
 
 
 def record_experts(original: Any, scheduler: Any, received: Any) -> Any:

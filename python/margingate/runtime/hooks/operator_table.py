@@ -102,7 +102,7 @@ OPERATOR_HOOKS = (
         AROUND,
         handlers.release_memory,
         "self recv_req",
-        "a scheduler whose requests are not finished, or whose memory is away, refuses and goes on",
+        "a scheduler whose requests are not finished refuses and goes on; what is away stays so",
         _ENDS,
     ),
 )

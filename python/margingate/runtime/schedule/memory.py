@@ -5,12 +5,15 @@ It asserts that nothing runs, and looks for tags that are not there.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import msgspec
+import torch
 from sglang.srt.constants import GPU_MEMORY_ALL_TYPES
 from sglang.srt.managers.io_struct import (
     ReleaseMemoryOccupationReqInput,
+    ReleaseMemoryOccupationReqOutput,
     ResumeMemoryOccupationReqInput,
 )
 
@@ -25,17 +28,24 @@ def refusal(scheduler: Any, received: Any) -> NotReleased | NotResumed | None:
         if because:
             return NotResumed(message=f"The memory was not resumed, because {because}")
     if isinstance(received, ReleaseMemoryOccupationReqInput):
-        because = _on_a_cpu(scheduler.tp_worker.model_runner) or not_there(
-            _tags(received), scheduler.weight_updater.offload_tags
-        )
-        if because := because or _unfinished(scheduler):
+        because = _on_a_cpu() or _unknown(_tags(received)) or _unfinished(scheduler)
+        if because:
             return NotReleased(message=f"The memory was not released, because {because}")
     return None
 
 
-def _on_a_cpu(runner: Any) -> str:
-    """There SGLang has none to release, and waits for a GPU that is not there."""
-    return "this server computes on a CPU: do without." if runner.device == "cpu" else ""
+def release(original: Callable[..., Any], manager: Any, received: Any) -> Any:
+    """SGLang's release of what is not away yet: its memory saver ends a process over what is."""
+    tags = [tag for tag in _tags(received) if tag not in manager.offload_tags]
+    if not tags:
+        return ReleaseMemoryOccupationReqOutput()
+    return original(manager, msgspec.structs.replace(received, tags=tags))
+
+
+def _on_a_cpu() -> str:
+    """There SGLang has none to release, and waits for the GPU that torch was made for."""
+    there = torch.get_device_module().is_available()
+    return "" if there else "this server computes on a CPU: do without."
 
 
 def _unfinished(scheduler: Any) -> str:
@@ -46,6 +56,9 @@ def _unfinished(scheduler: Any) -> str:
 
 def not_away(tags: Sequence[str], away: Collection[str]) -> str:
     """Why these cannot be resumed, or an empty text."""
+    twice = next((tag for tag in tags if tags.count(tag) > 1), None)
+    if twice is not None:
+        return f"tags has {twice} twice: give it once."
     name = next((tag for tag in tags if tag not in away), None)
     if name is None:
         return ""
@@ -54,13 +67,10 @@ def not_away(tags: Sequence[str], away: Collection[str]) -> str:
     return f"{name} was not released: give tags of {', '.join(sorted(away))}."
 
 
-def not_there(tags: Sequence[str], away: Collection[str]) -> str:
-    """Why these cannot be released, or an empty text."""
+def _unknown(tags: Sequence[str]) -> str:
     for tag in tags:
         if tag not in GPU_MEMORY_ALL_TYPES:
             return f"tags has {tag!r}: give tags of {', '.join(GPU_MEMORY_ALL_TYPES)}."
-        if tag in away:
-            return f"{tag} was released before: resume it first."
     return ""
 
 

@@ -39,7 +39,9 @@ class Admission:
         return self._add_alone(original, adder, req, has_chunked_req, align)
 
     def _may_not_meet(self, reqs: list[Any]) -> bool:
-        """Whether these prompts, of which each may be served, may not share a prefill forward."""
+        """Whether the last of these prompts, of which each may be served and the others share a
+        prefill forward, may not share it.
+        """
         if _embeddings_meet_tokens(reqs) or _items_meet_others(reqs):
             return True
         if not self._together or not any(map(is_gated, reqs)):
@@ -119,7 +121,7 @@ def _embeddings_meet_tokens(reqs: list[Any]) -> bool:
 
     SGLang gives such a forward the embeddings of the first alone, and its scheduler ends.
     """
-    return len({each.input_embeds is None for each in reqs}) > 1
+    return (reqs[0].input_embeds is None) != (reqs[-1].input_embeds is None)
 
 
 def _items_meet_others(reqs: list[Any]) -> bool:
@@ -127,7 +129,8 @@ def _items_meet_others(reqs: list[Any]) -> bool:
 
     SGLang asserts that a forward of scores has none of the others, and its scheduler ends.
     """
-    return len({each.multi_item_delimiter_indices is None for each in reqs}) > 1
+    first, last = (each.multi_item_delimiter_indices for each in (reqs[0], reqs[-1]))
+    return (first is None) != (last is None)
 
 
 def _some_are_replaced(reqs: list[Any]) -> bool:

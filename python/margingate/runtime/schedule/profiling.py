@@ -19,7 +19,7 @@ def ask(original: Any, manager: Any, received: Any) -> Any:
     if starts and received.profile_by_stage and not received.num_steps:
         message = "profile_by_stage is true, but num_steps is not set: give a number of steps."
         return NotProfiled(success=False, message=message)
-    return original(manager, received)
+    return contain(original, manager, received)
 
 
 def contain(original: Any, manager: Any, *args: Any, **kwargs: Any) -> Any:
@@ -36,6 +36,8 @@ def contain(original: Any, manager: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _give_up(manager: Any) -> None:
     """Nothing is in progress afterwards."""
+    if not hasattr(manager, "torch_profiler"):  # by SGLANG_PROFILE_V2, nothing was
+        return
     if (profiler := manager.torch_profiler) is not None:
         with suppress(Exception):  # it may have been stopped
             profiler.stop()

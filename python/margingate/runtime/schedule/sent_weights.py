@@ -1,7 +1,8 @@
 """Weights that come or go: what SGLang cannot read, load or send ends no scheduler.
 
 Of weights from another process SGLang says so itself, and answers "not done". All ranks meet behind
-each update, so that one that failed must get there too.
+each update, so that one that failed must get there too; and since the first alone answers, each
+hears of the others.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from typing import Any
+
+from margingate.runtime.compat.process import ranks
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +34,22 @@ def deserialize(original: Any, worker: Any, sent: Any) -> Any:
 def load(
     original: Any, updater: Any, named_tensors: Any, load_format: str | None = None
 ) -> tuple[bool, str]:
-    """AROUND WeightUpdater.update_weights_from_tensor: whether they are in, and a sentence."""
+    """AROUND WeightUpdater.update_weights_from_tensor: whether they are in, and a sentence.
+
+    A collective where there are several ranks.
+    """
+    own = _load(original, updater, named_tensors, load_format)
+    of_ranks = ranks.of_all(own)
+    failed = [rank for rank, (done, _) in enumerate(of_ranks) if not done]
+    if not failed or len(failed) == len(of_ranks):
+        return own
+    rank = failed[0]
+    return False, f"Not all ranks have the new weights. On rank {rank}: {of_ranks[rank][1]}"
+
+
+def _load(
+    original: Any, updater: Any, named_tensors: Any, load_format: str | None
+) -> tuple[bool, str]:
     if isinstance(named_tensors, Unreadable):
         return False, (
             f"The weights were not updated, because the tensors cannot be read "

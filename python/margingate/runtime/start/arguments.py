@@ -155,8 +155,11 @@ def _prepare(server_args: Any, config: GateConfig) -> GateConfig:
 
 
 def _refuse_copy(server_args: Any) -> None:
-    """Raises GateError for arguments without the gate's settings that ask for its tree."""
-    if settings.view(server_args).radix_cache_backend == RADIX_BACKEND:
+    """Raises GateError for arguments without the gate's settings that ask for its tree.
+
+    As they were given: a server without the gate may be one of any release of SGLang.
+    """
+    if getattr(server_args, "radix_cache_backend", None) == RADIX_BACKEND:
         raise GateError(
             f"radix_cache_backend is {RADIX_BACKEND}, but these arguments carry no settings of the "
             "gate, as a copy by copy.copy or msgspec.structs.replace leaves them out: use "
