@@ -151,37 +151,6 @@ def test_the_lists_of_a_prompts_tokens_do_not_depend_on_others(ranking):
     assert prefill[1][0] == alone[1][0]
 
 
-def of_a_forward_of_scores(logits, ks, ids) -> LogprobResult:
-    """What SGLang reports of one in which nobody goes on, as the ledger hooks it."""
-    processor, [hook] = (
-        OutputLogprobProcessor(),
-        [
-            each
-            for each in scheduler_table.RUNTIME_HOOKS
-            if each.target.endswith("compute_logprobs_only")
-        ],
-    )
-    original = OutputLogprobProcessor.compute_logprobs_only
-    return hook.function(original, processor, logits, ks, ids, lambda given: given)
-
-
-@pytest.mark.parametrize("vocabulary", [997, 1000])
-def test_the_token_behind_a_scored_prompt_is_that_beside_requests_that_go_on(ranking, vocabulary):
-    """Down to tokens that a grammar forbids, which have no infinite log-prob."""
-    logits = scores(3, 4, vocabulary)
-    ks, ids = [5, 0, 10, 0], [[3, 260], None, [], [5]]
-    mixed = of_the_fast_path(logits.clone(), [1.0, 0.7, 1.0, 1.0], ks, ids)
-    alone = of_a_forward_of_scores(logits.clone(), ks, ids)
-    assert alone.token_logprobs is None
-    for i in (0, 2, 3):
-        assert torch.equal(alone.token_ids_logprobs_val[i], mixed.token_ids_logprobs_val[i])
-        assert torch.equal(alone.top_logprobs_val[i], mixed.top_logprobs_val[i])
-        assert torch.equal(alone.top_logprobs_idx[i], mixed.top_logprobs_idx[i])
-    assert alone.token_ids_logprobs_val[0][0] == torch.finfo(torch.float32).min
-    assert of_a_forward_of_scores(logits, [0, 0], [None, None]) is None
-    assert of_a_forward_of_scores(None, ks, ids) is None
-
-
 class Head:
     """What SGLang's processor asks for logits, by the rows' numbers."""
 

@@ -100,7 +100,7 @@ def test_of_each_request_of_a_batch_the_settled_tokens_leave_and_no_others():
 
 
 def test_a_score_has_no_log_prob_of_a_token_that_nobody_gets():
-    """SGLang says one where the prompt shared a forward with a request that goes on."""
+    """A forward of gated scores samples."""
     streamer = Streamer()
     for most, kept in ((0, []), (4, [-0.5])):
         lists = {"output_token_logprobs_val": [-0.5], "output_token_logprobs_idx": [5]}

@@ -121,15 +121,6 @@ RUNTIME_HOOKS = (
         handlers.logprobs_failed,
     ),
     Hook(
-        "layers.logprob_processor.OutputLogprobProcessor.compute_logprobs_only",
-        AROUND,
-        logprobs.of_scores,
-        "self next_token_logits top_logprobs_nums token_ids_logprobs preprocess_fn",
-        "the token behind a scored prompt has the log-probs that it has beside requests that go on",
-        "SGLang computes them in one way",
-        Policy.FORWARD,
-    ),
-    Hook(
         "layers.logprob_processor.InputLogprobProcessor.forward",
         AROUND,
         logprobs.of_a_prompt,

@@ -123,37 +123,6 @@ def of_a_prompt(  # noqa: PLR0917
     return result, sampled[:, : processor.vocab_size].contiguous()
 
 
-def of_scores(  # noqa: PLR0917
-    original: Any,
-    of_answers: Any,
-    next_token_logits: torch.Tensor | None,
-    top_logprobs_nums: Any,
-    token_ids_logprobs: Any,
-    preprocess_fn: Any,
-) -> Any:
-    """AROUND OutputLogprobProcessor.compute_logprobs_only: log-probs of the token behind prompts of
-    a forward in which nobody goes on, in the way of one in which somebody does.
-
-    SGLang leaves out there that all are finite, and where a row begins is left to chance.
-
-    Args:
-        of_answers: SGLang's OutputLogprobProcessor.
-
-    Returns:
-        SGLang's LogprobResult without log-probs of chosen tokens; None where nobody wants any.
-    """
-    asked = (next_token_logits, top_logprobs_nums, token_ids_logprobs)
-    if next_token_logits is None:
-        return original(of_answers, *asked, preprocess_fn)
-    if not any(top_logprobs_nums) and all(ids is None for ids in token_ids_logprobs):
-        return None
-    found = of_logits(preprocess_fn(next_token_logits))
-    nobodys = torch.zeros(len(found), dtype=torch.int64, device=found.device)
-    said = of_answers.compute_logprobs(found, *asked[1:], nobodys)
-    said.token_logprobs = None
-    return said
-
-
 def as_log_softmax(model: Any) -> None:
     """A prompt's log-probs are the log-softmax of its logits, as those of an answer are.
 

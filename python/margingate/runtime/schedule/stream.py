@@ -173,8 +173,8 @@ class SettledStream:
 
 
 def _drop_chosen(req: Any) -> None:
-    """Of a request for which no token is generated: the log-prob of one that nobody gets, which
-    SGLang says where its prompt shared a forward with one that goes on.
+    """Of a request for which no token is generated: the log-prob of one that nobody gets. SGLang
+    has none of it alone.
     """
     req.logprob.output_token_logprobs_val, req.logprob.output_token_logprobs_idx = [], []
 
