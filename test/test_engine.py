@@ -34,10 +34,10 @@ if __name__ == "__main__":
 """
 
 
-def test_the_engine_alone_and_in_a_batch(model):
-    """On the stock path, so that the gate has work; the example ends with 1 if answers differ."""
+def run(script: Path, *args: str | Path) -> str:
+    """What a program prints that ends with 0."""
     done = subprocess.run(
-        [sys.executable, EXAMPLE, "--model-path", model, "--fast-path", "stock"],
+        [sys.executable, script, *args],
         check=False,
         capture_output=True,
         text=True,
@@ -45,30 +45,28 @@ def test_the_engine_alone_and_in_a_batch(model):
         env={**os.environ, **CPU_ENV},
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    lines = done.stdout.splitlines()
+    return done.stdout
+
+
+def test_the_engine_alone_and_in_a_batch(model):
+    """On the stock path, so that the gate has work; the example ends with 1 if answers differ."""
+    printed = run(EXAMPLE, "--model-path", model, "--fast-path", "stock")
+    lines = printed.splitlines()
     assert len([line for line in lines if line.startswith("same ")]) == 5
-    counts = dict(re.findall(r"^(\w+): (\d+)$", done.stdout, re.MULTILINE))
+    counts = dict(re.findall(r"^(\w+): (\d+)$", printed, re.MULTILINE))
     assert int(counts["steps"]) > 100
     assert int(counts["flagged"]) > 0 and int(counts["verified"]) > 0
-    assert re.search(r"^fingerprints: [0-9a-f]{16}$", done.stdout, re.MULTILINE)
+    assert re.search(r"^fingerprints: [0-9a-f]{16}$", printed, re.MULTILINE)
     seeds = [choice_seed(7, i) for i in range(3)]
     assert f"choices: {' '.join(f'same with seed {seed};' for seed in seeds)}" in lines
     said = "opted out: {'gated': False, 'because': 'deterministic is false', 'prompt'"
-    assert said in done.stdout
+    assert said in printed
 
 
 def test_an_engine_without_the_gate_behind_one_that_was_refused(tmp_path: Path):
     """Its first answer raised GateError, and 129 choices were too many for it."""
     script = tmp_path / "behind.py"
     script.write_text(BEHIND)
-    done = subprocess.run(
-        [sys.executable, script, tiny_model("qwen3", tmp_path / "model")],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, **CPU_ENV},
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert "refused: --deterministic-gate does not work with --enable-lora" in done.stdout
-    assert "answers: 129" in done.stdout
+    printed = run(script, tiny_model("qwen3", tmp_path / "model"))
+    assert "refused: --deterministic-gate does not work with --enable-lora" in printed
+    assert "answers: 129" in printed

@@ -7,3 +7,8 @@ class CliError(Exception):
 
 class GateError(ValueError):
     """A setting the gate cannot serve; the text is one sentence with the way out."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, as far as it fits a sentence of ours."""
+    return str(error).strip().partition("\n")[0]

@@ -26,9 +26,7 @@ class MarlinWeights(NamedTuple):
 
     packed: torch.Tensor  # int32 [inputs / 16, outputs * bits / 2]
     scales: torch.Tensor  # bfloat16 or float16 [groups, outputs], at least two groups
-    zeros: (
-        torch.Tensor | None
-    )  # int32 [groups, outputs * bits / 32]; None: in the middle, 2^(bits-1)
+    zeros: torch.Tensor | None  # int32 [groups, outputs * bits / 32]; None: in the middle
     bits: int  # 4 or 8
 
 

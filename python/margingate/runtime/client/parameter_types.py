@@ -173,7 +173,7 @@ def positions_error(obj: Any) -> str:
     )
 
 
-def delimiters(obj: Any, input_ids: Sized | None) -> str:
+def delimiters_error(obj: Any, input_ids: Sized | None) -> str:
     """The sentence for places of delimiters that a prompt has not, gated or not, or an empty one.
 
     With --enable-mis SGLang reads rows there, and its scheduler ends where there are none.
@@ -259,7 +259,7 @@ def validate_one_request(manager: Any, obj: Any, input_ids: Sized | None) -> Non
         or refusal(params)
         or single_type_error(obj)
         or positions_error(obj)
-        or delimiters(obj, input_ids)
+        or delimiters_error(obj, input_ids)
         or out_of_range(getattr(obj, "top_logprobs_num", None), manager.model_config.vocab_size)
         or request_table.unseen(obj)
         or named_media(obj)

@@ -18,6 +18,7 @@ import torch
 
 from margingate.config import GateError
 from margingate.core.rowclass import RowPlan, spans
+from margingate.errors import first_line
 from margingate.runtime.compat.arguments.environment import choice
 from margingate.runtime.probe.classes import (
     Finding,
@@ -146,7 +147,7 @@ def _classes(first: FusedMlp) -> dict[int, int]:
             logger.info("margingate: a row of DualGemm depends on the other %d.", error.rows - 1)
             return {count: min(count - 1, 1) for count in counts}
         except RuntimeError as error:
-            logger.info("margingate: DualGemm does not run: %s", str(error).partition("\n")[0])
+            logger.info("margingate: DualGemm does not run: %s", first_line(error))
             return {count: int(count > most) for count in counts}
         for count in [count for count in counts[:-1] if found[count] == found[most + 1]]:
             sample = torch.randn(count, width, device=weight.device).to(weight.dtype)

@@ -14,6 +14,7 @@ import torch
 
 from margingate.config import GateError
 from margingate.core.rowclass import NoPlanError, RowPlan, Times, choose, reach, timed_counts, top
+from margingate.errors import first_line
 from margingate.runtime.compat.compute.batch_invariant_matmul import (
     NOT_RUNNING,
     invariant_matmul,
@@ -309,10 +310,10 @@ def _running(name: str) -> Iterator[None]:
     try:
         yield
     except (*NOT_RUNNING, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise GateError(
             f"--deterministic-gate planned to run {name} by SGLang's batch-invariant matmul, which "
-            f"does not run here ({reason}): start once with --gate-probe fresh to plan without it."
+            f"does not run here ({first_line(error)}): start once with --gate-probe fresh to plan "
+            "without it."
         ) from error
 
 

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from triton.errors import TritonError
 
+from margingate.errors import first_line
 from margingate.runtime.compat.compute import marlin
 from margingate.runtime.compat.process import ranks
 from margingate.runtime.probe import forward_phase
@@ -148,7 +149,7 @@ def _why_not(operator: Packed) -> str:
             agrees = _agrees(operator, weight)
     # Out of memory, or no such kernel.
     except (RuntimeError, TritonError, ValueError, TypeError) as error:
-        return str(error).strip().partition("\n")[0]
+        return first_line(error)
     return "" if agrees else "unpacked weights are not those that Marlin multiplies by"
 
 

@@ -11,6 +11,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+from margingate.errors import first_line
 from margingate.runtime.compat.process import ranks
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ def deserialize(original: Any, worker: Any, sent: Any) -> Any:
     try:
         return original(worker, sent)
     except Exception as error:
-        return Unreadable(_first_line(error))
+        return Unreadable(_named(error))
 
 
 def load(
@@ -60,7 +61,7 @@ def _load(
     except Exception as error:
         logger.exception("margingate: SGLang failed to load tensors.")
         return False, (
-            f"The weights may be replaced in part, because SGLang raised {_first_line(error)}: "
+            f"The weights may be replaced in part, because SGLang raised {_named(error)}: "
             "send all of them again."
         )
     return done
@@ -71,10 +72,9 @@ def meet(original: Any, component: Any, *args: Any, **kwargs: Any) -> tuple[bool
     try:
         done: tuple[bool, str] = original(component, *args, **kwargs)
     except Exception as error:
-        return False, f"Nothing was done, because SGLang raised {_first_line(error)}."
+        return False, f"Nothing was done, because SGLang raised {_named(error)}."
     return done
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
