@@ -111,7 +111,7 @@ class World:
 
     def _keys(self) -> int:
         assert self.rules.window is not None
-        return listed_keys(self.rules.window, self.size)
+        return listed_keys(self.rules.window, self.size, self.device)
 
     def decode(
         self,

@@ -21,6 +21,7 @@ import torch
 from triton.experimental.gluon import GluonJITFunction
 
 from margingate_kernels import (
+    Rules,
     attention,
     attention_gluon,
     attention_prefill,
@@ -31,6 +32,7 @@ from margingate_kernels.attention_prefill import Chunks, Columns
 
 PATIENCE_S = 10
 TYPES = {"fp32": np.float32, "int32": np.int32, "int64": np.int64, "fp16": np.float16}
+TYPES["uint32"] = np.uint32
 changed = threading.Condition()  # of all barriers
 thread = threading.local()  # its products in flight
 
@@ -199,7 +201,8 @@ def nothing(*_: Any, **__: Any) -> None:
 
 program: dict[str, list[int]] = {}  # of the grid: its place, and how many there are
 language = SimpleNamespace(
-    **{"float32": "fp32", "int32": "int32", "int64": "int64", "static_range": range},
+    **{"float32": "fp32", "int32": "int32", "int64": "int64", "uint32": "uint32"},
+    static_range=range,
     **dict.fromkeys(("SliceLayout", "DotOperandLayout", "NVMMADistributedLayout"), nothing),
     **{"barrier": nothing, "num_warps": lambda: 4, "load": load, "store": store},
     NVMMASharedLayout=SimpleNamespace(get_default_for=nothing),
@@ -267,17 +270,25 @@ def hold(self: Any, tiles: Any, full: Any, free: Any) -> None:
 
 
 def launch(
-    stages: int, q: torch.Tensor, columns: Columns, chunks: Chunks, scale: float, out: Any
+    stages: int,
+    q: torch.Tensor,
+    columns: Columns,
+    chunks: Chunks,
+    scale: float,
+    out: Any,
+    rules: Rules,
 ) -> None:
     """As `attention_prefill._launch_gluon`: one program after the other."""
     grid, constants = attention_prefill.gluon_launch(q, columns, chunks, out, stages)
     program["of"] = list(grid)
     tensors = [Pointer(each.view(-1).numpy()) for each in (q, out, *columns[:2])]
     table, *lengths = (Pointer(each.view(-1).numpy()) for each in chunks[:4])
+    sinks = None if rules.sinks is None else Pointer(rules.sinks.numpy())
     lines = rewired()
     for at in itertools.product(*map(range, grid)):
         program["at"] = list(at)
         lines["extend"](
             *(*tensors, Descriptor(columns.k), Descriptor(columns.v), table),
-            *(chunks.page_table.stride(0), *lengths, scale * attention.LOG2_E, *constants),
+            *(chunks.page_table.stride(0), *lengths, sinks, scale * attention.LOG2_E),
+            *(*constants, rules.window),
         )

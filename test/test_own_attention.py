@@ -442,7 +442,7 @@ def test_decode_reads_sglangs_list_of_the_pool_of_windows(kernels: Kernels, monk
     """Which is made as long as the kernels read."""
     backend, runner, _ = make_two_pools(monkeypatch)
     own = OwnAttention(backend, runner)
-    assert backend.sliding_window_size == listed_keys(20, SIZE) == 84
+    assert backend.sliding_window_size == listed_keys(20, SIZE, "cpu") == 84
     plans: list[Any] = []
     monkeypatch.setattr(invariant_attention, "plan_decode", lambda *given: plans.append(given))
     q = torch.zeros(2, HEADS, SIZE)

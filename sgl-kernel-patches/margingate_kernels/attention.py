@@ -31,7 +31,7 @@ from margingate_kernels.attention_checks import (
 )
 from margingate_kernels.overlap import launch_options
 
-ARITHMETIC = 3  # counts changes of a row's bits from version to version
+ARITHMETIC = 4  # counts changes of a row's bits from version to version
 PROGRAMS_PER_SM = 16  # of decode, more than fit at once, so that none waits for long
 LOG2_E = 1.4426950408889634
 
@@ -70,8 +70,12 @@ def has_wide_tiles(device: torch.device, head_size: int, rules: Rules) -> bool:
 
     Its sums are rescaled half as often. Elsewhere shared memory does not hold enough of them.
     """
-    plain = rules.window is None and rules.sinks is None and not rules.cap
-    return plain and head_size <= 128 and _has_warpgroups(device)
+    return not rules.cap and head_size <= 128 and _has_warpgroups(device)
+
+
+def widest_blocks(device: torch.device, head_size: int) -> Blocks:
+    """Those of layers without a cap, whose tiles are not narrower than others'."""
+    return blocks_for(head_size, has_wide_tiles(device, head_size, PLAIN))
 
 
 @functools.cache
@@ -123,7 +127,7 @@ def segments_of(tokens: int, head_size: int, window: int | None = None) -> int:
     return every if window is None else min(every, -(-window // segment) + 1)
 
 
-def listed_keys(window: int, head_size: int) -> int:
+def listed_keys(window: int, head_size: int, device: torch.device | str) -> int:
     """Keys of a row, its own the last, whose slots both kernels may read with this window.
 
     They read whole tiles, so it is more than the row sees; those before a sequence's first do not
@@ -132,8 +136,9 @@ def listed_keys(window: int, head_size: int) -> int:
     Args:
         window: as `Rules` has it.
         head_size: 64, 128 or 256; not checked here.
+        device: that of the queries.
     """
-    return window + blocks_for(head_size).keys
+    return window + widest_blocks(torch.device(device), head_size).keys
 
 
 def decode_workspace(
@@ -162,7 +167,10 @@ def decode_workspace(
         torch.zeros((segments, heads, 2), dtype=torch.float32, device=device),
         torch.zeros((segments, heads, head_size), dtype=torch.float32, device=device),
     )
-    return DecodeWorkspace(buffers, sms * PROGRAMS_PER_SM, blocks_for(head_size))
+    # Of a layer whose tiles are narrower a window's plan begins in front of its first tile, with
+    # keys that no row sees.
+    blocks = widest_blocks(torch.device(device), head_size)
+    return DecodeWorkspace(buffers, sms * PROGRAMS_PER_SM, blocks)
 
 
 def with_window(workspace: DecodeWorkspace, window: int) -> DecodeWorkspace:

@@ -6,13 +6,14 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from margingate_kernels import attention_triton
-from margingate_kernels.gluon_rings import TILE, Ring
+from margingate_kernels.gluon_rings import TILE, Ring, first_tile
 
 WARPS = gl.constexpr(4)  # of a part of a program
 ROWS = gl.constexpr(64)  # that they attend
 NEG_INF = gl.constexpr(attention_triton.NEG_INF.value)
 _GRID = gl.constexpr(attention_triton._GRID.value)
 _GRID_BITS = gl.constexpr(attention_triton._GRID_BITS.value)
+_LOG2_E = gl.constexpr(attention_triton._LOG2_E.value)
 
 power_of_two = gluon.jit(attention_triton.power_of_two.fn)
 
@@ -26,6 +27,7 @@ def weigh(  # noqa: PLR0917
     first: gl.tensor,  # key
     scale: gl.tensor,
     layout: gl.constexpr,
+    WINDOW: gl.constexpr,  # noqa: N803
     MASKED: gl.constexpr,  # noqa: N803
 ) -> tuple[gl.tensor, gl.tensor, gl.tensor, gl.tensor]:
     """A tile's weights, what the sums so far are multiplied by, and the new top and total."""
@@ -33,7 +35,11 @@ def weigh(  # noqa: PLR0917
     zeros: gl.constexpr = (count * _GRID_BITS + 2**31) % 2**32 - 2**31
     if MASKED:
         keys = first + gl.arange(0, count, gl.SliceLayout(0, layout))
-        scores = gl.where(keys[None, :] <= positions[:, None], scores, NEG_INF)
+        if WINDOW is not None:
+            ages = (positions[:, None] - keys[None, :]).to(gl.uint32)  # below 0 it is huge
+            scores = gl.where(ages <= WINDOW, scores, NEG_INF)
+        else:
+            scores = gl.where(keys[None, :] <= positions[:, None], scores, NEG_INF)
     higher = gl.maximum(top, gl.ceil(gl.max(scores, 1) * scale))
     base = gl.where(higher == NEG_INF, 0.0, higher)
     scales = gl.full([ROWS, count], scale, gl.float32, layout)
@@ -63,6 +69,14 @@ def add_segment(  # noqa: PLR0917
 
 
 @gluon.jit
+def with_sink(total: gl.tensor, top: gl.tensor, sink: gl.tensor, layout: gl.constexpr) -> gl.tensor:
+    """A row's sum of weights with that of its sink, after all keys."""
+    sinks = gl.full([ROWS], sink, gl.float32, layout)
+    powers = gl.full([ROWS], _LOG2_E, gl.float32, layout)
+    return total + gl.exp2(gl.fma(sinks, powers, -top))
+
+
+@gluon.jit
 def add_tile(  # noqa: PLR0917
     own_top: gl.tensor,  # of the tile's segment so far, or of the one before: float32 [ROWS]
     own_total: gl.tensor,
@@ -75,11 +89,13 @@ def add_tile(  # noqa: PLR0917
     values: Ring,
     positions: gl.tensor,  # int32 [ROWS]: the last key that each row sees
     tile: gl.tensor,
+    earliest: gl.tensor,  # position of the program's first row
     scale: gl.tensor,
     mean_layout: gl.constexpr,
     per: gl.constexpr,  # tiles of a segment
     COUNT: gl.constexpr,  # noqa: N803 - keys of the tile that are needed
     STAGES: gl.constexpr,  # noqa: N803
+    WINDOW: gl.constexpr,  # noqa: N803 - keys before its own that a row sees; None: all
     MASKED: gl.constexpr,  # noqa: N803
 ) -> tuple[gl.tensor, ...]:
     """Add a tile; a segment's first is added to nothing, and the segment before to the others.
@@ -91,32 +107,36 @@ def add_tile(  # noqa: PLR0917
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COUNT, 16])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
     operand: gl.constexpr = gl.DotOperandLayout(0, mean_layout, 2)
+    first = first_tile(earliest, WINDOW)
+    turn = tile - first
     begins = tile % per == 0
-    keys.wait_full(tile, STAGES)
+    if WINDOW is not None:
+        begins = begins | (tile == first)
+    keys.wait_full(turn, STAGES)
     hopper.fence_async_shared()
-    k = keys.tiles.index(tile % STAGES).slice(0, COUNT, 0).permute((1, 0))
+    k = keys.tiles.index(turn % STAGES).slice(0, COUNT, 0).permute((1, 0))
     empty = gl.zeros([ROWS, COUNT], gl.float32, layout)
     scores = warpgroup_mma(queries, k, empty, use_acc=False, is_async=True)
-    if begins & (tile > 0):
+    if begins & (turn > 0):
         own = warpgroup_mma_wait(1, [own])  # nothing to wait for: it tells the compiler
         top, total, mean = add_segment(top, total, mean, own_top, own_total, own)
     scores = warpgroup_mma_wait(0, [scores])
-    keys.release(tile, STAGES)
+    keys.release(turn, STAGES)
     weights, carry, own_top, own_total = weigh(
         scores,
         gl.convert_layout(gl.where(begins, NEG_INF, own_top), rows, assert_trivial=True),
         gl.convert_layout(gl.where(begins, 0.0, own_total), rows, assert_trivial=True),
         gl.convert_layout(positions, rows, assert_trivial=True),
-        *(tile * TILE, scale, layout, MASKED),
+        *(tile * TILE, scale, layout, WINDOW, MASKED),
     )
     own_top = gl.convert_layout(own_top, row_layout, assert_trivial=True)
     own_total = gl.convert_layout(own_total, row_layout, assert_trivial=True)
     weights = gl.convert_layout(weights.to(values.tiles.dtype), operand, assert_trivial=True)
     own = own * gl.convert_layout(carry, row_layout, assert_trivial=True)[:, None]
-    values.wait_full(tile, STAGES)
+    values.wait_full(turn, STAGES)
     hopper.fence_async_shared()
-    v = values.tiles.index(tile % STAGES).slice(0, COUNT, 0)
-    own = warpgroup_mma(weights, v, own, use_acc=tile % per != 0, is_async=True)
+    v = values.tiles.index(turn % STAGES).slice(0, COUNT, 0)
+    own = warpgroup_mma(weights, v, own, use_acc=begins == 0, is_async=True)
     own, weights = warpgroup_mma_wait(0, [own, weights])
-    values.release(tile, STAGES)
+    values.release(turn, STAGES)
     return own_top, own_total, own, top, total, mean

@@ -121,7 +121,7 @@ def _launch_extend(  # noqa: PLR0917
 ) -> None:
     heads, head_size = q.shape[1:]
     if attention.has_wide_tiles(q.device, head_size, rules):
-        _launch_gluon(q, columns, chunks, multiply[0], out)
+        _launch_gluon(q, columns, chunks, multiply[0], out, rules)
         return
     blocks = attention.blocks_for(head_size)
     parts = blocks.extend.parts
@@ -159,8 +159,13 @@ def _launch_extend(  # noqa: PLR0917
     )
 
 
-def _launch_gluon(
-    q: torch.Tensor, columns: Columns, chunks: Chunks, scale: float, out: torch.Tensor
+def _launch_gluon(  # noqa: PLR0917
+    q: torch.Tensor,
+    columns: Columns,
+    chunks: Chunks,
+    scale: float,
+    out: torch.Tensor,
+    rules: Rules,
 ) -> None:
     grid, constants = gluon_launch(q, columns, chunks, out)
     attention_prefill_gluon.extend[grid](
@@ -174,8 +179,10 @@ def _launch_gluon(
         chunks.table_rows,
         chunks.starts,
         chunks.prefix_lens,
+        rules.sinks,
         scale,
         *constants,
+        rules.window,
         num_warps=attention_gluon.WARPS.value,
     )
 

@@ -14,8 +14,23 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-from margingate_kernels.attention_gluon import NEG_INF, ROWS, WARPS, add_segment, add_tile
-from margingate_kernels.gluon_rings import READERS, TILE, Ring, bring, ring, rows_layout
+from margingate_kernels.attention_gluon import (
+    NEG_INF,
+    ROWS,
+    WARPS,
+    add_segment,
+    add_tile,
+    with_sink,
+)
+from margingate_kernels.gluon_rings import (
+    READERS,
+    TILE,
+    Ring,
+    bring,
+    first_tile,
+    ring,
+    rows_layout,
+)
 
 
 @gluon.jit
@@ -46,14 +61,18 @@ def attend(  # noqa: PLR0917
     prefix: gl.tensor,
     length: gl.tensor,
     row: gl.tensor,  # the first
+    earliest: gl.tensor,  # position of the program's first row
     ends: gl.tensor,  # keys from here on are not needed
     column: gl.tensor,  # of the head
     scale: gl.tensor,
+    sink: gl.tensor,  # of the head, with SINKS
     stride_q: gl.constexpr,
     stride_o: gl.constexpr,
     head_size: gl.constexpr,
     SEGMENT: gl.constexpr,  # noqa: N803
     STAGES: gl.constexpr,  # noqa: N803
+    WINDOW: gl.constexpr,  # noqa: N803
+    SINKS: gl.constexpr,  # noqa: N803
 ) -> None:
     """Attend rows of one head to their keys."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, head_size, 16])
@@ -70,25 +89,37 @@ def attend(  # noqa: PLR0917
     own_total = gl.zeros([ROWS], gl.float32, row_layout)
     own = gl.zeros([ROWS, head_size], gl.float32, layout)
     top, total, mean = own_top, own_total, own
-    whole = gl.minimum((prefix + row + 1) // TILE, last)
-    for tile in range(whole):
-        own_top, own_total, own, top, total, mean = add_tile(
-            *(own_top, own_total, own, top, total, mean, place, keys, values, positions, tile),
-            *(scale, layout, per, TILE, STAGES, False),
-        )
     # What no row sees of the last tile adds nothing: a half of it may be left out.
     small = ends <= (last - 1) * TILE + half
-    for tile in range(whole, last - small.to(gl.int32)):
+    entire = last - small.to(gl.int32)
+    inside = 0  # the tile from which on each row sees all keys up to its own
+    if WINDOW is not None:
+        latest = prefix + row + ROWS - 1
+        inside = gl.minimum(gl.cdiv(gl.maximum(latest - WINDOW, 0), TILE), entire)
+        for tile in range(first_tile(earliest, WINDOW), inside):
+            own_top, own_total, own, top, total, mean = add_tile(
+                *(own_top, own_total, own, top, total, mean, place, keys, values, positions, tile),
+                *(earliest, scale, layout, per, TILE, STAGES, WINDOW, True),
+            )
+    whole = gl.maximum(gl.minimum((prefix + row + 1) // TILE, last), inside)
+    for tile in range(inside, whole):
         own_top, own_total, own, top, total, mean = add_tile(
             *(own_top, own_total, own, top, total, mean, place, keys, values, positions, tile),
-            *(scale, layout, per, TILE, STAGES, True),
+            *(earliest, scale, layout, per, TILE, STAGES, WINDOW, False),
+        )
+    for tile in range(whole, entire):
+        own_top, own_total, own, top, total, mean = add_tile(
+            *(own_top, own_total, own, top, total, mean, place, keys, values, positions, tile),
+            *(earliest, scale, layout, per, TILE, STAGES, WINDOW, True),
         )
     if small:
         own_top, own_total, own, top, total, mean = add_tile(
             *(own_top, own_total, own, top, total, mean, place, keys, values, positions, last - 1),
-            *(scale, layout, per, half, STAGES, True),
+            *(earliest, scale, layout, per, half, STAGES, WINDOW, True),
         )
     top, total, mean = add_segment(top, total, mean, own_top, own_total, own)
+    if SINKS:
+        total = with_sink(total, top, sink, row_layout)
     place.store((mean / total[:, None]).to(out.dtype.element_ty))
     gl.barrier()
     at, exists = places(start, length, row, column, stride_o, head_size)
@@ -108,6 +139,7 @@ def extend(  # noqa: PLR0917
     table_rows: gl.tensor,  # int64 [sequences]: rows of the page table
     starts: gl.tensor,  # [sequences + 1]: first token of each in q
     prefix_lens: gl.tensor,  # [sequences]: positions before the first of these tokens
+    sinks: gl.tensor,  # [heads], or None
     scale: gl.tensor,  # of the scores times log2(e)
     stride_q: gl.constexpr,  # elements from token to token
     stride_o: gl.constexpr,
@@ -118,6 +150,7 @@ def extend(  # noqa: PLR0917
     SEGMENT: gl.constexpr,  # noqa: N803
     HEADS: gl.constexpr,  # noqa: N803 - of a program: 1, or 2 that share keys
     STAGES: gl.constexpr,  # noqa: N803
+    WINDOW: gl.constexpr,  # noqa: N803 - keys before its own that a row sees; None: all
 ) -> None:
     """A program attends two blocks of one request's rows: the same in two heads, or in one."""
     # The last blocks have most keys: they go first, those of all heads.
@@ -139,7 +172,12 @@ def extend(  # noqa: PLR0917
     first = gl.allocate_shared_memory(dtype, [ROWS, head_size], layout)
     second = gl.allocate_shared_memory(dtype, [ROWS, head_size], layout)
     ends = prefix + gl.minimum(length, row + rows)
-    next_row, next_column = row + rows - ROWS, (head + HEADS - 1) * head_size
+    next_row, next_head = row + rows - ROWS, head + HEADS - 1
+    with_sinks: gl.constexpr = sinks is not None
+    sink, next_sink = 0.0, 0.0
+    if with_sinks:
+        sink = gl.load(sinks + head).to(gl.float32)
+        next_sink = gl.load(sinks + next_head).to(gl.float32)
     k_at, v_at = k_buffer + of, v_buffer + of
     gl.warp_specialize(
         [
@@ -155,14 +193,18 @@ def extend(  # noqa: PLR0917
                     prefix,
                     length,
                     row,
+                    prefix + row,
                     ends,
                     head * head_size,
                     scale,
+                    sink,
                     stride_q,
                     stride_o,
                     head_size,
                     SEGMENT,
                     STAGES,
+                    WINDOW,
+                    with_sinks,
                 ),
             ),
             (
@@ -177,14 +219,18 @@ def extend(  # noqa: PLR0917
                     prefix,
                     length,
                     next_row,
+                    prefix + row,
                     ends,
-                    next_column,
+                    next_head * head_size,
                     scale,
+                    next_sink,
                     stride_q,
                     stride_o,
                     head_size,
                     SEGMENT,
                     STAGES,
+                    WINDOW,
+                    with_sinks,
                 ),
             ),
             (
@@ -200,12 +246,14 @@ def extend(  # noqa: PLR0917
                     start,
                     prefix,
                     length,
+                    prefix + row,
                     gl.cdiv(ends, TILE),
                     of,
                     stride_k,
                     stride_v,
                     head_size,
                     STAGES,
+                    WINDOW,
                 ),
             ),
         ],

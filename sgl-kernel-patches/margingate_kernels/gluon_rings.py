@@ -16,9 +16,24 @@ def rows_layout(head_size: int, warps: int) -> gl.BlockedLayout:
     return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [warps, 1], [1, 0])
 
 
+@gluon.jit
+def first_tile(
+    position: gl.tensor,
+    WINDOW: gl.constexpr,  # noqa: N803
+) -> gl.tensor:
+    """The first tile of which a row at this position sees a key."""
+    first = 0
+    if WINDOW is not None:
+        first = gl.maximum(position - WINDOW, 0) // TILE
+    return first
+
+
 @gluon.aggregate
 class Ring:
-    """Tiles in shared memory [stages, TILE, head_size], and barriers of each stage."""
+    """Tiles in shared memory [stages, TILE, head_size], and barriers of each stage.
+
+    A turn is a tile's number among those that are brought, from 0.
+    """
 
     tiles: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
@@ -27,26 +42,26 @@ class Ring:
     @gluon.jit
     def wait_full(
         self,
-        tile: gl.tensor,
+        turn: gl.tensor,
         STAGES: gl.constexpr,  # noqa: N803
     ) -> None:
-        mbarrier.wait(self.full.index(tile % STAGES), tile // STAGES & 1)
+        mbarrier.wait(self.full.index(turn % STAGES), turn // STAGES & 1)
 
     @gluon.jit
     def wait_free(
         self,
-        tile: gl.tensor,
+        turn: gl.tensor,
         STAGES: gl.constexpr,  # noqa: N803
     ) -> None:
-        mbarrier.wait(self.free.index(tile % STAGES), tile // STAGES & 1 ^ 1)
+        mbarrier.wait(self.free.index(turn % STAGES), turn // STAGES & 1 ^ 1)
 
     @gluon.jit
     def release(
         self,
-        tile: gl.tensor,
+        turn: gl.tensor,
         STAGES: gl.constexpr,  # noqa: N803
     ) -> None:
-        mbarrier.arrive(self.free.index(tile % STAGES), count=1)
+        mbarrier.arrive(self.free.index(turn % STAGES), count=1)
 
 
 @gluon.jit
@@ -73,14 +88,14 @@ def copy_tile(  # noqa: PLR0917
     descriptor: tma.tensor_descriptor,
     row: gl.tensor,
     column: gl.tensor,
-    tile: gl.tensor,
+    turn: gl.tensor,
     STAGES: gl.constexpr,  # noqa: N803
 ) -> None:
     """Let the device copy a tile of new keys or values."""
-    ring.wait_free(tile, STAGES)
-    full = ring.full.index(tile % STAGES)
+    ring.wait_free(turn, STAGES)
+    full = ring.full.index(turn % STAGES)
     mbarrier.expect(full, descriptor.nbytes_per_cta)
-    tma.async_load(descriptor, [row, column], full, ring.tiles.index(tile % STAGES))
+    tma.async_load(descriptor, [row, column], full, ring.tiles.index(turn % STAGES))
 
 
 @gluon.jit
@@ -103,7 +118,7 @@ def gather_tile(  # noqa: PLR0917
     slots: gl.tuple,
     first: gl.tensor,
     end: gl.tensor,
-    tile: gl.tensor,
+    turn: gl.tensor,
     stride: gl.constexpr,
     head_size: gl.constexpr,
     STAGES: gl.constexpr,  # noqa: N803
@@ -112,9 +127,9 @@ def gather_tile(  # noqa: PLR0917
     layout: gl.constexpr = rows_layout(head_size, gl.num_warps())
     rows = first + gl.arange(0, GATHERED, gl.SliceLayout(1, layout))
     lanes = gl.arange(0, head_size, gl.SliceLayout(0, layout))[None, :]
-    ring.wait_free(tile, STAGES)
-    full = ring.full.index(tile % STAGES)
-    into = ring.tiles.index(tile % STAGES)
+    ring.wait_free(turn, STAGES)
+    full = ring.full.index(turn % STAGES)
+    into = ring.tiles.index(turn % STAGES)
     for i in gl.static_range(TILE // GATHERED):
         at = pool + slots[i].to(gl.int64)[:, None] * stride + lanes
         exists = rows + i * GATHERED < end
@@ -135,24 +150,27 @@ def bring(  # noqa: PLR0917
     start: gl.tensor,  # the sequence's first token
     prefix: gl.tensor,
     length: gl.tensor,
+    earliest: gl.tensor,  # position of a row
     last: gl.tensor,  # tiles from here on are not needed
     column: gl.tensor,  # of this K/V head
     stride_k: gl.constexpr,
     stride_v: gl.constexpr,
     head_size: gl.constexpr,
     STAGES: gl.constexpr,  # noqa: N803
+    WINDOW: gl.constexpr,  # noqa: N803
 ) -> None:
     """Bring all tiles to the rings, as stages become free."""
     end = prefix + length
-    slot = slots_of(slots, 0, end, head_size)
-    for tile in range(last):
-        first = tile * TILE
+    begin = first_tile(earliest, WINDOW)
+    slot = slots_of(slots, begin * TILE, end, head_size)
+    for tile in range(begin, last):
+        first, turn = tile * TILE, tile - begin
         if first >= prefix and first + TILE <= end:
-            copy_tile(keys, k_tiles, start - prefix + first, column, tile, STAGES)
-            copy_tile(values, v_tiles, start - prefix + first, column, tile, STAGES)
+            copy_tile(keys, k_tiles, start - prefix + first, column, turn, STAGES)
+            copy_tile(values, v_tiles, start - prefix + first, column, turn, STAGES)
         else:
-            gather_tile(keys, k_at, slot, first, end, tile, stride_k, head_size, STAGES)
-            gather_tile(values, v_at, slot, first, end, tile, stride_v, head_size, STAGES)
+            gather_tile(keys, k_at, slot, first, end, turn, stride_k, head_size, STAGES)
+            gather_tile(values, v_at, slot, first, end, turn, stride_v, head_size, STAGES)
         ahead = first + TILE
         gathered = (ahead < prefix) | (ahead + TILE > end)
         slot = slots_of(slots, ahead, end * gathered.to(gl.int32), head_size)

@@ -44,7 +44,7 @@ class WindowLists:
             )
         self._backend, self._pool = backend, runner.token_to_kv_pool
         self._page_table = runner.req_to_token_pool.req_to_token
-        self.keys = backend.sliding_window_size = listed_keys(widest, head_size)
+        self.keys = backend.sliding_window_size = listed_keys(widest, head_size, runner.device)
         self._prepare = backend.init_forward_metadata
         backend.init_forward_metadata = self.prepare
         self._prepared: tuple[Any, torch.Tensor, torch.Tensor] | None = None
