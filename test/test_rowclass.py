@@ -473,6 +473,30 @@ def test_a_capped_layer_is_kept_to_a_class_in_which_prompts_can_run(monkeypatch)
     assert large_enough(few) == few and set(large_enough(classes).values()) == {1}
 
 
+def test_the_largest_step_decides_on_the_class_of_a_capped_layer_that_only_decodes(monkeypatch):
+    """As Marlin's beside unpacked prefills: a step of more rows than a class has runs in pieces."""
+
+    @dataclass(frozen=True)
+    class Decoded(MadeUp):
+        is_capped, sees_prefill = True, False
+
+    def microseconds(_, counts):
+        return {n: 5.0 if n <= 16 else 7.5 * max(n / 64, 1) for n in counts}
+
+    monkeypatch.setattr(plans, "_microseconds", microseconds)
+    monkeypatch.setattr(plans, "_is_timed", lambda _: True)
+    classes = {count: int(count > 16) for count in range(1, 65)}
+    decoded = Decoded("o", torch.nn.Identity(), function=in_order, width=4, like=None)
+    for busiest, plan in (
+        (8, kept(1, 16)),
+        (16, kept(1, 16)),
+        (32, kept(1, 16)),
+        (48, kept(17, 64)),
+    ):
+        assert plans.plan_of([decoded], classes, None, busiest) == (plan, False), busiest
+    assert plans.plan_of([decoded], classes, None) == (kept(17, 64), False)
+
+
 LATE = {count: int(count > 8) for count in row_counts(128)}
 
 

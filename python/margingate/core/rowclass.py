@@ -16,6 +16,12 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 Span = tuple[int, int]  # from and to, both included
+MOST_PADDED = 64  # rows that a step of one row may be padded to
+LARGE = 1024  # rows of a piece that takes as long a row as a larger call: products bound it
+ROUTED = 128  # rows up to which the kernel is tried where the operator is in the class too
+CLEARLY = 0.98  # times differ from run to run; a plan should not
+CALLS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # of decode graphs
+EXTRA_US = 2.5  # to pad, or to put pieces together: a small kernel each, within a graph
 
 
 class Route(NamedTuple):
@@ -174,6 +180,7 @@ class Times:
     operator: Mapping[int, float]
     kernel: Mapping[int, float] | None  # None: there is none, or its bits depend on the row count
     joins: Collection[int] = ()  # row counts at which the kernel has the bits of the top class
+    busiest: int | None = None  # see `timed_counts`
 
 
 class NoPlanError(Exception):
@@ -216,22 +223,19 @@ def choose(
     return plans[_cheapest([_cost(plan, times) for plan in plans])]
 
 
-MOST_PADDED = 64  # rows that a step of one row may be padded to
-LARGE = 1024  # rows of a piece that takes as long a row as a larger call: products bound it
-ROUTED = 128  # rows up to which the kernel is tried where the operator is in the class too
-CLEARLY = 0.98  # times differ from run to run; a plan should not
-CALLS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # of decode graphs
-EXTRA_US = 2.5  # to pad, or to put pieces together: a small kernel each, within a graph
-
-
 def _serves_prefill(counts: Sequence[int], largest: int) -> bool:
     """Whether a class of these counts, ascending, may run a prefill of up to `largest` rows."""
     return counts[0] <= MOST_PADDED and counts[-1] >= min(largest, LARGE)
 
 
-def timed_counts(classes: Mapping[int, int]) -> list[int]:
-    """The row counts whose times `choose` asks for: first ones of classes, and those of graphs."""
-    largest = min(max(classes), CALLS[-1])
+def timed_counts(classes: Mapping[int, int], busiest: int | None = None) -> list[int]:
+    """The row counts whose times `choose` asks for: first ones of classes, and those of graphs.
+
+    Args:
+        busiest: rows of the largest call that plans are chosen by, which runs in pieces where no
+            class has as many. None: the most that classes have.
+    """
+    largest = min(max(classes) if busiest is None else busiest, CALLS[-1])
     lows = {counts[0] for counts in members(classes).values() if len(counts) > 1}
     return sorted({largest, *lows, *(count for count in CALLS if count <= largest)})
 
@@ -275,7 +279,7 @@ def _cheapest(costs: Sequence[float]) -> int:
 
 def _cost(plan: RowPlan, times: Times) -> float:
     """Mean time of calls with CALLS rows, each relative to the same call as it is."""
-    asked = [rows for rows in CALLS if rows <= max(times.operator)]
+    asked = [rows for rows in CALLS if rows <= (times.busiest or max(times.operator))]
     total = 0.0
     for rows in asked:
         calls = plan.calls(rows)

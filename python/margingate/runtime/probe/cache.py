@@ -20,7 +20,7 @@ from margingate.runtime.probe.classes import Finding
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 12
+SCHEMA = 13
 LIBRARIES = (
     *("torch", "sglang", "triton", "flashinfer-python", "flashinfer-cubin", "sgl-deep-gemm"),
     *("sglang-kernel", "sglang-kernel-cpu", "quack-kernels", "tilelang"),
@@ -34,14 +34,22 @@ def identity(
     largest: int,
     prefill: Sequence[int] = (),
     graphs: Sequence[int] = (),
+    *,
+    busiest: int = 0,
 ) -> dict[str, Any]:
-    """Everything that the findings depend on; builtins only. `graphs`: rows of decode graphs."""
+    """Everything that the findings depend on; builtins only.
+
+    Args:
+        graphs: rows of decode graphs.
+        busiest: rows of the largest decode step, where plans depend on it.
+    """
     return {
         "schema": SCHEMA,
         "operators": sorted(groups),
         "rows": largest,
         "prefill": list(prefill),
         "graphs": list(graphs),
+        "busiest": busiest,
         "model": runner.model_config.model_path,
         "attention": type(runner.attn_backend).__name__,
         "device": machine.device_name(runner.device),

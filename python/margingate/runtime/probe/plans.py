@@ -21,7 +21,7 @@ from margingate.runtime.compat.compute.batch_invariant_matmul import (
     is_deep_gemm,
     kernel_counts,
 )
-from margingate.runtime.probe.capped import large_enough, refuse_small_pieces
+from margingate.runtime.probe import capped
 from margingate.runtime.probe.classes import (
     Finding,
     RowDependenceError,
@@ -47,12 +47,14 @@ def probe_groups(
     largest: int,
     prefill: Sequence[int] = (),
     graphs: Sequence[int] = (),
+    busiest: int = LARGEST_SMALL,
 ) -> list[Finding]:
     """Probe each distinct operator once.
 
     Args:
         prefill: larger row counts; plans are to hold for them too, where that can be had.
         graphs: row counts of CUDA graphs, in which an operator may have other bits.
+        busiest: rows of the largest decode step, see `capped.decodes_only`.
 
     Raises:
         GateError: an operator whose rows depend on each other at a fixed row count.
@@ -62,10 +64,8 @@ def probe_groups(
     with Compilers(weight for each in firsts if (weight := each.weight) is not None) as compilers:
         measured = [_classes(same[0], counts, prefill, graphs) for same in found.values()]
         compilers.compile(_needs(found.values(), measured))
-    return [
-        _finding(same, each, bool(prefill))
-        for same, each in zip(found.values(), measured, strict=True)
-    ]
+    pairs = zip(found.values(), measured, strict=True)
+    return [_finding(same, each, bool(prefill), busiest) for same, each in pairs]
 
 
 def plans(found: dict[str, list[Operator]], findings: Sequence[Finding]) -> dict[int, RowPlan]:
@@ -148,15 +148,15 @@ def _may_join(operator: Operator) -> bool:
     )
 
 
-def _finding(same: list[Operator], measured: Classes, prefilled: bool) -> Finding:
+def _finding(same: list[Operator], measured: Classes, prefilled: bool, busiest: int) -> Finding:
     first, start = same[0], time.monotonic()
     wide = measured.wide
     plan, holds = None, prefilled and len(set(wide.values())) == 1
     if first.is_planned:
         many = wide if prefilled and first.sees_prefill else None
         with torch.inference_mode(), refusing(first.name):
-            plan, holds = plan_of(same, measured.decode, many)
-        refuse_small_pieces(first, plan)
+            plan, holds = plan_of(same, measured.decode, many, busiest)
+        capped.refuse_small_pieces(first, plan)
         holds |= prefilled and not first.sees_prefill  # more rows run in pieces
     if first.must_agree and len(set(wide.values())) > 1:
         raise GateError(
@@ -168,7 +168,10 @@ def _finding(same: list[Operator], measured: Classes, prefilled: bool) -> Findin
 
 
 def plan_of(
-    same: Sequence[Operator], classes: dict[int, int], wide: dict[int, int] | None
+    same: Sequence[Operator],
+    classes: dict[int, int],
+    wide: dict[int, int] | None,
+    busiest: int = LARGEST_SMALL,
 ) -> tuple[RowPlan, bool]:
     """A plan for the operators that are `same`, and whether it holds for prefill too.
 
@@ -176,28 +179,36 @@ def plan_of(
 
     Args:
         wide: `classes` with the row counts of prefill; None: they do not matter.
+        busiest: as `probe_groups`.
     """
     if wide is not None:
         if same[0].is_capped:
             return _plan(same, wide, to_the_top=False), True
         with suppress(NoPlanError):
             return _plan(same, wide, to_the_top=True), True
-    return _plan(same, classes, to_the_top=False), False
+    return _plan(same, classes, to_the_top=False, busiest=busiest), False
 
 
-def _plan(same: Sequence[Operator], classes: dict[int, int], *, to_the_top: bool) -> RowPlan:
+def _plan(
+    same: Sequence[Operator],
+    classes: dict[int, int],
+    *,
+    to_the_top: bool,
+    busiest: int = LARGEST_SMALL,
+) -> RowPlan:
     """By measured times on a GPU; elsewhere the plan must not depend on the clock."""
     first = same[0]
     if not _is_timed(first):
         return choose(classes, to_the_top=to_the_top)
+    most = busiest if capped.decodes_only(first) else None
     if first.is_capped:  # prompts, or steps of many rows, run in pieces of it
-        classes = large_enough(classes)
+        classes = capped.large_enough(classes, most)
     steady = len(set(classes.values())) == 1
     own = _by_kernel(same)
     joins = _joins(first, own[0], classes) if _may_join(first) else []
     if steady and not joins:
         return choose(classes, to_the_top=to_the_top)
-    counts = timed_counts(classes)
+    counts = timed_counts(classes, most)
     kernel = None
     if joins:
         most = reach(classes)
@@ -209,7 +220,8 @@ def _plan(same: Sequence[Operator], classes: dict[int, int], *, to_the_top: bool
         with suppress(RowDependenceError, *NOT_RUNNING):
             if _in_one_class(own[0], classes):
                 kernel = _microseconds(own, counts)
-    return choose(classes, Times(_microseconds(same, counts), kernel, joins), to_the_top=to_the_top)
+    times = Times(_microseconds(same, counts), kernel, joins, most)
+    return choose(classes, times, to_the_top=to_the_top)
 
 
 def _is_timed(operator: Operator) -> bool:
@@ -320,8 +332,7 @@ def _running(name: str) -> Iterator[None]:
 def _microseconds(operators: Sequence[Operator], counts: Sequence[int]) -> dict[int, float]:
     """Time of one call by row count, in a CUDA graph as when it serves.
 
-    Each call is another layer's, where there are several: a weight that was just used lies in the
-    L2 cache, and the kernel that then is the fastest may not be when it comes from memory.
+    Each call is another layer's, where there are several: one just used has its weight in L2.
     """
     turns = [operators[i % len(operators)] for i in range(TIMED_CALLS)]
     sample = operators[0].sample(max(counts))

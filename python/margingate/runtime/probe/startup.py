@@ -35,6 +35,7 @@ from margingate.runtime.probe import (
     unpacked,
 )
 from margingate.runtime.probe.attention_operator import probe_attention
+from margingate.runtime.probe.capped import decodes_only
 from margingate.runtime.probe.classes import Finding
 from margingate.runtime.probe.observed_calls import (
     ROWS,
@@ -213,6 +214,17 @@ def _decode_graphs(runner: Any) -> list[int]:
     return sorted(config.decode.bs or ()) if runner.device == "cuda" else []
 
 
+def _busiest(runner: Any, operators: dict[str, list[Operator]], decoded: int) -> int:
+    """Rows of the largest decode step, where plans of some operators depend on it; else `decoded`.
+
+    A step has a row a request.
+    """
+    if not any(decodes_only(same[0]) for same in operators.values()):
+        return decoded
+    requests = min(ranks.of_all(min(decoded, places(runner, runner.attn_backend))))
+    return int(min(replicas.of_all(runner.server_args, "busiest", requests)))
+
+
 def _rows_in_memory(operators: dict[str, list[Operator]]) -> int:
     """A power of two of rows that any operator can be run with in the memory that is free."""
     first = [same[0] for same in operators.values()]
@@ -231,8 +243,8 @@ def _find(
     fresh: bool,
 ) -> list[classes.Finding]:
     """Findings of an earlier start on the same machine with the same versions, or new ones."""
-    graphs = _decode_graphs(runner)
-    key = cache.identity(runner, operators, decoded, prefill, graphs)
+    graphs, busiest = _decode_graphs(runner), _busiest(runner, operators, decoded)
+    key = cache.identity(runner, operators, decoded, prefill, graphs, busiest=busiest)
     source = "as the first replica found"
 
     def find() -> list[classes.Finding]:
@@ -246,7 +258,7 @@ def _find(
             "compiled yet can take minutes.",
             len(operators),
         )
-        made = plans.probe_groups(operators, decoded, prefill, graphs)
+        made = plans.probe_groups(operators, decoded, prefill, graphs, busiest)
         made += probe_attention(runner, classes.row_counts(decoded))
         cache.save(key, made)
         return made
