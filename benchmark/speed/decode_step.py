@@ -9,7 +9,8 @@ request of a batch is streamed, the others are not: with all of them decoding, t
 tokens is a step, scheduling and output included. Points beyond the K/V pool are left out.
 
 The modes NAME-default have the attention that they choose themselves: FlashAttention 3 on Hopper,
-Triton with the gate. Others have one that is told: FlashInfer where the name has none.
+Triton with the gate. Others have one that is told: FlashInfer where the name has none. gate-16 runs
+16 requests at most, so that layers by Marlin need not serve larger steps.
 
 `--prefills` times prompts of so many tokens too: from sending one, which nothing cached, to its
 first token. A mode NAME@FOLDER is measured with margingate from another checkout. On Blackwell,
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import random
 import statistics
 import time
@@ -43,6 +45,7 @@ MODES: dict[str, dict[str, Any]] = {
     "gate-default": GATE,
     "gate": {**FLASHINFER, **GATE},
     "gate-triton": {**TRITON, **GATE},
+    "gate-16": {**GATE, "max_running_requests": 16},
     "gate-exact": {**FLASHINFER, **GATE, "gate_guarantee": "exact"},
     "gate-no-overlap": {**FLASHINFER, **GATE, "gate_overlap": "off"},
     "deterministic-default": DETERMINISTIC,
@@ -74,6 +77,11 @@ def mode(text: str) -> str:
     if text.partition("@")[0] not in MODES:
         raise ValueError(text)
     return text
+
+
+def most_requests(text: str) -> float:
+    """Requests that the engine of a mode runs at once."""
+    return MODES[text.partition("@")[0]].get("max_running_requests", math.inf)
 
 
 def fits(batch: int, context: int, tokens: int, kv_tokens: int) -> bool:
@@ -164,7 +172,8 @@ def run_group(
         if time.monotonic() > deadline:
             print("out of time before", context, batch)
             continue
-        asked = {worker.mode: worker.ask(batch, context) for worker in workers}
+        able = [worker for worker in workers if batch <= most_requests(worker.mode)]
+        asked = {worker.mode: worker.ask(batch, context) for worker in able}
         steps = {mode: ms for mode, ms in asked.items() if ms is not None}
         results.append({"context": context, "batch": batch, "step_ms": steps})
         engines.write(args.out, results)
