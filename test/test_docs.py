@@ -37,6 +37,7 @@ README = (ROOT / "README.md").read_text()
 PAGES_OF_TEXT = sorted(
     {*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmark/**/*.md")}
 )
+GROUPS = ("Added", "Changed", "Refused now", "Fixed")
 LINK = re.compile(r"\]\((?!\w+://)([^)\s]*)\)")
 
 
@@ -206,6 +207,21 @@ def test_the_readme_has_the_times_of_the_newest_table():
             for lines in (recorded_rows, README.splitlines())
         )
         assert row.split("|")[2:] == recorded_row.split("|")[2:]
+
+
+def test_the_changes_are_for_who_upgrades():
+    """Four groups of entries, each of two lines at most."""
+    _, *versions = (ROOT / "CHANGELOG.md").read_text().split("\n## ")
+    for version in versions:
+        _, *groups = version.split("\n### ")
+        titles = [group.partition("\n")[0] for group in groups]
+        assert titles == [one for one in GROUPS if one in titles], "another group, or another order"
+        for group in groups:
+            for entry in re.split(r"^(?=- )", group.partition("\n\n")[2], flags=re.M):
+                if entry.startswith("- "):
+                    lines = entry.partition("\n\n")[0].splitlines()
+                    assert len(lines) <= 2 and max(map(len, lines)) <= 132, entry
+                    assert lines[-1].endswith("."), entry
 
 
 def run(of: int, tokens: int, cached: int) -> dict[str, int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_arguments import model_config
+from server_arguments import model_config
 from test_observed_calls import linear
 
 from margingate.config import GateError
