@@ -107,7 +107,9 @@ def check_decode_of_windows(device):
     """A row's bits in decode, whose tiles are as wide."""
     wide = attention.blocks_for(64, wide=True)
     for window in (1, 100, 128, 256):
-        world = World(device, [window + 300], (2, 1, 64), Rules(window, 0.0, torch.ones(2)))
+        world = World(
+            device, [window + 300], (2, 1, 64), Rules(window, 0.0, torch.ones(2).to(device))
+        )
         (found,) = extended(world, (world.whole(0),))
         at = [*range(window + 120, window + 140), window + 255, window + 256, window + 299]
         with patch.object(attention, "blocks_for", lambda *_, **__: wide):
