@@ -10,7 +10,7 @@ from sglang.srt.layers.dual_gemm import DualGemm
 
 from margingate.config import GateError
 from margingate.core.rowclass import RowPlan
-from margingate.runtime.probe import classes, dual_gemm, startup
+from margingate.runtime.probe import classes, dual_gemm, execute, startup
 from margingate.runtime.probe.observed_calls import ROWS, observing
 
 WIDTH, INNER, MOST = 24, 512, 16
@@ -124,6 +124,15 @@ def test_a_kernel_with_other_bits_is_off_in_every_layer(fused, caplog):
     assert found.prefill, "the layers do all the work then"
     x = torch.randn(3, WIDTH)
     assert torch.equal(model[1](x), in_order(x, model[1].gate_up_proj.weight))
+
+
+def test_a_kernel_is_off_where_the_layers_have_other_bits_in_prefills(monkeypatch):
+    """A prefill of few rows would go to the kernel, which has the bits of decode steps."""
+    model = model_of(same)
+    plan = {id(model[0].gate_up_proj): RowPlan(((64, 128),))}
+    monkeypatch.setattr(execute, "_prefill_plans", plan)
+    (found,) = dual_gemm.settle(model, prefill=True)
+    assert is_on(model) == {False} and found.plan is None
 
 
 def test_each_shape_is_measured_by_itself():

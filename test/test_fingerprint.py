@@ -293,13 +293,15 @@ def test_the_plan_names_shapes_and_row_classes(fingerprint, monkeypatch):
             "name": "down",
             "kind": "linear",
             "plan": [[[2, 2], [64, 64]], False, route],
+            "prefill_plan": [[[64, 64]], False, route],
             "classes": two,
         },
-        {"name": "norm", "kind": "norm", "plan": None, "classes": one},
+        {"name": "norm", "kind": "norm", "plan": None, "prefill_plan": None, "classes": one},
         {
             "name": "qkv",
             "kind": "linear",
             "plan": [[[1, 1], [64, 64]], False, route],
+            "prefill_plan": None,
             "classes": one,
         },
     ]
@@ -311,7 +313,8 @@ def test_the_plan_names_shapes_and_row_classes(fingerprint, monkeypatch):
     assert (plan["rows"], plan["prefill"], plan["graph"]) == (16, {"chunk": 64}, 24)
     together = fingerprint.plan(CONFIG, verifier, Prefill(together=True, as_decoded=True))
     assert together["prefill"] == {"together": True, "as_decoded": True}
-    assert plan["kept"] == {"limit": 64, "down": [2, 64, False]}, "no routes: they keep the bits"
+    kept = {"limit": 64, "down": [2, 64, False], "down, in prefills": [64, 64, False]}
+    assert plan["kept"] == kept, "no routes: they keep the bits"
     assert fingerprint.plan(replace(CONFIG, fast_path="stock"), verifier, Prefill())["kept"] is None
     assert plan["unpacked"] == [], "else their prefills have other bits"
     found.append({**found[-1], "name": "qkv, unpacked", "kind": "unpacked linear"})

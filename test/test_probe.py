@@ -267,9 +267,9 @@ def test_prefill_is_measured_at_counts_that_no_forward_is_far_below(above, more,
 
 
 class Wide(torch.nn.Module):
-    """Three linear layers: one order of reduction; another from 300 rows on; one at every count."""
+    """Three linear layers: one order of reduction; another above some rows; one at every count."""
 
-    def __init__(self, steady: bool) -> None:
+    def __init__(self, steady: bool, breaks: int = 600) -> None:
         super().__init__()
         from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
@@ -280,10 +280,10 @@ class Wide(torch.nn.Module):
             def apply(self, layer, x, bias=None):
                 return (x * 2).float() + (len(x) > self.breaks)
 
-        for name, breaks in (("qkv_proj", 10**6), ("down_proj", 10**6 if steady else 300)):
+        for name, most in (("qkv_proj", 10**6), ("down_proj", 10**6 if steady else breaks)):
             layer = torch.nn.Module()
             layer.weight = torch.nn.Parameter(torch.ones(6, 6), requires_grad=False)
-            layer.quant_method = Method(breaks)
+            layer.quant_method = Method(most)
             setattr(self, name, layer)
         self.lm_head = torch.nn.Module()
         self.lm_head.weight = torch.nn.Parameter(torch.eye(6), requires_grad=False)
@@ -315,6 +315,20 @@ def test_a_layer_without_a_class_for_prefill_is_named(caplog):
     caplog.clear()
     held = plans.probe_groups(steady, 64, classes.prefill_counts(64, 700))
     assert startup.hold_for_prefill(held, 700) and not caplog.messages
+
+
+def test_a_layer_may_have_a_class_of_its_own_in_prefills(caplog):
+    found = classes.groups(Wide(steady=False, breaks=300))
+    findings = plans.probe_groups(found, 64, classes.prefill_counts(64, 700))
+    assert startup.hold_for_prefill(findings, 700) and not caplog.messages
+    (down,) = (each for each in findings if each.name == "down_proj")
+    assert (down.plan.low, down.plan.high, down.prefill) == (1, 64, True)
+    assert (down.prefill_plan.low, down.prefill_plan.high) == (320, 700)
+    assert f"{down.plan}, in prefills {down.prefill_plan} (" in str(down)
+    assert classes.Finding.from_record(json.loads(json.dumps(down.record()))) == down
+    assert len(plans.plans(found, findings)) == 3
+    layer = next(same[0].module for same in found.values() if same[0].name == "down_proj")
+    assert plans.prefill_plans(found, findings) == {id(layer): down.prefill_plan}
 
 
 def test_experts_that_take_few_rows_at_a_time_are_refused_on_a_gpu():

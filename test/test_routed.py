@@ -235,7 +235,7 @@ def test_ranks_share_plans_and_a_layer_that_each_runs_whole_has_one_class_on_all
     plan, faster = RowPlan(((1, 8),)), RowPlan(((1, 8),), routes=(Route(4, False, 8),))
     one = dict.fromkeys(range(1, 9), 0)
     own = [Finding(*each, one, faster, 0.1) for each in (("plain", "gate", (8, 16), 1), MOST)]
-    first = [replace(finding, plan=plan) for finding in own]
+    first = [replace(finding, plan=plan, prefill_plan=faster) for finding in own]
     gathered = pickle.loads(pickle.dumps([first, own]))
     assert shared_plans.of_all_ranks(own, gathered, operators) == first
     split = {**one, 8: 1}

@@ -101,6 +101,20 @@ def test_calls_above_the_limit_are_left_alone_unless_plans_hold_for_prefill(call
     assert apply(calls, Layer(), 100)[2] == [100], "a layer without a plan"
 
 
+def test_a_layer_with_two_plans_is_called_by_the_phase_of_the_forward(calls, monkeypatch):
+    layer, other = Layer(), Layer()
+    execute._plans |= {id(layer): kept(9, 32), id(other): kept(9, 32)}
+    monkeypatch.setattr(execute, "_limit", math.inf)
+    monkeypatch.setattr(execute, "_prefill_plans", {})
+    execute.keep_prefills_to(torch.nn.Module(), {id(layer): kept(64, 128)})
+    assert execute.borders() >= {9, 32, 64, 128} and execute.differs_in_prefill(layer)
+    assert not execute.differs_in_prefill(other)
+    for is_prefill, made in ((False, [9]), (True, [64])):
+        monkeypatch.setattr(execute.forward_phase, "_prefills", is_prefill)
+        assert apply(calls, layer, 5)[2] == made and apply(calls, other, 5)[2] == [9]
+    assert apply(calls, layer, 200)[2] == [100, 100]
+
+
 def test_the_kernel_takes_calls_of_any_size(calls, monkeypatch):
     layer = Layer()
     execute._plans[id(layer)] = kept(1, 32, batch_invariant=True)

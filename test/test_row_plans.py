@@ -66,7 +66,7 @@ def timed(monkeypatch):
         taken.append((own, tuple(counts)))
         return dict.fromkeys(counts, 10.0 if own else 30.0)
 
-    monkeypatch.setattr(plans, "_microseconds", microseconds)
+    monkeypatch.setattr(plans, "microseconds", microseconds)
     monkeypatch.setattr(plans, "_is_timed", lambda _: True)
     return taken
 
@@ -94,7 +94,7 @@ def test_a_capped_layer_is_kept_to_a_class_in_which_prompts_can_run(monkeypatch)
     def microseconds(_, counts):
         return {count: 5.0 if count <= 16 else 12.0 for count in counts}
 
-    monkeypatch.setattr(plans, "_microseconds", microseconds)
+    monkeypatch.setattr(plans, "microseconds", microseconds)
     monkeypatch.setattr(plans, "_is_timed", lambda _: True)
     classes = {count: int(count > 16) for count in range(1, 65)}
     capped = Capped("o", torch.nn.Identity(), function=in_order, width=4, like=None)
@@ -114,7 +114,7 @@ def test_the_largest_step_decides_on_the_class_of_a_capped_layer_that_only_decod
     def microseconds(_, counts):
         return {n: 5.0 if n <= 16 else 7.5 * max(n / 64, 1) for n in counts}
 
-    monkeypatch.setattr(plans, "_microseconds", microseconds)
+    monkeypatch.setattr(plans, "microseconds", microseconds)
     monkeypatch.setattr(plans, "_is_timed", lambda _: True)
     classes = {count: int(count > 16) for count in range(1, 65)}
     decoded = Decoded("o", torch.nn.Identity(), function=in_order, width=4, like=None)

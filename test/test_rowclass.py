@@ -15,6 +15,7 @@ from margingate.core.rowclass import (
     RowPlan,
     Times,
     choose,
+    choose_for_prefill,
     reach,
     runs,
     spans,
@@ -157,6 +158,24 @@ def test_a_prefill_takes_the_class_of_its_largest_forward_or_the_kernel():
     assert choose(from_65, Times(times, dear), to_the_top=True) == kept(
         1, 512, batch_invariant=True
     )
+
+
+@pytest.mark.parametrize(
+    ("classes", "low"),
+    [
+        ({n: int(n > 64) for n in (*range(1, 257), 1024, 4096)}, 65),
+        ({n: int(n > 300) for n in (*range(1, 257), 288, 320, 1024, 4096)}, 320),
+        ({n: int(n > 600) for n in (*range(1, 257), 512, 608, 1024, 4096)}, None),
+        ({n: n for n in (1, 2, 512, 4096)}, None),
+        ({**dict.fromkeys(range(1, 65), 0), **dict.fromkeys((128, 1024), 1), 4096: 2}, 128),
+    ],
+)
+def test_prefills_alone_may_pad_more_and_run_in_large_pieces(classes, low):
+    plan = choose_for_prefill(classes)
+    assert (plan and plan.low) == low
+    if plan is not None:
+        (call,) = plan.calls(3)
+        assert (call.made, call.kernel) == (low, False) and not plan.by_kernel
 
 
 def test_a_prefill_takes_the_kernel_too_where_it_is_clearly_faster():

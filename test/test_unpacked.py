@@ -177,6 +177,9 @@ def batch(extends: bool) -> Any:
 def test_the_phase_is_that_of_the_batch_for_the_model_and_for_its_layers_alone():
     model = Model()
     forward_phase.watch(model)
+    noting = model.forward
+    forward_phase.watch(model)
+    assert model.forward is noting, "it is noted once"
     model.forward(0, 1, batch(True))
     model.forward(0, 1, forward_batch=batch(False))
     model.model.forward(0, 1, batch(True))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 Span = tuple[int, int]  # from and to, both included
 MOST_PADDED = 64  # rows that a step of one row may be padded to
+MOST_PREFILL_PADDED = 512  # rows that a prefill of one row may be padded to
 LARGE = 1024  # rows of a piece that takes as long a row as a larger call: products bound it
 ROUTED = 128  # rows up to which the kernel is tried where the operator is in the class too
 CLEARLY = 0.98  # times differ from run to run; a plan should not
@@ -223,9 +224,26 @@ def choose(
     return plans[_cheapest([_cost(plan, times) for plan in plans])]
 
 
-def _serves_prefill(counts: Sequence[int], largest: int) -> bool:
-    """Whether a class of these counts, ascending, may run a prefill of up to `largest` rows."""
-    return counts[0] <= MOST_PADDED and counts[-1] >= min(largest, LARGE)
+def choose_for_prefill(classes: Mapping[int, int]) -> RowPlan | None:
+    """How to stay within a class in prefills alone, where none serves decode steps too.
+
+    It is the class that leaves most of the row counts as they are, among those of the largest count
+    or else those of large pieces, if small prefills are not padded by much. None: there is none.
+    """
+    found = sorted(members(classes).values(), key=lambda counts: (-len(counts), counts[0]))
+    largest = max(classes)
+    found = [counts for counts in found if _serves_prefill(counts, largest, MOST_PREFILL_PADDED)]
+    whole = [counts for counts in found if counts[-1] == largest]
+    return next((RowPlan(spans(counts)) for counts in whole or found), None)
+
+
+def _serves_prefill(counts: Sequence[int], largest: int, padded: int = MOST_PADDED) -> bool:
+    """Whether a class of these counts, ascending, may run a prefill of up to `largest` rows.
+
+    Args:
+        padded: rows that a call of one row may be padded to.
+    """
+    return counts[0] <= padded and counts[-1] >= min(largest, LARGE)
 
 
 def timed_counts(classes: Mapping[int, int], busiest: int | None = None) -> list[int]:

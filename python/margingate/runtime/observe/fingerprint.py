@@ -252,11 +252,16 @@ def guarantee(config: GateConfig) -> dict[str, Any] | str:
 def plan(config: GateConfig, verifier: Verifier, prefill: Prefill) -> dict[str, Any]:
     """What is canonical: shapes of verify pass and prefill, and row counts of each operator."""
     graphs = [size for size in verifier.graph_sizes(1 << 20) if size >= verifier.rows]
-    kept = {"limit": startup.largest_rows(verifier.device)}
+    kept: dict[str, Any] = {"limit": startup.largest_rows(verifier.device)}
     kept |= {
         found["name"]: RowPlan(*found["plan"]).bits()
         for found in startup.records()
         if found["plan"] and len({key for _, key in found["classes"]}) > 1
+    }
+    kept |= {
+        f"{found['name']}, in prefills": RowPlan(*found["prefill_plan"]).bits()
+        for found in startup.records()
+        if found["prefill_plan"]
     }
     return {
         "rows": config.rows,

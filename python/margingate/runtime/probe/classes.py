@@ -29,6 +29,7 @@ from margingate.runtime.probe.scored import scored_operators
 
 DISTURBED = 4  # rows of a sample that are tried in the company that an operator chooses
 SHOWN = 5  # classes of an operator in the log
+PLANS = ("plan", "prefill_plan")  # of a Finding
 Rows = Callable[[torch.Tensor], torch.Tensor]  # row indices [n] -> their results, of one call
 
 
@@ -43,28 +44,32 @@ class Finding:
     classes: dict[int, int]  # row count -> class, numbered from 0 in order of appearance
     plan: RowPlan | None  # None: nothing keeps it to a class
     seconds: float
-    prefill: bool = False  # the plan holds for the row counts of prefill too
+    prefill: bool = False  # prefills are kept to one class, by this plan or one of their own
+    prefill_plan: RowPlan | None = None  # of their own
 
     def __str__(self) -> str:
         groups = [f"{run[0]} to {run[-1]}" for run, _ in runs(self.classes)]
         more = f" | {len(groups) - SHOWN} more" if len(groups) > SHOWN else ""
         kept = "" if self.plan is None else f", {self.plan}"
+        kept += "" if self.prefill_plan is None else f", in prefills {self.prefill_plan}"
         same = " | ".join(groups[:SHOWN]) + more + kept
         return f"{self.name} {list(self.shape)} x{self.modules}: {same} ({self.seconds:.1f} s)"
 
     def record(self) -> dict[str, Any]:
         """For JSON; `from_record` reads it."""
-        plan = None if self.plan is None else self.plan.record()
         classes = [list(item) for item in self.classes.items()]
-        return {**vars(self), "shape": list(self.shape), "classes": classes, "plan": plan}
+        plans = {
+            name: None if (plan := getattr(self, name)) is None else plan.record() for name in PLANS
+        }
+        return {**vars(self), "shape": list(self.shape), "classes": classes, **plans}
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Self:
         """Raises KeyError, TypeError or ValueError for anything but a record."""
-        plan = None if record["plan"] is None else RowPlan(*record["plan"])
+        plans = {name: None if (made := record[name]) is None else RowPlan(*made) for name in PLANS}
         classes = {int(count): int(key) for count, key in record["classes"]}
         shape = tuple(int(size) for size in record["shape"])
-        return cls(**{**record, "shape": shape, "classes": classes, "plan": plan})
+        return cls(**{**record, "shape": shape, "classes": classes, **plans})
 
 
 def row_counts(largest: int) -> list[int]:

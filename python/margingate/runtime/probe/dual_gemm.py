@@ -26,6 +26,7 @@ from margingate.runtime.probe.classes import (
     probe_operator,
     row_counts,
 )
+from margingate.runtime.probe.execute import differs_in_prefill
 from margingate.runtime.probe.operators import MadeUp
 
 logger = logging.getLogger(__name__)
@@ -121,7 +122,9 @@ def _settled(same: Sequence[FusedMlp], prefill: bool) -> Finding:
     start, first = time.monotonic(), same[0]
     classes = _classes(first)
     wanted = choice(FORCED, ("measure", "keep", "off"))
-    keeps = wanted == "keep" or (wanted == "measure" and len(set(classes.values())) == 1)
+    same_bits = len(set(classes.values())) == 1
+    same_bits &= not differs_in_prefill(first.mlp.gate_up_proj)
+    keeps = wanted == "keep" or (wanted == "measure" and same_bits)
     if not keeps:
         logger.info("margingate: DualGemm is off: its rows have other bits than the layers'.")
         for member in same:

@@ -28,6 +28,7 @@ from margingate.runtime.probe.scored import ScoredExperts, call_scored
 ALIGNED = 16  # bytes
 
 _plans: dict[int, RowPlan] = {}  # by id of the module
+_prefill_plans: dict[int, RowPlan] = {}  # of modules that have another one in prefills
 _limit: float = 0.0  # calls with more rows are left alone
 
 
@@ -43,6 +44,22 @@ def keep_to(planned: Mapping[int, RowPlan], limit: float) -> None:
     _limit = limit
 
 
+def keep_prefills_to(model: Any, planned: Mapping[int, RowPlan]) -> None:
+    """Call these modules as planned in the prefills of a model from now on, and not as `keep_to`.
+
+    Args:
+        planned: by id of the module.
+    """
+    _prefill_plans.update(planned)
+    if planned:
+        forward_phase.watch(model)
+
+
+def differs_in_prefill(module: Any) -> bool:
+    """Whether it has a plan of its own in prefills."""
+    return id(module) in _prefill_plans
+
+
 def covers_prefill() -> bool:
     """Whether the plans of this process hold for prefill forwards of any size."""
     return math.isinf(_limit)
@@ -50,7 +67,8 @@ def covers_prefill() -> bool:
 
 def borders() -> set[int]:
     """First and last row counts of the spans that plans keep to."""
-    return {end for plan in _plans.values() for span in plan.counts for end in span}
+    every = (*_plans.values(), *_prefill_plans.values())
+    return {end for plan in every for span in plan.counts for end in span}
 
 
 def _plan_for(layer: Any, rows: int) -> RowPlan | None:
@@ -59,6 +77,8 @@ def _plan_for(layer: Any, rows: int) -> RowPlan | None:
     So is one of more rows than plans hold for: a prefill that is canonical by its shape.
     """
     plan = _plans.get(id(layer))
+    if _prefill_plans and forward_phase.is_prefill():
+        plan = _prefill_plans.get(id(layer), plan)
     return None if plan is None or rows > _limit or plan.runs_as_is(rows) else plan
 
 

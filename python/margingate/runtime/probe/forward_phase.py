@@ -9,6 +9,8 @@ from typing import Any
 
 _BATCH = "forward_batch"  # SGLang's name of the argument in the forward of each model
 
+_NOTING = "_margingate_notes_the_phase"
+
 _prefills = False
 
 
@@ -18,14 +20,14 @@ def is_prefill() -> bool:
 
 
 def watch(model: Any) -> None:
-    """Note the phase of each forward of a model.
+    """Note the phase of each forward of a model. Again for the same one does nothing.
 
     SGLang calls the whole model, and for the graphs of a prefill the layers without the head.
     """
     for module in model.modules():
         if module is model or hasattr(module, "layers"):
             names = list(inspect.signature(module.forward).parameters)
-            if _BATCH in names:
+            if _BATCH in names and not hasattr(module.forward, _NOTING):
                 module.forward = _noting(module.forward, names.index(_BATCH))
 
 
@@ -40,4 +42,5 @@ def _noting(forward: Callable[..., Any], place: int) -> Callable[..., Any]:
         finally:
             _prefills = before
 
+    setattr(noting, _NOTING, True)
     return noting

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 
 from margingate.config import GateError
-from margingate.core.rowclass import NoPlanError, RowPlan, Times, choose, reach, timed_counts, top
+from margingate.core import rowclass
+from margingate.core.rowclass import NoPlanError, RowPlan, Times
 from margingate.errors import first_line
 from margingate.runtime.compat.compute.batch_invariant_matmul import (
     NOT_RUNNING,
@@ -22,6 +23,7 @@ from margingate.runtime.compat.compute.batch_invariant_matmul import (
     kernel_counts,
 )
 from margingate.runtime.probe import capped
+from margingate.runtime.probe.call_times import microseconds
 from margingate.runtime.probe.classes import (
     Finding,
     RowDependenceError,
@@ -32,12 +34,10 @@ from margingate.runtime.probe.classes import (
     row_counts,
 )
 from margingate.runtime.probe.compile_kernels import Compilers, Need, compile_ahead
-from margingate.runtime.probe.graph_timing import replay_us
 from margingate.runtime.probe.operators import MadeUp, Operator
 
 logger = logging.getLogger(__name__)
 
-TIMED_CALLS = 20
 LONG_S = 10  # of measuring an operator, behind which the log says so
 LARGEST_SMALL = 256  # row counts up to this are compared in windows, larger ones in blocks
 
@@ -70,12 +70,24 @@ def probe_groups(
 
 def plans(found: dict[str, list[Operator]], findings: Sequence[Finding]) -> dict[int, RowPlan]:
     """The plans of `probe_groups`, by id of the module that each is for."""
-    named = {finding.name: finding.plan for finding in findings if finding.plan is not None}
+    return _by_module(found, {finding.name: finding.plan for finding in findings})
+
+
+def prefill_plans(
+    found: dict[str, list[Operator]], findings: Sequence[Finding]
+) -> dict[int, RowPlan]:
+    """As `plans`: those of layers that have one of their own in prefills."""
+    return _by_module(found, {finding.name: finding.prefill_plan for finding in findings})
+
+
+def _by_module(
+    found: dict[str, list[Operator]], named: Mapping[str, RowPlan | None]
+) -> dict[int, RowPlan]:
     return {
-        id(member.module): named[same[0].name]
+        id(member.module): plan
         for same in found.values()
+        if (plan := named.get(same[0].name)) is not None
         for member in same
-        if same[0].name in named
     }
 
 
@@ -129,7 +141,7 @@ def _need(weight: torch.Tensor, classes: Iterable[int], most: int, kernels: bool
 def _tried(operator: Operator, classes: Mapping[int, int]) -> int:
     """Up to how many rows the batch-invariant kernel is tried; 0: not at all."""
     if _may_join(operator):
-        return reach(classes)
+        return rowclass.reach(classes)
     unsteady = len(set(classes.values())) > 1
     return max(classes) if operator.weight is not None and unsteady else 0
 
@@ -152,19 +164,24 @@ def _finding(same: list[Operator], measured: Classes, prefilled: bool, busiest: 
     first, start = same[0], time.monotonic()
     wide = measured.wide
     plan, holds = None, prefilled and len(set(wide.values())) == 1
+    prefill_plan = None
     if first.is_planned:
         many = wide if prefilled and first.sees_prefill else None
         with torch.inference_mode(), refusing(first.name):
             plan, holds = plan_of(same, measured.decode, many, busiest)
         capped.refuse_small_pieces(first, plan)
         holds |= prefilled and not first.sees_prefill  # more rows run in pieces
+        if many is not None and not holds:
+            prefill_plan = rowclass.choose_for_prefill(many)
+            holds = prefill_plan is not None
     if first.must_agree and len(set(wide.values())) > 1:
         raise GateError(
             f"--deterministic-gate cannot use {first.name}: it gives a row other results at other "
             "row counts, and nothing keeps it to some; serve this model without the flag."
         )
     seconds = measured.seconds + time.monotonic() - start
-    return Finding(first.kind, first.name, first.shape, len(same), wide, plan, seconds, holds)
+    found = (first.kind, first.name, first.shape, len(same), wide, plan, seconds, holds)
+    return Finding(*found, prefill_plan)
 
 
 def plan_of(
@@ -199,7 +216,7 @@ def _plan(
     """By measured times on a GPU; elsewhere the plan must not depend on the clock."""
     first = same[0]
     if not _is_timed(first):
-        return choose(classes, to_the_top=to_the_top)
+        return rowclass.choose(classes, to_the_top=to_the_top)
     most = busiest if capped.decodes_only(first) else None
     if first.is_capped:  # prompts, or steps of many rows, run in pieces of it
         classes = capped.large_enough(classes, most)
@@ -207,21 +224,21 @@ def _plan(
     own = _by_kernel(same)
     joins = _joins(first, own[0], classes) if _may_join(first) else []
     if steady and not joins:
-        return choose(classes, to_the_top=to_the_top)
-    counts = timed_counts(classes, most)
+        return rowclass.choose(classes, to_the_top=to_the_top)
+    counts = rowclass.timed_counts(classes, most)
     kernel = None
     if joins:
-        most = reach(classes)
-        kernel = _microseconds(own, sorted({most, *(n for n in counts if n < most)}))
+        most = rowclass.reach(classes)
+        kernel = microseconds(own, sorted({most, *(n for n in counts if n < most)}))
     elif own:
         if _may_join(first):  # what `probe_groups` had compiled ends at `reach`
             weight = own[0].like
             compile_ahead([_need(weight, classes, max(classes), each) for each in (True, False)])
         with suppress(RowDependenceError, *NOT_RUNNING):
             if _in_one_class(own[0], classes):
-                kernel = _microseconds(own, counts)
-    times = Times(_microseconds(same, counts), kernel, joins, most)
-    return choose(classes, times, to_the_top=to_the_top)
+                kernel = microseconds(own, counts)
+    times = Times(microseconds(same, counts), kernel, joins, most)
+    return rowclass.choose(classes, times, to_the_top=to_the_top)
 
 
 def _is_timed(operator: Operator) -> bool:
@@ -248,7 +265,7 @@ def _joins(operator: Operator, own: MadeUp, classes: dict[int, int]) -> list[int
 
     All of them or none; at row counts of that class it is held to the operator's own results.
     """
-    most, of_top = reach(classes), set(top(classes))
+    most, of_top = rowclass.reach(classes), set(rowclass.top(classes))
     beyond = min(count for count in of_top if count > most)
     within = [count for count in classes if count <= most]
 
@@ -327,23 +344,3 @@ def _running(name: str) -> Iterator[None]:
             f"does not run here ({first_line(error)}): start once with --gate-probe fresh to plan "
             "without it."
         ) from error
-
-
-def _microseconds(operators: Sequence[Operator], counts: Sequence[int]) -> dict[int, float]:
-    """Time of one call by row count, in a CUDA graph as when it serves.
-
-    Each call is another layer's, where there are several: one just used has its weight in L2.
-    """
-    turns = [operators[i % len(operators)] for i in range(TIMED_CALLS)]
-    sample = operators[0].sample(max(counts))
-    found = {}
-    for count in counts:
-        rows = sample[:count]
-        turns[0].run(rows)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for operator in turns:
-                operator.run(rows)
-        found[count] = min(replay_us(graph) for _ in range(3)) / TIMED_CALLS
-    return found

@@ -33,7 +33,8 @@ def of_all_ranks(
     found = []
     for mine, *others in zip(own, *of_ranks, strict=True):
         if all(other.classes == mine.classes for other in others):
-            mine = replace(mine, plan=others[0].plan)  # noqa: PLW2901
+            first = others[0]
+            mine = replace(mine, plan=first.plan, prefill_plan=first.prefill_plan)  # noqa: PLW2901
         elif mine.name in whole:
             raise GateError(
                 f"--deterministic-gate cannot use {mine.name} with {len(of_ranks)} ranks: it has "

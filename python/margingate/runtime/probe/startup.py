@@ -110,11 +110,14 @@ def _plan(
         logger.info("margingate: %s", finding)
     _findings.extend(summed)
     planned, limit = plans.plans(operators, _findings), float(decoded)
+    probed = {finding.name for finding in _findings}
+    holds = bool(prefill) and HEAD in probed and hold_for_prefill(_findings, max(prefill))
     execute.keep_to(planned, limit)
+    if holds:
+        execute.keep_prefills_to(runner.model, plans.prefill_plans(operators, _findings))
     execute.redirect(operators, planned)
     _settle_dual_gemm(runner, bool(prefill))
-    probed = {finding.name for finding in _findings}
-    if prefill and HEAD in probed and hold_for_prefill(_findings, max(prefill)):
+    if holds:
         limit = math.inf
     if not plans.settle_kernels(operators, planned, decoded):
         logger.warning(
