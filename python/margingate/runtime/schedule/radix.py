@@ -62,9 +62,9 @@ class GateTree(Limits):
         return self._grid(hit) if is_gated(req) else hit
 
     def shareable(self, req: Any, length: int) -> int:
-        """Of a gated request: the full chunks of its prompt; at its end the canonical columns of
-        its answer too, where they have the bits of a prefill. Of one with columns of replaced
-        weights, none.
+        """Of a gated request: the full chunks of its prompt, also where its first token ends it; at
+        its end the canonical columns of its answer too, where they have the bits of a prefill. Of
+        one with columns of replaced weights, none.
         """
         if _is_mixed(req):
             return 0
@@ -74,8 +74,10 @@ class GateTree(Limits):
             return 0
         if not req.finished():
             return self._grid(length)
-        if self._requests is None or not self._answers:
+        if self._requests is None:
             return 0
+        if not self._answers:
+            return self._grid(min(len(req.origin_input_ids), length))
         return min(self._requests.canonical_columns(req), length)
 
     def _grid(self, length: int) -> int:
