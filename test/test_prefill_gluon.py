@@ -75,6 +75,15 @@ def check_heads(device):
         assert_same(World(device, [70, 130], shape), ((0, 0, 70), (1, 65, 130)))
 
 
+def check_a_single_row_of_a_block(device):
+    """Wherever it is in a tile: the part that has no rows takes each tile once, too."""
+    for window in (None, 0, 70):
+        world = World(device, [192], (1, 1, 64), Rules(window))
+        for at in (0, 62, 63, 64, 127, 191):
+            assert_same(world, ((0, at, at + 1),))
+    assert_same(world, ((0, 63, 192),))
+
+
 def check_stages(device):
     """Any number of tiles in flight, over more than a segment."""
     for stages in (2, 4):
