@@ -72,13 +72,9 @@ class GateTree(Limits):
             return length
         if req.gate.failed:  # its columns are its own: nothing says how they were computed
             return 0
-        if not req.finished():
-            return self._grid(length)
-        if self._requests is None:
-            return 0
-        if not self._answers:
-            return self._grid(min(len(req.origin_input_ids), length))
-        return min(self._requests.canonical_columns(req), length)
+        if self._requests is not None and self._answers and req.finished():
+            return min(self._requests.canonical_columns(req), length)
+        return self._grid(min(len(req.origin_input_ids), length))
 
     def _grid(self, length: int) -> int:
         return length // self.chunk * self.chunk
