@@ -3,7 +3,7 @@
 Gluon has no interpreter. What a GPU does later is done late here too: a product reads shared memory
 when it is waited for, and a tile arrives some time after it was asked for; so a stage that is given
 back too early, or read too early, changes the outcome. A barrier that is never reached is an error
-after `PATIENCE_S`.
+after `PATIENCE_S`, and so is a phase that a part has not waited for once when a program ends.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ TYPES = {"fp32": np.float32, "int32": np.int32, "int64": np.int64, "fp16": np.fl
 TYPES["uint32"] = np.uint32
 changed = threading.Condition()  # of all barriers
 thread = threading.local()  # its products in flight
+barriers: list[Barrier] = []  # of the program that runs
 
 
 class Array(np.ndarray):
@@ -90,7 +91,8 @@ class Barrier:
 
     def init(self, count: int) -> None:
         self.count = self.pending = count
-        self.bytes = self.phase = 0
+        self.bytes = self.phase = self.ended = 0
+        self.waits: dict[int, int] = {}  # of each thread
 
     def change(self, arrivals: int, more: int) -> None:
         with changed:
@@ -99,17 +101,26 @@ class Barrier:
             assert self.pending >= 0 and self.bytes >= 0, "more than the phase waits for"
             if self.pending == self.bytes == 0:
                 self.phase, self.pending = self.phase ^ 1, self.count
+                self.ended += 1
             changed.notify_all()
 
     def wait(self, parity: Any) -> None:
         with changed:
             if not changed.wait_for(lambda: self.phase != int(parity), PATIENCE_S):
                 raise TimeoutError("a barrier is never reached")
+            own = threading.get_ident()
+            self.waits[own] = self.waits.get(own, 0) + 1
+
+    def settle(self) -> None:
+        """At a program's end: no phase is begun, and who waits has waited for each once."""
+        assert (self.pending, self.bytes) == (self.count, 0), "a phase is begun and never ends"
+        assert set(self.waits.values()) <= {self.ended}, "a phase is not waited for once"
 
 
 class Barriers:
     def __init__(self, stages: int) -> None:
         self.all = [Barrier() for _ in range(stages)]
+        barriers.extend(self.all)
 
     def index(self, at: Any) -> Barrier:
         return self.all[int(at)]
@@ -193,6 +204,8 @@ def specialize(parts: Any, *_: Any) -> None:
         each.join()
     if errors:
         raise errors[0]
+    while barriers:
+        barriers.pop().settle()
 
 
 def nothing(*_: Any, **__: Any) -> None:
@@ -287,6 +300,7 @@ def launch(
     lines = rewired()
     for at in itertools.product(*map(range, grid)):
         program["at"] = list(at)
+        barriers.clear()  # of a program that failed
         lines["extend"](
             *(*tensors, Descriptor(columns.k), Descriptor(columns.v), table),
             *(chunks.page_table.stride(0), *lengths, sinks, scale * attention.LOG2_E),

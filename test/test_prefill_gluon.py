@@ -37,14 +37,14 @@ def launched(stages, q, columns, chunks, multiply, out, rules):
     gluon_threads.launch(stages, q, columns, chunks, scale, out, rules)
 
 
-def extended(world, pieces, stages=attention_prefill.STAGES):
+def extended(world, pieces, stages=attention_prefill.STAGES, **how):
     if world.device == "cpu":
         stand_in = partial(launched, stages)
         with patch.object(attention_prefill, "_launch_extend", stand_in):
-            return world.extend(*pieces)
+            return world.extend(*pieces, **how)
     launch = partial(attention_prefill.gluon_launch, stages=stages)
     with patch.object(attention_prefill, "gluon_launch", launch):
-        return world.extend(*pieces)
+        return world.extend(*pieces, **how)
 
 
 def by_triton(world, pieces):
@@ -75,6 +75,15 @@ def check_heads(device):
         assert_same(World(device, [70, 130], shape), ((0, 0, 70), (1, 65, 130)))
 
 
+def check_a_single_row_of_a_block(device):
+    """Wherever it is in a tile: the part that has no rows takes each tile once, too."""
+    for window in (None, 0, 70):
+        world = World(device, [192], (1, 1, 64), Rules(window))
+        for at in (0, 62, 63, 64, 127, 191):
+            assert_same(world, ((0, at, at + 1),))
+    assert_same(world, ((0, 63, 192),))
+
+
 def check_stages(device):
     """Any number of tiles in flight, over more than a segment."""
     for stages in (2, 4):
@@ -101,6 +110,18 @@ def check_windows_and_sinks(device):
             assert_same(world, ((0, cut, lengths[0]), (1, 0, lengths[1])), draw.choice((2, 3)))
     world = World(device, [700], (2, 1, 128), Rules(128, 0.0, torch.ones(2).to(device)))
     assert_same(world, ((0, 0, 300), (0, 300, 700)))
+
+
+def check_slots_of_a_window_alone(device):
+    """No slot in front of the list of a pool of windows is looked up."""
+    wide = attention.blocks_for(64, wide=True)
+    for window in (0, 1, 127, 128, 300):
+        world = World(device, [window + 400], (1, 1, 64), Rules(window))
+        for cut in (window + 127, window + 128, window + 270):
+            pieces = ((0, cut, window + 399),)
+            with patch.object(attention, "widest_blocks", lambda *_: wide):
+                (listed,) = extended(world, pieces, listed=True)
+            assert torch.equal(listed, extended(world, pieces)[0]), (window, cut)
 
 
 def check_decode_of_windows(device):

@@ -110,8 +110,11 @@ class World:
         self.live.append(req)
         return req
 
-    def prefill(self, req: Any, count: int = LONGEST) -> None:
-        """The next `count` tokens of the prompt, or its next chunk where that is prescribed."""
+    def prefill(self, req: Any, count: int = LONGEST, *, ends: bool = False) -> None:
+        """The next `count` tokens of the prompt, or its next chunk where that is prescribed.
+
+        `ends`: its first token, if this gives it, is its last.
+        """
         start, prompt = req.prefix_len, len(req.origin_input_ids)
         whole = start // CHUNK * CHUNK + CHUNK
         end = min(whole if self.alone and req.gate.gated else start + count, prompt)
@@ -126,6 +129,9 @@ class World:
         req.extend_end = end
         if end == prompt:
             self._emit(req, True)
+            if ends:
+                self.finish(req)
+                return
         common.checkpoint_kv_cache(req, self.tree)
         assert req.prefix_len == end, "the next chunk begins elsewhere"
 
@@ -388,6 +394,17 @@ def test_of_a_request_that_is_not_open_no_column_is_canonical(world: World):
     assert world.requests.canonical_columns(req) == 10
     world.requests.close(req)
     assert world.requests.canonical_columns(req) == 0
+
+
+@pytest.mark.parametrize("world", [ALONE, TOGETHER, ANSWERS], indirect=True)
+@pytest.mark.parametrize("length", [8, 10])
+def test_the_prompt_of_an_answer_of_one_token_enters(world: World, length: int):
+    """As where SGLang prefills it once for several choices, and where an answer is a class."""
+    req = world.arrive(PROMPT[:length])
+    while not world.is_prefilled(req):
+        world.prefill(req, ends=True)
+    assert world.shared() == [PROMPT[: 8 if world.alone else length]]
+    assert world.allocator.available_size() == SLOTS - len(world.shared()[0])
 
 
 @pytest.mark.parametrize("world", [TOGETHER], indirect=True)

@@ -113,6 +113,15 @@ def test_a_layer_that_cannot_be_unpacked_stays_with_marlin(monkeypatch, caplog, 
 
 
 @pytest.mark.usefixtures("unpacks")
+def test_what_one_rank_cannot_unpack_stays_with_marlin_on_all(monkeypatch, caplog):
+    """Or prompts would be the sums of both kinds."""
+    monkeypatch.setattr(unpacked.ranks, "of_all", lambda value: [value, "CUDA out of memory"])
+    before = operators()
+    assert unpacked.settle(torch.nn.Module(), before) == before and not unpacked._kinds
+    assert "64 rows at a time at most: CUDA out of memory." in caplog.text
+
+
+@pytest.mark.usefixtures("unpacks")
 def test_a_prefill_runs_unpacked_and_a_decode_step_by_marlin(monkeypatch):
     found = unpacked.settle(torch.nn.Module(), operators())
     decoded, (prefilled,), _ = found.values()

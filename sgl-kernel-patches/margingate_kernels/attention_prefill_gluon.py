@@ -101,7 +101,7 @@ def attend(  # noqa: PLR0917
                 *(own_top, own_total, own, top, total, mean, place, keys, values, positions, tile),
                 *(earliest, scale, layout, per, TILE, STAGES, WINDOW, True),
             )
-    whole = gl.maximum(gl.minimum((prefix + row + 1) // TILE, last), inside)
+    whole = gl.maximum(gl.minimum((prefix + row + 1) // TILE, entire), inside)
     for tile in range(inside, whole):
         own_top, own_total, own, top, total, mean = add_tile(
             *(own_top, own_total, own, top, total, mean, place, keys, values, positions, tile),

@@ -20,7 +20,7 @@ from margingate.runtime.probe.classes import Finding
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 14
+SCHEMA = 15
 LIBRARIES = (
     *("torch", "sglang", "triton", "flashinfer-python", "flashinfer-cubin", "sgl-deep-gemm"),
     *("sglang-kernel", "sglang-kernel-cpu", "quack-kernels", "tilelang"),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from margingate.runtime.probe.operators import Operator
 
 SAMPLE_ROWS = 64  # at every count, at least; twice that from counts above it
-ROUNDED = 1 << 16  # results of 16 bits that are compared at every count, where rows have few
+ROUNDED = 1 << 18  # results of 16 bits that are compared at every count, where rows have few
 MOST_ROWS = 1 << 14  # that either of these asks for
 
 

@@ -62,9 +62,9 @@ class GateTree(Limits):
         return self._grid(hit) if is_gated(req) else hit
 
     def shareable(self, req: Any, length: int) -> int:
-        """Of a gated request: the full chunks of its prompt; at its end the canonical columns of
-        its answer too, where they have the bits of a prefill. Of one with columns of replaced
-        weights, none.
+        """Of a gated request: the full chunks of its prompt, also where its first token ends it; at
+        its end the canonical columns of its answer too, where they have the bits of a prefill. Of
+        one with columns of replaced weights, none.
         """
         if _is_mixed(req):
             return 0
@@ -72,11 +72,9 @@ class GateTree(Limits):
             return length
         if req.gate.failed:  # its columns are its own: nothing says how they were computed
             return 0
-        if not req.finished():
-            return self._grid(length)
-        if self._requests is None or not self._answers:
-            return 0
-        return min(self._requests.canonical_columns(req), length)
+        if self._requests is not None and self._answers and req.finished():
+            return min(self._requests.canonical_columns(req), length)
+        return self._grid(min(len(req.origin_input_ids), length))
 
     def _grid(self, length: int) -> int:
         return length // self.chunk * self.chunk
