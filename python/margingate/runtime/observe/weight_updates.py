@@ -8,6 +8,7 @@ from typing import Any
 from sglang.srt.configs.load_config import LoadFormat
 from sglang.srt.managers import io_struct
 
+from margingate.runtime.client.control import UNFINISHED
 from margingate.runtime.compat.compute import quantization, schemes
 from margingate.runtime.compat.model import architectures, weights
 
@@ -122,7 +123,7 @@ def _unflushed(scheduler: Any, received: Any) -> str:
     if not getattr(received, "flush_cache", False) or weights.may_flush(scheduler):
         return ""
     return (
-        "the update flushes the cache and requests are not finished: let them finish, abort them, "
+        f"the update flushes the cache and {UNFINISHED}: let them finish, abort them, "
         "retract them by a pause, or send flush_cache false."
     )
 

@@ -17,7 +17,7 @@ from sglang.srt.managers.io_struct import (
     ResumeMemoryOccupationReqInput,
 )
 
-from margingate.runtime.client.control import NotReleased, NotResumed
+from margingate.runtime.client.control import UNFINISHED, NotReleased, NotResumed
 from margingate.runtime.compat.model import weights
 
 
@@ -51,7 +51,7 @@ def _on_a_cpu() -> str:
 def _unfinished(scheduler: Any) -> str:
     if weights.may_flush(scheduler):
         return ""
-    return "requests are not finished: let them finish, abort them, or retract them by a pause."
+    return f"{UNFINISHED}: let them finish, abort them, or retract them by a pause."
 
 
 def not_away(tags: Sequence[str], away: Collection[str]) -> str:
