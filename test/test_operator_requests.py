@@ -31,12 +31,11 @@ SENT = [
     (io_struct.BeginWeightUpdateReqInput(selector="drafts"), f"selector is 'drafts': {SELECTORS}"),
     (io_struct.CheckWeightsReqInput(selector=["all"]), f"selector is ['all']: {SELECTORS}"),
 ]
-UNFINISHED = io_struct.UpdateWeightFromDiskReqOutput(
+UNFINISHED = io_struct.UpdateWeightsFromTensorReqOutput(
     success=False,
     message=f"The weights were not updated, because {control.UNFINISHED}: let them finish.",
-    num_paused_requests=0,
 )
-DONE = io_struct.UpdateWeightFromDiskReqOutput(success=True, message="", num_paused_requests=0)
+DONE = io_struct.UpdateWeightsFromTensorReqOutput(success=True, message="")
 
 
 def hook_on(method: str) -> Any:
@@ -113,7 +112,7 @@ def test_nor_is_it_sent(asked, said):
 
 def test_what_comes_while_the_last_request_ends_is_sent_again():
     """Its answer is sent a step before SGLang drops it from its batch."""
-    obj = io_struct.UpdateWeightFromDiskReqInput(model_path="x")
+    obj = io_struct.UpdateWeightsFromTensorReqInput(serialized_named_tensors=[])
     assert ask(obj, [UNFINISHED], [DONE]) == ([DONE], 2)
     assert ask(obj, [DONE, UNFINISHED], [DONE, DONE]) == ([DONE, DONE], 2)
     released = io_struct.ReleaseMemoryOccupationReqOutput()
@@ -121,14 +120,36 @@ def test_what_comes_while_the_last_request_ends_is_sent_again():
     assert ask(io_struct.ReleaseMemoryOccupationReqInput(), [early], [released]) == ([released], 2)
 
 
+@pytest.mark.parametrize(
+    ("answers", "times"),
+    [
+        ([(False, UNFINISHED.message, 0), (True, "", 0)], 2),
+        ([(False, "no such folder", 0)], 1),
+        ([(True, UNFINISHED.message, 0)], 1),
+    ],
+)
+def test_an_update_from_disk_is_too(answers, times):
+    """It is sent in another way than the other messages."""
+    manager = SimpleNamespace(server_args=SimpleNamespace(**{ATTRIBUTE: GateConfig()}))
+    sent: list[Any] = []
+
+    async def original(_manager: Any, obj: Any) -> Any:
+        sent.append(obj)
+        return answers[len(sent) - 1]
+
+    hook = hook_on("_wait_for_model_update_from_disk")
+    assert asyncio.run(hook.function(original, manager, "it")) == answers[-1]
+    assert sent == ["it"] * times
+
+
 def test_but_not_for_long(monkeypatch):
     monkeypatch.setattr(control, "_AGAIN", (0.001,))
-    obj = io_struct.UpdateWeightFromDiskReqInput(model_path="x")
+    obj = io_struct.UpdateWeightsFromTensorReqInput(serialized_named_tensors=[])
     assert ask(obj, [UNFINISHED], [UNFINISHED]) == ([UNFINISHED], 2)
 
 
 def test_another_refusal_is_not_asked_for_twice():
-    failed = io_struct.UpdateWeightFromDiskReqOutput(
-        success=False, message="no such folder", num_paused_requests=0
-    )
-    assert ask(io_struct.UpdateWeightFromDiskReqInput(model_path="x"), [failed]) == ([failed], 1)
+    failed = io_struct.UpdateWeightsFromTensorReqOutput(success=False, message="no such folder")
+    assert ask(
+        io_struct.UpdateWeightsFromTensorReqInput(serialized_named_tensors=[]), [failed]
+    ) == ([failed], 1)

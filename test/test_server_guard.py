@@ -261,6 +261,8 @@ def test_a_hook_of_another_process_that_raises_ends_one_answer_at_most(rounds, h
             return info.status_code, info.text
         if hook.target.endswith("pause_generation"):
             return post(rounds.url, "/pause_generation", mode="retract")
+        if hook.target.endswith("_from_disk"):
+            return post(rounds.url, "/update_weights_from_disk", model_path="/no/such/folder")
         if hook.target.endswith("open_session"):
             return post(rounds.url, "/open_session", capacity_of_str_len=1)
         if path is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import typing
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from functools import cache
 from http import HTTPStatus
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from sglang.srt.managers import io_struct
 from margingate.runtime.client.kinds import Kind, type_error
 
 UNFINISHED = "requests are not finished"  # in a scheduler's sentence
-_AGAIN = (0.02, 0.03, 0.05, 0.1, 0.2)  # seconds; a step may run behind a request's last output
+_AGAIN = (0.02, 0.03, 0.05, 0.1, 0.2)  # seconds; SGLang drops a request a step behind its answer
 _SECONDS: Kind = (lambda value: isinstance(value, int | float), "a number of seconds")
 
 
@@ -88,15 +88,29 @@ def _words(kind: type) -> tuple[tuple[str, tuple[str, ...]], ...]:
 async def answers(original: Any, communicator: Any, obj: Any) -> Any:
     """AROUND FanOutCommunicator.__call__. Raises RefusedError where a scheduler refused."""
     check(obj)
-    found = await original(communicator, obj)
-    for pause in _AGAIN:
-        if not any(UNFINISHED in said for said in _sentences(found)):
-            break
-        await asyncio.sleep(pause)
-        found = await original(communicator, obj)
+    found = await _asked(lambda: original(communicator, obj), _sentences)
     for answer in found:
         if isinstance(answer, NotReleased | NotResumed | NotRecorded | NotProfiled):
             raise RefusedError(answer.message)
+    return found
+
+
+async def update_from_disk(original: Any, manager: Any, obj: Any) -> tuple[Any, ...]:
+    """AROUND TokenizerManager._wait_for_model_update_from_disk, which asks without that class."""
+    done: tuple[Any, ...] = await _asked(
+        lambda: original(manager, obj), lambda said: () if said[0] else (said[1],)
+    )
+    return done
+
+
+async def _asked(ask: Callable[[], Awaitable[Any]], refusals: Callable[[Any], Any]) -> Any:
+    """What schedulers answer; asked again where they are at the end of their last requests."""
+    found = await ask()
+    for pause in _AGAIN:
+        if not any(UNFINISHED in said for said in refusals(found)):
+            break
+        await asyncio.sleep(pause)
+        found = await ask()
     return found
 
 

@@ -111,6 +111,15 @@ TOKENIZER_HOOKS = (
         )
     ),
     Hook(
+        _MANAGER + "_wait_for_model_update_from_disk",
+        AROUND,
+        around_gated(control.update_from_disk),
+        "self obj",
+        "an update that comes while the last request ends is sent again",
+        "SGLang drops a request from its batch before it sends the answer",
+        Policy.CLIENT,
+    ),
+    Hook(
         "entrypoints.http_server.generate_contract_error",
         AROUND,
         switch.contract_error,

@@ -23,7 +23,8 @@ def refusal(scheduler: Any, received: Any) -> Any:
         return None
     runner = scheduler.tp_worker.model_runner
     because = (
-        _recaptured(runner, received)
+        _shared(scheduler)
+        or _recaptured(runner, received)
         or _fixed(runner.model)
         or _of_another_folder(runner.model_config, received)
         or _unflushed(scheduler, received)
@@ -36,6 +37,11 @@ def refusal(scheduler: Any, received: Any) -> Any:
 def looks_only(received: Any) -> bool:
     """Whether it is SGLang's check_weights, asked to change nothing."""
     return getattr(received, "action", "") in ("snapshot", "compare", "checksum")
+
+
+def _shared(scheduler: Any) -> str:
+    said = weights.shared(scheduler)
+    return said and f"{said}: start a server of the new ones, or one without the option."
 
 
 def _fixed(model: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import torch
-from sglang.srt.constants import GPU_MEMORY_ALL_TYPES
+from sglang.srt.constants import GPU_MEMORY_ALL_TYPES, GPU_MEMORY_TYPE_WEIGHTS
 from sglang.srt.managers.io_struct import (
     ReleaseMemoryOccupationReqInput,
     ReleaseMemoryOccupationReqOutput,
@@ -28,7 +28,10 @@ def refusal(scheduler: Any, received: Any) -> NotReleased | NotResumed | None:
         if because:
             return NotResumed(message=f"The memory was not resumed, because {because}")
     if isinstance(received, ReleaseMemoryOccupationReqInput):
-        because = _on_a_cpu() or _unknown(_tags(received)) or _unfinished(scheduler)
+        tags = _tags(received)
+        because = (
+            _on_a_cpu() or _unknown(tags) or _shared(scheduler, tags) or _unfinished(scheduler)
+        )
         if because:
             return NotReleased(message=f"The memory was not released, because {because}")
     return None
@@ -46,6 +49,12 @@ def _on_a_cpu() -> str:
     """There SGLang has none to release, and waits for the GPU that torch was made for."""
     there = torch.get_device_module().is_available()
     return "" if there else "this server computes on a CPU: do without."
+
+
+def _shared(scheduler: Any, tags: Sequence[str]) -> str:
+    said = weights.shared(scheduler) if GPU_MEMORY_TYPE_WEIGHTS in tags else ""
+    rest = [tag for tag in GPU_MEMORY_ALL_TYPES if tag != GPU_MEMORY_TYPE_WEIGHTS]
+    return said and f"{said}: give tags of {', '.join(rest)}."
 
 
 def _unfinished(scheduler: Any) -> str:
