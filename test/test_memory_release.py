@@ -29,7 +29,10 @@ class World:
     def __init__(self, monkeypatch, *, busy: bool = False, paused: bool = False) -> None:
         self.paused, self.flushed = [], 0
         adapter = SimpleNamespace(pause=self.paused.append, resume=self.paused.remove)
-        self.scheduler: Any = SimpleNamespace(_engine_paused=paused, disaggregation_mode=None)
+        args = self.args = SimpleNamespace(weight_cache_mode="off")
+        self.scheduler: Any = SimpleNamespace(
+            _engine_paused=paused, disaggregation_mode=None, server_args=args
+        )
         self.scheduler.is_fully_idle = lambda ignore_waiting: (
             not busy or (ignore_waiting and paused)
         )
@@ -135,6 +138,18 @@ def test_what_is_unknown_is_not_released(monkeypatch):
     known = "give tags of kv_cache, weights, cuda_graph."
     said = f"The memory was not released, because tags has 'kv_cach': {known}"
     assert world.release("kv_cach") == said and not world.paused
+
+
+def test_weights_that_other_servers_share_are_not_released(monkeypatch):
+    """SGLang raises, and its scheduler ends."""
+    world = World(monkeypatch)
+    world.args.weight_cache_mode = "daemon"
+    said = (
+        "The memory was not released, because --weight-cache-mode is daemon, so that other servers "
+        "have the same weights: give tags of kv_cache, cuda_graph."
+    )
+    assert world.release() == world.release("weights") == said and not world.paused
+    assert world.release("kv_cache", "cuda_graph") == ""
 
 
 def test_the_sentence_comes_to_who_asked():

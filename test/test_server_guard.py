@@ -259,6 +259,12 @@ def test_a_hook_of_another_process_that_raises_ends_one_answer_at_most(rounds, h
         if hook.target.endswith(("get_internal_state", "FanOutCommunicator.__call__")):
             info = requests.get(rounds.url + "/server_info", timeout=60)
             return info.status_code, info.text
+        if hook.target.endswith("pause_generation"):
+            return post(rounds.url, "/pause_generation", mode="retract")
+        if hook.target.endswith("_from_disk"):
+            return post(rounds.url, "/update_weights_from_disk", model_path="/no/such/folder")
+        if hook.target.endswith("open_session"):
+            return post(rounds.url, "/open_session", capacity_of_str_len=1)
         if path is None:
             return rounds.generate()
         reply = ROUTES[path].post(rounds.url, "Name a river.", 4, streams)

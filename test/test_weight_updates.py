@@ -58,6 +58,7 @@ def scheduler(*, waiting: int = 0, running: int = 0, paused: bool = False) -> An
         _pp_microbatches_drained=lambda: True,
         _engine_paused=paused,
         tp_worker=SimpleNamespace(model_runner=runner()),
+        server_args=SimpleNamespace(weight_cache_mode="off"),
     )
     made.is_fully_idle = lambda **named: Scheduler.is_fully_idle(made, **named)
     return made
@@ -69,6 +70,18 @@ KINDS = [
     ("UpdateWeightsFromTensorReq", {"serialized_named_tensors": []}),
     ("UpdateWeightsFromIPCReq", {"zmq_handles": {}}),
 ]
+
+
+@pytest.mark.parametrize(("kind", "more"), [*KINDS, ("BeginWeightUpdateReq", {})])
+def test_weights_that_other_servers_share_are_not_replaced(kind, more):
+    """SGLang raises, and its scheduler ends."""
+    shares = scheduler()
+    shares.server_args.weight_cache_mode = "client"
+    refused = weight_updates.refusal(shares, getattr(io_struct, kind + "Input")(**more))
+    assert not refused.success and refused.message == (
+        "The weights were not updated, because --weight-cache-mode is client, so that other "
+        "servers have the same weights: start a server of the new ones, or one without the option."
+    )
 
 
 @pytest.mark.parametrize(("kind", "more"), KINDS)

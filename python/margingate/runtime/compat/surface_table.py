@@ -167,5 +167,6 @@ SURFACE: Mapping[str, str] = {
     "moe_a2a_backend moe_runner_backend nnodes node_rank offload_group_size page_size "
     "prefill_attention_backend preferred_sampling_params radix_cache_backend "
     "random_seed radix_eviction_policy return_hidden_states_mode revision "
-    "smg_grpc_mode startup_weight_load_mode swa_full_tokens_ratio tokenizer_path tp_size",
+    "smg_grpc_mode startup_weight_load_mode swa_full_tokens_ratio tokenizer_path tp_size "
+    "weight_cache_mode",
 }

@@ -95,6 +95,30 @@ TOKENIZER_HOOKS = (
         "SGLang's answer has a message",
         Policy.CLIENT,
     ),
+    *(
+        Hook(
+            _MANAGER + name,
+            AROUND,
+            around_gated(control.checked),
+            parameters,
+            "words that SGLang does not know, which gRPC and an Engine pass on, end no scheduler",
+            "SGLang checks them wherever they come from",
+            Policy.CLIENT,
+        )
+        for name, parameters in (
+            ("pause_generation", "self obj"),
+            ("open_session", "self obj request"),
+        )
+    ),
+    Hook(
+        _MANAGER + "_wait_for_model_update_from_disk",
+        AROUND,
+        around_gated(control.update_from_disk),
+        "self obj",
+        "an update that comes while the last request ends is sent again",
+        "SGLang drops a request from its batch before it sends the answer",
+        Policy.CLIENT,
+    ),
     Hook(
         "entrypoints.http_server.generate_contract_error",
         AROUND,

@@ -8,6 +8,7 @@ from typing import Any
 from sglang.srt.configs.load_config import LoadFormat
 from sglang.srt.managers import io_struct
 
+from margingate.runtime.client.control import UNFINISHED
 from margingate.runtime.compat.compute import quantization, schemes
 from margingate.runtime.compat.model import architectures, weights
 
@@ -22,7 +23,8 @@ def refusal(scheduler: Any, received: Any) -> Any:
         return None
     runner = scheduler.tp_worker.model_runner
     because = (
-        _recaptured(runner, received)
+        _shared(scheduler)
+        or _recaptured(runner, received)
         or _fixed(runner.model)
         or _of_another_folder(runner.model_config, received)
         or _unflushed(scheduler, received)
@@ -35,6 +37,11 @@ def refusal(scheduler: Any, received: Any) -> Any:
 def looks_only(received: Any) -> bool:
     """Whether it is SGLang's check_weights, asked to change nothing."""
     return getattr(received, "action", "") in ("snapshot", "compare", "checksum")
+
+
+def _shared(scheduler: Any) -> str:
+    said = weights.shared(scheduler)
+    return said and f"{said}: start a server of the new ones, or one without the option."
 
 
 def _fixed(model: Any) -> str:
@@ -122,7 +129,7 @@ def _unflushed(scheduler: Any, received: Any) -> str:
     if not getattr(received, "flush_cache", False) or weights.may_flush(scheduler):
         return ""
     return (
-        "the update flushes the cache and requests are not finished: let them finish, abort them, "
+        f"the update flushes the cache and {UNFINISHED}: let them finish, abort them, "
         "retract them by a pause, or send flush_cache false."
     )
 

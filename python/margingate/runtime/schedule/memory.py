@@ -10,14 +10,14 @@ from typing import Any
 
 import msgspec
 import torch
-from sglang.srt.constants import GPU_MEMORY_ALL_TYPES
+from sglang.srt.constants import GPU_MEMORY_ALL_TYPES, GPU_MEMORY_TYPE_WEIGHTS
 from sglang.srt.managers.io_struct import (
     ReleaseMemoryOccupationReqInput,
     ReleaseMemoryOccupationReqOutput,
     ResumeMemoryOccupationReqInput,
 )
 
-from margingate.runtime.client.control import NotReleased, NotResumed
+from margingate.runtime.client.control import UNFINISHED, NotReleased, NotResumed
 from margingate.runtime.compat.model import weights
 
 
@@ -28,7 +28,10 @@ def refusal(scheduler: Any, received: Any) -> NotReleased | NotResumed | None:
         if because:
             return NotResumed(message=f"The memory was not resumed, because {because}")
     if isinstance(received, ReleaseMemoryOccupationReqInput):
-        because = _on_a_cpu() or _unknown(_tags(received)) or _unfinished(scheduler)
+        tags = _tags(received)
+        because = (
+            _on_a_cpu() or _unknown(tags) or _shared(scheduler, tags) or _unfinished(scheduler)
+        )
         if because:
             return NotReleased(message=f"The memory was not released, because {because}")
     return None
@@ -48,10 +51,16 @@ def _on_a_cpu() -> str:
     return "" if there else "this server computes on a CPU: do without."
 
 
+def _shared(scheduler: Any, tags: Sequence[str]) -> str:
+    said = weights.shared(scheduler) if GPU_MEMORY_TYPE_WEIGHTS in tags else ""
+    rest = [tag for tag in GPU_MEMORY_ALL_TYPES if tag != GPU_MEMORY_TYPE_WEIGHTS]
+    return said and f"{said}: give tags of {', '.join(rest)}."
+
+
 def _unfinished(scheduler: Any) -> str:
     if weights.may_flush(scheduler):
         return ""
-    return "requests are not finished: let them finish, abort them, or retract them by a pause."
+    return f"{UNFINISHED}: let them finish, abort them, or retract them by a pause."
 
 
 def not_away(tags: Sequence[str], away: Collection[str]) -> str:

@@ -10,6 +10,8 @@ from sglang.srt.utils.weight_versions import (
     truncate_weight_version_events,
 )
 
+from margingate.runtime.compat.arguments import settings
+
 
 def session_is_open(scheduler: Any) -> bool:
     """Whether weights may be written now, by other processes too: between begin and end."""
@@ -19,6 +21,17 @@ def session_is_open(scheduler: Any) -> bool:
 def may_flush(scheduler: Any) -> bool:
     """Whether SGLang would flush its cache now: while it is paused, requests may wait."""
     return bool(scheduler.is_fully_idle(ignore_waiting=scheduler._engine_paused))
+
+
+def shared(scheduler: Any) -> str:
+    """What a sentence says of weights of which other servers have the same memory, or nothing.
+
+    SGLang raises over each change of them, and its scheduler ends.
+    """
+    mode = settings.view(scheduler.server_args).weight_cache_mode
+    if mode == "off":
+        return ""
+    return f"--weight-cache-mode is {mode}, so that other servers have the same weights"
 
 
 def is_another(label: str | None) -> bool:
