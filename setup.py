@@ -35,7 +35,10 @@ setup(
         "margingate_kernels": "sgl-kernel-patches/margingate_kernels",
     },
     packages=find_packages("python") + find_packages("sgl-kernel-patches"),
-    package_data={"margingate": ["py.typed", "data/*.jsonl"], "margingate_kernels": ["py.typed"]},
+    package_data={
+        "margingate": ["py.typed", "data/*.jsonl"],
+        "margingate_kernels": ["py.typed", "csrc/*.cuh"],
+    },
     # aiohttp, numpy, psutil, requests, torch, transformers and triton come with this SGLang, in the
     # versions that it pins; a second pin here could only disagree.
     install_requires=[

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from margingate.runtime.compat.compute import marlin, quantization
+from margingate.runtime.compat.compute import marlin, marlin_rows, quantization
 from margingate.runtime.compat.model import vision
 from margingate.runtime.probe.observed_calls import AS_WEIGHT, Observed, ObservedCall
 
@@ -214,7 +214,8 @@ class Packed(Quantized):
 
     @property
     def described(self) -> str:
-        return marlin.describe(self.module) + (" in decode" if self.decodes_only else "")
+        said = marlin.describe(self.module) + (" in decode" if self.decodes_only else "")
+        return f"{said}, in one tile" if marlin_rows.serves(self.module) else said
 
 
 @dataclass(frozen=True)

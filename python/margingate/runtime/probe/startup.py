@@ -29,6 +29,7 @@ from margingate.runtime.probe import (
     dual_gemm,
     execute,
     loaded_model,
+    marlin_tiles,
     plans,
     shared_plans,
     tile_heights,
@@ -93,7 +94,7 @@ def _operators(runner: Any) -> dict[str, list[Operator]]:
     seen = observe(runner)
     operators = classes.groups(runner.model, seen)
     refuse_unknown(runner.model, operators, seen)
-    if tile_heights.settle(operators):
+    if tile_heights.settle(operators) or marlin_tiles.settle(operators):
         operators = classes.groups(runner.model, seen)
     return unpacked.settle(runner.model, operators)
 
