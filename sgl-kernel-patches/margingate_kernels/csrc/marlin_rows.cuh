@@ -15,6 +15,7 @@ using tvm::ffi::TensorView;
 constexpr int kTile = 8;  // blocks of 16 outputs, and of 16 inputs
 constexpr int kThreads = 256;
 constexpr int kMostRows = 64;
+constexpr int kBits = 4;  // of a weight
 
 template <typename scalar_t, int64_t type_id, int group_blocks, int row_blocks>
 void launch(
@@ -42,6 +43,20 @@ void launch(
   RuntimeDeviceCheck(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device.device_id));
   RuntimeDeviceCheck(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device.device_id));
   RuntimeDeviceCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  const int needed = marlin::get_kernel_cache_size(
+      {16 * kTile, 16 * kTile, kThreads},
+      row_blocks,
+      static_cast<int>(rows.size(0)),
+      static_cast<int>(results.size(1)),
+      static_cast<int>(rows.size(1)),
+      kBits,
+      16 * group_blocks,
+      false,
+      true,
+      zeros.size(0) > 0,
+      false);
+  RuntimeCheck(needed <= shared, "a tile of ", 16 * row_blocks, " rows needs ", needed, " of ", shared, " bytes");
+  RuntimeCheck(rows.stride(1) == 1 && rows.stride(0) % 8 == 0, "rows have gaps, or begin within 16 bytes");
   RuntimeCheck(locks.size(0) >= processors, locks.size(0), " locks are fewer than the ", processors, " blocks");
   LaunchKernel(processors, kThreads, LaunchKernel::resolve_device(device), shared)(
       kernel,

@@ -3,7 +3,7 @@
 SGLang's Marlin has a tile for up to 16 rows and another above. Steps of few requests would be
 padded to the second, or those of many run in pieces of the first. `compat/compute/marlin_rows` has
 the first for more rows. A start compares it with SGLang's own results of 16 rows, bit for bit, and
-leaves the layers as they are where any differs, or where it costs large steps more than it saves.
+leaves the layers as they are where any differs. No clock decides: the next start is to do the same.
 """
 
 from __future__ import annotations
@@ -16,15 +16,12 @@ import torch
 from margingate.errors import first_line
 from margingate.runtime.compat.compute import marlin_rows
 from margingate.runtime.compat.process import ranks
-from margingate.runtime.probe.call_times import microseconds
 from margingate.runtime.probe.operators import Operator, Packed
 
 logger = logging.getLogger(__name__)
 
 FEW = 16  # rows of SGLang's products in that tile
 COMPARED = (17, 31, 32, 33, 48, 49, 63, 64)  # rows of the kernel's
-TIMED = (32, 48, 64)
-SLOWER = 1.25  # times as long as SGLang's product of so many rows: more than padding costs
 
 
 def settle(groups: Mapping[str, Sequence[Operator]]) -> bool:
@@ -39,8 +36,7 @@ def settle(groups: Mapping[str, Sequence[Operator]]) -> bool:
     kinds = [same for same in groups.values() if _is_for(same[0])]
     if not kinds:
         return False
-    before = [microseconds(same, TIMED) for same in kinds]
-    reasons = [each for each in ranks.of_all(_why_not(kinds, before)) if each]
+    reasons = [each for each in ranks.of_all(_why_not(kinds)) if each]
     if reasons:
         marlin_rows.give_up()
         logger.warning(
@@ -57,7 +53,7 @@ def _is_for(operator: Operator) -> bool:
     return packed and marlin_rows.form_of(operator.module) is not None
 
 
-def _why_not(kinds: Sequence[Sequence[Operator]], before: Sequence[Mapping[int, float]]) -> str:
+def _why_not(kinds: Sequence[Sequence[Operator]]) -> str:
     """What keeps layers from the kernel, "" if nothing; it is in use then."""
     forms = {marlin_rows.form_of(same[0].module) for same in kinds}
     try:
@@ -67,9 +63,6 @@ def _why_not(kinds: Sequence[Sequence[Operator]], before: Sequence[Mapping[int, 
             for same, rows in zip(kinds, expected, strict=True):
                 if not _agrees(same[0], rows):
                     return f"{same[0].name} has other bits in it"
-            for same, times in zip(kinds, before, strict=True):
-                if slow := _slow(times, microseconds(same, TIMED)):
-                    return f"{same[0].name} is slower with {slow} rows"
     except Exception as error:  # a compiler's, a launch's or a module's that is not there
         return first_line(error)
     return ""
@@ -83,7 +76,3 @@ def _in_pieces(operator: Operator, count: int) -> torch.Tensor:
 def _agrees(operator: Operator, expected: torch.Tensor) -> bool:
     sample = operator.sample(len(expected))
     return all(torch.equal(operator.run(sample[:n]), expected[:n]) for n in COMPARED)
-
-
-def _slow(before: Mapping[int, float], now: Mapping[int, float]) -> str:
-    return ", ".join(str(n) for n in TIMED if now[n] > SLOWER * before[n])

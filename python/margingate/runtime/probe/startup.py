@@ -94,7 +94,7 @@ def _operators(runner: Any) -> dict[str, list[Operator]]:
     seen = observe(runner)
     operators = classes.groups(runner.model, seen)
     refuse_unknown(runner.model, operators, seen)
-    if tile_heights.settle(operators) or marlin_tiles.settle(operators):
+    if tile_heights.settle(operators) + marlin_tiles.settle(operators):
         operators = classes.groups(runner.model, seen)
     return unpacked.settle(runner.model, operators)
 
