@@ -65,6 +65,7 @@ def test_findings_are_of_the_decode_graphs_that_they_were_measured_with(runner, 
         raise ZeroDivisionError
 
     monkeypatch.setattr(startup.shared_plans, "of_first_replica", first)
+    monkeypatch.setattr(startup, "_busiest", lambda *_: 64)
     for graphs in ([1, 2], [1, 2, 4]):
         monkeypatch.setattr(startup, "_decode_graphs", lambda _runner, of=graphs: of)
         with pytest.raises(ZeroDivisionError):
@@ -107,6 +108,21 @@ def test_a_damaged_file_is_redone(runner, text, caplog):
     assert "is not readable" in caplog.text
     cache.save(key, FINDINGS)
     assert cache.load(key) == FINDINGS
+
+
+def test_findings_of_another_schema_are_told_apart_by_it_and_not_by_what_they_lack(runner, caplog):
+    key = cache.identity(runner, ["a"], 64)
+    cache.save(key, FINDINGS)
+    file = cache.path(key)
+    record = json.loads(file.read_text())
+    record["identity"]["schema"] -= 1
+    for found in record["findings"]:
+        del found["prefill_plan"]
+    file.write_text(json.dumps(record))
+    with caplog.at_level("INFO"):
+        assert cache.load(key) is None
+    assert "the probe is redone: schema differ from" in caplog.text
+    assert "is not readable" not in caplog.text
 
 
 def test_a_cache_that_cannot_be_written_costs_a_line(runner, tmp_path, caplog):

@@ -172,6 +172,28 @@ def test_a_kernel_with_the_bits_of_the_last_class_joins_it(steady, timed, kernel
     assert found == (of(wide, 0) if steady else kept(1, 640, batch_invariant=True))
 
 
+def test_a_kernel_that_joins_is_chosen_by_all_calls_of_graphs_and_not_its_own_alone(
+    kernel, monkeypatch
+):
+    """Up to 128 rows, where it makes the calls, the other class is the faster one."""
+    kernel(in_order)
+    monkeypatch.setattr(plans, "is_deep_gemm", lambda _: True)
+    monkeypatch.setattr(plans, "_is_timed", lambda _: True)
+
+    def microseconds(operators, counts):
+        return dict.fromkeys(counts, 11.5 if isinstance(operators[0], MadeUp) else 10.0)
+
+    monkeypatch.setattr(plans, "microseconds", microseconds)
+    classes = {count: int(count > 64) for count in row_counts(256)}
+    wide = {**classes, 1024: 0, 4096: 1}
+
+    def operator(x):
+        return in_order(x) + float(wide[len(x)] == 0)
+
+    plan, holds = plans.plan_of(layers_of(operator), classes, wide)
+    assert holds and (plan.low, plan.high) == (65, 4096) and plan.by_kernel == 64
+
+
 def test_a_kernel_that_does_not_join_is_compiled_for_all_it_may_be_asked_for(
     timed, kernel, monkeypatch
 ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from margingate.runtime.probe.classes import (
     probe_operator,
     row_counts,
 )
+from margingate.runtime.probe.operators import MadeUp
 
 
 def leaky(x: torch.Tensor) -> torch.Tensor:
@@ -134,3 +136,26 @@ def test_prefill_is_probed_where_the_gates_attention_runs_and_prompts_may_share(
     assert counts(runner, None, {}, 256) == []
     runner.attn_backend = object()
     assert counts(runner, config, {}, 256) == []
+
+
+@dataclass(frozen=True)
+class Decoded(MadeUp):
+    is_capped, sees_prefill = True, False
+
+
+def test_replicas_agree_on_the_largest_step_whatever_operators_each_has(monkeypatch):
+    """One of them may have no memory to unpack a layer: the others would wait for it an hour."""
+    asked = []
+
+    def of_all(_args, _name, requests):
+        asked.append(requests)
+        return [requests, 24]
+
+    monkeypatch.setattr(ranks, "group", lambda: None)
+    monkeypatch.setattr(replicas, "of_all", of_all)
+    monkeypatch.setattr(startup, "places", lambda *_: 48)
+    runner = SimpleNamespace(attn_backend=None, server_args=None)
+    decoded = Decoded("o", None, function=in_order, width=4, like=None)
+    assert startup._busiest(runner, {"one": [decoded]}, 256) == 24
+    assert startup._busiest(runner, {"one": [made_up(in_order)]}, 256) == 256
+    assert asked == [48, 48]

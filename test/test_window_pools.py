@@ -1,27 +1,41 @@
 """Two K/V pools, SGLang's own: what leaves a window, what is held back, and whose each slot is.
 
-As in test_radix.py there is no model. A row reads its window in one pool and all before it in the
+As in radix_world.py there is no model. A row reads its window in one pool and all before it in the
 other, and each slot that it reads must hold the column that belongs there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import test_radix
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from radix_steps import STEPS, Step
+from radix_steps import take as take_step
+from radix_turns import Turn
+from radix_world import (
+    ALONE,
+    ANSWERS,
+    CHUNK,
+    LONGEST,
+    PROMPT,
+    REQUESTS,
+    SLOTS,
+    TOGETHER,
+    Column,
+    World,
+    sglangs_settings,
+)
 from sglang.srt.managers.schedule_policy import AddReqResult
 from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
-from test_radix import ALONE, ANSWERS, CHUNK, LONGEST, PROMPT, REQUESTS, SLOTS, TOGETHER, Column
 
 from margingate.config import GateConfig, GateError
 from margingate.core.ledger import Outcome
@@ -32,13 +46,18 @@ from margingate.runtime.schedule.radix import GateWindowCache
 from margingate.runtime.start import pools
 from margingate.runtime.verify import rollback
 
-server = test_radix.server  # SGLang's global settings
 WINDOW = 6  # keys before its own that a row sees
 WINDOW_SLOTS = 110
 LAYER = 1  # the one with a window
 
 
-class Windows(test_radix.World):
+@pytest.fixture(scope="module", autouse=True)
+def server() -> Iterator[None]:
+    with sglangs_settings():
+        yield
+
+
+class Windows(World):
     """SGLang's two pools and the gate's tree over them."""
 
     def make(self) -> None:
@@ -214,7 +233,7 @@ def test_a_chunk_that_finds_no_room_in_the_pool_of_windows_waits_whole(world, mo
     """SGLang would compute as much of it as there is room for, and its columns had other bits."""
     req = world.arrive(tuple(range(30)))
     world.prefill(req)
-    turn = test_radix.Turn(world, monkeypatch)
+    turn = Turn(world, monkeypatch)
     turn.adder.memory_budget.swa_offset = world.allocator.swa_available_size() - CHUNK
     assert turn.go_on(req) is req and not turn.spans
     assert req.extend_end == req.prefix_len == CHUNK, "SGLang stashes nothing of a parked chunk"
@@ -228,7 +247,7 @@ def test_a_retracted_request_waits_for_windows_of_all_that_it_keeps(world, monke
     """Else its prompt is computed in each turn, and finds no room for what is to be replayed."""
     if hit:
         world.answer(PROMPT)
-    req, turn = world.arrive((*PROMPT[:hit], 1, 2, 3, 4)), test_radix.Turn(world, monkeypatch)
+    req, turn = world.arrive((*PROMPT[:hit], 1, 2, 3, 4)), Turn(world, monkeypatch)
     room = turn.adder.memory_budget.remaining_swa
     assert req.prefix_len == hit and room == WINDOW_SLOTS - min(hit, WINDOW)
     world.tree.unlock(req.lock)  # as it waits: the windows of its hit could be given up
@@ -350,7 +369,7 @@ def test_windows_in_a_pool_of_another_kind_end_the_start(monkeypatch):
         pools.confirm(stub, GateConfig())
 
 
-def take(world: Windows, step: test_radix.Step, flips: bool) -> None:
+def take(world: Windows, step: Step, flips: bool) -> None:
     """As there; a verdict may be a flip, and the pool of windows may be emptied by itself."""
     if step.what == "evict":
         count = 4 * step.count
@@ -361,12 +380,12 @@ def take(world: Windows, step: test_radix.Step, flips: bool) -> None:
     if flips and step.what == "verify" and prefilled and req.gate.gated:
         world.flip(req)
         return
-    test_radix.take(world, step)
+    take_step(world, step)
 
 
 @pytest.mark.parametrize("mode", [ALONE, TOGETHER, ANSWERS], ids=["alone", "together", "answers"])
 @settings(max_examples=80, deadline=None)
-@given(steps=st.lists(st.tuples(test_radix.STEPS, st.booleans()), min_size=15, max_size=60))
+@given(steps=st.lists(st.tuples(STEPS, st.booleans()), min_size=15, max_size=60))
 def test_requests_that_come_and_go_in_any_order(mode: Prefill, steps: list[Any]):
     assert REQUESTS * (WINDOW + CHUNK) < WINDOW_SLOTS < REQUESTS * LONGEST
     world = Windows(mode)

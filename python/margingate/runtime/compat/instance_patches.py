@@ -105,9 +105,9 @@ ON_GATES = (
 ON_FORWARD = InstancePatch(
     "models.llama.LlamaForCausalLM",
     "forward",
-    "of any model with layers by Marlin, and of its layers without the head: notes whether it is a "
-    "prefill, which multiplies by unpacked weights",
-    "a prefill by Marlin gives a row the same bits in any forward",
+    "of any model with layers by Marlin, or with a class of their own in prefills, and of its "
+    "layers without the head: notes whether it is a prefill",
+    "a prefill by SGLang's layers gives a row the same bits in any forward",
 )
 ON_QUANTIZED = tuple(
     InstancePatch(

@@ -83,8 +83,9 @@ def load(key: dict[str, Any]) -> list[Finding] | None:
     file = path(key)
     try:
         record = json.loads(file.read_text())
-        found = [Finding.from_record(entry) for entry in record["findings"]]
         made_for = dict(record["identity"])
+        same = made_for["schema"] == SCHEMA  # else records need not have what these have
+        found = [Finding.from_record(entry) for entry in record["findings"]] if same else []
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -51,7 +51,9 @@ def measure(scheduler: Any, verifier: Verifier, wanted: bool) -> Prefill:
     check = _Check(scheduler, verifier)
     # All of them, whatever the first says: ranks must run the same forwards.
     seen = [check.beside_others(), check.in_the_largest(), check.in_chunks(), check.drawn()]
-    *together, decoded = agreed(scheduler, [*seen, check.decoded()])
+    # Its few rows need not show what more rows of a layer were measured to have.
+    decoded = check.decoded() and not execute.some_differ_in_prefill()
+    *together, decoded = agreed(scheduler, [*seen, decoded])
     found = Prefill(all(together), all(together) and decoded)
     logger.info(
         "margingate: gated prompts are prefilled %s; decoded columns have %s bits.",

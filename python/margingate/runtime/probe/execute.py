@@ -60,6 +60,11 @@ def differs_in_prefill(module: Any) -> bool:
     return id(module) in _prefill_plans
 
 
+def some_differ_in_prefill() -> bool:
+    """Whether some module runs otherwise in prefills, so that decoded columns have other bits."""
+    return bool(_prefill_plans) or unpacked.are_some()
+
+
 def covers_prefill() -> bool:
     """Whether the plans of this process hold for prefill forwards of any size."""
     return math.isinf(_limit)

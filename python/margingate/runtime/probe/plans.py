@@ -217,15 +217,15 @@ def _plan(
     first = same[0]
     if not _is_timed(first):
         return rowclass.choose(classes, to_the_top=to_the_top)
-    most = busiest if capped.decodes_only(first) else None
+    largest = busiest if capped.decodes_only(first) else None
     if first.is_capped:  # prompts, or steps of many rows, run in pieces of it
-        classes = capped.large_enough(classes, most)
+        classes = capped.large_enough(classes, largest)
     steady = len(set(classes.values())) == 1
     own = _by_kernel(same)
     joins = _joins(first, own[0], classes) if _may_join(first) else []
     if steady and not joins:
         return rowclass.choose(classes, to_the_top=to_the_top)
-    counts = rowclass.timed_counts(classes, most)
+    counts = rowclass.timed_counts(classes, largest)
     kernel = None
     if joins:
         most = rowclass.reach(classes)
@@ -237,7 +237,7 @@ def _plan(
         with suppress(RowDependenceError, *NOT_RUNNING):
             if _in_one_class(own[0], classes):
                 kernel = microseconds(own, counts)
-    times = Times(microseconds(same, counts), kernel, joins, most)
+    times = Times(microseconds(same, counts), kernel, joins, largest)
     return rowclass.choose(classes, times, to_the_top=to_the_top)
 
 

@@ -221,12 +221,12 @@ def _decode_graphs(runner: Any) -> list[int]:
 def _busiest(runner: Any, operators: dict[str, list[Operator]], decoded: int) -> int:
     """Rows of the largest decode step, where plans of some operators depend on it; else `decoded`.
 
-    A step has a row a request.
+    A step has a row a request. All replicas ask, as an operator may be another in some: one that
+    did not would have the others wait, and not say what differs.
     """
-    if not any(decodes_only(same[0]) for same in operators.values()):
-        return decoded
     requests = min(ranks.of_all(min(decoded, places(runner, runner.attn_backend))))
-    return int(min(replicas.of_all(runner.server_args, "busiest", requests)))
+    requests = int(min(replicas.of_all(runner.server_args, "busiest", requests)))
+    return requests if any(decodes_only(same[0]) for same in operators.values()) else decoded
 
 
 def _rows_in_memory(operators: dict[str, list[Operator]]) -> int:

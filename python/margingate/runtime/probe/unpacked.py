@@ -83,6 +83,11 @@ def kind_of(layer: Any) -> UnpackedLayers | None:
     return _kinds.get(id(layer))
 
 
+def are_some() -> bool:
+    """Whether prefills run something else in the place of some layers."""
+    return bool(_kinds)
+
+
 def unpacked(layer: Any) -> torch.Tensor:
     """The weights [outputs, inputs] of a layer of `kind_of`, in the dtype of its inputs."""
     weights = marlin.weights(layer)
