@@ -82,6 +82,40 @@ def test_deterministic_beside_the_parameters_of_openai(switch, body, custom):
     assert asyncio.run(switch.openai_request(original, serving, request, raw)) == custom
 
 
+@pytest.mark.parametrize(
+    ("default", "kind", "value", "answer"),
+    [
+        ("on", "application/json", True, "answered"),
+        ("on", "application/json", None, "answered"),
+        ("on", "application/json", False, "deterministic is false, but requests of this route are"),
+        ("off", "application/json; charset=utf-8", True, "deterministic is true, but requests of"),
+        ("off", "application/json", False, "answered"),
+        ("on", "application/json", "no", "custom_params.deterministic is 'no': give true or false"),
+        ("on", "multipart/form-data", False, "answered"),
+        (None, "application/json", False, "answered"),
+    ],
+)
+def test_routes_without_sampling_parameters_are_as_the_default_says(
+    switch, monkeypatch, default, kind, value, answer
+):
+    """/v1/score had `deterministic` and dropped it."""
+
+    async def parsed() -> dict[str, Any]:
+        assert "json" in kind, "a form is no JSON"
+        return {"query": "a", "deterministic": value}
+
+    async def original(*_: Any) -> str:
+        return "answered"
+
+    config = None if default is None else SimpleNamespace(default=default)
+    monkeypatch.setattr(switch, "gate_config", lambda _: config)
+    manager = SimpleNamespace(server_args=None)
+    serving = SimpleNamespace(create_error_response=str, tokenizer_manager=manager)
+    raw = SimpleNamespace(json=parsed, headers={"content-type": kind})
+    found = asyncio.run(switch.openai_request(original, serving, SimpleNamespace(), raw))
+    assert found.startswith(answer)
+
+
 def test_a_backend_of_the_frontend_language_sends_the_switch():
     from sglang.lang.ir import SglSamplingParams
 

@@ -342,6 +342,12 @@ def test_scores_of_openai_routes_are_those_of_generate(client, prompts):
     assert found[: len(ids)] == [entry[0] for entry in scored.meta["input_token_logprobs"]]
     body = {"model": "m", "query": ids, "items": [[260], [270]], "label_token_ids": [5, 260]}
     one, other = (requests.post(f"{client.base_url}/v1/score", json=body) for _ in range(2))
+    alike, unlike = (
+        requests.post(f"{client.base_url}/v1/score", json={**body, "deterministic": said})
+        for said in (True, False)
+    )
+    assert alike.status_code == 200 and unlike.status_code == 400
+    assert "deterministic is false, but requests of this route" in unlike.text
     [label] = client.alone(
         [Prompt("item", (*ids, 260))], **ASK_SCORES, sampling_params={"max_new_tokens": 0}
     )

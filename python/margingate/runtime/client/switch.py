@@ -7,9 +7,11 @@ no `custom_params`: there it is read from the body and waits on the HTTP request
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from margingate.runtime.client import parameter_types
+from margingate.runtime.compat.arguments.server_args import gate_config
 from margingate.runtime.request.record import SWITCH, not_a_switch, not_an_object
 
 _NOTED = "margingate_deterministic"  # on an HTTP request's state
@@ -61,16 +63,39 @@ def _without_switch(params: Any) -> Any:
 async def openai_request(original: Any, serving: Any, request: Any, raw_request: Any) -> Any:
     """AROUND OpenAIServingBase.handle_request: `deterministic` beside OpenAI's parameters.
 
-    SGLang drops what it does not know, so it is read from the body, which is parsed already.
+    SGLang drops what it does not know, so it is read from the body, which is parsed already. On
+    routes without `custom_params`, as /v1/score, it may say what --gate-default does.
     """
-    if hasattr(request, "custom_params") and hasattr(raw_request, "json"):  # gRPC's has none
-        value = (await raw_request.json()).get(SWITCH)
-        if value is not None:
-            try:
+    if not hasattr(raw_request, "json"):  # gRPC's
+        return await original(serving, request, raw_request)
+    takes = hasattr(request, "custom_params")
+    value = (await raw_request.json()).get(SWITCH) if takes or _is_json(raw_request) else None
+    if value is not None:
+        try:
+            if takes:
                 request.custom_params = _with_switch(request.custom_params, value)
-            except ValueError as error:
-                return serving.create_error_response(str(error))
+            else:
+                _hold_to_default(serving.tokenizer_manager, value)
+        except ValueError as error:
+            return serving.create_error_response(str(error))
     return await original(serving, request, raw_request)
+
+
+def _is_json(raw_request: Any) -> bool:
+    """Not a form, as sound comes in."""
+    return "json" in raw_request.headers.get("content-type", "")
+
+
+def _hold_to_default(manager: Any, value: Any) -> None:
+    """Raises ValueError: HTTP 400."""
+    if sentence := not_a_switch(value):
+        raise ValueError(sentence)
+    config = gate_config(manager.server_args)
+    if config is not None and value != (config.default == "on"):
+        raise ValueError(
+            f"{SWITCH} is {json.dumps(value)}, but requests of this route are as --gate-default "
+            f"{config.default} says: drop it, or ask /generate with max_new_tokens 0."
+        )
 
 
 async def note(raw_request: Any) -> str:
