@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -46,8 +45,8 @@ class Column(NamedTuple):
     weights: frozenset[int]  # versions that it was computed by, itself or those before it
 
 
-@contextmanager
-def sglangs_settings() -> Iterator[None]:
+@pytest.fixture(scope="module", autouse=True)
+def server() -> Iterator[None]:
     """SGLang's global settings, which a server would have published, and the gate's state."""
     published = SimpleNamespace(strip_thinking_cache=False, speculative_algorithm=None)
     with pytest.MonkeyPatch.context() as patch:
@@ -289,10 +288,9 @@ class World:
 PROMPT = tuple(range(10, 20))
 
 
-@contextmanager
-def made(mode: Prefill = ALONE) -> Iterator[World]:
-    """One that is looked at as it ends."""
-    world = World(mode)
-    yield world
-    world.check()
-    world.end()
+@pytest.fixture
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    made = World(getattr(request, "param", ALONE))
+    yield made
+    made.check()
+    made.end()

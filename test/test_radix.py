@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
 from inspect import signature
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import radix_world
 from radix_world import (
     ALONE,
     ANSWERS,
@@ -17,8 +17,6 @@ from radix_world import (
     SLOTS,
     TOGETHER,
     World,
-    made,
-    sglangs_settings,
 )
 from sglang.srt.mem_cache import common
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
@@ -29,17 +27,8 @@ from margingate.runtime.request.record import CACHE_NAMESPACE
 from margingate.runtime.schedule import radix
 from margingate.runtime.schedule.radix import GateRadixCache
 
-
-@pytest.fixture(scope="module", autouse=True)
-def server() -> Iterator[None]:
-    with sglangs_settings():
-        yield
-
-
-@pytest.fixture
-def world(request: pytest.FixtureRequest) -> Iterator[World]:
-    with made(getattr(request, "param", ALONE)) as one:
-        yield one
+server = radix_world.server
+world = radix_world.world
 
 
 @pytest.mark.parametrize("world", [TOGETHER], indirect=True)

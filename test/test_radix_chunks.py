@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
+import radix_world
 from radix_turns import Turn
-from radix_world import ALONE, CHUNK, PROMPT, TOGETHER, World, made, sglangs_settings
+from radix_world import ALONE, CHUNK, PROMPT, TOGETHER, World
 from sglang.srt.managers import schedule_policy
 from sglang.srt.managers.schedule_policy import AddReqResult
 
-
-@pytest.fixture(scope="module", autouse=True)
-def server() -> Iterator[None]:
-    with sglangs_settings():
-        yield
-
-
-@pytest.fixture
-def world(request: pytest.FixtureRequest) -> Iterator[World]:
-    with made(getattr(request, "param", ALONE)) as one:
-        yield one
+server = radix_world.server
+world = radix_world.world
 
 
 @pytest.mark.parametrize("world", [ALONE, TOGETHER], indirect=True)

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
+import radix_world
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from radix_steps import STEPS, Step, take
-from radix_world import ALONE, ANSWERS, TOGETHER, World, sglangs_settings
+from radix_world import ALONE, ANSWERS, TOGETHER, World
 
 from margingate.runtime.probe.check_prefill import Prefill
 
-
-@pytest.fixture(scope="module", autouse=True)
-def server() -> Iterator[None]:
-    with sglangs_settings():
-        yield
+server = radix_world.server
 
 
 @pytest.mark.parametrize("mode", [ALONE, TOGETHER, ANSWERS], ids=["alone", "together", "answers"])

@@ -6,11 +6,12 @@ other, and each slot that it reads must hold the column that belongs there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import radix_world
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,7 +29,6 @@ from radix_world import (
     TOGETHER,
     Column,
     World,
-    sglangs_settings,
 )
 from sglang.srt.managers.schedule_policy import AddReqResult
 from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
@@ -50,11 +50,7 @@ WINDOW = 6  # keys before its own that a row sees
 WINDOW_SLOTS = 110
 LAYER = 1  # the one with a window
 
-
-@pytest.fixture(scope="module", autouse=True)
-def server() -> Iterator[None]:
-    with sglangs_settings():
-        yield
+server = radix_world.server
 
 
 class Windows(World):

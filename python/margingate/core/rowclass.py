@@ -206,11 +206,7 @@ def choose(
     Raises:
         NoPlanError: with `to_the_top`, where nothing will do.
     """
-    found = sorted(members(classes).values(), key=lambda counts: (-len(counts), counts[0]))
-    if to_the_top:
-        found = [counts for counts in found if _serves_prefill(counts, max(classes))]
-        whole = [counts for counts in found if counts[-1] == max(classes)]
-        found = whole or found  # no pieces where none are needed
+    found = _that_serve_prefill(classes, MOST_PADDED) if to_the_top else _largest_first(classes)
     plans = [RowPlan(spans(counts)) for counts in found]
     if times is not None and times.kernel is not None:
         if times.joins:
@@ -230,20 +226,29 @@ def choose_for_prefill(classes: Mapping[int, int]) -> RowPlan | None:
     It is the class that leaves most of the row counts as they are, among those of the largest count
     or else those of large pieces, if small prefills are not padded by much. None: there is none.
     """
-    found = sorted(members(classes).values(), key=lambda counts: (-len(counts), counts[0]))
-    largest = max(classes)
-    found = [counts for counts in found if _serves_prefill(counts, largest, MOST_PREFILL_PADDED)]
-    whole = [counts for counts in found if counts[-1] == largest]
-    return next((RowPlan(spans(counts)) for counts in whole or found), None)
+    found = _that_serve_prefill(classes, MOST_PREFILL_PADDED)
+    return RowPlan(spans(found[0])) if found else None
 
 
-def _serves_prefill(counts: Sequence[int], largest: int, padded: int = MOST_PADDED) -> bool:
-    """Whether a class of these counts, ascending, may run a prefill of up to `largest` rows.
+def _largest_first(classes: Mapping[int, int]) -> list[list[int]]:
+    """The row counts of each class, ascending."""
+    return sorted(members(classes).values(), key=lambda counts: (-len(counts), counts[0]))
+
+
+def _that_serve_prefill(classes: Mapping[int, int], padded: int) -> list[list[int]]:
+    """Those of `_largest_first` that may run a prefill of up to the largest row count.
 
     Args:
         padded: rows that a call of one row may be padded to.
     """
-    return counts[0] <= padded and counts[-1] >= min(largest, LARGE)
+    largest = max(classes)
+    found = [
+        counts
+        for counts in _largest_first(classes)
+        if counts[0] <= padded and counts[-1] >= min(largest, LARGE)
+    ]
+    whole = [counts for counts in found if counts[-1] == largest]
+    return whole or found  # no pieces where none are needed
 
 
 def timed_counts(classes: Mapping[int, int], busiest: int | None = None) -> list[int]:

@@ -252,15 +252,16 @@ def guarantee(config: GateConfig) -> dict[str, Any] | str:
 def plan(config: GateConfig, verifier: Verifier, prefill: Prefill) -> dict[str, Any]:
     """What is canonical: shapes of verify pass and prefill, and row counts of each operator."""
     graphs = [size for size in verifier.graph_sizes(1 << 20) if size >= verifier.rows]
+    records = startup.records()
     kept: dict[str, Any] = {"limit": startup.largest_rows(verifier.device)}
     kept |= {
         found["name"]: RowPlan(*found["plan"]).bits()
-        for found in startup.records()
+        for found in records
         if found["plan"] and len({key for _, key in found["classes"]}) > 1
     }
     kept |= {
         f"{found['name']}, in prefills": RowPlan(*found["prefill_plan"]).bits()
-        for found in startup.records()
+        for found in records
         if found["prefill_plan"]
     }
     return {
@@ -269,7 +270,7 @@ def plan(config: GateConfig, verifier: Verifier, prefill: Prefill) -> dict[str, 
         "graph": min(graphs, default=None),  # rows of the graph that a verify pass replays
         "split": fixed_split.split_of(verifier.backend),
         "kept": kept if config.invariant else None,
-        "unpacked": [each["name"] for each in startup.records() if each["kind"] == Unpacked.kind],
+        "unpacked": [each["name"] for each in records if each["kind"] == Unpacked.kind],
     }
 
 
