@@ -32,6 +32,7 @@ from margingate_kernels.attention_checks import (
 from margingate_kernels.overlap import launch_options
 
 ARITHMETIC = 4  # counts changes of a row's bits from version to version
+GLUON_LANES = 128  # of a head, at most, where the Gluon kernel prefills
 PROGRAMS_PER_SM = 16  # of decode, more than fit at once, so that none waits for long
 LOG2_E = 1.4426950408889634
 
@@ -58,19 +59,23 @@ class Blocks(NamedTuple):
 @functools.cache  # asked for in each layer
 def blocks_for(head_size: int, wide: bool = False) -> Blocks:
     """`head_size` is 64, 128 or 256; `wide`: see `has_wide_tiles`."""
-    if wide:
-        return Blocks(128, 256, Cut(64, 4, 2), Cut(16, 4, 3))
-    if head_size <= 128:
+    if head_size <= GLUON_LANES:
+        if wide:
+            return Blocks(128, 256, Cut(64, 4, 2), Cut(16, 4, 3))
         return Blocks(64, 256, Cut(64, 4, 3), Cut(16, 2, 3))
+    if wide:
+        return Blocks(64, 256, Cut(128, 8, 2, parts=2), Cut(16, 4, 3))
     return Blocks(32, 256, Cut(64, 4, 3, parts=2), Cut(16, 4, 2))
 
 
 def has_wide_tiles(device: torch.device, head_size: int, rules: Rules) -> bool:
-    """Whether a layer's tiles have 128 keys: those that the Gluon kernel prefills.
+    """Whether a layer's tiles have twice the keys that they have on other GPUs.
 
-    Its sums are rescaled half as often. Elsewhere shared memory does not hold enough of them.
+    Sums are rescaled half as often then, and decode waits for memory less often. Hopper's shared
+    memory holds them. Heads of up to GLUON_LANES have them where the Gluon kernel prefills: not
+    with a cap.
     """
-    return not rules.cap and head_size <= 128 and _has_warpgroups(device)
+    return _has_warpgroups(device) and (head_size > GLUON_LANES or not rules.cap)
 
 
 def widest_blocks(device: torch.device, head_size: int) -> Blocks:

@@ -120,10 +120,11 @@ def _launch_extend(  # noqa: PLR0917
     rules: Rules,
 ) -> None:
     heads, head_size = q.shape[1:]
-    if attention.has_wide_tiles(q.device, head_size, rules):
+    wide = attention.has_wide_tiles(q.device, head_size, rules)
+    if wide and head_size <= attention.GLUON_LANES:
         _launch_gluon(q, columns, chunks, multiply[0], out, rules)
         return
-    blocks = attention.blocks_for(head_size)
+    blocks = attention.blocks_for(head_size, wide)
     parts = blocks.extend.parts
     tiles, kind = (columns.k, columns.v), attention_triton.FLAT
     if _copies_tiles(q.device):
