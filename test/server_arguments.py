@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sentences import sentence
 
 from margingate.config import GateConfig
 from margingate.harness.embedded_model import ensure_model
@@ -81,7 +82,7 @@ def parser(server_args_class) -> argparse.ArgumentParser:
 def exits(prepare: Any, *argv: str, **keywords: str) -> str:
     """The line that ends the process: Python prints it to stderr and exits with 1.
 
-    test_hooks.py sees a whole process do so.
+    test_hooked_processes.py sees a whole process do so.
     """
     with pytest.raises(SystemExit) as caught:
         prepare(*argv, **keywords)
@@ -90,13 +91,6 @@ def exits(prepare: Any, *argv: str, **keywords: str) -> str:
     assert text.startswith("margingate: ")
     assert sentence(text)
     return text.removeprefix("margingate: ")
-
-
-def sentence(error: object) -> str:
-    text = str(error)
-    assert "\n" not in text
-    assert text.endswith(".")
-    return text
 
 
 def model_config(text: dict[str, Any] | None = None, **changes: Any) -> SimpleNamespace:

@@ -13,7 +13,8 @@ from typing import Any
 import msgspec
 import pytest
 import server_arguments
-from server_arguments import GATE, OPTIONS, exits, sentence
+from sentences import sentence
+from server_arguments import GATE, OPTIONS, exits
 
 from margingate.config import GateConfig, GateError
 from margingate.runtime.compat.arguments import settings

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sentences import one_sentence
 
 from margingate.config import (
     GUARANTEES,
@@ -28,15 +29,7 @@ def refused(options: dict[str, Any], model: dict[str, str] | None = None) -> str
     """The sentence that refuses these options; checked to be one line with an end."""
     with pytest.raises(GateError) as caught:
         make_config(options, model or {})
-    return sentence(caught.value)
-
-
-def sentence(error: GateError) -> str:
-    text = str(error)
-    assert "\n" not in text
-    assert text.endswith(".")
-    assert ". " not in text, "one sentence"
-    return text
+    return one_sentence(caught.value)
 
 
 def calibration(folder: Path, content: Any) -> str:

@@ -17,6 +17,7 @@ import msgspec
 import psutil
 import pytest
 import zmq
+from sentences import one_sentence
 
 from margingate.cli import watch_view
 from margingate.cli.main import main
@@ -81,12 +82,6 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.005)
-
-
-def one_sentence(error: object) -> str:
-    text = str(error)
-    assert "\n" not in text and text.endswith(".") and ". " not in text
-    return text
 
 
 # Records

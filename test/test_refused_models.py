@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import server_arguments
-from server_arguments import GATE, exits, model_config, sentence
+from sentences import sentence
+from server_arguments import GATE, exits, model_config
 
 from margingate.config import GateConfig, GateError
 from margingate.runtime.start import refusals, refused_models

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import server_arguments
-from server_arguments import GATE, backends, exits, sentence
+from sentences import sentence
+from server_arguments import GATE, backends, exits
 
 from margingate.config import GateConfig, GateError
 from margingate.runtime.compat import release
