@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from request_stand_in import OPT_OUT, classify, request
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.models.granitemoehybrid import (
     GraniteMoeHybridForCausalLM,
@@ -14,7 +15,6 @@ from sglang.srt.models.llama import LlamaForCausalLM
 from sglang.srt.models.mixtral import MixtralForCausalLM
 from sglang.srt.models.phi import PhiForCausalLM
 from sglang.srt.models.qwen3_vl import Qwen3VLForConditionalGeneration
-from test_request import OPT_OUT, classify, request
 
 from margingate.runtime.compat.model.embeddings import Taken, taken_by
 from margingate.runtime.request.admission import queue

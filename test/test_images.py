@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from request_stand_in import CONFIG, classify, request
 from sglang.srt.managers import mm_schedule
 from sglang.srt.managers.schedule_batch import (
     Modality,
@@ -20,7 +21,6 @@ from sglang.srt.managers.schedule_batch import (
 )
 from sglang.srt.managers.schedule_policy import AddReqResult
 from sglang.srt.mem_cache.multimodal_cache import MultiModalStaticCache
-from test_request import CONFIG, classify, request
 
 from margingate.core.ledger import Row
 from margingate.harness.pictures import SIZES, drawn, plain

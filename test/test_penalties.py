@@ -11,8 +11,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from request_stand_in import CONFIG, OPT_OUT, request
 from sglang.srt.managers.schedule_batch import ReqKvInfo
 
+from margingate.runtime.hooks import handlers
+from margingate.runtime.request.admission import attach
 from margingate.runtime.request.sampling_params import NONE, Penalties
 from margingate.runtime.sampling.penalties import RowPenalty, Table, ends_of, of_row, penalize
 
@@ -186,3 +189,37 @@ def test_a_recount_writes_nothing_while_a_forward_may_be_in_flight():
     req.output_ids = array("q", [1, 9])
     table.recount(req)
     assert torch.equal(table._counts, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("frequency_penalty", 0.1),
+        ("presence_penalty", -0.1),
+        ("repetition_penalty", 1.1),
+        ("min_new_tokens", 1),
+    ],
+)
+def test_penalties_are_the_gates_from_here_on(name, value):
+    req = request(**{name: value})
+    attach(req, CONFIG)
+    neutral = request().sampling_params
+    assert req.gate.gated and not req.gate.refusal
+    assert getattr(req.gate.penalties, name.removesuffix("_penalty")) == value
+    assert getattr(req.sampling_params, name) == getattr(neutral, name), "SGLang has none"
+    ungated = request(OPT_OUT, **{name: value})
+    attach(ungated, CONFIG)
+    assert ungated.gate.penalties is None and getattr(ungated.sampling_params, name) == value
+    attach(plain := request(), CONFIG)
+    assert plain.gate.penalties is None
+
+
+@pytest.mark.parametrize(("least", "room", "kept"), [(6, 3, 3), (6, 0, 0), (2, 3, 2)])
+def test_a_least_length_is_cut_with_the_length(least, room, kept):
+    """As SGLang cuts it, which the gate has taken it from by then."""
+    req = request(min_new_tokens=least, repetition_penalty=1.5)
+    attach(req, CONFIG)
+    req.sampling_params.max_new_tokens, req.to_finish = room, None
+    handlers.add_request(None, req)
+    assert req.gate.penalties.values == (0.0, 0.0, 1.5)
+    assert req.gate.penalties.min_new_tokens == kept
