@@ -14,7 +14,7 @@ from margingate.harness.tiny_models import tiny_model
 from margingate.runtime.compat.arguments import settings
 from margingate.runtime.compat.arguments.server_args import gate_config
 from margingate.runtime.compat.model import architectures
-from margingate.runtime.start import pools
+from margingate.runtime.start import arguments, pools
 
 # Fixtures: pytest finds them by their names here.
 folder = server_arguments.folder
@@ -184,3 +184,25 @@ def test_the_verifier_has_the_gates_kernels_beside_other_attention(
     assert verify_backend._attention(runner) == made[-1]
     assert built == made
     assert runner.init_new_workspace is False
+
+
+def test_a_fused_all_reduce_that_sglang_would_choose_by_itself_is_off(tmp_path):
+    """SGLang's own passes over the arguments that the gate has set, as if on a Hopper GPU.
+
+    The model is a folder: of another name SGLang would ask the hub.
+    """
+    from sglang.srt.arg_groups import overrides
+    from sglang.srt.runtime_context import override_platform
+    from sglang.srt.server_args import ServerArgs
+
+    model = SimpleNamespace(hf_config=SimpleNamespace(architectures=["Qwen3MoeForCausalLM"]))
+    args = ServerArgs(model_path=str(tmp_path), tp_size=2, device="cuda")
+    args._model_config = model
+    with override_platform(is_sm90=True):
+        assert overrides._flashinfer_allreduce_fusion_auto_enable(settings.view(args)) == {
+            "flashinfer_allreduce_fusion_backend": "auto"
+        }
+        arguments._prepare(args, GateConfig())
+        overrides.run_post_process_pass(args, overrides._flashinfer_allreduce_fusion_auto_enable)
+        overrides.run_post_process_pass(args, overrides._enforce_disable_allreduce_fusion)
+    assert settings.view(args).flashinfer_allreduce_fusion_backend is None

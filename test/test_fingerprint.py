@@ -268,6 +268,14 @@ def test_files_count_by_name_and_content_wherever_they_are(fingerprint, tmp_path
     assert fingerprint.files("/nowhere/at/all", one, None) is None
 
 
+@pytest.mark.parametrize("name", ["tekken.json", "params.json", "spiece.vocab", "chat.jinja"])
+def test_files_of_every_kind_of_tokenizer_count(fingerprint, tmp_path, name):
+    (tmp_path / "config.json").write_text("{}")
+    before = fingerprint.files(str(tmp_path), str(tmp_path), None)
+    (tmp_path / name).write_text("{}")
+    assert fingerprint.files(str(tmp_path), str(tmp_path), None) != before
+
+
 def test_a_setting_counts_where_it_can_change_an_answer(fingerprint):
     def changed(**settings: Any) -> bool:
         return bool(fingerprint.guarantee(replace(CONFIG, **settings)) != of_default)

@@ -1,7 +1,8 @@
 """A hook that had to run by now and did not ends the process, with its name."""
 
+import argparse
 import asyncio
-import types
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,13 +11,18 @@ from sentences import gate_sentence
 from margingate.config import GateConfig, GateError
 from margingate.runtime.hooks import firing
 from margingate.runtime.request import guard
-from margingate.runtime.start import startup_hooks
+from margingate.runtime.start import arguments, startup_hooks
+from margingate.runtime.start.engine import gate_to_launch
+from margingate.runtime.start.install import confirm_launcher
 
 CONFIGS = {
     "invariant": GateConfig(overlap="off"),
     "overlap": GateConfig(overlap="on"),
     "stock": GateConfig(overlap="off", fast_path="stock"),
 }
+
+
+# Seen by what it counts
 
 
 def fired(monkeypatch: pytest.MonkeyPatch, *targets: str) -> None:
@@ -54,9 +60,9 @@ def test_the_first_request_that_ends_without_a_hook_ends_the_process(monkeypatch
     from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
 
     def request(gated: bool = True, reason: Any = None, ids: tuple[int, ...] = (1,)) -> Any:
-        gate = types.SimpleNamespace(gated=gated)
+        gate = SimpleNamespace(gated=gated)
         reason = reason or FINISH_LENGTH(1)
-        return types.SimpleNamespace(gate=gate, finished_reason=reason, output_ids=ids)
+        return SimpleNamespace(gate=gate, finished_reason=reason, output_ids=ids)
 
     needed = list(firing.by_a_request(config))
     fired(monkeypatch, *needed)
@@ -79,7 +85,7 @@ def looked_at(outputs: list[Any]) -> list[Any]:
             yield output
 
     async def collect() -> list[Any]:
-        obj = types.SimpleNamespace(sampling_params={})
+        obj = SimpleNamespace(sampling_params={})
         return [each async for each in firing.generate_request(original, None, obj, None)]
 
     return asyncio.run(collect())
@@ -108,3 +114,59 @@ def test_the_first_answer_has_passed_the_hooks_of_the_launcher(monkeypatch):
     assert looked_at(given) == given
     fired(monkeypatch)
     assert looked_at([output(finish_reason=stop)]), "later ones are not looked at"
+
+
+# Seen by what it leaves in the arguments
+
+
+def test_a_command_line_whose_arguments_carry_no_settings_ends_the_start(monkeypatch):
+    asked = argparse.Namespace(deterministic_gate=True)
+    monkeypatch.setattr(arguments, "attach", lambda made, options: None)
+    with pytest.raises(SystemExit) as caught:
+        arguments.from_command_line(lambda cls, args: SimpleNamespace(), object, asked)
+    text = str(caught.value.code)
+    assert text.startswith("margingate: --deterministic-gate was given, but SGLang made its")
+    assert "ServerArgs.from_cli_args" in text
+    good = SimpleNamespace(_margingate=GateConfig())
+    assert arguments.from_command_line(lambda cls, args: good, object, asked) is good
+    plain = argparse.Namespace(deterministic_gate=False)
+    assert arguments.from_command_line(lambda cls, args: None, object, plain) is None
+
+
+def test_settings_that_were_never_checked_end_the_start():
+    arguments.confirm_settings(SimpleNamespace(_margingate=GateConfig(rows=16)))
+    with pytest.raises(GateError, match=r"without the hook on ServerArgs\.resolve_once"):
+        arguments.confirm_settings(SimpleNamespace(_margingate=GateConfig()))
+    with pytest.raises(GateError, match=r"without the hook on ServerArgs\.from_cli_args"):
+        arguments.confirm_settings(SimpleNamespace())
+
+
+def test_an_engine_whose_arguments_carry_no_settings_launches_nothing(monkeypatch):
+    """Its first one began before there was any hook, and ignores what it is given beside them."""
+    from sglang.srt.entrypoints.engine import Engine
+    from sglang.srt.server_args import ServerArgs
+
+    seen = []
+    monkeypatch.setattr(
+        Engine,
+        "_launch_subprocesses",
+        classmethod(lambda cls, server_args, **_rest: seen.append(gate_to_launch(server_args))),
+    )
+    monkeypatch.setattr("atexit.register", lambda function: None)
+    given = ServerArgs(model_path="dummy")
+    for keywords in ({"deterministic_gate": True}, {"deterministic_gate": True, "gate_rows": 8}):
+        with pytest.raises(GateError, match="give all arguments as keywords, without server_args"):
+            Engine(server_args=given, **keywords)
+    with pytest.raises(TypeError):  # of the launch that is none
+        Engine(server_args=given)
+    given._margingate = config = GateConfig(rows=16)
+    with pytest.raises(TypeError):
+        Engine(server_args=given, deterministic_gate=True)
+    assert seen == [None, config]
+    assert gate_to_launch(SimpleNamespace()) is None, "the wish ends with the Engine"
+
+
+def test_a_scheduler_that_no_hooked_launcher_started_does_not_come_up():
+    with pytest.raises(GateError, match=r"went around Engine\._launch_subprocesses"):
+        confirm_launcher(SimpleNamespace())
+    confirm_launcher(SimpleNamespace(_margingate_launched=True))

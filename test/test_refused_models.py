@@ -1,4 +1,4 @@
-"""Models that the gate is not served with, and experts that are not returned."""
+"""Models and K/V columns that the gate is not served with, and experts that are not returned."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import server_arguments
+import torch
 from sentences import sentence
 from server_arguments import GATE, exits, model_config
 
@@ -172,3 +173,49 @@ def test_the_names_of_sglangs_attention_kinds_are_the_expected_ones():
 def test_a_quantized_model_is_refused_when_it_is_loaded(prepare):
     said = exits(prepare, GATE, "--quantization", "w8a8_int8")
     assert "because it is quantized (w8a8_int8), of which" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "refused"),
+    [
+        ("auto", torch.float16, False),
+        ("bf16", torch.bfloat16, False),
+        ("bf16", torch.float16, True),
+        ("bfloat16", torch.float32, True),
+    ],
+)
+def test_columns_have_the_type_of_the_model(name, dtype, refused):
+    config = SimpleNamespace(dtype=dtype)
+    args = SimpleNamespace(kv_cache_dtype=name, _model_config=config)
+    if not refused:
+        refused_models.refuse_column_type(args)
+        return
+    with pytest.raises(GateError, match=f"--kv-cache-dtype is {name}, but the model's type"):
+        refused_models.refuse_column_type(args)
+
+
+def test_columns_that_a_checkpoint_scales_are_refused():
+    model = torch.nn.Sequential(torch.nn.Identity())
+    runner = SimpleNamespace(model=model, dtype=torch.bfloat16, kv_cache_dtype=torch.bfloat16)
+    refused_models.refuse_columns(runner)
+    model[0].k_scale_float = 1.0
+    refused_models.refuse_columns(runner)
+    model[0].k_scale_float = 0.5
+    with pytest.raises(GateError, match="because 0 scales its K/V columns"):
+        refused_models.refuse_columns(runner)
+    runner.kv_cache_dtype = torch.float8_e4m3fn
+    with pytest.raises(GateError, match=r"K/V columns are torch\.float8_e4m3fn and it computes in"):
+        refused_models.refuse_columns(runner)
+
+
+@pytest.mark.parametrize("kind", ["decoder_bidirectional", "encoder_only"])
+def test_a_prompt_that_sees_its_later_tokens_is_refused(kind):
+    """HRM-Text's on the stock path: the gate cut such prompts, which SGLang leaves whole."""
+    from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+
+    model = torch.nn.Sequential(RadixAttention(2, 8, 1.0, 2, 0))
+    refused_models.refuse_other_masks(model, GateConfig(rows=8))
+    model.append(RadixAttention(2, 8, 1.0, 2, 1, attn_type=AttentionType(kind)))
+    with pytest.raises(GateError, match=rf"because 1 lets tokens .* later ones \({kind}\): serve"):
+        refused_models.refuse_other_masks(model, GateConfig(rows=8))
+    refused_models.refuse_other_masks(model, GateConfig(rows=8, policy="observe"))
