@@ -258,7 +258,7 @@ def test_servers_that_differ_in_a_setting_that_counts_have_other_fingerprints(ma
 
 @pytest.mark.parametrize("name", settings_table.names(ARITHMETIC))
 def test_the_probe_is_redone_where_a_setting_reaches_the_arithmetic(monkeypatch, make_args, name):
-    from margingate.runtime.probe import cache
+    from margingate.runtime.probe.measuring import cache
 
     def key(args: Any) -> Any:
         runner = SimpleNamespace(
@@ -404,7 +404,7 @@ def test_a_virtual_machine_is_told_by_what_its_cpu_can_do():
 
 def test_libraries_that_read_requests_and_write_answers_count(monkeypatch):
     from margingate.runtime.observe import fingerprint
-    from margingate.runtime.probe import cache
+    from margingate.runtime.probe.measuring import cache
 
     here = fingerprint.libraries()
     monkeypatch.setattr(machine.platform, "libc_ver", lambda: ("glibc", "2.0"))
