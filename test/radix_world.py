@@ -24,7 +24,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from margingate.config import GateConfig
 from margingate.runtime.observe import integrity
-from margingate.runtime.probe.check_prefill import Prefill
+from margingate.runtime.probe.checks.check_prefill import Prefill
 from margingate.runtime.request.in_flight import InFlight
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import CACHE_NAMESPACE, GateRequest

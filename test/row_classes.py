@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from margingate.core.rowclass import RowPlan, spans
-from margingate.runtime.probe.operators import MadeUp, Run
+from margingate.runtime.probe.operators.operator import MadeUp, Run
 
 
 def kept(low: int, high: int, **more: Any) -> RowPlan:

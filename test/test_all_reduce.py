@@ -11,7 +11,8 @@ import torch
 from margingate.config import GateError
 from margingate.core.rowclass import RowPlan
 from margingate.runtime.compat.process import ranks
-from margingate.runtime.probe import all_reduce, classes
+from margingate.runtime.probe.measuring import classes
+from margingate.runtime.probe.planning import all_reduce
 
 WIDTH = 256
 

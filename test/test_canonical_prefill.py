@@ -12,8 +12,10 @@ import torch
 
 from margingate.core.rowclass import RowPlan
 from margingate.runtime.compat.process import ranks
-from margingate.runtime.probe import check_prefill, execute, unpacked
-from margingate.runtime.probe.check_prefill import LONGEST, Prefill, measure
+from margingate.runtime.probe.checks import check_prefill
+from margingate.runtime.probe.checks.check_prefill import LONGEST, Prefill, measure
+from margingate.runtime.probe.operators import unpacked
+from margingate.runtime.probe.planning import execute
 from margingate.runtime.verify import internal_prefill
 
 VOCABULARY, LAYERS, SLOTS = 100, 2, 2000

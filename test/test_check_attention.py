@@ -19,8 +19,8 @@ from triton_backend import (
 
 from margingate.config import GateConfig, GateError
 from margingate.runtime.attention import layer_rules
-from margingate.runtime.probe import check_attention
-from margingate.runtime.probe.attention_error import Found
+from margingate.runtime.probe.checks import check_attention
+from margingate.runtime.probe.checks.attention_error import Found
 from margingate.runtime.verify.verifier import build
 from margingate_kernels import Rules
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from margingate.runtime.compat.compute import batch_invariant_matmul
-from margingate.runtime.probe import compile_kernels
+from margingate.runtime.probe.measuring import compile_kernels
 
 COUNTS = [*range(1, 17), *range(24, 257, 8)]
 
@@ -38,7 +38,11 @@ class Started(list):
     """Processes that read their lines, and of which each second one fails."""
 
     def __call__(self, command, **options):
-        assert command[:3] == [sys.executable, "-m", "margingate.runtime.probe.compile_kernels"]
+        assert command[:3] == [
+            sys.executable,
+            "-m",
+            "margingate.runtime.probe.measuring.compile_kernels",
+        ]
         assert command[3:] == ["1"]
         code = f"import sys; sys.stdin.read(); raise SystemExit({len(self) % 2})"
         self.append(real([sys.executable, "-c", code], **options))

@@ -10,8 +10,10 @@ from sglang.srt.layers.dual_gemm import DualGemm
 
 from margingate.config import GateError
 from margingate.core.rowclass import RowPlan
-from margingate.runtime.probe import classes, dual_gemm, execute, startup
-from margingate.runtime.probe.observed_calls import ROWS, observing
+from margingate.runtime.probe import startup
+from margingate.runtime.probe.measuring import classes
+from margingate.runtime.probe.operators.observed_calls import ROWS, observing
+from margingate.runtime.probe.planning import dual_gemm, execute
 
 WIDTH, INNER, MOST = 24, 512, 16
 

@@ -13,9 +13,9 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
 from sglang.srt.managers.schedule_policy import AddReqResult
 
 from margingate.config import GateConfig, GateError
-from margingate.runtime.probe import check_decode
-from margingate.runtime.probe.check_decode import CanonicalSteps
-from margingate.runtime.probe.check_prefill import Prefill
+from margingate.runtime.probe.checks import check_decode
+from margingate.runtime.probe.checks.check_decode import CanonicalSteps
+from margingate.runtime.probe.checks.check_prefill import Prefill
 from margingate.runtime.probe.startup_checks import StartupChecks
 from margingate.runtime.request import guard, lifecycle
 from margingate.runtime.request.in_flight import InFlight

@@ -7,7 +7,7 @@ import pytest
 from margingate.runtime.compat.arguments import environment
 from margingate.runtime.compat.process import machine
 from margingate.runtime.observe import fingerprint
-from margingate.runtime.probe import cache
+from margingate.runtime.probe.measuring import cache
 
 
 @pytest.mark.parametrize(

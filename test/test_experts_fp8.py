@@ -18,10 +18,13 @@ from benchmark.models.fp8_blocks import BLOCK, from_blocks, to_blocks
 from margingate.config import GateError
 from margingate.runtime.compat.compute import quantization, routers
 from margingate.runtime.compat.host.fp8 import fp8_experts, round_to_fp8
-from margingate.runtime.probe import expert_tiles, loaded_model, sample_sizes, startup
-from margingate.runtime.probe.classes import probe_operator, row_counts
-from margingate.runtime.probe.observed_calls import ObservedRows
-from margingate.runtime.probe.routed import Experts, routed_operators
+from margingate.runtime.probe import startup
+from margingate.runtime.probe.checks import loaded_model
+from margingate.runtime.probe.measuring import sample_sizes
+from margingate.runtime.probe.measuring.classes import probe_operator, row_counts
+from margingate.runtime.probe.operators import expert_tiles
+from margingate.runtime.probe.operators.observed_calls import ObservedRows
+from margingate.runtime.probe.operators.routed import Experts, routed_operators
 
 HIDDEN, INNER, EXPERTS, CHOSEN = 128, 128, 4, 2
 BF16 = torch.bfloat16

@@ -292,7 +292,7 @@ def test_a_setting_counts_where_it_can_change_an_answer(fingerprint):
 
 
 def test_the_plan_names_shapes_and_row_classes(fingerprint, monkeypatch):
-    from margingate.runtime.probe.check_prefill import Prefill
+    from margingate.runtime.probe.checks.check_prefill import Prefill
 
     two, one = [[1, 0], [2, 1], [64, 1]], [[1, 0], [64, 0]]
     route = [[16, True, 0]]

@@ -20,7 +20,8 @@ from sglang.srt.runtime_context import get_context, get_model
 from margingate.config import GateConfig, GateError
 from margingate.runtime.compat.arguments import settings
 from margingate.runtime.compat.compute import forward
-from margingate.runtime.probe import check_decode, startup
+from margingate.runtime.probe import startup
+from margingate.runtime.probe.checks import check_decode
 from margingate.runtime.verify import internal_prefill, verifier
 from margingate.runtime.verify.verifier import RowInput, Verifier
 

@@ -27,8 +27,8 @@ from margingate.harness.pictures import SIZES, drawn, plain
 from margingate.harness.tiny_models import tiny_model
 from margingate.runtime.client import parameter_types
 from margingate.runtime.compat.model import images
-from margingate.runtime.probe import check_images
-from margingate.runtime.probe.check_prefill import Prefill
+from margingate.runtime.probe.checks import check_images
+from margingate.runtime.probe.checks.check_prefill import Prefill
 from margingate.runtime.request.admission import queue
 from margingate.runtime.schedule.prefill_admission import Admission
 from margingate.runtime.verify.rows import row_input

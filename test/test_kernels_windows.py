@@ -19,8 +19,8 @@ import triton
 from attention_world import DTYPES, SHAPE, World, assert_close, exact_dot
 from jit_bodies import checks_in, for_hopper, jit_tests, run_checks
 
-from margingate.runtime.probe import attention_error
-from margingate.runtime.probe.attention_error import LayerKind, measure, spans_of
+from margingate.runtime.probe.checks import attention_error
+from margingate.runtime.probe.checks.attention_error import LayerKind, measure, spans_of
 from margingate_kernels import (
     PLAIN,
     Rules,

@@ -246,6 +246,26 @@ def test_the_packages_of_compat_are_those_of_the_architecture():
     assert {m.split(".")[3] for m in COMPAT} == {*COMPAT_ORDER} | COMPAT_TOP
 
 
+# Packages of `probe`, as those of `compat`; what is at its top imports them.
+PROBE_ORDER = ("operators", "measuring", "planning", "checks")
+PROBE = [m for m in MODULES if below(m, "margingate.runtime.probe") and m.count(".") > 3]
+
+
+@pytest.mark.parametrize("module", PROBE)
+def test_packages_of_probe_import_downwards(module):
+    mine = PROBE_ORDER.index(module.split(".")[3])
+    used = {f"{one}....".split(".")[3] for one in imported(module) if "runtime.probe." in one}
+    assert used <= set(PROBE_ORDER[: mine + 1])
+
+
+def test_the_packages_of_probe_are_those_of_the_architecture():
+    listed = re.findall(
+        r"^\| `probe/(\w+)` \| ", (ROOT / "docs" / "architecture.md").read_text(), re.M
+    )
+    assert listed == list(reversed(PROBE_ORDER))
+    assert {m.split(".")[3] for m in PROBE} == {*PROBE_ORDER}
+
+
 def test_who_opens_the_controller():
     """Others are given what they use."""
     controller = "margingate.runtime.schedule.controller"

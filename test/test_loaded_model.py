@@ -7,7 +7,7 @@ import torch
 from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
 
 from margingate.config import GateError
-from margingate.runtime.probe import loaded_model
+from margingate.runtime.probe.checks import loaded_model
 
 
 @pytest.fixture

@@ -18,11 +18,11 @@ from benchmark.models import four_bits, random_four_bits
 from margingate.core.rowclass import RowPlan
 from margingate.runtime.compat.compute import marlin
 from margingate.runtime.compat.host import marlin as host_marlin
-from margingate.runtime.probe import execute
-from margingate.runtime.probe.classes import probe_operator
-from margingate.runtime.probe.observed_calls import ObservedCall, observing
-from margingate.runtime.probe.operators import Packed, dense_operators
-from margingate.runtime.probe.plans import plan_of
+from margingate.runtime.probe.measuring.classes import probe_operator
+from margingate.runtime.probe.operators.observed_calls import ObservedCall, observing
+from margingate.runtime.probe.operators.operator import Packed, dense_operators
+from margingate.runtime.probe.planning import execute
+from margingate.runtime.probe.planning.plans import plan_of
 
 INPUTS, OUTPUTS, GROUP = 128, 64, 32
 FORMS = ("gptq", "awq")

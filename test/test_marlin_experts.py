@@ -23,11 +23,17 @@ from margingate.harness.tiny_models import tiny_model
 from margingate.runtime.compat.compute import marlin, routers
 from margingate.runtime.compat.host import marlin as host_marlin
 from margingate.runtime.compat.host import platform as host_platform
-from margingate.runtime.probe import execute, loaded_model
-from margingate.runtime.probe.classes import probe_operator, row_counts
-from margingate.runtime.probe.observed_calls import ObservedRows
-from margingate.runtime.probe.plans import plan_of
-from margingate.runtime.probe.routed import PackedExperts, Rows, call_experts, routed_operators
+from margingate.runtime.probe.checks import loaded_model
+from margingate.runtime.probe.measuring.classes import probe_operator, row_counts
+from margingate.runtime.probe.operators.observed_calls import ObservedRows
+from margingate.runtime.probe.operators.routed import (
+    PackedExperts,
+    Rows,
+    call_experts,
+    routed_operators,
+)
+from margingate.runtime.probe.planning import execute
+from margingate.runtime.probe.planning.plans import plan_of
 from margingate.runtime.start import refused_models
 
 pytestmark = pytest.mark.skipif(

@@ -14,9 +14,11 @@ from sglang.srt.layers.quantization import marlin_utils
 
 from margingate.runtime.compat.compute import marlin_rows
 from margingate.runtime.compat.compute.marlin_rows import Form
-from margingate.runtime.probe import marlin_tiles
-from margingate.runtime.probe.observed_calls import ObservedCall
-from margingate.runtime.probe.operators import Packed
+from margingate.runtime.probe.operators import marlin_tiles
+from margingate.runtime.probe.operators.observed_calls import ObservedCall
+from margingate.runtime.probe.operators.operator import (
+    Packed,
+)
 
 INPUTS, OUTPUTS, GROUPS = 256, 128, 2
 AWQ = Form(torch.bfloat16, True, 8)

@@ -20,11 +20,13 @@ from margingate.core.rowclass import Route, RowPlan
 from margingate.runtime.compat.compute import mxfp4
 from margingate.runtime.compat.host import mxfp4 as host_mxfp4
 from margingate.runtime.observe import weight_digest
-from margingate.runtime.probe import execute, plans, startup, tile_heights
-from margingate.runtime.probe.classes import extended, groups, probe_operator, row_counts
-from margingate.runtime.probe.observed_calls import ObservedRows, observed_rows, observing
-from margingate.runtime.probe.routed import Experts, Router, routed_operators
-from margingate.runtime.probe.scored import ScoredExperts, scored_operators
+from margingate.runtime.probe import startup
+from margingate.runtime.probe.measuring.classes import extended, groups, probe_operator, row_counts
+from margingate.runtime.probe.operators import tile_heights
+from margingate.runtime.probe.operators.observed_calls import ObservedRows, observed_rows, observing
+from margingate.runtime.probe.operators.routed import Experts, Router, routed_operators
+from margingate.runtime.probe.operators.scored import ScoredExperts, scored_operators
+from margingate.runtime.probe.planning import execute, plans
 
 HIDDEN, INNER, EXPERTS, CHOSEN = 32, 64, 8, 2
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -340,7 +342,7 @@ class Block(torch.nn.Module):
 
 def test_a_step_tells_which_router_made_the_table_of_experts(monkeypatch):
     monkeypatch.setattr(
-        "margingate.runtime.probe.observed_calls.experts",
+        "margingate.runtime.probe.operators.observed_calls.experts",
         lambda model: [("experts", model.experts)],
     )
     model, hidden, scores = Block(), torch.randn(3, HIDDEN), torch.randn(3, EXPERTS)

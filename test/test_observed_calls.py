@@ -13,9 +13,14 @@ from sglang.srt.layers.radix_attention import RadixAttention
 
 from margingate.config import GateError
 from margingate.runtime.compat.compute.routers import use_linear_kernels
-from margingate.runtime.probe import drawing
-from margingate.runtime.probe.observed_calls import ROWS, ObservedCall, observing, refuse_unmeasured
-from margingate.runtime.probe.operators import dense_operators
+from margingate.runtime.probe.checks import drawing
+from margingate.runtime.probe.operators.observed_calls import (
+    ROWS,
+    ObservedCall,
+    observing,
+    refuse_unmeasured,
+)
+from margingate.runtime.probe.operators.operator import dense_operators
 
 HIDDEN, HEADS, SIZE = 24, 3, 8
 

@@ -19,10 +19,12 @@ from margingate.config import GateError
 from margingate.core.rowclass import Route, RowPlan
 from margingate.runtime.compat.arguments import settings_table
 from margingate.runtime.compat.process import ranks
-from margingate.runtime.probe import cache, classes, plans, sample_sizes, startup
-from margingate.runtime.probe.capped import refuse_small_pieces
-from margingate.runtime.probe.operators import Linear, MadeUp, Norm, Operator, Packed
-from margingate.runtime.probe.routed import Experts
+from margingate.runtime.probe import startup
+from margingate.runtime.probe.measuring import cache, classes, sample_sizes
+from margingate.runtime.probe.operators.operator import Linear, MadeUp, Norm, Operator, Packed
+from margingate.runtime.probe.operators.routed import Experts
+from margingate.runtime.probe.planning import plans
+from margingate.runtime.probe.planning.capped import refuse_small_pieces
 from margingate.study.plots import plot_classes
 
 FINDINGS = [

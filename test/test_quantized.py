@@ -21,10 +21,10 @@ from margingate.config import GateError
 from margingate.core.rowclass import RowPlan
 from margingate.runtime.compat.compute import quantization
 from margingate.runtime.compat.host.fp8 import block_fp8_linear, round_to_fp8, scaled_fp8_linear
-from margingate.runtime.probe import execute
-from margingate.runtime.probe.classes import RowDependenceError, probe_operator
-from margingate.runtime.probe.observed_calls import ObservedCall, observing
-from margingate.runtime.probe.operators import Quantized, dense_operators
+from margingate.runtime.probe.measuring.classes import RowDependenceError, probe_operator
+from margingate.runtime.probe.operators.observed_calls import ObservedCall, observing
+from margingate.runtime.probe.operators.operator import Quantized, dense_operators
+from margingate.runtime.probe.planning import execute
 
 CALL = ObservedCall(dtype=torch.float32)
 

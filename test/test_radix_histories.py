@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from radix_steps import STEPS, Step, take
 from radix_world import ALONE, ANSWERS, TOGETHER, World
 
-from margingate.runtime.probe.check_prefill import Prefill
+from margingate.runtime.probe.checks.check_prefill import Prefill
 
 server = radix_world.server
 

@@ -18,8 +18,8 @@ from margingate.core.rowclass import RowPlan
 from margingate.runtime.client import replica_counters
 from margingate.runtime.compat.arguments import server_args
 from margingate.runtime.compat.process import ranks, replicas
-from margingate.runtime.probe import shared_plans
-from margingate.runtime.probe.classes import Finding
+from margingate.runtime.probe.measuring.classes import Finding
+from margingate.runtime.probe.planning import shared_plans
 from margingate.runtime.request.record import Counts
 from margingate.runtime.start import refusals, replicas_alike
 

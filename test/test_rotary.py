@@ -12,7 +12,7 @@ from transformers import Gemma3TextConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from margingate.config import GateError
-from margingate.runtime.probe import rotary
+from margingate.runtime.probe.checks import rotary
 
 SHORT, LONG, SIZE = 32, 256, 8
 

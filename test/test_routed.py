@@ -17,15 +17,25 @@ from sglang.srt.layers.moe.topk import TopK, TopKConfig
 from margingate.config import GateError
 from margingate.core.rowclass import Route, RowPlan
 from margingate.runtime.compat.compute import routers
-from margingate.runtime.probe import execute, fused_gate, plans, shared_plans, startup
-from margingate.runtime.probe.classes import Finding, extended, groups, probe_operator, row_counts
-from margingate.runtime.probe.observed_calls import (
+from margingate.runtime.probe import startup
+from margingate.runtime.probe.measuring.classes import (
+    Finding,
+    extended,
+    groups,
+    probe_operator,
+    row_counts,
+)
+from margingate.runtime.probe.operators import fused_gate
+from margingate.runtime.probe.operators.observed_calls import (
     ObservedRows,
     observed_rows,
     observing,
 )
-from margingate.runtime.probe.operators import Plain
-from margingate.runtime.probe.routed import Experts, Router, Rows, SharedGate
+from margingate.runtime.probe.operators.operator import (
+    Plain,
+)
+from margingate.runtime.probe.operators.routed import Experts, Router, Rows, SharedGate
+from margingate.runtime.probe.planning import execute, plans, shared_plans
 
 HIDDEN, INNER, EXPERTS, CHOSEN = 16, 12, 8, 2
 CPU = torch.device("cpu")

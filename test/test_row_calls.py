@@ -9,7 +9,7 @@ import torch
 from row_classes import Layer, in_order, kept, split_by_count
 
 from margingate.core.rowclass import Route
-from margingate.runtime.probe import execute
+from margingate.runtime.probe.planning import execute
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 16, 40])

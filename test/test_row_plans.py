@@ -13,10 +13,10 @@ from triton.runtime.errors import OutOfResources
 
 from margingate.config import GateError
 from margingate.core.rowclass import Route, RowPlan
-from margingate.runtime.probe import plans
-from margingate.runtime.probe.capped import large_enough
-from margingate.runtime.probe.classes import RowDependenceError, row_counts
-from margingate.runtime.probe.operators import HEAD, Head, Linear, MadeUp, Run
+from margingate.runtime.probe.measuring.classes import RowDependenceError, row_counts
+from margingate.runtime.probe.operators.operator import HEAD, Head, Linear, MadeUp, Run
+from margingate.runtime.probe.planning import plans
+from margingate.runtime.probe.planning.capped import large_enough
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from row_classes import WEIGHT, in_order, made_up, split_by_count
 from margingate.config import GateError
 from margingate.core.rowclass import choose
 from margingate.runtime.compat.process import ranks, replicas
-from margingate.runtime.probe import plans, startup
-from margingate.runtime.probe.classes import (
+from margingate.runtime.probe import startup
+from margingate.runtime.probe.measuring.classes import (
     RowDependenceError,
     extended,
     groups,
@@ -21,7 +21,8 @@ from margingate.runtime.probe.classes import (
     probe_operator,
     row_counts,
 )
-from margingate.runtime.probe.operators import MadeUp
+from margingate.runtime.probe.operators.operator import MadeUp
+from margingate.runtime.probe.planning import plans
 
 
 def leaky(x: torch.Tensor) -> torch.Tensor:

@@ -30,8 +30,8 @@ from margingate.core.rowclass import (
     timed_counts,
     top,
 )
-from margingate.runtime.probe import all_reduce, execute, plans
-from margingate.runtime.probe.classes import groups, prefill_counts, row_counts
+from margingate.runtime.probe.measuring.classes import groups, prefill_counts, row_counts
+from margingate.runtime.probe.planning import all_reduce, execute, plans
 
 WIDTH = 4
 Classes = Mapping[int, int]

@@ -21,7 +21,7 @@ from margingate.core.rowclass import (
     spans,
     timed_counts,
 )
-from margingate.runtime.probe.classes import prefill_counts
+from margingate.runtime.probe.measuring.classes import prefill_counts
 
 
 @given(st.sets(st.integers(1, 200), min_size=1), st.integers(1, 700))

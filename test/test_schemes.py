@@ -20,7 +20,7 @@ from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
 from margingate.config import GateError
 from margingate.runtime.compat import release
 from margingate.runtime.compat.compute import schemes
-from margingate.runtime.probe import loaded_model
+from margingate.runtime.probe.checks import loaded_model
 
 ROOTS = frozenset({"QuantizeMethodBase", "BaseLinearScheme", "BaseMoEScheme"})
 MARKS = ("Method", "Scheme", "process_weights_after_loading")  # in the text of a file with one

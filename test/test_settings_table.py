@@ -20,7 +20,7 @@ from margingate.runtime.compat.arguments.settings_table import (
     REFUSED,
 )
 from margingate.runtime.observe import fingerprint
-from margingate.runtime.probe import cache
+from margingate.runtime.probe.measuring import cache
 from margingate.runtime.start.refusals import refuse_server
 
 MakeArgs = Callable[..., Any]

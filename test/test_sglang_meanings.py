@@ -24,7 +24,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from margingate.config import GateConfig, GateError
-from margingate.runtime.probe.observed_calls import ROWS, observing, refuse_bypassed
+from margingate.runtime.probe.operators.observed_calls import ROWS, observing, refuse_bypassed
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import GateRequest
 from margingate.runtime.sampling import seeds

@@ -14,9 +14,13 @@ from test_marlin import host, packed, rows  # noqa: F401
 from triton.runtime.errors import OutOfResources
 
 from margingate.core.rowclass import RowPlan
-from margingate.runtime.probe import execute, forward_phase, plans, unpacked
-from margingate.runtime.probe.observed_calls import ObservedCall
-from margingate.runtime.probe.operators import Norm, Packed
+from margingate.runtime.probe.operators import forward_phase, unpacked
+from margingate.runtime.probe.operators.observed_calls import ObservedCall
+from margingate.runtime.probe.operators.operator import (
+    Norm,
+    Packed,
+)
+from margingate.runtime.probe.planning import execute, plans
 
 
 @pytest.fixture

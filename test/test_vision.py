@@ -13,8 +13,8 @@ from test_observed_calls import linear
 from margingate.config import GateError
 from margingate.harness.tiny_models import VISION
 from margingate.runtime.compat.model import vision
-from margingate.runtime.probe.observed_calls import refuse_unmeasured
-from margingate.runtime.probe.operators import dense_operators
+from margingate.runtime.probe.operators.observed_calls import refuse_unmeasured
+from margingate.runtime.probe.operators.operator import dense_operators
 from margingate.runtime.start import refused_models
 
 KNOWN = SimpleNamespace(

@@ -41,7 +41,7 @@ from margingate.config import GateConfig, GateError
 from margingate.core.ledger import Outcome
 from margingate.runtime.compat.kv import window_pool
 from margingate.runtime.observe import integrity
-from margingate.runtime.probe.check_prefill import Prefill
+from margingate.runtime.probe.checks.check_prefill import Prefill
 from margingate.runtime.schedule.radix import GateWindowCache
 from margingate.runtime.start import pools
 from margingate.runtime.verify import rollback

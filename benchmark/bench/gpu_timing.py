@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from margingate.runtime.probe.graph_timing import replay_us
+from margingate.runtime.probe.measuring.graph_timing import replay_us
 
 GIB = 1 << 30
 

@@ -13,7 +13,9 @@ from margingate.runtime.compat.arguments.server_args import gate_config
 from margingate.runtime.compat.compute import head_norms, marlin, quantization
 from margingate.runtime.hooks import handlers, registry
 from margingate.runtime.hooks.registry import AFTER, AROUND, BEFORE, Hook
-from margingate.runtime.probe import all_reduce, execute, expert_tiles, startup
+from margingate.runtime.probe import startup
+from margingate.runtime.probe.operators import expert_tiles
+from margingate.runtime.probe.planning import all_reduce, execute
 from margingate.runtime.request.guard import Policy
 from margingate.runtime.sampling import router_margins
 

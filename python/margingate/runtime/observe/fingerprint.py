@@ -25,9 +25,10 @@ from margingate.runtime.compat.arguments import settings, settings_table
 from margingate.runtime.compat.process import machine
 from margingate.runtime.compat.process.ranks import gathered
 from margingate.runtime.observe import weight_digest
-from margingate.runtime.probe import cache, startup
-from margingate.runtime.probe.check_prefill import Prefill
-from margingate.runtime.probe.unpacked import Unpacked
+from margingate.runtime.probe import startup
+from margingate.runtime.probe.checks.check_prefill import Prefill
+from margingate.runtime.probe.measuring import cache
+from margingate.runtime.probe.operators.unpacked import Unpacked
 from margingate.runtime.verify.verifier import Verifier
 
 logger = logging.getLogger(__name__)

@@ -22,31 +22,25 @@ from margingate.runtime.compat.arguments.server_args import gate_config
 from margingate.runtime.compat.compute.routers import use_linear_kernels
 from margingate.runtime.compat.kv import routed_experts
 from margingate.runtime.compat.process import ranks, replicas
-from margingate.runtime.probe import (
-    all_reduce,
-    cache,
-    classes,
-    dual_gemm,
-    execute,
-    loaded_model,
-    marlin_tiles,
-    plans,
-    shared_plans,
-    tile_heights,
-    unpacked,
-)
-from margingate.runtime.probe.attention_operator import probe_attention
-from margingate.runtime.probe.capped import decodes_only
-from margingate.runtime.probe.classes import Finding
-from margingate.runtime.probe.observed_calls import (
+from margingate.runtime.probe.checks import loaded_model
+from margingate.runtime.probe.measuring import cache, classes
+from margingate.runtime.probe.measuring.attention_operator import probe_attention
+from margingate.runtime.probe.measuring.classes import Finding
+from margingate.runtime.probe.operators import marlin_tiles, tile_heights, unpacked
+from margingate.runtime.probe.operators.observed_calls import (
     ROWS,
     Observed,
     observing,
     refuse_bypassed,
     refuse_unmeasured,
 )
-from margingate.runtime.probe.operators import HEAD, Operator
-from margingate.runtime.probe.routed import Experts, Router
+from margingate.runtime.probe.operators.operator import (
+    HEAD,
+    Operator,
+)
+from margingate.runtime.probe.operators.routed import Experts, Router
+from margingate.runtime.probe.planning import all_reduce, dual_gemm, execute, plans, shared_plans
+from margingate.runtime.probe.planning.capped import decodes_only
 from margingate.runtime.verify.verifier import RowInput, Verifier, places, scratch_rows
 
 logger = logging.getLogger(__name__)

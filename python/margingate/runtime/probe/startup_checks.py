@@ -8,9 +8,14 @@ from typing import Any
 from margingate.config import GateConfig
 from margingate.runtime.attention import invariant_attention
 from margingate.runtime.compat.kv import routed_experts
-from margingate.runtime.probe import check_attention, check_decode, check_images, check_prefill
-from margingate.runtime.probe.check_decode import CanonicalSteps
-from margingate.runtime.probe.check_prefill import Prefill
+from margingate.runtime.probe.checks import (
+    check_attention,
+    check_decode,
+    check_images,
+    check_prefill,
+)
+from margingate.runtime.probe.checks.check_decode import CanonicalSteps
+from margingate.runtime.probe.checks.check_prefill import Prefill
 from margingate.runtime.probe.startup import largest_rows
 from margingate.runtime.sampling import logprobs
 from margingate.runtime.verify import verifier

@@ -13,7 +13,7 @@ from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResul
 
 from margingate.runtime.compat.kv import columns, tree
 from margingate.runtime.compat.model import vision
-from margingate.runtime.probe.check_prefill import Prefill
+from margingate.runtime.probe.checks.check_prefill import Prefill
 from margingate.runtime.request import guard
 from margingate.runtime.request.record import is_gated
 

@@ -25,7 +25,7 @@ from sglang.srt.mem_cache.registry import (
 
 from margingate.runtime.compat.arguments.server_args import gate_config
 from margingate.runtime.compat.kv.tree import LimitedRadixCache, LimitedWindowCache, Limits
-from margingate.runtime.probe.check_prefill import Prefill
+from margingate.runtime.probe.checks.check_prefill import Prefill
 from margingate.runtime.request.open_requests import OpenRequests
 from margingate.runtime.request.record import is_gated
 

@@ -9,7 +9,7 @@ from typing import Any
 from margingate.config import GateConfig
 from margingate.core.policy import INJECTED, Evidence, GatePolicy
 from margingate.runtime.observe.study import force
-from margingate.runtime.probe.check_decode import CanonicalSteps
+from margingate.runtime.probe.checks.check_decode import CanonicalSteps
 from margingate.runtime.request import guard
 from margingate.runtime.request.forward_record import ForwardRecord, record_of
 from margingate.runtime.request.in_flight import InFlight

@@ -19,7 +19,7 @@ from margingate.runtime.compat.process import ranks, replicas
 from margingate.runtime.hooks import firing, handlers, registry, scheduler_table
 from margingate.runtime.hooks.launcher_table import DETOKENIZER_HOOKS, TOKENIZER_HOOKS
 from margingate.runtime.observe import audit, event_records, metrics
-from margingate.runtime.probe import loaded_model
+from margingate.runtime.probe.checks import loaded_model
 from margingate.runtime.probe.startup_checks import run_checks
 from margingate.runtime.request.observer import Observer
 from margingate.runtime.schedule import radix, server_info

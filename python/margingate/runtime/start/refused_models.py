@@ -14,7 +14,7 @@ from margingate.runtime.compat.compute import marlin, mxfp4, quantization
 from margingate.runtime.compat.compute.routers import experts
 from margingate.runtime.compat.model import vision
 from margingate.runtime.compat.model.architectures import has_two_pools
-from margingate.runtime.probe import loaded_model
+from margingate.runtime.probe.checks import loaded_model
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from margingate.config import GateConfig, GateError
 from margingate.runtime.compat.process import replicas
-from margingate.runtime.probe import check_decode
+from margingate.runtime.probe.checks import check_decode
 from margingate.runtime.schedule import server_info
 from margingate.runtime.verify.verifier import Verifier
 

@@ -19,8 +19,8 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMo
 
 from margingate.runtime.compat.compute.forward import context, plan_slots
 from margingate.runtime.compat.host.attention import attends_row_by_row
-from margingate.runtime.probe.classes import SEED, Finding, Rows, classify, refusing
-from margingate.runtime.probe.sample_sizes import SampleSize
+from margingate.runtime.probe.measuring.classes import SEED, Finding, Rows, classify, refusing
+from margingate.runtime.probe.measuring.sample_sizes import SampleSize
 from margingate.runtime.verify.verifier import RowInput, Verifier, scratch_rows
 
 

@@ -5,7 +5,7 @@ after the other, thirty of them for the layers of an 8B shape. It keeps what it 
 where all processes find it. Here processes do that which need nothing else. Such a process is this
 module, run as a script that reads OUTPUTS INPUTS ROWS from lines of its stdin:
 
-    python -m margingate.runtime.probe.compile_kernels DEVICE
+    python -m margingate.runtime.probe.measuring.compile_kernels DEVICE
 """
 
 from __future__ import annotations

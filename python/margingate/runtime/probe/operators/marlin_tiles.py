@@ -16,7 +16,7 @@ import torch
 from margingate.errors import first_line
 from margingate.runtime.compat.compute import marlin_rows
 from margingate.runtime.compat.process import ranks
-from margingate.runtime.probe.operators import Operator, Packed
+from margingate.runtime.probe.operators.operator import Operator, Packed
 
 logger = logging.getLogger(__name__)
 

@@ -22,9 +22,8 @@ from margingate.runtime.compat.compute.batch_invariant_matmul import (
     is_deep_gemm,
     kernel_counts,
 )
-from margingate.runtime.probe import capped
-from margingate.runtime.probe.call_times import microseconds
-from margingate.runtime.probe.classes import (
+from margingate.runtime.probe.measuring.call_times import microseconds
+from margingate.runtime.probe.measuring.classes import (
     Finding,
     RowDependenceError,
     apart_in_graphs,
@@ -33,8 +32,9 @@ from margingate.runtime.probe.classes import (
     refusing,
     row_counts,
 )
-from margingate.runtime.probe.compile_kernels import Compilers, Need, compile_ahead
-from margingate.runtime.probe.operators import MadeUp, Operator
+from margingate.runtime.probe.measuring.compile_kernels import Compilers, Need, compile_ahead
+from margingate.runtime.probe.operators.operator import MadeUp, Operator
+from margingate.runtime.probe.planning import capped
 
 logger = logging.getLogger(__name__)
 

@@ -13,17 +13,23 @@ from margingate.core.rowclass import RowPlan
 from margingate.runtime.compat import instance_patches
 from margingate.runtime.compat.compute import mxfp4
 from margingate.runtime.compat.compute.batch_invariant_matmul import invariant_matmul
-from margingate.runtime.probe import forward_phase, fused_gate, unpacked
-from margingate.runtime.probe.observed_calls import routing_tensors
-from margingate.runtime.probe.operators import Inputs, Operator, Plain, Quantized, Run
-from margingate.runtime.probe.routed import (
+from margingate.runtime.probe.operators import forward_phase, fused_gate, unpacked
+from margingate.runtime.probe.operators.observed_calls import routing_tensors
+from margingate.runtime.probe.operators.operator import (
+    Inputs,
+    Operator,
+    Plain,
+    Quantized,
+    Run,
+)
+from margingate.runtime.probe.operators.routed import (
     Experts,
     Rows,
     SharedGate,
     call_experts,
     call_shared_gate,
 )
-from margingate.runtime.probe.scored import ScoredExperts, call_scored
+from margingate.runtime.probe.operators.scored import ScoredExperts, call_scored
 
 ALIGNED = 16  # bytes
 

@@ -21,11 +21,11 @@ import torch
 from margingate.config import GateError
 from margingate.core.rowclass import RowPlan, runs
 from margingate.core.rowclass import members as counts_by_class
-from margingate.runtime.probe.observed_calls import Observed
-from margingate.runtime.probe.operators import SEED, Inputs, Operator, dense_operators
-from margingate.runtime.probe.routed import routed_operators
-from margingate.runtime.probe.sample_sizes import SampleSize, size_for
-from margingate.runtime.probe.scored import scored_operators
+from margingate.runtime.probe.measuring.sample_sizes import SampleSize, size_for
+from margingate.runtime.probe.operators.observed_calls import Observed
+from margingate.runtime.probe.operators.operator import SEED, Inputs, Operator, dense_operators
+from margingate.runtime.probe.operators.routed import routed_operators
+from margingate.runtime.probe.operators.scored import scored_operators
 
 DISTURBED = 4  # rows of a sample that are tried in the company that an operator chooses
 SHOWN = 5  # classes of an operator in the log

@@ -17,14 +17,14 @@ import torch
 from margingate.config import GateError
 from margingate.core.rowclass import RowPlan, choose
 from margingate.runtime.compat.process import ranks
-from margingate.runtime.probe.classes import (
+from margingate.runtime.probe.measuring.classes import (
     Finding,
     RowDependenceError,
     extended,
     probe_operator,
 )
-from margingate.runtime.probe.execute import run_in_class
-from margingate.runtime.probe.operators import MadeUp
+from margingate.runtime.probe.operators.operator import MadeUp
+from margingate.runtime.probe.planning.execute import run_in_class
 
 NAME = "all-reduce"
 

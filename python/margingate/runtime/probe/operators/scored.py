@@ -10,10 +10,13 @@ import torch
 
 from margingate.runtime.compat.compute import mxfp4
 from margingate.runtime.compat.compute.routers import routed_experts
-from margingate.runtime.probe import tile_heights
-from margingate.runtime.probe.observed_calls import Observed, ObservedRows
-from margingate.runtime.probe.operators import Inputs, Operator
-from margingate.runtime.probe.routed import Experts, Rows
+from margingate.runtime.probe.operators import tile_heights
+from margingate.runtime.probe.operators.observed_calls import Observed, ObservedRows
+from margingate.runtime.probe.operators.operator import (
+    Inputs,
+    Operator,
+)
+from margingate.runtime.probe.operators.routed import Experts, Rows
 
 BELOW = 16.0  # scores of experts that a row does not choose, under what they would be
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from margingate.config import GateError
 from margingate.runtime.compat.process import ranks, replicas
-from margingate.runtime.probe.classes import Finding
-from margingate.runtime.probe.operators import Operator
+from margingate.runtime.probe.measuring.classes import Finding
+from margingate.runtime.probe.operators.operator import Operator
 
 
 def of_all_ranks(

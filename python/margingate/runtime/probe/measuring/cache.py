@@ -16,7 +16,7 @@ import margingate
 from margingate.paths import cache_root
 from margingate.runtime.compat.arguments import environment, settings, settings_table
 from margingate.runtime.compat.process import machine, ranks
-from margingate.runtime.probe.classes import Finding
+from margingate.runtime.probe.measuring.classes import Finding
 
 logger = logging.getLogger(__name__)
 

@@ -20,14 +20,14 @@ from margingate.config import GateError
 from margingate.core.rowclass import RowPlan, spans
 from margingate.errors import first_line
 from margingate.runtime.compat.arguments.environment import choice
-from margingate.runtime.probe.classes import (
+from margingate.runtime.probe.measuring.classes import (
     Finding,
     RowDependenceError,
     probe_operator,
     row_counts,
 )
-from margingate.runtime.probe.execute import differs_in_prefill
-from margingate.runtime.probe.operators import MadeUp
+from margingate.runtime.probe.operators.operator import MadeUp
+from margingate.runtime.probe.planning.execute import differs_in_prefill
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import torch
 
 from margingate.runtime.compat.compute import marlin, marlin_rows, quantization
 from margingate.runtime.compat.model import vision
-from margingate.runtime.probe.observed_calls import AS_WEIGHT, Observed, ObservedCall
+from margingate.runtime.probe.operators.observed_calls import AS_WEIGHT, Observed, ObservedCall
 
 HEAD = "lm_head"
 LOUD = 1024  # times a row's size: FP8 has no room for both

@@ -9,7 +9,7 @@ import torch
 from margingate.config import GateError
 from margingate.runtime.compat.compute import marlin, quantization, schemes
 from margingate.runtime.compat.compute.routers import experts
-from margingate.runtime.probe import rotary
+from margingate.runtime.probe.checks import rotary
 
 SHARED = "rounds the inputs of experts in {} to FP8 by one scale for all rows of a forward"
 BY_ROW = (

@@ -17,8 +17,8 @@ import torch
 
 from margingate.runtime.compat.model import images, vision
 from margingate.runtime.compat.process.ranks import agreed
-from margingate.runtime.probe.check_prefill import Prefill
-from margingate.runtime.probe.classes import SEED
+from margingate.runtime.probe.checks.check_prefill import Prefill
+from margingate.runtime.probe.measuring.classes import SEED
 from margingate.runtime.verify.internal_prefill import extend, internal_request, release, stored
 
 logger = logging.getLogger(__name__)

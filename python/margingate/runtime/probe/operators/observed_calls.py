@@ -21,7 +21,7 @@ from margingate.config import GateError
 from margingate.runtime.compat.compute import marlin, mxfp4, quantization
 from margingate.runtime.compat.compute.routers import experts, routers
 from margingate.runtime.compat.model import vision
-from margingate.runtime.probe import fused_gate
+from margingate.runtime.probe.operators import fused_gate
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,9 @@ from margingate.core.rowclass import spans
 from margingate.runtime.attention import invariant_attention
 from margingate.runtime.compat.process import ranks
 from margingate.runtime.compat.process.ranks import agreed
-from margingate.runtime.probe import drawing, execute
-from margingate.runtime.probe.classes import SEED
+from margingate.runtime.probe.checks import drawing
+from margingate.runtime.probe.measuring.classes import SEED
+from margingate.runtime.probe.planning import execute
 from margingate.runtime.verify.verifier import RowInput, Verifier, scratch_rows
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,9 @@ from margingate.runtime.attention import layer_rules
 from margingate.runtime.compat.arguments import settings
 from margingate.runtime.compat.kv import columns
 from margingate.runtime.compat.process.ranks import agreed
-from margingate.runtime.probe import drawing, execute
-from margingate.runtime.probe.classes import SEED
+from margingate.runtime.probe.checks import drawing
+from margingate.runtime.probe.measuring.classes import SEED
+from margingate.runtime.probe.planning import execute
 from margingate.runtime.verify import rollback
 from margingate.runtime.verify.internal_prefill import extend, internal_request, release, stored
 from margingate.runtime.verify.verifier import RowInput, Verifier

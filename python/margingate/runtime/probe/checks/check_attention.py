@@ -15,7 +15,7 @@ import torch
 
 from margingate.config import GateError
 from margingate.runtime.attention import invariant_attention, layer_rules
-from margingate.runtime.probe.attention_error import Found, LayerKind, measure
+from margingate.runtime.probe.checks.attention_error import Found, LayerKind, measure
 from margingate_kernels import Rules
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from margingate.config import GateError
 from margingate.core.rowclass import RowPlan
-from margingate.runtime.probe.operators import Operator
+from margingate.runtime.probe.operators.operator import Operator
 
 FEWEST = 32  # rows of a piece, below which a prefill by such an operator is not served on a GPU
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from margingate.runtime.probe.graph_timing import replay_us
-from margingate.runtime.probe.operators import Operator
+from margingate.runtime.probe.measuring.graph_timing import replay_us
+from margingate.runtime.probe.operators.operator import Operator
 
 TIMED_CALLS = 20
 

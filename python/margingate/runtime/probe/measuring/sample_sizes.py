@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from margingate.runtime.probe.operators import Operator
+from margingate.runtime.probe.operators.operator import Operator
 
 SAMPLE_ROWS = 64  # at every count, at least; twice that from counts above it
 ROUNDED = 1 << 18  # results of 16 bits that are compared at every count, where rows have few

@@ -1,0 +1,1 @@
+"""Which row counts give a row the same bits, and how long calls take; kept between starts."""

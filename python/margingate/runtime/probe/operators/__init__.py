@@ -1,0 +1,1 @@
+"""What is measured of a model: whatever has a row axis, and how a forward calls it."""

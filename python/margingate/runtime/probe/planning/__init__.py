@@ -1,0 +1,1 @@
+"""From what was measured: how each operator is called while the server serves."""
