@@ -290,9 +290,12 @@ def test_two_subscribers_are_independent(endpoint, out):
         lazy.connect(endpoint)
         with Subscriber(endpoint) as subscriber:
             wait_for(out.look, "nobody was heard of")
-            time.sleep(0.3)  # the second to subscribe is not told of
-            publish(out, 1, lambda: FLIP)
-            assert subscriber.receive(5)
+
+            def hears() -> object:  # the second to subscribe is not told of
+                publish(out, 1, lambda: FLIP)
+                return subscriber.receive(0.2)
+
+            wait_for(hears, "the second subscriber hears nothing")
             for _ in range(2000):
                 publish(out, 1, lambda: FLIP)
                 assert subscriber.receive(5).lost == 0
