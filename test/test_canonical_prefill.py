@@ -137,11 +137,14 @@ def run(world: World, monkeypatch: pytest.MonkeyPatch, wanted: bool = True) -> P
     return found
 
 
-def test_nothing_is_run_where_it_is_not_wanted_or_plans_do_not_reach_so_far(monkeypatch):
+def test_nothing_is_run_where_it_is_not_wanted_or_plans_do_not_reach_so_far(monkeypatch, caplog):
     world = World()
-    assert run(world, monkeypatch, wanted=False) == ALONE
-    monkeypatch.setattr(execute, "covers_prefill", lambda: False)
-    assert run(world, monkeypatch) == ALONE
+    with caplog.at_level(logging.INFO):
+        assert run(world, monkeypatch, wanted=False) == ALONE
+        assert "prefilled alone, as --gate-prefill or --gate-fast-path has it" in caplog.text
+        monkeypatch.setattr(execute, "covers_prefill", lambda: False)
+        assert run(world, monkeypatch) == ALONE
+    assert "prefilled alone, since operators are not measured for prefills here" in caplog.text
     assert not world.forwards and not world.passes
 
 

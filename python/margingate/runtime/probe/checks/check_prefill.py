@@ -48,6 +48,12 @@ class Prefill:
 def measure(scheduler: Any, verifier: Verifier, wanted: bool) -> Prefill:
     """Compare prefills of the same prompt; alone on the grid where they are not `wanted`."""
     if not agreed(scheduler, [wanted and execute.covers_prefill()])[0]:
+        logger.info(
+            "margingate: gated prompts are prefilled alone, %s.",
+            "since operators are not measured for prefills here"
+            if wanted
+            else "as --gate-prefill or --gate-fast-path has it",
+        )
         return Prefill()
     check = _Check(scheduler, verifier)
     # All of them, whatever the first says: ranks must run the same forwards.
