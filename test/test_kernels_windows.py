@@ -27,10 +27,12 @@ from margingate_kernels import (
     attention,
     attention_checks,
     attention_decode_triton,
+    attention_gluon,
     attention_prefill,
     attention_prefill_triton,
     attention_triton,
     decode_workspace,
+    gluon_rings,
     plan_decode,
     segments_of,
     with_window,
@@ -263,11 +265,18 @@ def test_the_bound_of_a_windows_segments_is_reached_and_holds(window: int, head_
 
 @pytest.mark.parametrize("window", [None, 1, 16, 128, 512, 4096])
 def test_a_start_looks_at_each_end_of_a_window(window: int | None) -> None:
-    length = (window or 0) + 330
+    length = (window or 0) + attention_error.SLACK
     spans = spans_of(window, length)
     rows = {position for span in spans for position in range(*span)}
     assert rows <= set(range(length)) and {0, 1, length - 1} <= rows
-    ends = [(window or 0) + left for left in (0, 64, 256)]  # a key, a tile and a segment
+    sizes = attention_checks.HEAD_SIZES
+    cuts = [attention.blocks_for(size, wide) for size in sizes for wide in (False, True)]
+    tiles = {cut.keys for cut in cuts} - {32}  # of which two have 64
+    ends = [(window or 0) + left for left in (0, *tiles, 256)]  # a key, a tile and a segment
+    assert length > max(ends) + max(tiles), "and a tile behind a segment"
+    queries = [gluon_rings.READERS.value * attention_gluon.ROWS.value]
+    queries += [cut.extend.rows for cut in cuts]
+    assert spans[-1][1] - spans[-1][0] > max(queries), "a second block of them"
     assert all({end - 1, end, end + 1} & set(range(length)) <= rows for end in ends)
     for context in (1, 5):  # tokens
         assert all(0 <= a < b <= context for a, b in spans_of(window, context))
