@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 EXTEND = "attention extend"  # row counts are lengths of chunks here
+UNPACKED = "unpacked linear"  # kind of what prefills of the gate alone run
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -126,14 +127,18 @@ def _runs_with(row: dict[str, Any]) -> str:
     from margingate.core.rowclass import RowPlan
 
     if row["plan"] is not None:
-        return str(RowPlan(*row["plan"]))
+        said = str(RowPlan(*row["plan"]))
+        own = row.get("prefill_plan")
+        return said if own is None else f"{said}, in prefills {RowPlan(*own)}"
     return "any" if len({key for _, key in row["classes"]}) == 1 else "as it comes"
 
 
 def meaning(report: dict[str, Any]) -> str:
     """The result in plain sentences."""
     several = [
-        row["name"] for row in report["operators"] if len({c for _, c in row["classes"]}) > 1
+        row["name"]
+        for row in report["operators"]
+        if row["kind"] != UNPACKED and len({c for _, c in row["classes"]}) > 1
     ]
     guilty = [short_name(name) for name in several if name != EXTEND]
     said = ["No operator of a decode step depends on the number of rows here."]
