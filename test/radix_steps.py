@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple
 
 from hypothesis import strategies as st
@@ -26,6 +27,7 @@ class Step(NamedTuple):
     rows: list[bool]  # to be decoded, whether each is canonical
     insert: bool
     known: bool
+    ends: bool  # with its first token, where it is prefilled
 
 
 MOSTLY = st.sampled_from([True, True, True, False])
@@ -40,6 +42,7 @@ STEPS = st.builds(
     rows=st.lists(MOSTLY, min_size=1, max_size=4),
     insert=MOSTLY,
     known=MOSTLY,
+    ends=MOSTLY.map(operator.not_),
 )
 
 
@@ -55,7 +58,7 @@ def take(world: World, step: Step) -> None:
         return
     req = world.live[step.which % len(world.live)]
     if not world.is_prefilled(req) and (step.what != "abort" or not req.kv.holds_kv):
-        world.prefill(req, step.count)
+        world.prefill(req, step.count, ends=step.ends)
     elif step.what in ("finish", "abort"):  # an abort may come between two chunks
         world.finish(req, step.insert, step.known)
     elif step.what == "verify" and req.gate.gated:

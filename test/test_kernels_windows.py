@@ -27,10 +27,12 @@ from margingate_kernels import (
     attention,
     attention_checks,
     attention_decode_triton,
+    attention_gluon,
     attention_prefill,
     attention_prefill_triton,
     attention_triton,
     decode_workspace,
+    gluon_rings,
     plan_decode,
     segments_of,
     with_window,
@@ -123,15 +125,22 @@ def check_chunks_cut_anywhere(device: str) -> None:
 def check_slots_of_a_window_alone(device: str) -> None:
     """Both kernels look up no slot that the lists of a pool of windows have not."""
     for window, size in ((16, 64), (127, 64), (128, 128), (70, 256)):
-        world = World(device, (window + 300, 40), (1, 1, size), Rules(window))
-        at = [0, 1, window, window + 1, window + 64, window + 255, window + 299]
-        rows = [(0, position) for position in at] + [(1, 39)]
-        assert torch.equal(world.decode(rows, listed=True), world.decode(rows)), (window, size)
-        for cut in (0, 64, window + 130, window + 299):
-            pieces = (0, cut, window + 300), (1, 20, 40)
-            listed, told = world.extend(*pieces, listed=True), world.extend(*pieces)
-            assert all(map(torch.equal, listed, told)), (window, size, cut)
-            assert_close(listed[0], world.oracle(0)[cut:], (window, size, cut))
+        hold_to_the_lists(device, window, size)
+    with patch.object(attention, "has_wide_tiles", lambda *_: True):  # as on Hopper
+        hold_to_the_lists(device, 70, 256)
+
+
+def hold_to_the_lists(device: str, window: int, size: int) -> None:
+    """Rows, and chunks cut at several places, by all slots and by those of a window alone."""
+    world = World(device, (window + 300, 40), (1, 1, size), Rules(window))
+    at = [0, 1, window, window + 1, window + 64, window + 255, window + 299]
+    rows = [(0, position) for position in at] + [(1, 39)]
+    assert torch.equal(world.decode(rows, listed=True), world.decode(rows)), (window, size)
+    for cut in (0, 64, window + 130, window + 299):
+        pieces = (0, cut, window + 300), (1, 20, 40)
+        listed, told = world.extend(*pieces, listed=True), world.extend(*pieces)
+        assert all(map(torch.equal, listed, told)), (window, size, cut)
+        assert_close(listed[0], world.oracle(0)[cut:], (window, size, cut))
 
 
 def check_far_scores(device: str) -> None:
@@ -263,11 +272,18 @@ def test_the_bound_of_a_windows_segments_is_reached_and_holds(window: int, head_
 
 @pytest.mark.parametrize("window", [None, 1, 16, 128, 512, 4096])
 def test_a_start_looks_at_each_end_of_a_window(window: int | None) -> None:
-    length = (window or 0) + 330
+    length = (window or 0) + attention_error.SLACK
     spans = spans_of(window, length)
     rows = {position for span in spans for position in range(*span)}
     assert rows <= set(range(length)) and {0, 1, length - 1} <= rows
-    ends = [(window or 0) + left for left in (0, 64, 256)]  # a key, a tile and a segment
+    sizes = attention_checks.HEAD_SIZES
+    cuts = [attention.blocks_for(size, wide) for size in sizes for wide in (False, True)]
+    tiles = {cut.keys for cut in cuts} - {32}  # of which two have 64
+    ends = [(window or 0) + left for left in (0, *tiles, 256)]  # a key, a tile and a segment
+    assert length > max(ends) + max(tiles), "and a tile behind a segment"
+    queries = [gluon_rings.READERS.value * attention_gluon.ROWS.value]
+    queries += [cut.extend.rows for cut in cuts]
+    assert spans[-1][1] - spans[-1][0] > max(queries), "a second block of them"
     assert all({end - 1, end, end + 1} & set(range(length)) <= rows for end in ends)
     for context in (1, 5):  # tokens
         assert all(0 <= a < b <= context for a, b in spans_of(window, context))

@@ -189,6 +189,29 @@ def test_the_table_and_its_meaning(capsys):
     assert "2 classes" in capsys.readouterr().out
 
 
+def test_the_table_tells_decode_and_prefill_apart(capsys):
+    """A layer by Marlin: as SGLang multiplies in decode, and unpacked, by the gate, in prefills."""
+    from rich.console import Console
+
+    one = {count: 0 for count in range(1, 65)}
+    apart = {**one, 512: 1, 1024: 1}
+    decoded = replace(FINDINGS[0], name="0.qkv_proj", classes=one, plan=RowPlan(((1, 64),)))
+    decoded = replace(decoded, kind="packed linear")
+    own = RowPlan(((512, 512), (1024, 1024)))
+    changes = {"classes": apart, "plan": RowPlan(((1, 64),)), "prefill_plan": own}
+    unpacked = replace(FINDINGS[0], name="0.qkv_proj, unpacked", kind="unpacked linear", **changes)
+    report = {**REPORT, "operators": [decoded.record(), unpacked.record()]}
+    Console(width=240).print(command.make_table(report))
+    assert f"{unpacked.plan}, in prefills {own}" in capsys.readouterr().out
+    assert "No operator of a decode step depends" in said_of(report), "no server has it unpacked"
+    head = replace(FINDINGS[0], name="lm_head", classes={**one, 65: 0, 256: 0}).record()
+    report["operators"].append(head)
+    assert "rows, qkv_proj gives a row other bits" in said_of(report), "in calls of 65 and more"
+    older = {name: value for name, value in decoded.record().items() if name != "prefill_plan"}
+    Console(width=240).print(command.make_table({**report, "operators": [older]}))
+    assert f"{decoded.plan}" in capsys.readouterr().out
+
+
 def test_the_picture(tmp_path):
     plot_classes({f.name: f.classes for f in FINDINGS}, tmp_path / "p.png", "title")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

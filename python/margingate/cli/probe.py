@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 EXTEND = "attention extend"  # row counts are lengths of chunks here
+UNPACKED = "unpacked linear"  # kind of what prefills of the gate alone run
+CAPPED = ("packed linear", "experts")  # kinds whose rows may depend on each other in larger calls
+WHOLE = ("linear", "norm")  # kinds that are measured at all row counts of decode
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -126,15 +129,28 @@ def _runs_with(row: dict[str, Any]) -> str:
     from margingate.core.rowclass import RowPlan
 
     if row["plan"] is not None:
-        return str(RowPlan(*row["plan"]))
+        said = str(RowPlan(*row["plan"]))
+        own = row.get("prefill_plan")
+        return said if own is None else f"{said}, in prefills {RowPlan(*own)}"
     return "any" if len({key for _, key in row["classes"]}) == 1 else "as it comes"
+
+
+def _depends(row: dict[str, Any], operators: list[dict[str, Any]]) -> bool:
+    """Whether SGLang's operator gives a row other bits at other row counts."""
+    if row["kind"] in CAPPED:
+        most = min((_most(each) for each in operators if each["kind"] in WHOLE), default=0)
+        if _most(row) < most:
+            return True
+    return row["kind"] != UNPACKED and len({key for _, key in row["classes"]}) > 1
+
+
+def _most(row: dict[str, Any]) -> int:
+    return max(int(count) for count, _ in row["classes"])
 
 
 def meaning(report: dict[str, Any]) -> str:
     """The result in plain sentences."""
-    several = [
-        row["name"] for row in report["operators"] if len({c for _, c in row["classes"]}) > 1
-    ]
+    several = [row["name"] for row in report["operators"] if _depends(row, report["operators"])]
     guilty = [short_name(name) for name in several if name != EXTEND]
     said = ["No operator of a decode step depends on the number of rows here."]
     if guilty:

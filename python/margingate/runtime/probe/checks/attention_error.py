@@ -26,8 +26,8 @@ from margingate_kernels import (
 )
 
 SEED = 20261128
-TAIL = 70  # rows at the end of the sequence: two blocks of queries
-SLACK = 330  # positions behind the window: a segment, a tile and some more
+TAIL = 140  # rows at the end of the sequence: two blocks of queries, of 128 at most
+SLACK = 400  # positions behind the window: a segment, a tile of 128 and some more
 NOBODYS = 9  # slots that hold no numbers
 Span = tuple[int, int]  # positions from, to
 
@@ -79,10 +79,11 @@ def measure(kind: LayerKind, dtype: torch.dtype, device: Any, longest: int) -> F
 
 
 def spans_of(window: int | None, length: int) -> list[Span]:
-    """Positions to look at: the first, those where a window, a tile and a segment are left behind,
-    and the last."""
+    """Positions to look at: the first, those where a window, a tile of 64 or 128 and a segment are
+    left behind, and the last."""
     wanted = [(0, 8), (length - TAIL, length)]
-    wanted += [((window or 0) + first - 2, (window or 0) + first + 3) for first in (0, 64, 256)]
+    ends = ((window or 0) + left for left in (0, 64, 128, 256))
+    wanted += [(end - 2, end + 3) for end in ends]
     spans = {(max(start, 0), min(end, length)) for start, end in wanted}
     return sorted((start, end) for start, end in spans if start < end)
 
