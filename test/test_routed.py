@@ -26,14 +26,8 @@ from margingate.runtime.probe.measuring.classes import (
     row_counts,
 )
 from margingate.runtime.probe.operators import fused_gate
-from margingate.runtime.probe.operators.observed_calls import (
-    ObservedRows,
-    observed_rows,
-    observing,
-)
-from margingate.runtime.probe.operators.operator import (
-    Plain,
-)
+from margingate.runtime.probe.operators.observed_calls import ObservedRows, observed_rows, observing
+from margingate.runtime.probe.operators.operator import Plain
 from margingate.runtime.probe.operators.routed import Experts, Router, Rows, SharedGate
 from margingate.runtime.probe.planning import execute, plans, shared_plans
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from sentences import one_sentence
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.plugins.hook_registry import HookType, _wrap_fn
@@ -255,10 +256,9 @@ def test_nobody_looks_at_models_that_are_not_gated(installed, config, draft):
 def test_sparse_without_a_routers_threshold_is_refused(installed):
     with pytest.raises(GateError) as caught:
         loaded(routers(), GateConfig(fast_path="stock"))
-    text = str(caught.value)
+    text = one_sentence(caught.value)
     for way_out in ("--gate-guarantee exact", "--gate-policy always", "--gate-router-threshold"):
         assert way_out in text
-    assert text.endswith(".") and ". " not in text and "\n" not in text
     assert not installed
 
 

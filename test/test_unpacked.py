@@ -16,10 +16,7 @@ from triton.runtime.errors import OutOfResources
 from margingate.core.rowclass import RowPlan
 from margingate.runtime.probe.operators import forward_phase, unpacked
 from margingate.runtime.probe.operators.observed_calls import ObservedCall
-from margingate.runtime.probe.operators.operator import (
-    Norm,
-    Packed,
-)
+from margingate.runtime.probe.operators.operator import Norm, Packed
 from margingate.runtime.probe.planning import execute, plans
 
 

@@ -132,7 +132,7 @@ def _runs_with(row: dict[str, Any]) -> str:
         said = str(RowPlan(*row["plan"]))
         own = row.get("prefill_plan")
         return said if own is None else f"{said}, in prefills {RowPlan(*own)}"
-    return "any" if len({key for _, key in row["classes"]}) == 1 else "as it comes"
+    return "as it comes" if _differs(row) else "any"
 
 
 def _depends(row: dict[str, Any], operators: list[dict[str, Any]]) -> bool:
@@ -141,7 +141,12 @@ def _depends(row: dict[str, Any], operators: list[dict[str, Any]]) -> bool:
         most = min((_most(each) for each in operators if each["kind"] in WHOLE), default=0)
         if _most(row) < most:
             return True
-    return row["kind"] != UNPACKED and len({key for _, key in row["classes"]}) > 1
+    return row["kind"] != UNPACKED and _differs(row)
+
+
+def _differs(row: dict[str, Any]) -> bool:
+    """Whether the row counts that were measured have several classes."""
+    return len({key for _, key in row["classes"]}) > 1
 
 
 def _most(row: dict[str, Any]) -> int:

@@ -34,10 +34,7 @@ from margingate.runtime.probe.operators.observed_calls import (
     refuse_bypassed,
     refuse_unmeasured,
 )
-from margingate.runtime.probe.operators.operator import (
-    HEAD,
-    Operator,
-)
+from margingate.runtime.probe.operators.operator import HEAD, Operator
 from margingate.runtime.probe.operators.routed import Experts, Router
 from margingate.runtime.probe.planning import all_reduce, dual_gemm, execute, plans, shared_plans
 from margingate.runtime.probe.planning.capped import decodes_only
@@ -88,7 +85,7 @@ def _operators(runner: Any) -> dict[str, list[Operator]]:
     seen = observe(runner)
     operators = classes.groups(runner.model, seen)
     refuse_unknown(runner.model, operators, seen)
-    if tile_heights.settle(operators) + marlin_tiles.settle(operators):
+    if any([tile_heights.settle(operators), marlin_tiles.settle(operators)]):  # both
         operators = classes.groups(runner.model, seen)
     return unpacked.settle(runner.model, operators)
 

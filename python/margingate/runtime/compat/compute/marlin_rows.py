@@ -43,12 +43,10 @@ _compiled: dict[Form, Any] = {}  # in use
 def form_of(layer: Any) -> Form | None:
     """That of a layer which SGLang's Marlin may multiply by in this tile; None: it does not."""
     weights = marlin.weights(layer)
-    outputs, inputs = marlin.shape(layer)
-    if weights is None or weights.bits != BITS or outputs % TILE or inputs % TILE:
+    if weights is None:
         return None
-    group = inputs // len(weights.scales) // 16
-    form = Form(weights.scales.dtype, weights.zeros is not None, group)
-    return form if group in GROUPS else None
+    scales, has_zeros = weights.scales, weights.zeros is not None
+    return _form(weights.bits, marlin.shape(layer), scales.dtype, len(scales), has_zeros)
 
 
 def serves(layer: Any) -> bool:
@@ -97,7 +95,7 @@ class _Products:
     def __call__(self, a: torch.Tensor, c: Any, *args: Any, size_m: int, **more: Any) -> Any:
         kernel = None
         if _compiled and FEWEST <= size_m <= MOST and not more.get("is_zp_float"):
-            form = _form(a, *args, **more)
+            form = _form_of_call(a, *args, **more)
             kernel = None if form is None else _compiled.get(form)
         if kernel is None:
             return self._original(a, c, *args, size_m=size_m, **more)
@@ -112,7 +110,7 @@ class _Products:
         return results
 
 
-def _form(
+def _form_of_call(
     a: torch.Tensor,
     weight: torch.Tensor,
     scales: torch.Tensor,
@@ -124,9 +122,20 @@ def _form(
     size_k: int,
     **_more: Any,
 ) -> Form | None:
-    """That of a call, as of the layer that made it."""
-    bits = weight.numel() * 32 // (size_n * size_k)
-    reordered = order is not None and order.numel()
-    if bits != BITS or size_n % TILE or size_k % TILE or reordered or len(scales) < 2:
+    """As `form_of` of the layer that made it."""
+    if order is not None and order.numel():
         return None
-    return Form(a.dtype, zeros is not None and zeros.numel() > 0, size_k // len(scales) // 16)
+    bits = weight.numel() * 32 // (size_n * size_k)
+    has_zeros = zeros is not None and zeros.numel() > 0
+    return _form(bits, (size_n, size_k), a.dtype, len(scales), has_zeros)
+
+
+def _form(
+    bits: int, shape: tuple[int, int], dtype: torch.dtype, groups: int, has_zeros: bool
+) -> Form | None:
+    """Of weights of this shape, [outputs, inputs], whose inputs share scales in so many groups."""
+    outputs, inputs = shape
+    if bits != BITS or outputs % TILE or inputs % TILE or groups < 2:
+        return None
+    form = Form(dtype, has_zeros, inputs // groups // 16)
+    return form if form.group in GROUPS else None

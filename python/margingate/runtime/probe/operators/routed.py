@@ -21,13 +21,7 @@ from margingate.runtime.compat.compute import marlin, mxfp4, quantization
 from margingate.runtime.compat.compute.routers import routed_experts
 from margingate.runtime.probe.operators import fused_gate
 from margingate.runtime.probe.operators.observed_calls import Observed, ObservedRows, choice_of
-from margingate.runtime.probe.operators.operator import (
-    LOUD,
-    SEED,
-    Inputs,
-    Operator,
-    normal_rows,
-)
+from margingate.runtime.probe.operators.operator import LOUD, SEED, Inputs, Operator, normal_rows
 
 CROWD = 4  # every so many rows of a sample, one chooses the same experts as all such rows
 SATURATING = 16.0  # times the usual scale of a router's scores

@@ -12,10 +12,7 @@ from margingate.runtime.compat.compute import mxfp4
 from margingate.runtime.compat.compute.routers import routed_experts
 from margingate.runtime.probe.operators import tile_heights
 from margingate.runtime.probe.operators.observed_calls import Observed, ObservedRows
-from margingate.runtime.probe.operators.operator import (
-    Inputs,
-    Operator,
-)
+from margingate.runtime.probe.operators.operator import Inputs, Operator
 from margingate.runtime.probe.operators.routed import Experts, Rows
 
 BELOW = 16.0  # scores of experts that a row does not choose, under what they would be

@@ -22,11 +22,7 @@ from margingate.errors import first_line
 from margingate.runtime.compat.compute import marlin
 from margingate.runtime.compat.process import ranks
 from margingate.runtime.probe.operators import forward_phase
-from margingate.runtime.probe.operators.operator import (
-    Layer,
-    Operator,
-    Packed,
-)
+from margingate.runtime.probe.operators.operator import Layer, Operator, Packed
 from margingate_kernels.marlin_weights import unpack_marlin
 
 logger = logging.getLogger(__name__)

@@ -15,13 +15,7 @@ from margingate.runtime.compat.compute import mxfp4
 from margingate.runtime.compat.compute.batch_invariant_matmul import invariant_matmul
 from margingate.runtime.probe.operators import forward_phase, fused_gate, unpacked
 from margingate.runtime.probe.operators.observed_calls import routing_tensors
-from margingate.runtime.probe.operators.operator import (
-    Inputs,
-    Operator,
-    Plain,
-    Quantized,
-    Run,
-)
+from margingate.runtime.probe.operators.operator import Inputs, Operator, Plain, Quantized, Run
 from margingate.runtime.probe.operators.routed import (
     Experts,
     Rows,
