@@ -151,16 +151,15 @@ class Round:
     def generate(self) -> Answer:
         return post(self.url, "/generate", **victim_body())
 
-    def while_it_runs(self, act: Callable[[], Any]) -> Answer:
+    def while_it_runs(self, act: Callable[[], Any], tokens: int = 48) -> Answer:
+        """Does `act` until the hook has raised: before the victim's request has come, it can't."""
         with ThreadPoolExecutor(1) as pool:
             victim: Future[Answer] = pool.submit(
-                post, self.url, "/generate", **victim_body(48, return_logprob=False)
+                post, self.url, "/generate", **victim_body(tokens, return_logprob=False)
             )
-            time.sleep(0.3)
-            self._wait_until(
-                lambda: victim.done() or self.client.gate_state()["open"] > 0, "nothing is open"
-            )
-            act()
+            while self.armed.exists() and not victim.done():
+                act()
+                time.sleep(0.02)
             return victim.result()
 
     def pause(self) -> Answer:
@@ -173,7 +172,8 @@ class Round:
         return self.while_it_runs(act)
 
     def abort(self) -> Answer:
-        return self.while_it_runs(lambda: post(self.url, "/abort_request", rid="victim"))
+        """Of more tokens than a machine makes in the time that an abort takes."""
+        return self.while_it_runs(lambda: post(self.url, "/abort_request", rid="victim"), 400)
 
     def wait(self) -> Answer:
         """What is armed needs no request."""
