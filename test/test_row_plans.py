@@ -15,7 +15,7 @@ from margingate.config import GateError
 from margingate.core.rowclass import Route, RowPlan
 from margingate.runtime.probe.measuring.classes import RowDependenceError, row_counts
 from margingate.runtime.probe.operators.operator import HEAD, Head, Linear, MadeUp, Run
-from margingate.runtime.probe.planning import plans
+from margingate.runtime.probe.planning import invariant_kernel, plans
 from margingate.runtime.probe.planning.capped import large_enough
 
 
@@ -79,7 +79,7 @@ def kernel(monkeypatch):
         def invariant_matmul(x, *, weight, bias):
             return operator(x)
 
-        monkeypatch.setattr(plans, "invariant_matmul", invariant_matmul)
+        monkeypatch.setattr(invariant_kernel, "invariant_matmul", invariant_matmul)
 
     return use
 
@@ -147,7 +147,7 @@ def test_plans_on_a_gpu_are_timed_and_the_kernel_is_probed(kernel_is_in_order, t
 @pytest.mark.parametrize("steady", [True, False])
 def test_a_kernel_with_the_bits_of_the_last_class_joins_it(steady, timed, kernel, monkeypatch):
     kernel(in_order)
-    monkeypatch.setattr(plans, "is_deep_gemm", lambda _: True)
+    monkeypatch.setattr(invariant_kernel, "is_deep_gemm", lambda _: True)
 
     def operator(x):
         return in_order(x) + float(not steady and len(x) <= 8)
@@ -172,12 +172,34 @@ def test_a_kernel_with_the_bits_of_the_last_class_joins_it(steady, timed, kernel
     assert found == (of(wide, 0) if steady else kept(1, 640, batch_invariant=True))
 
 
+@pytest.mark.parametrize("other_bits", [None, 240])
+def test_a_kernel_joins_up_to_the_last_hole_among_the_steps_of_decode(
+    other_bits, timed, kernel, monkeypatch
+):
+    """As an 8B model's down_proj has them on Hopper; a step of 256 rows is not padded to 512."""
+    kernel(lambda x: in_order(x) + float(len(x) == other_bits))
+    monkeypatch.setattr(invariant_kernel, "is_deep_gemm", lambda _: True)
+    holes = {216, 224, 232, 240, 248, 256}
+    classes = {count: int(count > 208 and count not in holes) for count in row_counts(256)}
+    wide = {**classes, 288: 0, 512: 1, 1024: 1}
+
+    def operator(x):
+        return in_order(x) + float(wide[len(x)] == 0)
+
+    plan, holds = plans.plan_of(layers_of(operator), classes, wide)
+    assert holds and (plan.low, plan.high) == (209, 1024)
+    assert plan.by_kernel == (256 if other_bits is None else 208)
+    made = [plan.calls(rows)[0][2:] for rows in (8, 208, 240, 256, 288, 300)]
+    steps = [(240, True), (256, True)] if other_bits is None else [(241, False), (512, False)]
+    assert made == [(8, True), (208, True), *steps, (512, False), (512, False)]
+
+
 def test_a_kernel_that_joins_is_chosen_by_all_calls_of_graphs_and_not_its_own_alone(
     kernel, monkeypatch
 ):
     """Up to 128 rows, where it makes the calls, the other class is the faster one."""
     kernel(in_order)
-    monkeypatch.setattr(plans, "is_deep_gemm", lambda _: True)
+    monkeypatch.setattr(invariant_kernel, "is_deep_gemm", lambda _: True)
     monkeypatch.setattr(plans, "_is_timed", lambda _: True)
 
     def microseconds(operators, counts):
@@ -199,7 +221,7 @@ def test_a_kernel_that_does_not_join_is_compiled_for_all_it_may_be_asked_for(
 ):
     compiled = []
     kernel(lambda x: in_order(x) + 1)
-    monkeypatch.setattr(plans, "is_deep_gemm", lambda _: True)
+    monkeypatch.setattr(invariant_kernel, "is_deep_gemm", lambda _: True)
     monkeypatch.setattr(plans, "compile_ahead", compiled.extend)
     same, wide = layers_of(split_by_count), {**LATE, 512: 2, 640: 2}
     assert plans.plan_of(same, LATE, wide) == (kept(1, 640, batch_invariant=True), True)
@@ -219,7 +241,7 @@ def test_a_kernel_that_cannot_be_used_is_not_taken(error: Exception, timed, monk
     def unusable(*_args: Any) -> bool:
         raise error
 
-    monkeypatch.setattr(plans, "_in_one_class", unusable)
+    monkeypatch.setattr(invariant_kernel, "in_one_class", unusable)
     same = layers_of(split_by_count)
     assert plans.plan_of(same, SMALL, None)[0].batch_invariant is False
 
@@ -232,12 +254,12 @@ def settled(monkeypatch, kernel: Run, plan: RowPlan, decoded: int = 256):
         made.append(len(x))
         return kernel(x)
 
-    monkeypatch.setattr(plans, "invariant_matmul", invariant_matmul)
+    monkeypatch.setattr(invariant_kernel, "invariant_matmul", invariant_matmul)
     layers = [Layer() for _ in range(3)]
     same = [Computed("o_proj", layer) for layer in layers[:2]]
     other = [Computed("qkv_proj", layers[2])]
     planned = {id(layers[0]): plan, id(layers[1]): plan, id(layers[2]): kept(1, 256)}
-    return plans.settle_kernels({"a": same, "b": other}, planned, decoded), made
+    return invariant_kernel.settle_kernels({"a": same, "b": other}, planned, decoded), made
 
 
 def test_kernels_are_compiled_for_what_their_plan_reaches_and_no_more(monkeypatch):

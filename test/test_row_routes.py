@@ -25,7 +25,7 @@ from margingate.core.rowclass import (
     RowPlan,
     Times,
     choose,
-    reach,
+    reaches,
     spans,
     timed_counts,
     top,
@@ -184,14 +184,14 @@ def timed(classes: Classes, joins: Iterable[int], pace: str) -> Times:
     """As the probe takes them, of the row counts that `choose` asks for."""
     own, kernel = PACES[pace]
     counts, joined = timed_counts(classes), set(joins)
-    tried = sorted({reach(classes), *counts} & joined)
+    tried = sorted({reaches(classes)[0], *counts} & joined)
     return Times({n: own(n) for n in counts}, {n: kernel(n) for n in tried} or None, tuple(joined))
 
 
 def with_joins(highest: int) -> Iterator[tuple[dict[int, int], dict[int, int]]]:
     """Classes of the operator, and the counts at which the kernel has the bits of the top one."""
     for classes in assignments(highest, (0, 1)):
-        most, key = reach(classes), classes[max(classes)]
+        most, key = reaches(classes)[0], classes[max(classes)]
         within = [count for count in classes if count <= most]
         for chosen in product((False, True), repeat=len(within)):
             yield classes, {n: key for n, joins in zip(within, chosen, strict=True) if joins}
@@ -257,7 +257,7 @@ def test_plans_of_many_counts(classes: dict[int, int], data: st.DataObject) -> N
     kernel: dict[int, int] = {}
     times = None
     if data.draw(st.booleans(), "timed"):
-        within = [count for count in classes if count <= reach(classes)]
+        within = [count for count in classes if count <= reaches(classes)[0]]
         without = data.draw(st.sets(st.sampled_from(within or [0]), max_size=8), "kernel's holes")
         kernel = {n: classes[max(classes)] for n in within if n not in without}
         times = timed(classes, kernel, data.draw(st.sampled_from(sorted(PACES)), "pace"))

@@ -16,7 +16,7 @@ from margingate.core.rowclass import (
     Times,
     choose,
     choose_for_prefill,
-    reach,
+    reaches,
     runs,
     spans,
     timed_counts,
@@ -54,7 +54,7 @@ def test_no_plan_calls_an_operator_in_a_way_that_was_not_measured(
     classes = {count: operator[count] for count in measured}
     times = None
     if kernel_us is not None:
-        most, key = reach(classes), classes[max(measured)]
+        most, key = reaches(classes)[0], classes[max(measured)]
         joins = [n for n in measured if n <= most and kernel[n] == key]
         timed = {n: kernel_us + n % 3 for n in timed_counts(classes) if n in joins}
         operator_us = {n: 30.0 + n % 7 for n in timed_counts(classes) if n in measured}
@@ -214,7 +214,8 @@ def test_the_kernel_that_joins_makes_the_small_calls_and_the_operator_the_others
 
 def test_a_class_that_begins_late_is_no_hindrance_to_a_kernel_that_joins():
     late = {count: int(count > 191) for count in range(1, 257)}
-    assert reach(late) == 191
+    assert reaches(late) == [191]
+    assert reaches({**late, 224: 0, 320: 0, 512: 1}) == [224, 191]
     kernel = {n: 25.0 for n in (*timed_counts(late), 191) if n <= 191}
     times = Times(dict.fromkeys(timed_counts(late), 30.0), kernel, range(1, 192))
     plan = choose(late, times)
@@ -231,7 +232,7 @@ def test_a_layer_in_one_class_is_left_alone_unless_the_kernel_is_clearly_faster(
     plan = choose(steady, Times(OPERATOR, faster, JOINS), to_the_top=True)
     expected = (Route(1, kernel=True, padded=8), Route(16, kernel=True))
     assert plan == of(steady, 0, routes=expected), "one row as 8: 22.5 with the copy"
-    assert reach(steady) == 128 and reach(dict.fromkeys((1, 8, 64), 0)) == 63
+    assert reaches(steady) == [128] and reaches(dict.fromkeys((1, 8, 64), 0)) == [63]
 
 
 def test_a_way_that_leaves_calls_as_they_are_needs_all_counts_since_the_last_one():

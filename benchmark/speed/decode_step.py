@@ -56,6 +56,7 @@ MODES: dict[str, dict[str, Any]] = {
 USUAL = ("stock-default", "gate-default", "deterministic-default")
 SETTLING = 4  # tokens before the first gap that counts
 BEHIND = 64  # tokens of the others behind the streamed one's last
+PROMPT_TOKENS = 16_000  # of a repeat, in 4 to 16 prompts: the CPU's part of short ones is unsteady
 
 
 def arguments() -> argparse.Namespace:
@@ -139,7 +140,8 @@ def prefill_ms(engine: Any, tokens: int, repeats: int) -> float:
 def measure(engine: Any, batch: int, context: int, args: argparse.Namespace) -> float:
     """Milliseconds of a decode step, or without a batch, of the prefill of so many tokens."""
     if batch == 0:
-        return prefill_ms(engine, context, 4 * args.repeats)
+        prompts = min(max(PROMPT_TOKENS // context, 4), 16)
+        return prefill_ms(engine, context, prompts * args.repeats)
     return step_ms(engine, batch, context, args.tokens, args.repeats)
 
 

@@ -263,9 +263,17 @@ def timed_counts(classes: Mapping[int, int], busiest: int | None = None) -> list
     return sorted({largest, *lows, *(count for count in CALLS if count <= largest)})
 
 
-def reach(classes: Mapping[int, int]) -> int:
-    """Up to how many rows the kernel is of use beside the top class."""
-    return max(top(classes)[0] - 1, min(ROUTED, max(classes) - 1))
+def reaches(classes: Mapping[int, int]) -> list[int]:
+    """Up to how many rows the kernel is of use beside the top class, the most first.
+
+    That is up to the last row count of a decode step that is in another class. It is enough if the
+    kernel has the bits of the top class below all counts of that class.
+    """
+    of_top = top(classes)
+    fewer = max(of_top[0] - 1, min(ROUTED, max(classes) - 1))
+    others = set(classes).difference(of_top)
+    last = max((count for count in others if count <= CALLS[-1]), default=0)
+    return [last, fewer] if last > fewer else [fewer]
 
 
 def _joined(counts: Sequence[int], times: Times) -> RowPlan:

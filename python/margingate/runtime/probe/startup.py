@@ -36,7 +36,14 @@ from margingate.runtime.probe.operators.observed_calls import (
 )
 from margingate.runtime.probe.operators.operator import HEAD, Operator
 from margingate.runtime.probe.operators.routed import Experts, Router
-from margingate.runtime.probe.planning import all_reduce, dual_gemm, execute, plans, shared_plans
+from margingate.runtime.probe.planning import (
+    all_reduce,
+    dual_gemm,
+    execute,
+    invariant_kernel,
+    plans,
+    shared_plans,
+)
 from margingate.runtime.probe.planning.capped import decodes_only
 from margingate.runtime.verify.verifier import RowInput, Verifier, places, scratch_rows
 
@@ -111,7 +118,7 @@ def _plan(
     _settle_dual_gemm(runner, bool(prefill))
     if holds:
         limit = math.inf
-    if not plans.settle_kernels(operators, planned, decoded):
+    if not invariant_kernel.settle_kernels(operators, planned, decoded):
         logger.warning(
             "margingate: the batch-invariant matmul gives a row other bits at some row counts of "
             "prefill: gated prompts are prefilled one at a time."

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -15,11 +13,8 @@ import torch
 from margingate.config import GateError
 from margingate.core import rowclass
 from margingate.core.rowclass import NoPlanError, RowPlan, Times
-from margingate.errors import first_line
 from margingate.runtime.compat.compute.batch_invariant_matmul import (
     NOT_RUNNING,
-    invariant_matmul,
-    is_deep_gemm,
     kernel_counts,
 )
 from margingate.runtime.probe.measuring.call_times import microseconds
@@ -33,13 +28,13 @@ from margingate.runtime.probe.measuring.classes import (
     row_counts,
 )
 from margingate.runtime.probe.measuring.compile_kernels import Compilers, Need, compile_ahead
-from margingate.runtime.probe.operators.operator import MadeUp, Operator
-from margingate.runtime.probe.planning import capped
+from margingate.runtime.probe.operators.operator import Operator
+from margingate.runtime.probe.planning import capped, invariant_kernel
+from margingate.runtime.probe.planning.invariant_kernel import LARGEST_SMALL
 
 logger = logging.getLogger(__name__)
 
 LONG_S = 10  # of measuring an operator, behind which the log says so
-LARGEST_SMALL = 256  # row counts up to this are compared in windows, larger ones in blocks
 
 
 def probe_groups(
@@ -140,24 +135,10 @@ def _need(weight: torch.Tensor, classes: Iterable[int], most: int, kernels: bool
 
 def _tried(operator: Operator, classes: Mapping[int, int]) -> int:
     """Up to how many rows the batch-invariant kernel is tried; 0: not at all."""
-    if _may_join(operator):
-        return rowclass.reach(classes)
+    if invariant_kernel.may_join(operator):
+        return rowclass.reaches(classes)[0]
     unsteady = len(set(classes.values())) > 1
     return max(classes) if operator.weight is not None and unsteady else 0
-
-
-def _may_join(operator: Operator) -> bool:
-    """Whether the batch-invariant kernel may have this layer's own bits, and be faster.
-
-    It adds a bias to results that are rounded already. lm_head's weight is read once a step.
-    """
-    weight = operator.weight
-    return (
-        weight is not None
-        and operator.sees_prefill
-        and getattr(operator.module, "bias", None) is None
-        and is_deep_gemm(weight)
-    )
 
 
 def _finding(same: list[Operator], measured: Classes, prefilled: bool, busiest: int) -> Finding:
@@ -221,21 +202,21 @@ def _plan(
     if first.is_capped:  # prompts, or steps of many rows, run in pieces of it
         classes = capped.large_enough(classes, largest)
     steady = len(set(classes.values())) == 1
-    own = _by_kernel(same)
-    joins = _joins(first, own[0], classes) if _may_join(first) else []
+    own = invariant_kernel.by_kernel(same)
+    joins = invariant_kernel.joins(first, own[0], classes) if own else []
     if steady and not joins:
         return rowclass.choose(classes, to_the_top=to_the_top)
     counts = rowclass.timed_counts(classes, largest)
     kernel = None
     if joins:
-        most = rowclass.reach(classes)
+        most = max(joins)
         kernel = microseconds(own, sorted({most, *(n for n in counts if n < most)}))
     elif own:
-        if _may_join(first):  # what `probe_groups` had compiled ends at `reach`
+        if invariant_kernel.may_join(first):  # what `probe_groups` had compiled ends at `reaches`
             weight = own[0].like
             compile_ahead([_need(weight, classes, max(classes), each) for each in (True, False)])
         with suppress(RowDependenceError, *NOT_RUNNING):
-            if _in_one_class(own[0], classes):
+            if invariant_kernel.in_one_class(own[0], classes):
                 kernel = microseconds(own, counts)
     times = Times(microseconds(same, counts), kernel, joins, largest)
     return rowclass.choose(classes, times, to_the_top=to_the_top)
@@ -243,104 +224,3 @@ def _plan(
 
 def _is_timed(operator: Operator) -> bool:
     return operator.device.type == "cuda"
-
-
-def _by_kernel(same: Iterable[Operator]) -> list[MadeUp]:
-    """The batch-invariant kernel in the place of each; [] where it cannot stand in."""
-    return [
-        MadeUp(
-            each.name,
-            each.module,
-            function=partial(invariant_matmul, weight=weight, bias=None),
-            width=weight.shape[-1],
-            like=weight,
-        )
-        for each in same
-        if (weight := each.weight) is not None
-    ]
-
-
-def _joins(operator: Operator, own: MadeUp, classes: dict[int, int]) -> list[int]:
-    """The row counts up to `reach` at which the kernel has the bits of the top class.
-
-    All of them or none; at row counts of that class it is held to the operator's own results.
-    """
-    most, of_top = rowclass.reach(classes), set(rowclass.top(classes))
-    beyond = min(count for count in of_top if count > most)
-    within = [count for count in classes if count <= most]
-
-    def either(x: torch.Tensor) -> torch.Tensor:
-        return own.run(x) if len(x) <= most else operator.run(x)
-
-    def agrees(count: int) -> bool:
-        sample = torch.randn(count, own.width, device=own.device).to(own.like.dtype)
-        return torch.equal(own.run(sample), operator.run(sample))
-
-    with suppress(RowDependenceError, *NOT_RUNNING):
-        shared = [count for count in within if count in of_top]
-        tried = replace(own, function=either)
-        if _in_one_class(tried, [*within, beyond]) and all(map(agrees, shared)):
-            return within
-    return []
-
-
-def _in_one_class(operator: Operator, counts: Iterable[int]) -> bool:
-    """Whether it gives a row the same bits at all of these row counts.
-
-    Raises:
-        RowDependenceError: not even at one of them.
-    """
-    counts = list(counts)
-    small = [count for count in counts if count <= LARGEST_SMALL]
-    large = [count for count in counts if count > LARGEST_SMALL]
-    classes = probe_operator(operator, small)
-    return len(set(extended(operator, classes, large).values())) == 1
-
-
-def settle_kernels(
-    found: dict[str, list[Operator]], planned: dict[int, RowPlan], decoded: int
-) -> bool:
-    """Run the batch-invariant kernel of each plan that has it, with all it may be asked for.
-
-    It compiles what it has not met on this machine, seconds for each: now, and not in a request.
-
-    Args:
-        decoded: the largest row count of decode, whose steps are checked by themselves.
-
-    Returns:
-        Whether the row counts above `decoded` are in one class with the others.
-
-    Raises:
-        GateError: a kernel does not run.
-    """
-    holds = True
-    for first, *_ in found.values():
-        plan = planned.get(id(first.module))
-        if plan is None or not plan.by_kernel:
-            continue
-        start = time.monotonic()
-        (own,) = _by_kernel([first])
-        with torch.inference_mode(), _running(first.name):
-            for count in kernel_counts(min(plan.by_kernel, decoded)):
-                own.run(own.like.new_zeros(count, own.width))
-            if plan.by_kernel > decoded:
-                try:
-                    holds &= _in_one_class(own, kernel_counts(plan.by_kernel))
-                except RowDependenceError:
-                    holds = False
-        seconds = time.monotonic() - start
-        if seconds > 1:
-            logger.info("margingate: kernels for %s are ready (%.1f s)", first.name, seconds)
-    return holds
-
-
-@contextmanager
-def _running(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (*NOT_RUNNING, OSError) as error:
-        raise GateError(
-            f"--deterministic-gate planned to run {name} by SGLang's batch-invariant matmul, which "
-            f"does not run here ({first_line(error)}): start once with --gate-probe fresh to plan "
-            "without it."
-        ) from error
