@@ -107,6 +107,10 @@ def test_what_is_replaced_on_an_instance_is_there():
     """Methods of the class, or what its constructor sets (it cannot be made without a GPU)."""
     for patch in INSTANCE_PATCHES:
         owner = pkgutil.resolve_name("sglang.srt." + patch.owner)
+        if patch.kind == "module":  # imported where there is a GPU
+            imports = [line for line in inspect.getsource(owner).splitlines() if "import" in line]
+            assert hasattr(owner, patch.name) or any(patch.name in line for line in imports), patch
+            continue
         source = inspect.getsource(owner.__init__)
         assert hasattr(owner, patch.name) or f"self.{patch.name}" in source, patch
     assert set(ON_ENGINE) < set(INSTANCE_PATCHES)

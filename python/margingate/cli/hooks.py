@@ -22,8 +22,8 @@ ABOUT = """\
 Made by `margingate hooks > docs/hooks.md`. Targets are below `sglang.srt`. Process: `startup` is
 every process of every server, gated or not; `launcher`, `detokenizer` and `scheduler` are those
 of a server started with `--deterministic-gate`, and of no other. Kind `instance`: an attribute of
-one object of that process, such as its attention backend, is replaced. Failure ends: what an
-exception of margingate in it ends.
+one object of that process, such as its attention backend, is replaced; kind `module`: a function's
+name in a module, on a GPU alone. Failure ends: what an exception of margingate in it ends.
 """
 
 
@@ -50,7 +50,7 @@ def ledger() -> str:
     rows += [
         (
             f"`{patch.owner}.{patch.name}`",
-            "instance",
+            patch.kind,
             patch.process,
             patch.ends,
             patch.why,

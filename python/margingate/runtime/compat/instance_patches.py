@@ -1,4 +1,4 @@
-"""What is replaced on one object of SGLang's instead of a class: a row each, beside the hooks.
+"""What is replaced on one object or module of SGLang's: a row each, beside the hooks.
 
 docs/hooks.md lists them too.
 """
@@ -6,6 +6,7 @@ docs/hooks.md lists them too.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 from margingate.config import GateError
@@ -14,13 +15,14 @@ from margingate.runtime.compat.release import SGLANG_VERSION
 
 @dataclass(frozen=True)
 class InstancePatch:
-    """An attribute that the gate replaces on an object of a gated server."""
+    """An attribute that the gate replaces on an object or a module of a gated server."""
 
-    owner: str  # dotted path of the class, below sglang.srt
+    owner: str  # dotted path of the class or module, below sglang.srt
     name: str
     why: str
     remove_when: str
     process: str = "scheduler"  # which replaces it; "startup" is every process
+    kind: str = "instance"  # or "module": its owner is one, and `name` a function's in it
     ends: str = "process"  # what an exception of ours in it ends
 
 
@@ -124,9 +126,31 @@ ON_QUANTIZED = tuple(
         "gptq.gptq.GPTQMarlinLinearMethod",
     )
 )
+ON_MARLIN_LAYERS = InstancePatch(
+    "layers.quantization.marlin_utils",
+    "gptq_marlin_gemm",
+    "products of 17 to 64 rows in the tile of fewer, so that all have the same bits",
+    "SGLang's Marlin has one tile for up to 64 rows",
+    kind="module",
+)
+ON_MARLIN_EXPERTS = InstancePatch(
+    "layers.moe.fused_moe_triton.fused_marlin_moe",
+    "moe_wna16_marlin_gemm",
+    "while experts in AWQ and GPTQ are called: no atomic adds, which SGLang asks for",
+    "SGLang's Marlin kernels use no atomic adds",
+    kind="module",
+)
+ON_SHARED_GATES = InstancePatch(
+    "models.qwen2_moe",
+    "fused_gate_sigmoid_mul_add",
+    "keeps the kernel that reads a shared expert's gate within one class of row counts",
+    _PLANNED,
+    kind="module",
+)
 INSTANCE_PATCHES = (
     *(*ON_TRITON, *ON_TWO_POOLS, *ON_FLASHINFER, ON_REQUEST, ON_LOGPROBS, ON_DUAL_GEMM),
     *(ON_EXPERTS, ON_ROUTERS, *ON_GATES, ON_FORWARD, *ON_QUANTIZED, *ON_ENGINE),
+    *(ON_MARLIN_LAYERS, ON_MARLIN_EXPERTS, ON_SHARED_GATES),
 )
 
 
@@ -134,6 +158,11 @@ def on_quantized(method: Any) -> InstancePatch:
     """What is replaced on the method of a quantized layer, under the name of its own class."""
     owner = f"{type(method).__module__}.{type(method).__qualname__}"
     return replace(ON_QUANTIZED[0], owner=owner.removeprefix("sglang.srt."))
+
+
+def module_of(patch: InstancePatch) -> Any:
+    """The module that a patch of kind `module` is for."""
+    return import_module("sglang.srt." + patch.owner)
 
 
 def check_instance(found: Any, patch: InstancePatch) -> None:

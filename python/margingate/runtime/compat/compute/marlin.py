@@ -8,22 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any
 
 import torch
 
 from margingate.runtime.compat import release
 from margingate.runtime.compat.compute.quantization import checkpoint_says
+from margingate.runtime.compat.instance_patches import ON_MARLIN_EXPERTS, module_of
 from margingate_kernels.marlin_weights import MarlinWeights
 
 # As SGLang's ModelConfig calls them, where Marlin can have such a checkpoint's weights.
 METHODS = ("awq_marlin", "gptq_marlin")
 COMPRESSED, PACKED = "compressed-tensors", "pack-quantized"
 BY_TRITON = "moe_wna16"  # experts by SGLang's Triton kernel; layers by Marlin, if they are GPTQ's
-_EXPERTS_MODULE = "sglang.srt.layers.moe.fused_moe_triton.fused_marlin_moe"
-_EXPERTS_KERNEL = "moe_wna16_marlin_gemm"  # in that module's namespace, on a GPU
-_ATOMIC = "use_atomic_add"  # an argument of it
+_ATOMIC = "use_atomic_add"  # an argument of the kernel of experts
 _WORD = 32  # bits
 
 
@@ -161,19 +159,19 @@ def multiply_in_order(original: Callable[..., Any], *args: Any, **kwargs: Any) -
 @contextmanager
 def _experts_without_atomic_adds() -> Iterator[None]:
     """SGLang decides inside of the function, and hands it to the kernel by name."""
-    module = import_module(_EXPERTS_MODULE)
-    kernel = getattr(module, _EXPERTS_KERNEL)
+    module, name = module_of(ON_MARLIN_EXPERTS), ON_MARLIN_EXPERTS.name
+    kernel = getattr(module, name)
 
     def in_order(*args: Any, **kwargs: Any) -> Any:
         if _ATOMIC not in kwargs:
-            raise RuntimeError(f"{_EXPERTS_KERNEL} was called without {_ATOMIC}: nothing is known")
+            raise RuntimeError(f"{name} was called without {_ATOMIC}: nothing is known")
         return kernel(*args, **{**kwargs, _ATOMIC: False})
 
-    setattr(module, _EXPERTS_KERNEL, in_order)
+    setattr(module, name, in_order)
     try:
         yield
     finally:
-        setattr(module, _EXPERTS_KERNEL, kernel)
+        setattr(module, name, kernel)
 
 
 def without_atomic_adds(_chosen: bool, *_args: Any, **_kwargs: Any) -> bool:

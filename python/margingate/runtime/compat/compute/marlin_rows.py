@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 
 import margingate_kernels
 from margingate.runtime.compat.compute import marlin
+from margingate.runtime.compat.instance_patches import ON_MARLIN_LAYERS, module_of
 
 FEWEST, MOST = 17, 64  # rows of such a product
 TILE = 128  # outputs and inputs; SGLang's first choice for few rows of a layer of whole tiles
@@ -24,8 +24,6 @@ GROUPS = (2, 4, 8)  # blocks of 16 inputs that share scales, of which SGLang's h
 BITS = 4  # of a weight; those of 8 bits in this tile do not fit into an SM's shared memory
 
 _SOURCE = Path(margingate_kernels.__file__).parent / "csrc" / "marlin_rows.cuh"
-_LAYERS_MODULE = "sglang.srt.layers.quantization.marlin_utils"
-_KERNEL = "gptq_marlin_gemm"  # in that module's namespace, on a GPU
 
 
 @dataclass(frozen=True)
@@ -62,9 +60,9 @@ def use(forms: Iterable[Form]) -> None:
     """
     for form in forms:
         _compiled[form] = _compile(form)
-    module = import_module(_LAYERS_MODULE)
-    if not isinstance(getattr(module, _KERNEL), _Products):
-        setattr(module, _KERNEL, _Products(getattr(module, _KERNEL)))
+    module, name = module_of(ON_MARLIN_LAYERS), ON_MARLIN_LAYERS.name
+    if not isinstance(getattr(module, name), _Products):
+        setattr(module, name, _Products(getattr(module, name)))
 
 
 def give_up() -> None:

@@ -12,26 +12,21 @@ from typing import Any
 
 import torch
 
+from margingate.runtime.compat.instance_patches import ON_SHARED_GATES, module_of
+
 # hidden [n, h], weight [h], shared expert's rows [n, h], experts' rows [n, h], which it adds to
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
-_NAME = "fused_gate_sigmoid_mul_add"
-
-
-def _holder() -> Any:
-    from sglang.srt.models import qwen2_moe
-
-    return qwen2_moe
 
 
 def kernel() -> Kernel:
     """What is called now."""
-    found: Kernel = getattr(_holder(), _NAME)
+    found: Kernel = getattr(module_of(ON_SHARED_GATES), ON_SHARED_GATES.name)
     return found
 
 
 def replace_kernel(function: Kernel) -> None:
     """Have this called in its place, in all models of the process."""
-    setattr(_holder(), _NAME, function)
+    setattr(module_of(ON_SHARED_GATES), ON_SHARED_GATES.name, function)
 
 
 @contextmanager
