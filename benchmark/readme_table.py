@@ -48,7 +48,7 @@ ARRANGEMENTS = {"company": ("batched", "shuffled1"), "cached": ("cached",)}
 ABSENT = {COLUMNS[1]: "needs a GPU"}  # without one
 ON_GPU: dict[str, Any] = {
     **{"shape": "benchmark/models/configs/llama-3.1-8b", "per_file": 25, "tokens": 256},
-    **{"batches": [1, 8, 32, 64, 128], "contexts": [256, 2048, 8192]},
+    **{"batches": [1, 8, 32, 64, 128, 256], "contexts": [256, 2048, 8192]},
     **{"prefills": [1000, 2048, 4096, 8000], "kv_tokens": 180_000},
     **{"mixes": ["sharegpt", "1k-1k", "4k-1k"], "rates": ["inf", "4"]},
     **{"load_seconds": 10.0, "load_tokens": 100_000, "minutes": 18.0},

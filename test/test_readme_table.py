@@ -186,7 +186,7 @@ def test_a_gpu_runs_all_three_with_their_defaults(monkeypatch, tmp_path):
         at = command.index(names[0])
         assert command[at : at + 3] == names
         assert "--attention-backend" not in command
-    assert readme_table.asked(args, "steps") == {"decode": 11, "prefill": 4}
+    assert readme_table.asked(args, "steps") == {"decode": 12, "prefill": 4}
     assert readme_table.asked(args, "serving") == {"rate inf": 3, "rate 4.0": 3}
 
 
