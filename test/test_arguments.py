@@ -160,6 +160,15 @@ def test_a_config_file_that_says_false_leaves_it_off(prepare, tmp_path):
             "--gate-prefill-chunk is 8192, but --chunked-prefill-size lets a forward hold only "
             "4096 tokens: lower the first or raise the second.",
         ),
+        ("--gate-audit-rate 0.5 --tp-size 2", "is 0.5, but --tp-size is 2, and replays run on one"),
+        (
+            "--gate-policy observe --gate-study --dp-size 2",
+            "--gate-study compares columns that one process keeps, but --dp-size is 2",
+        ),
+        (
+            "--dtype float32 --kv-cache-dtype bfloat16",
+            "--kv-cache-dtype is bfloat16, but the model's type is torch.float32",
+        ),
     ],
 )
 def test_a_refused_value_is_one_line(prepare, argv, words):

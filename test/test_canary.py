@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -14,6 +16,8 @@ from margingate.canary import __main__ as command
 from margingate.canary import report, unit_tests, wheel
 from margingate.canary.tree import Tree
 from margingate.errors import CliError
+from margingate.harness.servers import CPU_ARGS, CPU_ENV, GATE, Server, ServerError, free_port
+from margingate.harness.tiny_models import tiny_model
 
 RENAMED = {
     "sglang/srt/managers/utils.py": (
@@ -65,6 +69,29 @@ def test_what_a_release_changed_is_named(other):
     assert found.pop(("attribute", "managers.overlap_utils.FutureMap.output_tokens_buf")) == "gone"
     assert found.pop(("pin", "torch==9.9")) == "new"
     assert {what for what, _ in found} == {"pin"}, "and nothing else"
+
+
+@newest
+def test_a_start_beside_it_ends_with_the_changed_signature(other, tmp_path, ports):
+    """Had it the number of a release that is served: a server is launched, and never comes up."""
+    mixed, own = tmp_path / "mixed", report.installed().root
+    shutil.copytree(other.root / "sglang", mixed / "sglang", copy_function=os.symlink)
+    attribute = "sglang/srt/managers/overlap_utils.py"  # the start would tell of it first
+    (mixed / attribute).unlink()
+    (mixed / attribute).symlink_to(own / attribute)
+    server = Server(
+        ("--model-path", str(tiny_model("qwen3", tmp_path)), *CPU_ARGS, GATE),
+        tmp_path / "log",
+        port=free_port(ports),
+        env=report.environment(Tree(mixed)) | CPU_ENV,
+        stop_s=0.5,
+    )
+    with pytest.raises(ServerError), server:
+        pass
+    assert (
+        "--deterministic-gate cannot patch sglang.srt.managers.utils.GenerationBatchResult."
+        "copy_to_cpu: its parameters are (self when "
+    ) in server.log.read_text()
 
 
 @newest

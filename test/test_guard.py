@@ -1,5 +1,6 @@
 """The guard around hooks: an original runs once, and its exceptions are its own."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,22 @@ def raising(*_args, **_kwargs):
 
 
 CONTAINING = tuple(each for each in Policy if each not in (Policy.FATAL, Policy.CLIENT))
+
+
+@pytest.mark.parametrize("policy", Policy)
+@pytest.mark.parametrize("around", [True, False])
+def test_a_hook_is_counted_when_it_runs_and_not_before(monkeypatch, policy, around):
+    """Whatever it ends, and whether it raises: what must have run is asked for by these counts."""
+    monkeypatch.setattr(guard, "_tallies", {})
+    given = (lambda: None,) if around else ()
+    for name, function in (("runs", lambda *_: None), ("fails", raising)):
+        hook = guard.wrap(name, function, policy, around=around)
+        assert guard.tallies()[name].fired == 0
+        for count in (1, 2):
+            with contextlib.suppress(RuntimeError):
+                hook(*given)
+            tally = guard.tallies()[name]
+            assert (tally.fired, tally.failed) == (count, count * (name == "fails"))
 
 
 @pytest.mark.parametrize("policy", CONTAINING)

@@ -98,6 +98,18 @@ def check_edges_of_windows(device: str) -> None:
         assert_close(decoded, world.oracle(0)[edges], window)
 
 
+def check_a_thousand_positions(device: str) -> None:
+    """Each position decoded once, in any order and company, under all rules at once."""
+    length = 1000
+    world = World(device, (length, 37), (1, 1, 64), Rules(127, CAP, sinks(device, 1)))
+    (rows,) = world.extend(world.whole(0))
+    assert_close(rows, world.oracle(0))
+    order = random.Random(SEED).sample(range(length), length)
+    for batch in (order[i : i + 125] for i in range(0, length, 125)):
+        decoded = world.decode([(1, 36), *((0, position) for position in batch)], 600)
+        assert torch.equal(decoded[1:], rows[batch])
+
+
 def check_one_key_more_than_the_window_is_seen(device: str) -> None:
     """Of all values one is not 0: the row `window` behind its key sees it, the next does not."""
     for window in (1, 16, 128):

@@ -394,6 +394,30 @@ def test_compat_alone_opens_a_requests_record_and_the_tree(module):
     assert not {one for one in memory if not below(one, f"{MEMORY}.registry")}
 
 
+def made_or_released(tree: ast.AST) -> set[str]:
+    """Batches of a forward that are made or copied, and columns that are released, by call."""
+    batches = any(
+        isinstance(node, ast.ImportFrom) and any(one.name == "ForwardBatch" for one in node.names)
+        for node in ast.walk(tree)
+    )
+    names = {"ForwardBatch", "release_kv_cache", "release_req"}
+    names |= {"replace", "copy.copy"} if batches else set()
+    called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    return {each for each in called if each in names or each.endswith("batch.release_req")}
+
+
+def test_what_makes_and_releases_is_seen():
+    source = "ForwardBatch(1)\nself.batch.release_req(0)\nx: ForwardBatch = replace(y)\n"
+    assert made_or_released(ast.parse(source)) == {"ForwardBatch", "self.batch.release_req"}
+    source = f"from a import ForwardBatch\n{source}"
+    assert "replace" in made_or_released(ast.parse(source))
+
+
+@pytest.mark.parametrize("module", RUNTIME)
+def test_compat_alone_makes_forward_batches_and_calls_release_functions(module):
+    assert not made_or_released(ast.parse(MODULES[module].read_text()))
+
+
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_no_source_file_is_long(path):
     lines = path.read_text().count("\n")

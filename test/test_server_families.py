@@ -172,6 +172,30 @@ def test_forced_flips_are_repaired(client, prompts, alone, ask):
     assert_clean(client)
 
 
+def test_forced_flips_at_the_edge_of_a_window(client, model, prompts):
+    """The first row that has left a key of the prompt behind, and 1, 2 and 200 rows behind it;
+    while it is repaired, the rows behind it have windows of its column, or none of it any more.
+    """
+    if not model.name.endswith(WINDOWED):
+        pytest.skip("this model sees everything")
+    tokens = 4  # of the prompt
+    window = AutoConfig.from_pretrained(model).sliding_window  # with the row's own key
+    edge = window - tokens + 1  # its column is at position `window`
+    short, params = Prompt("short", prompts[0].input_ids[:tokens]), {"max_new_tokens": 230}
+    client.flush()
+    reference = client.alone([short], sampling_params=params, **LOGPROBS)
+    assert len(reference[0].tokens) == 230
+    each = [edge, edge + 1, edge + 2, edge + 200]
+    for rows in (*([row] for row in each), each):
+        (answer,) = client.alone([short], sampling_params=params | forced(rows), **LOGPROBS)
+        assert changed_of_all(reference, [answer]) == [], rows
+        assert answer.meta["gate"]["flips"] == len(rows), (rows, answer.meta["gate"])
+    beside = [short, *prompts[:3]]
+    answers = client.together(beside, sampling_params=params | forced(each), **LOGPROBS)
+    assert changed_of_all(reference, answers[:1]) == []
+    assert_clean(client)
+
+
 @pytest.fixture(scope="module")
 def method(model: Path) -> dict[str, object]:
     """What the model says of its quantization; nothing where it has none."""

@@ -10,8 +10,10 @@ from typing import Any
 
 import msgspec
 import pytest
+from sglang.srt.sampling.sampling_params import SamplingParams
 
 from margingate.config import GateError
+from margingate.runtime.client.parameter_types import validate_one_request
 from margingate.runtime.compat.arguments import request_table, settings_table
 from margingate.runtime.compat.arguments.settings_table import (
     ARITHMETIC,
@@ -24,11 +26,14 @@ from margingate.runtime.probe.measuring import cache
 from margingate.runtime.start.refusals import refuse_server
 
 MakeArgs = Callable[..., Any]
+MANAGER = SimpleNamespace(  # SGLang's, in front of a model
+    sampling_params_class=SamplingParams,
+    model_config=SimpleNamespace(vocab_size=1000, hidden_size=4),
+)
 
 
 def sglang_classes() -> dict[str, type]:
     from sglang.srt.managers.io_struct import GenerateReqInput, TokenizedGenerateReqInput
-    from sglang.srt.sampling.sampling_params import SamplingParams
 
     found = (SamplingParams, GenerateReqInput, TokenizedGenerateReqInput)
     return {kind.__name__: kind for kind in found}
@@ -104,6 +109,9 @@ def test_a_field_of_a_request_that_nobody_has_looked_at_is_refused_where_it_is_s
     text = request_table.unseen(GenerateReqInput(text="a", wonder=1))
     assert text == "the deterministic gate does not know what wonder does: drop it."
     assert request_table.unseen(SimpleNamespace(wonder=1)) == "", "no request for an answer"
+    with pytest.raises(ValueError, match="does not know what wonder does"):
+        validate_one_request(MANAGER, GenerateReqInput(text="a", wonder=1), [1])
+    validate_one_request(MANAGER, GenerateReqInput(text="a"), [1])
 
 
 # Refused

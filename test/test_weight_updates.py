@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from sglang.srt.managers import io_struct
+from sglang.srt.managers import io_struct, mm_schedule
 from sglang.srt.managers.io_struct import BeginWeightUpdateReqInput
 from sglang.srt.managers.scheduler_components import weight_updater
 from weights_world import Gate, runner, scheduler
@@ -17,6 +17,7 @@ from margingate.runtime.compat.compute import schemes
 from margingate.runtime.hooks import handlers
 from margingate.runtime.observe import weight_updates
 from margingate.runtime.observe.fingerprint import STALE, UPDATING
+from margingate.runtime.schedule.radix import GateRadixCache
 
 KINDS = [
     ("UpdateWeightFromDiskReq", {"model_path": "here"}),
@@ -221,8 +222,12 @@ def test_a_folder_that_says_nothing_is_left_to_sglang(tmp_path):
     ],
 )
 @pytest.mark.parametrize("success", [True, False, None])
-def test_whatever_replaces_weights_is_noticed(received, generations, success):
-    """Failures too: half of them may be in."""
+def test_whatever_replaces_weights_is_noticed(monkeypatch, received, generations, success):
+    """Failures too: half of them may be in. Then no column of old ones is found, and no image."""
+    forgotten: list[Any] = []
+    embeddings = SimpleNamespace(clear=lambda: forgotten.append("embeddings"))
+    monkeypatch.setattr(mm_schedule, "embedding_cache", embeddings)
+    monkeypatch.setattr(GateRadixCache, "part", lambda _tree, version: forgotten.append(version))
 
     def update(_manager, _received):
         if success is None:
@@ -230,6 +235,7 @@ def test_whatever_replaces_weights_is_noticed(received, generations, success):
         return SimpleNamespace(success=success)
 
     gate: Any = Gate(scheduler())
+    gate.scheduler.tree_cache = GateRadixCache.__new__(GateRadixCache)
     before = gate.fingerprint.of()
     with pytest.raises(RuntimeError) if success is None else nullcontext():
         found = gate.weights.around(update, None, SimpleNamespace(**received))
@@ -237,6 +243,7 @@ def test_whatever_replaces_weights_is_noticed(received, generations, success):
     assert gate.fingerprint.generation == gate.fingerprint.admit() == generations
     assert (gate.fingerprint.of() != before) is bool(generations)
     assert gate.settled == [0] * generations, "by the weights that emitted it"
+    assert forgotten == (["embeddings", generations] if generations else [])
 
 
 class Updater(Gate):

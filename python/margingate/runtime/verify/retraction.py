@@ -15,7 +15,7 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from margingate.core.queue import Due
-from margingate.runtime.compat.kv import window_pool
+from margingate.runtime.compat.kv import columns, window_pool
 from margingate.runtime.compat.model import weights
 from margingate.runtime.request import guard
 from margingate.runtime.request.column_holders import ColumnHolders
@@ -143,7 +143,7 @@ class Retractions:
     def _retract_again(self, batch: Any, req: Any) -> None:
         """No room for the replay: wait in the queue for the running requests to end."""
         index = batch.reqs.index(req)
-        batch.release_req(index, len(batch.reqs) - 1)
+        columns.retract(batch, index)
         stay = [i for i in range(len(batch.reqs)) if i != index]
         batch.filter_batch(keep_indices=stay)
         self._scheduler._add_request_to_queue(req, is_retracted=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -74,6 +75,29 @@ def decode_batch(
     )
     plan_slots(runner, batch)
     return batch
+
+
+def as_extend(batch: ForwardBatch, prefix: int, count: int) -> ForwardBatch:
+    """The same rows as one chunk of one request, `prefix` columns of it being there."""
+    lengths = {
+        "seq_lens": [prefix + count],
+        "extend_seq_lens": [count],
+        "extend_prefix_lens": [prefix],
+        "extend_start_loc": [0],
+    }
+    device = batch.seq_lens.device
+    return replace(
+        batch,
+        forward_mode=ForwardMode.EXTEND,
+        batch_size=1,
+        req_pool_indices=batch.req_pool_indices[:1],
+        seq_lens_cpu=torch.tensor([prefix + count]),
+        seq_lens_sum=prefix + count,
+        extend_num_tokens=count,
+        extend_seq_lens_cpu=[count],
+        extend_prefix_lens_cpu=[prefix],
+        **{name: torch.tensor(value, device=device) for name, value in lengths.items()},
+    )
 
 
 def plan_slots(runner: Any, batch: ForwardBatch) -> None:

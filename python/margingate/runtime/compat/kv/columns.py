@@ -53,3 +53,8 @@ def set_extend(req: Any, start: int, end: int) -> None:
 def park(req: Any) -> None:
     """The request's next chunk is in no forward yet; what it has so far stays."""
     req.extend_end = req.prefix_len
+
+
+def retract(batch: Any, index: int) -> None:
+    """Release one request of a running batch, as SGLang does; it stays in the batch."""
+    batch.release_req(index, len(batch.reqs) - 1)

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from sglang.srt.layers.radix_attention import RadixAttention
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from margingate.runtime.compat.compute.forward import context, plan_slots
+from margingate.runtime.compat.compute.forward import as_extend, context, plan_slots
 from margingate.runtime.compat.host.attention import attends_row_by_row
 from margingate.runtime.probe.measuring.classes import SEED, Finding, Rows, classify, refusing
 from margingate.runtime.probe.measuring.sample_sizes import SampleSize
@@ -60,33 +59,10 @@ def _attention(runner: Any, layer: Any, mode: ForwardMode, total: int) -> Rows:
         positions = indices.tolist()
         batch = batches.batch([RowInput(1, position, 3) for position in positions], len(positions))
         if mode == ForwardMode.EXTEND:
-            batch = _as_extend(batch, positions[0], len(positions))
+            batch = as_extend(batch, positions[0], len(positions))
             plan_slots(runner, batch)
         with context(runner, runner.attn_backend, batch):
             runner.attn_backend.init_forward_metadata(batch)
             return layer(q[indices], k[indices], v[indices], batch)
 
     return rows
-
-
-def _as_extend(batch: ForwardBatch, prefix: int, count: int) -> ForwardBatch:
-    """The same rows as one chunk of one request, `prefix` columns of it being there."""
-    lengths = {
-        "seq_lens": [prefix + count],
-        "extend_seq_lens": [count],
-        "extend_prefix_lens": [prefix],
-        "extend_start_loc": [0],
-    }
-    device = batch.seq_lens.device
-    return replace(
-        batch,
-        forward_mode=ForwardMode.EXTEND,
-        batch_size=1,
-        req_pool_indices=batch.req_pool_indices[:1],
-        seq_lens_cpu=torch.tensor([prefix + count]),
-        seq_lens_sum=prefix + count,
-        extend_num_tokens=count,
-        extend_seq_lens_cpu=[count],
-        extend_prefix_lens_cpu=[prefix],
-        **{name: torch.tensor(value, device=device) for name, value in lengths.items()},
-    )
