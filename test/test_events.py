@@ -277,6 +277,31 @@ def test_a_subscriber_of_too_many_topics_is_disconnected_and_others_come_back(en
     wait_for(lambda: out.look() or not out.listening, "the greedy one is gone")
 
 
+def test_an_address_that_is_still_in_use_is_asked_for_ten_times_a_second(out, monkeypatch):
+    """A socket a turn was more than libzmq closes on a busy machine, until it had none left."""
+    asked, times = [], iter(range(10_000))
+    monkeypatch.setattr(event_socket, "monotonic", lambda: next(times) / 1000)
+
+    def in_use(*_: object) -> None:
+        asked.append(1)
+        raise GateError("in use")
+
+    real = event_socket._bound
+    monkeypatch.setattr(event_socket, "_bound", in_use)
+    out._socket.close(0)
+    assert not any(out.look() for _ in range(1000)) and 9 <= len(asked) <= 11
+    monkeypatch.setattr(event_socket, "_bound", real)
+    wait_for(lambda: out.look() or not out._socket.closed, "it is not bound again")
+
+
+def test_a_socket_that_cannot_be_had_is_a_sentence(endpoint):
+    context = zmq.Context()
+    context.set(zmq.MAX_SOCKETS, 1)
+    with context, context.socket(zmq.SUB), pytest.raises(GateError) as caught:
+        event_socket._bound(context, endpoint)
+    assert "cannot be bound (Too many open files)" in one_sentence(caught.value)
+
+
 def test_a_record_that_cannot_be_encoded_is_lost_and_raises_nothing(out):
     out.listening = True
     out.tell(lambda: Verdict("\ud800", 1, "match", 2, 2, 0.5, False, 0))
