@@ -114,25 +114,27 @@ def gate_metrics(client: Client) -> dict[str, float]:
     return found
 
 
-def assert_metrics(client: Client, wait_s: float = 10) -> dict[str, float]:
+def assert_metrics(client: Client, wait_s: float = 60) -> dict[str, float]:
     """An idle server's /metrics come to say what its /server_info says; returns gate_metrics."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        wanted, found = told(client.gate_state()), gate_metrics(client)
+        if wanted.items() <= found.items() or time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    assert {name: found.get(name) for name in wanted} == wanted
+    assert found["steps_total{prefill}"] > 0 and found["steps_total{decode}"] > 0
+    return found
+
+
+def told(state: dict[str, Any]) -> dict[str, float]:
+    """What the metrics of an idle server say, by its /server_info."""
     names = ("verified", "replayed", "flips", "missed", "rolled_back", "repaired", "retractions")
     suffixes = ("_rows", "_rows", "", "", "_tokens", "_columns", "")
-    state = client.gate_state()
     wanted = {f"{n}{suffix}_total": state[n] for n, suffix in zip(names, suffixes)}
     wanted |= {f"rows_total{{{reason}}}": n for reason, n in state["reasons"].items()}
     wanted |= {f"passes_total{{{due}}}": n for due, n in state["passes_by_reason"].items()}
     wanted |= {"rows_total": state["steps"], "flagged_rows_total": state["flagged"]}
     wanted |= {"passes_total": state["passes"], "pass_seconds_count": state["passes"]}
     wanted |= {"canonical_steps_total": state["canonical_steps"]}
-    wanted |= {"open_reqs": 0, "held_reqs": 0}
-    deadline = time.monotonic() + wait_s
-    found: dict[str, float] = {}
-    while time.monotonic() < deadline:
-        found = gate_metrics(client)
-        if wanted.items() <= found.items():
-            break
-        time.sleep(0.2)
-    assert {name: found.get(name) for name in wanted} == wanted
-    assert found["steps_total{prefill}"] > 0 and found["steps_total{decode}"] > 0
-    return found
+    return wanted | {"open_reqs": 0, "held_reqs": 0}

@@ -120,6 +120,7 @@ def start(model: Path, ports: range, tmp_path_factory: pytest.TempPathFactory) -
             server.stop()
         log = tmp_path_factory.mktemp("server") / "log"
         options.setdefault("stop_s", 0.5)  # SGLang sleeps for five seconds before it ends
+        options.setdefault("start_s", 900)  # a start took 80 where others had the cores
         if "float32" in args:
             options["env"] = ONE_THREAD | (options.get("env") or {})
         port = free_port(ports)

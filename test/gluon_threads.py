@@ -30,7 +30,7 @@ from margingate_kernels import (
 )
 from margingate_kernels.attention_prefill import Chunks, Columns
 
-PATIENCE_S = 10
+PATIENCE_S = 60
 TYPES = {"fp32": np.float32, "int32": np.int32, "int64": np.int64, "fp16": np.float16}
 TYPES["uint32"] = np.uint32
 changed = threading.Condition()  # of all barriers

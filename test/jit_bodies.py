@@ -60,7 +60,7 @@ def run_in_interpreter(file: str, **environment: str) -> dict[str, str]:
         env={**os.environ, **chosen},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr

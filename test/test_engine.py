@@ -41,7 +41,7 @@ def run(script: Path, *args: str | Path) -> str:
         check=False,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         env={**os.environ, **CPU_ENV},
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]

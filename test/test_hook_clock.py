@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,11 +9,31 @@ import pytest
 
 from benchmark.bench import hook_clock
 
-LONG, SHORT = 0.03, 0.005  # seconds
+LONG, SHORT = 30, 5  # microseconds
+
+
+class Time:
+    """What the clock reads: it goes on where a test says so, whatever else the machine does."""
+
+    def __init__(self) -> None:
+        self.ns = 0
+
+    def now(self) -> int:
+        return self.ns
+
+    def passes(self, microseconds: int) -> None:
+        self.ns += 1000 * microseconds
 
 
 @pytest.fixture
-def clock() -> hook_clock.Clock:
+def time(monkeypatch: pytest.MonkeyPatch) -> Time:
+    time = Time()
+    monkeypatch.setattr(hook_clock, "now", time.now)
+    return time
+
+
+@pytest.fixture
+def clock(time: Time) -> hook_clock.Clock:
     return hook_clock.Clock()
 
 
@@ -23,16 +42,16 @@ def decode(rows: int) -> Any:
     return SimpleNamespace(batch_to_run=SimpleNamespace(forward_mode=mode, reqs=[0] * rows))
 
 
-def test_neither_the_original_nor_an_inner_hook_counts(clock: hook_clock.Clock) -> None:
-    inner = clock.timed("inner", lambda: time.sleep(LONG), around=False)
+def test_neither_the_original_nor_an_inner_hook_counts(clock: hook_clock.Clock, time: Time) -> None:
+    inner = clock.timed("inner", lambda: time.passes(LONG), around=False)
 
     def of_sglang() -> str:
-        time.sleep(LONG)
+        time.passes(LONG)
         inner()
         return "done"
 
     def hook(original: Any) -> Any:
-        time.sleep(SHORT)
+        time.passes(SHORT)
         inner()
         return original()
 
@@ -41,9 +60,8 @@ def test_neither_the_original_nor_an_inner_hook_counts(clock: hook_clock.Clock) 
     clock.turn(decode(2))
     found = clock.take()["2"]
     assert found["steps"] == 1
-    outer, inner_us = found["hooks"]["outer"], found["hooks"]["inner"]
-    assert SHORT * 1e6 <= outer[0] < LONG * 1e6 and outer[1] == 1
-    assert inner_us[0] >= 2 * LONG * 1e6 and inner_us[1] == 2
+    assert found["hooks"] == {"outer": [SHORT, 1], "inner": [2 * LONG, 2]}
+    assert found["turn_us"] == found["busy_us"] == SHORT + 3 * LONG
 
 
 def test_an_exception_passes_and_leaves_the_clock_in_order(clock: hook_clock.Clock) -> None:
@@ -68,27 +86,29 @@ def test_a_step_belongs_to_the_batch_that_was_launched_before_it(clock: hook_clo
     assert clock.take() == {}
 
 
-def test_a_wait_for_the_device_is_no_work_and_a_count_is_no_time(clock: hook_clock.Clock) -> None:
-    wait = clock.timed(hook_clock.WAIT, lambda: time.sleep(LONG), around=False)
+def test_a_wait_for_the_device_is_no_work_and_a_count_is_no_time(
+    clock: hook_clock.Clock, time: Time
+) -> None:
+    wait = clock.timed(hook_clock.WAIT, lambda: time.passes(LONG), around=False)
     clock.turn(decode(1))
     wait()
+    time.passes(SHORT)
     clock.count("aten.add")
     clock.count("aten.add")
     clock.turn(decode(1))
     found = clock.take()["1"]
-    assert found["turn_us"] - found["busy_us"] >= LONG * 1e6 > found["busy_us"]
+    assert (found["turn_us"], found["busy_us"]) == (LONG + SHORT, SHORT)
     assert found["hooks"][f"{hook_clock.OPERATOR}aten.add"] == [0, 2]
 
 
 def test_what_else_runs_is_not_taken_for_the_clocks_own_time(monkeypatch) -> None:
     """A few calls that were interrupted weigh on a mean, and not on the least of some."""
-    real, calls = hook_clock.now, iter(range(10**9))
-    late = [0]
+    calls = iter(range(10**9))
+    time = Time()
 
     def now() -> int:
-        if next(calls) % 1000 == 999:
-            late[0] += 10**9
-        return real() + late[0]
+        time.passes(10**6 if next(calls) % 1000 == 999 else 1)
+        return time.now()
 
     monkeypatch.setattr(hook_clock, "now", now)
     assert max(hook_clock.own_ns(calls=20)) < 10**6

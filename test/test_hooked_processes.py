@@ -94,7 +94,7 @@ def probes(tmp_path_factory) -> dict[str, Probe]:
             )
             stack.callback(process.kill)
             started[name] = process
-        answers = {name: process.communicate(timeout=300)[0] for name, process in started.items()}
+        answers = {name: process.communicate(timeout=900)[0] for name, process in started.items()}
     errors = {name: (folder / name).read_text() for name in started}
     for name, answer in answers.items():
         assert answer, errors[name][-2000:]

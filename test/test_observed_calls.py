@@ -87,8 +87,9 @@ def test_the_probe_measures_what_was_seen(model, seen):
     x = torch.randn(5, HIDDEN)
     with torch.inference_mode():
         layer = model.qkv_proj
-        assert torch.equal(found["qkv_proj"].run(x), x @ layer.weight.T + layer.bias)
-        assert torch.equal(found["o_proj"].run(x), x @ model.o_proj.weight.T)
+        multiply = torch.nn.functional.linear  # by itself a CPU may add the bias in another order
+        assert torch.equal(found["qkv_proj"].run(x), multiply(x, layer.weight, layer.bias))
+        assert torch.equal(found["o_proj"].run(x), multiply(x, model.o_proj.weight))
         summed, residual = model.norm(x.clone(), x.flip(-1))
         assert torch.equal(found["norm"].run(x), torch.cat([summed, residual], -1))
         heads = model.q_norm(x.reshape(-1, SIZE)).reshape(5, -1)

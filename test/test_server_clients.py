@@ -81,7 +81,7 @@ def test_completions(client, prompts, alone):
 )
 def test_an_example_runs_as_it_stands(client, name, options, said):
     command = [sys.executable, EXAMPLES / f"{name}.py", "--base-url", client.base_url, *options]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert said in done.stdout, done.stdout
 
@@ -151,10 +151,16 @@ def test_a_pause_changes_no_answer(client, model, prompts, alone, mode):
 
     before = client.gate_state()
     with ThreadPoolExecutor(1) as pool:
-        answers = pool.submit(client.together, prompts)
-        while client.gate_state()["steps"] < before["steps"] + 40:
-            time.sleep(0.2)
-        post("pause_generation", mode=mode)
+        for _ in range(20):  # on a fast machine all answers may come before the pause does
+            made = client.gate_state()["steps"]
+            answers = pool.submit(client.together, prompts)
+            while client.gate_state()["steps"] < made + 40 and not answers.done():
+                pass
+            post("pause_generation", mode=mode)
+            if client.gate_state()["open"] == len(prompts):
+                break
+            post("continue_generation")
+            assert_same(alone, answers.result())
         time.sleep(1)
         assert not answers.done(), "nothing was paused"
         try:

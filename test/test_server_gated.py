@@ -107,10 +107,13 @@ def stream(client: Client, prompt: Prompt, **params) -> tuple[list[str], dict]:
 
 def assert_streams_to(client: Client, prompt: Prompt, answer: Answer, **params) -> dict:
     """A stream only ever grows, and ends with the answer."""
-    texts, last = stream(client, prompt, **params)
-    assert all(later.startswith(text) for text, later in zip(texts, texts[1:]))
-    assert texts[-1] == answer.text
-    assert tuple(last["output_ids"]) == answer.tokens
+    for _ in range(5):  # SGLang joins the chunks that wait while its web server is stopped
+        texts, last = stream(client, prompt, **params)
+        assert all(later.startswith(text) for text, later in zip(texts, texts[1:]))
+        assert texts[-1] == answer.text
+        assert tuple(last["output_ids"]) == answer.tokens
+        if len(texts) > 2:
+            break
     assert len(texts) > 2
     return last["meta_info"]["gate"]
 
@@ -207,17 +210,21 @@ def memory_mib(server: Server) -> float:
 
 def test_a_subscriber_to_many_topics_takes_no_memory(server, client, endpoint, prompts, alone):
     """libzmq kept 51 MB for 60,000 topics; such a subscriber is disconnected, again and again."""
-    before = memory_mib(server)
+    assert_same(alone, client.together(prompts))  # what such a batch takes, it has taken
+    before, told = memory_mib(server), "topics are subscribed to at"
     with zmq.Context() as context, context.socket(zmq.SUB) as greedy:
         greedy.setsockopt(zmq.LINGER, 0)
         for topic in range(60_000):
             greedy.setsockopt(zmq.SUBSCRIBE, b"topic-%06d" % topic + b"x" * 200)
         greedy.connect(endpoint)
+        deadline = time.monotonic() + 60
+        while told not in server.log.read_text(errors="replace"):
+            assert time.monotonic() < deadline, "its topics did not come"
+            time.sleep(0.05)
         assert_same(alone, client.together(prompts))
     assert memory_mib(server) - before < 25
-    assert "topics are subscribed to at" in server.log.read_text(errors="replace")
     with Subscriber(endpoint) as subscriber:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not (heard := subscriber.receive(2)) and time.monotonic() < deadline:
             client.alone(prompts[:1])
     assert heard, "others are told again"
@@ -225,14 +232,19 @@ def test_a_subscriber_to_many_topics_takes_no_memory(server, client, endpoint, p
 
 def test_a_polled_server_info_does_not_check_every_slot_each_time(client, prompts, alone):
     """It would on the scheduler's thread; an answer is what it was beside 200 of them."""
+    most = 0
     with ThreadPoolExecutor(1) as pool:
-        answers = pool.submit(client.together, prompts)
-        polls = 0
-        while not answers.done():
-            assert client.gate_state()["integrity"] == "ok"
-            polls += 1
-    assert_same(alone, answers.result())
-    assert polls > 5
+        for _ in range(5):  # were one of the two stopped for seconds, few polls would meet answers
+            answers = pool.submit(client.together, prompts)
+            polls = 0
+            while not answers.done():
+                assert client.gate_state()["integrity"] == "ok"
+                polls += 1
+            assert_same(alone, answers.result())
+            most = max(most, polls)
+            if most > 5:
+                break
+    assert most > 5
 
 
 def test_stop_string_and_n(client, prompts, alone):
@@ -461,8 +473,11 @@ def test_openai_client(client, prompts):
         "max_tokens": 24,
     }
     whole = api.chat.completions.create(**ask).choices[0].message.content
-    streamed = api.chat.completions.create(**ask, stream=True)
-    pieces = [chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices]
+    for _ in range(5):  # as in assert_streams_to
+        streamed = api.chat.completions.create(**ask, stream=True)
+        pieces = [chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices]
+        if len(pieces) > 3:
+            break
     ungated = api.chat.completions.create(
         **ask, extra_body={"custom_params": {"deterministic": False}}
     )
@@ -504,7 +519,9 @@ def test_bad_request_is_a_400_and_the_server_goes_on(client, prompts, alone, cha
 
 
 def test_abort_and_disconnect_leak_nothing(client, prompts, alone):
-    body = {"stream": True, "sampling_params": {"temperature": 0, "max_new_tokens": 400}}
+    # More than are made while this process opens streams, or is stopped for seconds.
+    params = {"temperature": 0, "max_new_tokens": 4000, "ignore_eos": True}
+    body = {"stream": True, "sampling_params": params}
     open_streams: list[Iterator[bytes]] = []
     for i, prompt in enumerate(prompts[:6]):
         ask = {**body, "input_ids": prompt.input_ids, "rid": f"gone-{i}"}

@@ -107,7 +107,7 @@ Answer = tuple[int, Any]  # HTTP status, and what came
 
 
 def post(url: str, path: str, **body: Any) -> Answer:
-    reply = requests.post(url + path, json=body, timeout=60)
+    reply = requests.post(url + path, json=body, timeout=300)
     try:
         return reply.status_code, reply.json()
     except ValueError:
@@ -151,13 +151,18 @@ class Round:
     def generate(self) -> Answer:
         return post(self.url, "/generate", **victim_body())
 
-    def while_it_runs(self, act: Callable[[], Any], tokens: int = 48) -> Answer:
-        """Does `act` until the hook has raised: before the victim's request has come, it can't."""
+    def while_it_runs(self, act: Callable[[], Any], tokens: int, to_its_end: bool) -> Answer:
+        """Does `act` until the hook has raised: before the victim's request has come, it can't.
+
+        Args:
+            tokens: of the victim's, more than are made while this process is stopped for seconds.
+            to_its_end: goes on until the victim has its answer.
+        """
         with ThreadPoolExecutor(1) as pool:
             victim: Future[Answer] = pool.submit(
                 post, self.url, "/generate", **victim_body(tokens, return_logprob=False)
             )
-            while self.armed.exists() and not victim.done():
+            while (to_its_end or self.armed.exists()) and not victim.done():
                 act()
                 time.sleep(0.02)
             return victim.result()
@@ -169,11 +174,15 @@ class Round:
             assert post(self.url, "/pause_generation", mode="retract")[0] == 200
             assert post(self.url, "/continue_generation")[0] == 200
 
-        return self.while_it_runs(act)
+        return self.while_it_runs(act, 100, to_its_end=False)
 
     def abort(self) -> Answer:
-        """Of more tokens than a machine makes in the time that an abort takes."""
-        return self.while_it_runs(lambda: post(self.url, "/abort_request", rid="victim"), 400)
+        """None of the victim's many tokens is waited for: what a hook has left is aborted."""
+
+        def act() -> None:
+            post(self.url, "/abort_request", rid="victim")
+
+        return self.while_it_runs(act, 4000, to_its_end=True)
 
     def wait(self) -> Answer:
         """What is armed needs no request."""
@@ -182,7 +191,7 @@ class Round:
 
     @staticmethod
     def _wait_until(holds: Callable[[], bool], sentence: str) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not holds():
             assert time.monotonic() < deadline, sentence
             time.sleep(0.02)

@@ -102,6 +102,16 @@ def test_deferred_ends_are_held_and_streams_never_retract(late, prompts):
 
 
 def test_aborts_while_rows_are_pending(late, prompts):
+    for _ in range(5):  # were this process stopped for seconds, answers could end before
+        ends = ends_of_aborted(late, prompts)
+        if all(b'"abort"' in end for end in ends):
+            break
+    assert all(b'"abort"' in end for end in ends), ends
+    assert_clean(late)
+
+
+def ends_of_aborted(late: Client, prompts: list[Prompt]) -> list[bytes]:
+    """What comes behind the first lines of three streams that are aborted; three more vanish."""
     body = {"stream": True, "sampling_params": {"temperature": 0, "max_new_tokens": 300}}
     responses = []
     for i, prompt in enumerate(prompts[:6]):
@@ -115,16 +125,15 @@ def test_aborts_while_rows_are_pending(late, prompts):
         response.close()
     for i in (1, 3, 5):
         requests.post(f"{late.base_url}/abort_request", json={"rid": f"late-{i}"})
-    for lines in streams[1::2]:
-        assert b'"abort"' in b"".join(lines)
-    assert_clean(late)
+    return [b"".join(lines) for lines in streams[1::2]]
 
 
 def test_a_timeout_while_rows_are_pending(start, prompts):
+    """No CPU makes so many tokens in that time; eight come in it, were the server stopped too."""
     server = start(
-        "--gate-debug", "--gate-max-delay", "64", env={"SGLANG_REQ_RUNNING_TIMEOUT": "2"}
+        "--gate-debug", "--gate-max-delay", "64", env={"SGLANG_REQ_RUNNING_TIMEOUT": "8"}
     )
-    client = Client(server.base_url, 2000)
+    client = Client(server.base_url, 7000)
     body = {"input_ids": prompts[0].input_ids, "sampling_params": {**client.params}}
     body["sampling_params"]["ignore_eos"] = True
     reply = requests.post(f"{client.base_url}/generate", json=body)

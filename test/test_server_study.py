@@ -57,16 +57,23 @@ def arguments(place: Path, *command: str, out: str) -> list[str]:
 
 
 def interrupt_half_way(place: Path) -> int:
-    """Ctrl-C for a study once its journal has four walks of nine; its exit status."""
+    """Ctrl-C for a study once its journal has four walks of nine; its exit status.
+
+    Once more where it was done before, as when this process was stopped meanwhile.
+    """
     command = [sys.executable, "-c", LISTENING, *arguments(place, *STUDY, out="a.json")]
     journal = place / "a.partial.jsonl"
-    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
-        while process.poll() is None:
-            if journal.exists() and journal.read_text().count("\n") >= 5:
-                process.send_signal(signal.SIGINT)
-                break
-            time.sleep(0.05)
-        process.communicate(timeout=60)
+    for _ in range(3):
+        (place / "a.json").unlink(missing_ok=True)
+        with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+            while process.poll() is None:
+                if journal.exists() and journal.read_text().count("\n") >= 5:
+                    process.send_signal(signal.SIGINT)
+                    break
+                time.sleep(0.02)
+            process.communicate(timeout=300)
+        if process.returncode:
+            break
     return process.returncode
 
 

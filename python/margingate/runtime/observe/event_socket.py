@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import zmq
@@ -22,6 +23,7 @@ OPTION = "--gate-events-endpoint"
 QUEUE = 500  # messages kept for a subscriber that does not read; later ones are lost to it
 MOST_RECORDS = 512  # in one message; a step that has more sends several
 _MOST_NEWS = 16  # subscriptions looked at in one turn
+_AGAIN_S = 0.1  # between two tries to bind: libzmq closes sockets later, and has 1,023 of them
 MOST_TOPICS = 64  # of all subscribers; messages have one prefix, so that one topic is enough
 
 
@@ -39,6 +41,7 @@ class Publisher:
         self._stream = uuid.uuid4().hex[:12]
         self._seq = 0
         self._topics: set[bytes] = set()
+        self._again = 0.0  # when to try to bind
         self._records: list[AnyRecord] = []
         self._unheard = False  # something would have been sent, had there been a subscriber
         self.listening = False
@@ -105,9 +108,12 @@ class Publisher:
 
     def _bind_again(self) -> bool:
         """Whether it could be bound; the address may be in use for a moment after a close."""
+        if monotonic() < self._again:
+            return False
         try:
             self._socket = _bound(self._context, self._endpoint)
         except GateError:
+            self._again = monotonic() + _AGAIN_S
             return False
         return True
 
@@ -153,16 +159,18 @@ def check_bindable(endpoint: str) -> None:
 
 
 def _bound(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[bytes]:
-    publisher = context.socket(zmq.XPUB)  # a PUB that hears of subscriptions
-    publisher.setsockopt(zmq.LINGER, 0)
-    publisher.setsockopt(zmq.SNDHWM, QUEUE)
-    publisher.setsockopt(zmq.MAXMSGSIZE, 1024)  # of what comes in: subscriptions
-    publisher.setsockopt(zmq.IPV6, int("[" in endpoint))
+    publisher = None
     try:
+        publisher = context.socket(zmq.XPUB)  # a PUB that hears of subscriptions
+        publisher.setsockopt(zmq.LINGER, 0)
+        publisher.setsockopt(zmq.SNDHWM, QUEUE)
+        publisher.setsockopt(zmq.MAXMSGSIZE, 1024)  # of what comes in: subscriptions
+        publisher.setsockopt(zmq.IPV6, int("[" in endpoint))
         _check_path(endpoint)
         publisher.bind(endpoint)
     except (zmq.ZMQError, OSError) as err:
-        publisher.close(0)
+        if publisher is not None:
+            publisher.close(0)
         raise GateError(
             f"{OPTION} {endpoint} cannot be bound ({err.strerror}): give an address of this "
             "machine that is free, or drop the option."
