@@ -13,7 +13,7 @@ from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsPro
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from margingate.runtime.client import switch
-from margingate.runtime.client.parameter_types import refusal, validate_one_request
+from margingate.runtime.client.parameter_types import DEEPEST, refusal, validate_one_request
 
 MANAGER = SimpleNamespace(
     sampling_params_class=SamplingParams,
@@ -356,6 +356,11 @@ def test_expressions_whose_repeats_share_no_character_are_served(expression):
         ({"input_ids": [1, 2], "sampling_params": []}, "sampling_params is an empty list"),
         ({"input_ids": [1, 2], "rid": ["a", "b"]}, "rid is a list"),
         ({"text": "a", "rid": ["a"]}, "rid is a list"),
+        (
+            {"text": ["a", "b"], "sampling_params": [{}]},
+            "sampling_params is a list of 1, but there",
+        ),
+        ({"input_ids": [[1]] * 3, "sampling_params": [{}] * 2}, "sampling_params is a list of 2,"),
         ({"input_embeds": []}, "input_embeds is empty"),
         ({"input_embeds": [[]]}, "input_embeds is empty"),
     ],
@@ -374,6 +379,10 @@ def test_a_body_that_sglang_would_fail_over_is_refused_in_words(body, sentence):
         {"input_ids": [[1], [2]], "rid": ["x", "y"]},
         {"text": "a", "rid": "x", "sampling_params": {"deterministic": False}},
         {"input_ids": 7, "rid": ["x"]},
+        {"input_ids": [1, 2], "sampling_params": [{}]},
+        {"text": ["a"], "sampling_params": [{}, {}]},
+        {"text": [], "sampling_params": [{}]},
+        {"text": "abc", "sampling_params": [{}]},
         {"text": "a", "rid": ["x", "y"], "sampling_params": {"n": 2}},
         {"input_ids": [], "sampling_params": None},
         [1],
@@ -382,3 +391,18 @@ def test_a_body_that_sglang_would_fail_over_is_refused_in_words(body, sentence):
 )
 def test_other_bodies_are_left_to_sglang(body):
     assert switch.contract_error(lambda _body: None, body) is None
+
+
+@pytest.mark.parametrize("wrap", [lambda value: [value], lambda value: {"a": value}])
+def test_custom_params_that_cannot_be_pickled_are_refused(wrap):
+    """SGLang answers HTTP 500."""
+    custom = {"a": 1}
+    for _ in range(DEEPEST - 1):
+        custom = {"a": wrap(custom["a"])}
+    validate_one_request(MANAGER, SimpleNamespace(sampling_params={"custom_params": custom}), [1])
+    custom = {"a": [custom] * 3}
+    for _ in range(900):
+        custom = {"a": wrap(custom["a"])}
+        with pytest.raises(ValueError, match=f"more than {DEEPEST} deep: flatten it"):
+            request = SimpleNamespace(sampling_params={"custom_params": custom})
+            validate_one_request(MANAGER, request, [1])

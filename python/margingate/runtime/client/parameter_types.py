@@ -8,7 +8,7 @@ a `logit_bias` that is a list. `benchmark/robustness/bad_requests.py` has more o
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sized
+from collections.abc import Collection, Iterable, Mapping, Sized
 from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any
@@ -22,6 +22,7 @@ from margingate.runtime.compat.arguments import request_table
 from margingate.runtime.request.record import SWITCH
 
 MOST_COPIES = 128  # of a request, each a request of its own; ask for more in several
+DEEPEST = 100  # lists and objects in each other; pickle, on the way to the scheduler, fails at 480
 _FLOAT32 = float(np.finfo(np.float32).max)
 
 
@@ -189,6 +190,25 @@ def delimiters_error(obj: Any, input_ids: Sized | None) -> str:
     return type_error("multi_item_delimiter_indices", given, (ascend, what))
 
 
+def too_deep(custom: Any) -> str:
+    """The sentence for `custom_params` that cannot be sent to the scheduler, or an empty one.
+
+    SGLang answers HTTP 500 as it pickles them.
+    """
+    level = [custom]
+    for _ in range(DEEPEST + 1):
+        level = [each for value in level for each in _within(value)]
+        if not level:
+            return ""
+    return f"custom_params has lists or objects in each other more than {DEEPEST} deep: flatten it."
+
+
+def _within(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, list | tuple) else ()
+
+
 def unknown(params: Mapping[str, Any], fields: Collection[str]) -> str:
     """The sentence for the first name that a client has no business with, or an empty one.
 
@@ -256,6 +276,7 @@ def validate_one_request(manager: Any, obj: Any, input_ids: Sized | None) -> Non
     session = getattr(obj, "session_params", None)
     sentence = (
         unknown(params, manager.sampling_params_class.__struct_fields__)
+        or too_deep(params.get("custom_params"))
         or refusal(params)
         or single_type_error(obj)
         or positions_error(obj)
@@ -274,13 +295,32 @@ def validate_one_request(manager: Any, obj: Any, input_ids: Sized | None) -> Non
         raise ValueError(sentence)
 
 
+def _too_few(params: Any, body: Mapping[str, Any]) -> str | None:
+    """What is wrong with a list of sampling parameters that is shorter than that of prompts."""
+    if not isinstance(params, list):
+        return None
+    if not params:
+        return "sampling_params is an empty list: give an object, or one for each prompt."
+    prompts = body.get("input_ids") if body.get("text") is None else body["text"]
+    if (
+        not (isinstance(prompts, list) and prompts)
+        or _whole(prompts[0])
+        or len(params) >= len(prompts)
+    ):
+        return None
+    return (
+        f"sampling_params is a list of {len(params)}, but there are {len(prompts)} prompts: give "
+        "an object, or one for each prompt."
+    )
+
+
 def body_error(body: Any) -> str | None:
     """What is wrong with a body of /generate where SGLang would fail before it looks: HTTP 500."""
     if not isinstance(body, dict):
         return None
     params = body.get("sampling_params")
-    if params == []:
-        return "sampling_params is an empty list: give an object, or one for each prompt."
+    if sentence := _too_few(params, body):
+        return sentence
     each = params if isinstance(params, list) else [params]
     if any(isinstance(one, dict) and "n" in one and one["n"] is None for one in each):
         return "n is null: give a whole number from 1 on, or leave it out for one answer."
