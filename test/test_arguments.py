@@ -140,6 +140,23 @@ def test_a_config_file_turns_the_gate_on(prepare, tmp_path):
     assert config.rows == 8
 
 
+@pytest.mark.parametrize(
+    ("written", "default", "overlap"),
+    [
+        ("off", "off", "off"),
+        ("on", "on", "on"),
+        ("'off'", "off", "off"),
+        ("no", "off", "off"),
+    ],
+)
+def test_a_config_file_says_on_and_off_without_quotes(prepare, tmp_path, written, default, overlap):
+    """YAML makes False of `off`: it was refused with the choices `on, off`."""
+    path = tmp_path / "server.yaml"
+    path.write_text(f"deterministic-gate: true\ngate-default: {written}\ngate-overlap: {written}\n")
+    config = prepare("--config", str(path))._margingate
+    assert (config.default, config.overlap) == (default, overlap)
+
+
 def test_a_config_file_that_says_false_leaves_it_off(prepare, tmp_path):
     path = tmp_path / "server.yaml"
     path.write_text("deterministic-gate: false\n")
