@@ -121,6 +121,8 @@ _KINDS: dict[str, Kind] = {
     "custom_params": (_object, "an object"),
 }
 
+_PARAMS: Kind = (lambda value: isinstance(value, Mapping), "an object, or one for each prompt")
+
 # Of the request itself, where SGLang takes a list of several prompts' values. A list for a single
 # prompt passes its checks, and ends its scheduler. So do ids and keys that are no texts: it checks
 # the types of /generate's bodies, and none of an Engine's arguments or of /vertex_generate.
@@ -274,6 +276,8 @@ def validate_one_request(manager: Any, obj: Any, input_ids: Sized | None) -> Non
     """BEFORE TokenizerManager._validate_one_request. Raises ValueError: HTTP 400."""
     params = obj.sampling_params or {}
     session = getattr(obj, "session_params", None)
+    if not isinstance(params, Mapping):
+        raise ValueError("sampling_params is a list, but there is one prompt: give an object.")
     sentence = (
         unknown(params, manager.sampling_params_class.__struct_fields__)
         or too_deep(params.get("custom_params"))
@@ -295,23 +299,39 @@ def validate_one_request(manager: Any, obj: Any, input_ids: Sized | None) -> Non
         raise ValueError(sentence)
 
 
-def _too_few(params: Any, body: Mapping[str, Any]) -> str | None:
-    """What is wrong with a list of sampling parameters that is shorter than that of prompts."""
-    if not isinstance(params, list):
-        return None
-    if not params:
-        return "sampling_params is an empty list: give an object, or one for each prompt."
-    prompts = body.get("input_ids") if body.get("text") is None else body["text"]
-    if (
-        not (isinstance(prompts, list) and prompts)
-        or _whole(prompts[0])
-        or len(params) >= len(prompts)
-    ):
-        return None
-    return (
-        f"sampling_params is a list of {len(params)}, but there are {len(prompts)} prompts: give "
-        "an object, or one for each prompt."
-    )
+def list_error(obj: Any) -> str:
+    """The sentence for lists that are not one for each prompt, of whatever route; or an empty one.
+
+    SGLang fails over them with HTTP 500.
+    """
+    params, text = getattr(obj, "sampling_params", None), getattr(obj, "text", None)
+    ids = getattr(obj, "input_ids", None)
+    prompts = _prompts(text, ids)
+    if isinstance(params, list) and len(params) < len(prompts):
+        return (
+            f"sampling_params is a list of {len(params)}, but there are {len(prompts)} prompts: "
+            "give an object, or one for each prompt."
+        )
+    for each in params if isinstance(params, list) else [params]:
+        if sentence := type_error("sampling_params", each, _PARAMS):
+            return sentence
+    if isinstance(getattr(obj, "rid", None), list) and _is_single(params, text, ids):
+        return "rid is a list, but there is one prompt: give one id."
+    return ""
+
+
+def _is_single(params: Any, text: Any, ids: Any) -> bool:
+    """Whether there is one prompt and one answer; copies of a request have ids each."""
+    flat = isinstance(ids, list) and bool(ids) and _whole(ids[0])
+    copies = isinstance(params, Mapping) and params.get("n", 1) != 1
+    return (isinstance(text, str) or (text is None and flat)) and not copies
+
+
+def _prompts(text: Any, ids: Any) -> Sized:
+    """Of a list of prompts, as SGLang tells it from one; empty of one prompt."""
+    if text is not None:
+        return text if isinstance(text, list) else ()
+    return ids if isinstance(ids, list) and ids and isinstance(ids[0], list) else ()
 
 
 def body_error(body: Any) -> str | None:
@@ -319,17 +339,11 @@ def body_error(body: Any) -> str | None:
     if not isinstance(body, dict):
         return None
     params = body.get("sampling_params")
-    if sentence := _too_few(params, body):
-        return sentence
+    if params == []:
+        return "sampling_params is an empty list: give an object, or one for each prompt."
     each = params if isinstance(params, list) else [params]
     if any(isinstance(one, dict) and "n" in one and one["n"] is None for one in each):
         return "n is null: give a whole number from 1 on, or leave it out for one answer."
     if embeddings.is_empty(body.get("input_embeds")):
         return "input_embeds is empty: give numbers for each token of the prompt."
-    ids = body.get("input_ids")
-    are_ids = isinstance(ids, list) and bool(ids) and _whole(ids[0])
-    is_single = isinstance(body.get("text"), str) or are_ids
-    is_single &= not isinstance(params, dict) or params.get("n", 1) == 1  # copies have ids each
-    if is_single and isinstance(body.get("rid"), list):
-        return "rid is a list, but there is one prompt: give one id."
     return None
