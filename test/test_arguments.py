@@ -71,10 +71,10 @@ def test_the_flag_attaches_the_settings_and_sets_what_the_gate_needs(prepare):
     )
 
 
-def test_without_a_radix_cache_there_is_no_backend(prepare):
+def test_without_a_radix_cache_its_name_stays_as_the_mark_of_the_gate(prepare):
     server_args = prepare(GATE, "--disable-radix-cache")
     args = settings.view(server_args)
-    assert (args.disable_radix_cache, args.radix_cache_backend) == (True, None)
+    assert (args.disable_radix_cache, args.radix_cache_backend) == (True, "margingate")
     assert server_args._margingate.rows == 16
 
 
@@ -138,6 +138,23 @@ def test_a_config_file_turns_the_gate_on(prepare, tmp_path):
     config = prepare("--config", str(path))._margingate
     assert (config.threshold, config.debug, config.inject_faults) == (0.25, True, False)
     assert config.rows == 8
+
+
+@pytest.mark.parametrize(
+    ("written", "default", "overlap"),
+    [
+        ("off", "off", "off"),
+        ("on", "on", "on"),
+        ("'off'", "off", "off"),
+        ("no", "off", "off"),
+    ],
+)
+def test_a_config_file_says_on_and_off_without_quotes(prepare, tmp_path, written, default, overlap):
+    """YAML makes False of `off`: it was refused with the choices `on, off`."""
+    path = tmp_path / "server.yaml"
+    path.write_text(f"deterministic-gate: true\ngate-default: {written}\ngate-overlap: {written}\n")
+    config = prepare("--config", str(path))._margingate
+    assert (config.default, config.overlap) == (default, overlap)
 
 
 def test_a_config_file_that_says_false_leaves_it_off(prepare, tmp_path):
@@ -258,13 +275,15 @@ def test_the_settings_travel_with_a_copy(prepare):
         assert settings.view(other).radix_cache_backend == "margingate"
 
 
+@pytest.mark.parametrize("no_tree", [False, True])
 @pytest.mark.parametrize("copied", [copy.copy, msgspec.structs.replace])
-def test_a_copy_without_the_settings_does_not_start(make, server_args_class, folder, copied):
+def test_a_copy_without_the_settings_does_not_start(make, folder, copied, no_tree):
     """It was served without the gate, and without a word."""
     from sglang.srt.entrypoints.engine import Engine
 
-    made = Engine.server_args_class(model_path=folder, device="cpu", deterministic_gate=True)
-    for gated in (made, make(model_path=folder, device="cpu", deterministic_gate=True)):
+    given = {"model_path": folder, "device": "cpu", "disable_radix_cache": no_tree}
+    made = Engine.server_args_class(**given, deterministic_gate=True)
+    for gated in (made, make(**given, deterministic_gate=True)):
         other = copied(gated)
         assert not hasattr(other, "_margingate")
         with pytest.raises(GateError) as caught:

@@ -86,6 +86,7 @@ def test_an_address_may_have_the_apis_path_at_its_end(end):
         ),
         ("[1]", 'line 1: not a JSON object with a "prompt"'),
         ("", "holds no prompts"),
+        ('{"prompt": "a"}\n', "has one prompt, which makes no batch: add another."),
     ],
 )
 def test_a_file_of_prompts_that_is_none_is_one_sentence(content, said, tmp_path, capsys):

@@ -287,13 +287,15 @@ def test_demo_prompts_are_24_with_distinct_names():
         (["--tokens", "0"], "--tokens is 0: give 1 or more."),
         (["--prompts", "/absent.jsonl"], "--prompts /absent.jsonl cannot be read"),
         (["--prompts", "TWICE"], "has two prompts with the id 'x'"),
+        (["--prompts", "ONE"], "has one prompt, which makes no batch: add another."),
         (["--out", "/proc/nowhere"], "--out /proc/nowhere cannot be made"),
     ],
 )
 def test_demo_refuses_in_one_line_before_any_server(tmp_path, capsys, options, words):
-    twice = tmp_path / "twice.jsonl"
-    twice.write_text('{"id": "x", "prompt": "a"}\n' * 2)
-    options = [str(twice) if option == "TWICE" else option for option in options]
+    files = {"TWICE": tmp_path / "twice.jsonl", "ONE": tmp_path / "one.jsonl"}
+    for lines, file in zip((2, 1), files.values(), strict=True):
+        file.write_text('{"id": "x", "prompt": "a"}\n' * lines)
+    options = [str(files.get(option, option)) for option in options]
     assert main(["demo", *options]) == 2
     err = capsys.readouterr().err
     assert words in err and err.count("\n") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +13,13 @@ from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from margingate.runtime.client import switch
-from margingate.runtime.client.parameter_types import refusal, validate_one_request
+from margingate.runtime.client import openai_answers, switch
+from margingate.runtime.client.parameter_types import (
+    DEEPEST,
+    list_error,
+    refusal,
+    validate_one_request,
+)
 
 MANAGER = SimpleNamespace(
     sampling_params_class=SamplingParams,
@@ -354,8 +360,6 @@ def test_expressions_whose_repeats_share_no_character_are_served(expression):
         ({"text": "a", "sampling_params": {"n": None}}, "n is null"),
         ({"text": ["a", "b"], "sampling_params": [{}, {"n": None}]}, "n is null"),
         ({"input_ids": [1, 2], "sampling_params": []}, "sampling_params is an empty list"),
-        ({"input_ids": [1, 2], "rid": ["a", "b"]}, "rid is a list"),
-        ({"text": "a", "rid": ["a"]}, "rid is a list"),
         ({"input_embeds": []}, "input_embeds is empty"),
         ({"input_embeds": [[]]}, "input_embeds is empty"),
     ],
@@ -374,6 +378,10 @@ def test_a_body_that_sglang_would_fail_over_is_refused_in_words(body, sentence):
         {"input_ids": [[1], [2]], "rid": ["x", "y"]},
         {"text": "a", "rid": "x", "sampling_params": {"deterministic": False}},
         {"input_ids": 7, "rid": ["x"]},
+        {"input_ids": [1, 2], "sampling_params": [{}]},
+        {"text": ["a"], "sampling_params": [{}, {}]},
+        {"text": [], "sampling_params": [{}]},
+        {"text": "abc", "sampling_params": [{}]},
         {"text": "a", "rid": ["x", "y"], "sampling_params": {"n": 2}},
         {"input_ids": [], "sampling_params": None},
         [1],
@@ -382,3 +390,55 @@ def test_a_body_that_sglang_would_fail_over_is_refused_in_words(body, sentence):
 )
 def test_other_bodies_are_left_to_sglang(body):
     assert switch.contract_error(lambda _body: None, body) is None
+
+
+@pytest.mark.parametrize("wrap", [lambda value: [value], lambda value: {"a": value}])
+def test_custom_params_that_cannot_be_pickled_are_refused(wrap):
+    """SGLang answers HTTP 500."""
+    custom = {"a": 1}
+    for _ in range(DEEPEST - 1):
+        custom = {"a": wrap(custom["a"])}
+    validate_one_request(MANAGER, SimpleNamespace(sampling_params={"custom_params": custom}), [1])
+    custom = {"a": [custom] * 3}
+    for _ in range(900):
+        custom = {"a": wrap(custom["a"])}
+        with pytest.raises(ValueError, match=f"more than {DEEPEST} deep: flatten it"):
+            request = SimpleNamespace(sampling_params={"custom_params": custom})
+            validate_one_request(MANAGER, request, [1])
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"text": ["a", "b"]}, "sampling_params is a list of 1, but there are 2 prompts: give an"),
+        ({"input_ids": [[1]] * 3}, "sampling_params is a list of 1, but there are 3 prompts: give"),
+        ({"text": "a", "sampling_params": 5}, "sampling_params is 5: give an object, or one for"),
+        ({"text": ["a"], "sampling_params": [5]}, "sampling_params is 5: give an object, or one"),
+        ({"input_ids": [1, 2], "rid": ["a", "b"]}, "rid is a list, but there is one prompt"),
+        ({"text": "a", "sampling_params": {"n": 1}, "rid": ["a"]}, "rid is a list, but there is"),
+        ({"text": "a", "sampling_params": {"n": 2}, "rid": ["x", "y"]}, ""),
+        ({"text": ["a"], "rid": ["x"]}, ""),
+        ({"input_embeds": [[[1.0]], [[2.0]]], "rid": ["x", "y"]}, ""),
+        ({"text": "a"}, ""),
+        ({"text": ["a"]}, ""),
+        ({"text": []}, ""),
+        ({"input_ids": [1, 2]}, ""),
+        ({"input_ids": [[1], [2]], "sampling_params": [{}] * 3}, ""),
+        ({"text": ["a", "b"], "sampling_params": {}}, ""),
+        ({"text": ["a", "b"], "sampling_params": None}, ""),
+    ],
+)
+def test_sampling_parameters_of_a_list_are_one_for_each_prompt(fields, sentence):
+    """SGLang answers HTTP 500."""
+    obj = SimpleNamespace(**({"sampling_params": [{}]} | fields))
+    found = list_error(obj)
+    assert found.startswith(sentence) and bool(found) == bool(sentence)
+    if sentence:
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            openai_answers.generate_request(None, None, obj)
+
+
+def test_a_list_for_one_prompt_is_said_to_be_one():
+    """Its first object was called no sampling parameter."""
+    with pytest.raises(ValueError, match="is a list, but there is one prompt: give an object"):
+        validate_one_request(MANAGER, SimpleNamespace(sampling_params=[{"n": 1}]), [1])

@@ -26,6 +26,8 @@ OVERLAPS = ("auto", "off", "on")
 PROBES = ("cached", "fresh")
 PREFILLS = ("auto", "alone")
 MAX_ROWS = 1024
+# YAML reads `off` without quotes as False, and SGLang passes that on as text.
+_SWITCHED = {True: "on", False: "off", "true": "on", "false": "off"}
 
 
 def _option(default: Any, help_text: str, **extra: Any) -> Any:
@@ -277,6 +279,8 @@ def make_config(options: dict[str, Any], model: dict[str, str]) -> GateConfig:
 
 def _parse(option: Field[Any], value: Any) -> Any:
     parse = option.metadata.get("parse")
+    if "off" in option.metadata.get("choices", ()) and isinstance(value, bool | str):
+        return _SWITCHED.get(value, value)
     if parse is None or not isinstance(value, str):
         return value
     if value == "auto" and "auto" in option.metadata:

@@ -16,7 +16,7 @@ from margingate.cli import score_table
 from margingate.cli.exit_status import CHANGED
 from margingate.errors import CliError
 from margingate.harness.defaults import PROMPTS
-from margingate.harness.inputs import read_pairs, refuse_out, refuse_twins
+from margingate.harness.inputs import read_pairs, refuse_one, refuse_out, refuse_twins
 from margingate.study import score_check
 from margingate.study.batch_check import RUNS, CheckOptions, changed_names, check
 
@@ -103,6 +103,7 @@ def _read(args: argparse.Namespace) -> list[tuple[str, str]]:
         refuse_out(args.out)
     pairs = read_pairs(args.prompts)
     refuse_twins({args.prompts: pairs})
+    refuse_one(args.prompts, pairs)
     return pairs
 
 

@@ -17,7 +17,7 @@ from margingate.cli.exit_status import CHANGED
 from margingate.config import FAST_PATHS
 from margingate.errors import CliError
 from margingate.harness.defaults import MODEL, PROMPTS, SEED
-from margingate.harness.inputs import make_writable_folder, read_pairs, refuse_twins
+from margingate.harness.inputs import make_writable_folder, read_pairs, refuse_one, refuse_twins
 from margingate.harness.servers import slow_bfloat16
 from margingate.study.comparison import SIDES, TOGETHER, Side, log_path, measure
 from margingate.study.comparison_report import make_report
@@ -97,6 +97,7 @@ def _read(path: Path, tokens: int) -> list[tuple[str, str]]:
         raise CliError(f"--tokens is {tokens}: give 1 or more.")
     pairs = read_pairs(path)
     refuse_twins({path: pairs})
+    refuse_one(path, pairs)
     return pairs
 
 

@@ -50,6 +50,12 @@ def refuse_twins(files: Mapping[Path, Sequence[tuple[str, str]]]) -> None:
             seen[name] = path
 
 
+def refuse_one(path: Path, pairs: Sequence[tuple[str, str]]) -> None:
+    """Raises CliError where there is no batch: one prompt at once is that prompt alone."""
+    if len(pairs) == 1:
+        raise CliError(f"--prompts {path} has one prompt, which makes no batch: add another.")
+
+
 def refuse_key(root: str, status: int) -> None:
     """Raises CliError where this HTTP status says that the server wants another key."""
     if status in (401, 403):

@@ -14,6 +14,7 @@ from typing import Any
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionResponse, CompletionResponse
 
 from margingate.runtime.client import switch
+from margingate.runtime.client.parameter_types import list_error
 from margingate.runtime.request.record import INFO_KEY
 
 # By index of the choice, on requests whose stream wants them.
@@ -58,7 +59,12 @@ def _shared_fingerprint(records: Sequence[dict[str, Any]]) -> str | None:
 
 
 def generate_request(original: Any, manager: Any, obj: Any, request: Any = None) -> Any:
-    """AROUND TokenizerManager.generate_request: note the records for a stream that wants them."""
+    """AROUND TokenizerManager.generate_request: note the records for a stream that wants them.
+
+    Raises ValueError, which is HTTP 400, for a list of sampling parameters that is none.
+    """
+    if sentence := list_error(obj):
+        raise ValueError(sentence)
     switch.take_noted(obj, request)
     outputs = original(manager, obj, request)
     records = getattr(obj, _RECORDS, None)

@@ -8,7 +8,7 @@ a `logit_bias` that is a list. `benchmark/robustness/bad_requests.py` has more o
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sized
+from collections.abc import Collection, Iterable, Mapping, Sized
 from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any
@@ -22,6 +22,7 @@ from margingate.runtime.compat.arguments import request_table
 from margingate.runtime.request.record import SWITCH
 
 MOST_COPIES = 128  # of a request, each a request of its own; ask for more in several
+DEEPEST = 100  # lists and objects in each other; pickle, on the way to the scheduler, fails at 480
 _FLOAT32 = float(np.finfo(np.float32).max)
 
 
@@ -120,6 +121,8 @@ _KINDS: dict[str, Kind] = {
     "custom_params": (_object, "an object"),
 }
 
+_PARAMS: Kind = (lambda value: isinstance(value, Mapping), "an object, or one for each prompt")
+
 # Of the request itself, where SGLang takes a list of several prompts' values. A list for a single
 # prompt passes its checks, and ends its scheduler. So do ids and keys that are no texts: it checks
 # the types of /generate's bodies, and none of an Engine's arguments or of /vertex_generate.
@@ -189,6 +192,25 @@ def delimiters_error(obj: Any, input_ids: Sized | None) -> str:
     return type_error("multi_item_delimiter_indices", given, (ascend, what))
 
 
+def too_deep(custom: Any) -> str:
+    """The sentence for `custom_params` that cannot be sent to the scheduler, or an empty one.
+
+    SGLang answers HTTP 500 as it pickles them.
+    """
+    level = [custom]
+    for _ in range(DEEPEST + 1):
+        level = [each for value in level for each in _within(value)]
+        if not level:
+            return ""
+    return f"custom_params has lists or objects in each other more than {DEEPEST} deep: flatten it."
+
+
+def _within(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, list | tuple) else ()
+
+
 def unknown(params: Mapping[str, Any], fields: Collection[str]) -> str:
     """The sentence for the first name that a client has no business with, or an empty one.
 
@@ -254,8 +276,11 @@ def validate_one_request(manager: Any, obj: Any, input_ids: Sized | None) -> Non
     """BEFORE TokenizerManager._validate_one_request. Raises ValueError: HTTP 400."""
     params = obj.sampling_params or {}
     session = getattr(obj, "session_params", None)
+    if not isinstance(params, Mapping):
+        raise ValueError("sampling_params is a list, but there is one prompt: give an object.")
     sentence = (
         unknown(params, manager.sampling_params_class.__struct_fields__)
+        or too_deep(params.get("custom_params"))
         or refusal(params)
         or single_type_error(obj)
         or positions_error(obj)
@@ -274,6 +299,41 @@ def validate_one_request(manager: Any, obj: Any, input_ids: Sized | None) -> Non
         raise ValueError(sentence)
 
 
+def list_error(obj: Any) -> str:
+    """The sentence for lists that are not one for each prompt, of whatever route; or an empty one.
+
+    SGLang fails over them with HTTP 500.
+    """
+    params, text = getattr(obj, "sampling_params", None), getattr(obj, "text", None)
+    ids = getattr(obj, "input_ids", None)
+    prompts = _prompts(text, ids)
+    if isinstance(params, list) and len(params) < len(prompts):
+        return (
+            f"sampling_params is a list of {len(params)}, but there are {len(prompts)} prompts: "
+            "give an object, or one for each prompt."
+        )
+    for each in params if isinstance(params, list) else [params]:
+        if sentence := type_error("sampling_params", each, _PARAMS):
+            return sentence
+    if isinstance(getattr(obj, "rid", None), list) and _is_single(params, text, ids):
+        return "rid is a list, but there is one prompt: give one id."
+    return ""
+
+
+def _is_single(params: Any, text: Any, ids: Any) -> bool:
+    """Whether there is one prompt and one answer; copies of a request have ids each."""
+    flat = isinstance(ids, list) and bool(ids) and _whole(ids[0])
+    copies = isinstance(params, Mapping) and params.get("n", 1) != 1
+    return (isinstance(text, str) or (text is None and flat)) and not copies
+
+
+def _prompts(text: Any, ids: Any) -> Sized:
+    """Of a list of prompts, as SGLang tells it from one; empty of one prompt."""
+    if text is not None:
+        return text if isinstance(text, list) else ()
+    return ids if isinstance(ids, list) and ids and isinstance(ids[0], list) else ()
+
+
 def body_error(body: Any) -> str | None:
     """What is wrong with a body of /generate where SGLang would fail before it looks: HTTP 500."""
     if not isinstance(body, dict):
@@ -286,10 +346,4 @@ def body_error(body: Any) -> str | None:
         return "n is null: give a whole number from 1 on, or leave it out for one answer."
     if embeddings.is_empty(body.get("input_embeds")):
         return "input_embeds is empty: give numbers for each token of the prompt."
-    ids = body.get("input_ids")
-    are_ids = isinstance(ids, list) and bool(ids) and _whole(ids[0])
-    is_single = isinstance(body.get("text"), str) or are_ids
-    is_single &= not isinstance(params, dict) or params.get("n", 1) == 1  # copies have ids each
-    if is_single and isinstance(body.get("rid"), list):
-        return "rid is a list, but there is one prompt: give one id."
     return None

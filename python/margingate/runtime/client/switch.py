@@ -83,7 +83,7 @@ async def openai_request(original: Any, serving: Any, request: Any, raw_request:
 
 def _is_json(raw_request: Any) -> bool:
     """Not a form, as sound comes in."""
-    return "json" in raw_request.headers.get("content-type", "")
+    return "json" in raw_request.headers.get("content-type", "").lower()
 
 
 def _hold_to_default(manager: Any, value: Any) -> None:

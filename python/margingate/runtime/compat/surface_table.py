@@ -47,9 +47,9 @@ SURFACE: Mapping[str, str] = {
     "managers.io_struct.AbortReq": "abort_all rid",
     "managers.io_struct.BatchTokenIDOutput": "rids",
     "managers.io_struct.GenerateReqInput": ""
-    "custom_labels input_embeds mm_hashes multi_item_delimiter_indices "
-    "positional_embed_overrides sampling_params "
-    "session_params stream token_indices_to_pool top_logprobs_num",
+    "custom_labels input_embeds input_ids mm_hashes multi_item_delimiter_indices "
+    "positional_embed_overrides rid sampling_params "
+    "session_params stream text token_indices_to_pool top_logprobs_num",
     "managers.io_struct.TokenizedGenerateReqInput": "rid sampling_params",
     "managers.overlap_utils.FutureMap": "output_tokens_buf",
     "managers.schedule_batch.MultimodalDataItem": ""

@@ -89,13 +89,14 @@ def pop_options(values: dict[str, Any]) -> dict[str, Any]:
 def attach(server_args: Any, options: dict[str, Any]) -> None:
     """Give unresolved arguments the gate's settings, validated; raises GateError.
 
-    A copy of them that leaves the settings out has the name of the gate's tree, and is refused.
+    A copy of them that leaves the settings out has the name of the gate's tree, and is refused. The
+    tree's factory knows where there is to be none.
     """
     release.check_version()
     given = settings.view(server_args)
     model = model_identity(given.model_path, options)
     setattr(server_args, ATTRIBUTE, make_config(options, model))
-    if given.radix_cache_backend is None and not given.disable_radix_cache:
+    if given.radix_cache_backend is None:
         settings.choose(server_args, radix_cache_backend=RADIX_BACKEND)
 
 
@@ -149,8 +150,7 @@ def _prepare(server_args: Any, config: GateConfig) -> GateConfig:
     pools.choose(server_args, config)
     if given.moe_runner_backend == "auto" and has_sinks(given):
         settings.choose(server_args, moe_runner_backend=mxfp4.runner(given))
-    tree = None if given.disable_radix_cache else RADIX_BACKEND
-    settings.choose(server_args, radix_cache_backend=tree)
+    settings.choose(server_args, radix_cache_backend=RADIX_BACKEND)
     return config
 
 
