@@ -114,7 +114,7 @@ def test_kernels_that_settle_in_no_class_keep_prompts_alone(monkeypatch, caplog)
     limits: list[float] = []
     monkeypatch.setattr(startup.execute, "keep_to", lambda _plans, limit: limits.append(limit))
     for settles, limit in ((True, float("inf")), (False, 64)):
-        asked.instead("plans.settle_kernels", settle_kernels=settles)
+        asked.instead("invariant_kernel.settle_kernels", settle_kernels=settles)
         startup._plan(MagicMock(), {}, 64, [128])
         assert limits == [64, limit]
         assert ("gated prompts are prefilled one at a time" in caplog.text) is not settles
