@@ -268,7 +268,7 @@ def test_help_tells_an_example_and_what_the_statuses_mean(capsys):
 # -- scores
 
 
-def reply(decoded: float = -0.5, scored: float = -0.5) -> str:
+def reply(decoded: float = -0.5, scored: float = -0.5, ids: Any = (1, 2, 3, 4)) -> str:
     """Of /generate, to every request: two tokens behind a prompt of four."""
     top = [[[-0.5, 9, None]]] * 4
     meta = {
@@ -279,7 +279,7 @@ def reply(decoded: float = -0.5, scored: float = -0.5) -> str:
         "cached_tokens": 2,
     }
     meta["input_token_logprobs"].append([scored, 8, None])
-    return json.dumps({"prompt_token_ids": [1, 2, 3, 4], "meta_info": meta})
+    return json.dumps({"prompt_token_ids": ids, "meta_info": meta})
 
 
 def info(scores: str) -> str:
@@ -365,6 +365,7 @@ def test_log_probs_and_lists_that_differ_are_counted_by_prompt():
         ("/generate", (404, "no"), "/generate answered 404 (no): name an SGLang server, or"),
         ("/generate", (401, ""), "answered 401: give --api-key the server's key."),
         ("/generate", (200, "{}"), "answered without log-probs ({}): name an SGLang server."),
+        ("/generate", (200, reply(ids=None)), "without prompt_token_ids, which --scores needs and"),
         ("/flush_cache", (400, ""), "/flush_cache answered 400 for 0 seconds: let nothing else"),
         ("/server_info", (401, ""), "answered 401: give --api-key the server's key."),
     ],

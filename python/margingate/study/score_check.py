@@ -155,7 +155,13 @@ class _Check:
             sampling_params={"temperature": 0, "max_new_tokens": self._tokens},
             return_prompt_token_ids=True,
         )
-        return Decoded(list(reply["prompt_token_ids"]), _scored(reply["meta_info"], "output", 0))
+        ids = reply.get("prompt_token_ids")
+        if ids is None:
+            raise CliError(
+                f"{self._root}/generate answered without prompt_token_ids, which --scores needs "
+                "and SGLang's router does not hand on: check each server by itself."
+            )
+        return Decoded(list(ids), _scored(reply["meta_info"], "output", 0))
 
     async def _score(self, decoded: Decoded, bar: Bar | None) -> Scored:
         reply = await self._generate(
