@@ -17,7 +17,7 @@ from sglang.srt.layers.moe.topk import TopK, TopKConfig
 from margingate.config import GateError
 from margingate.core.rowclass import Route, RowPlan
 from margingate.runtime.compat.compute import routers
-from margingate.runtime.compat.instance_patches import ON_SHARED_GATES, module_of
+from margingate.runtime.compat.instance_patches import ON_SHARED_GATES
 from margingate.runtime.probe import startup
 from margingate.runtime.probe.measuring.classes import (
     Finding,
@@ -335,7 +335,7 @@ def test_a_gate_that_a_kernel_reads_is_measured_and_kept_by_the_kernel(leaves, m
         result += (gate * shared).float() + 1e-3 * (len(hidden) < leaves)
 
     before = fused_gate.kernel()
-    monkeypatch.setattr(module_of(ON_SHARED_GATES), ON_SHARED_GATES.name, kernel)
+    monkeypatch.setattr(f"sglang.srt.{ON_SHARED_GATES.owner}.{ON_SHARED_GATES.name}", kernel)
     model, x = Block(), torch.randn(3, HIDDEN)
     with torch.inference_mode(), observing(model, 3) as seen:
         model(x)

@@ -110,16 +110,10 @@ def main() -> None:
         for keys, larger, first in CASES:
             found = errors(keys, larger, first, dtype)
             results.append({"dtype": name, "keys": keys, "larger": larger, "first": first} | found)
-            (of_weights, _, whole, most), *others = found.values()
-            print(
-                f"{name} {keys} keys x {larger}, the first + {first}: {whole:.5f}, ratios", end=""
-            )
-            for other in others:
-                print(
-                    f" | {other[0] / of_weights:.2f} {other[2] / whole:.2f} {other[3] / most:.2f}",
-                    end="",
-                )
-            print()
+            usual, *others = found.values()
+            said = [f"{name} {keys} keys x {larger}, the first + {first}: {usual[2]:.5f}, ratios"]
+            said += [" ".join(f"{one[i] / usual[i]:.2f}" for i in (0, 2, 3)) for one in others]
+            print(" | ".join(said))
     engines.write(args.out, results)
 
 

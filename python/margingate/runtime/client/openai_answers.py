@@ -61,7 +61,7 @@ def _shared_fingerprint(records: Sequence[dict[str, Any]]) -> str | None:
 def generate_request(original: Any, manager: Any, obj: Any, request: Any = None) -> Any:
     """AROUND TokenizerManager.generate_request: note the records for a stream that wants them.
 
-    Raises ValueError, which is HTTP 400, for a list of sampling parameters that is none.
+    Raises ValueError, which is HTTP 400, for lists that are not one for each prompt.
     """
     if sentence := list_error(obj):
         raise ValueError(sentence)

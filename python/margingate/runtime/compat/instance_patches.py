@@ -5,6 +5,8 @@ docs/hooks.md lists them too.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
@@ -160,8 +162,28 @@ def on_quantized(method: Any) -> InstancePatch:
     return replace(ON_QUANTIZED[0], owner=owner.removeprefix("sglang.srt."))
 
 
-def module_of(patch: InstancePatch) -> Any:
-    """The module that a patch of kind `module` is for."""
+def in_module(patch: InstancePatch) -> Any:
+    """What the name of a patch of kind `module` means now."""
+    return getattr(_module_of(patch), patch.name)
+
+
+def replace_in_module(patch: InstancePatch, function: Any) -> None:
+    """Have it mean this, in the whole process."""
+    setattr(_module_of(patch), patch.name, function)
+
+
+@contextmanager
+def replaced_in_module(patch: InstancePatch, function: Any) -> Iterator[None]:
+    """As `replace_in_module`, meanwhile."""
+    before = in_module(patch)
+    replace_in_module(patch, function)
+    try:
+        yield
+    finally:
+        replace_in_module(patch, before)
+
+
+def _module_of(patch: InstancePatch) -> Any:
     return import_module("sglang.srt." + patch.owner)
 
 

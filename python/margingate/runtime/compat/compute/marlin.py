@@ -6,15 +6,19 @@ inputs; rows stay as they are. AWQ, GPTQ and compressed-tensors come to the same
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from margingate.runtime.compat import release
 from margingate.runtime.compat.compute.quantization import checkpoint_says
-from margingate.runtime.compat.instance_patches import ON_MARLIN_EXPERTS, module_of
+from margingate.runtime.compat.instance_patches import (
+    ON_MARLIN_EXPERTS,
+    in_module,
+    replaced_in_module,
+)
 from margingate_kernels.marlin_weights import MarlinWeights
 
 # As SGLang's ModelConfig calls them, where Marlin can have such a checkpoint's weights.
@@ -152,26 +156,17 @@ def multiply_in_order(original: Callable[..., Any], *args: Any, **kwargs: Any) -
 
     On Hopper SGLang asks for them in every call: partial sums would be added in any order.
     """
-    with _experts_without_atomic_adds():
+    # SGLang decides inside of the function, and hands it to the kernel by name.
+    in_order = partial(_in_order, in_module(ON_MARLIN_EXPERTS))
+    with replaced_in_module(ON_MARLIN_EXPERTS, in_order):
         return original(*args, **kwargs)
 
 
-@contextmanager
-def _experts_without_atomic_adds() -> Iterator[None]:
-    """SGLang decides inside of the function, and hands it to the kernel by name."""
-    module, name = module_of(ON_MARLIN_EXPERTS), ON_MARLIN_EXPERTS.name
-    kernel = getattr(module, name)
-
-    def in_order(*args: Any, **kwargs: Any) -> Any:
-        if _ATOMIC not in kwargs:
-            raise RuntimeError(f"{name} was called without {_ATOMIC}: nothing is known")
-        return kernel(*args, **{**kwargs, _ATOMIC: False})
-
-    setattr(module, name, in_order)
-    try:
-        yield
-    finally:
-        setattr(module, name, kernel)
+def _in_order(kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if _ATOMIC not in kwargs:
+        name = ON_MARLIN_EXPERTS.name
+        raise RuntimeError(f"{name} was called without {_ATOMIC}: nothing is known")
+    return kernel(*args, **{**kwargs, _ATOMIC: False})
 
 
 def without_atomic_adds(_chosen: bool, *_args: Any, **_kwargs: Any) -> bool:

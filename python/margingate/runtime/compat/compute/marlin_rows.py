@@ -16,7 +16,11 @@ import torch
 
 import margingate_kernels
 from margingate.runtime.compat.compute import marlin
-from margingate.runtime.compat.instance_patches import ON_MARLIN_LAYERS, module_of
+from margingate.runtime.compat.instance_patches import (
+    ON_MARLIN_LAYERS,
+    in_module,
+    replace_in_module,
+)
 
 FEWEST, MOST = 17, 64  # rows of such a product
 TILE = 128  # outputs and inputs; SGLang's first choice for few rows of a layer of whole tiles
@@ -60,9 +64,9 @@ def use(forms: Iterable[Form]) -> None:
     """
     for form in forms:
         _compiled[form] = _compile(form)
-    module, name = module_of(ON_MARLIN_LAYERS), ON_MARLIN_LAYERS.name
-    if not isinstance(getattr(module, name), _Products):
-        setattr(module, name, _Products(getattr(module, name)))
+    products = in_module(ON_MARLIN_LAYERS)
+    if not isinstance(products, _Products):
+        replace_in_module(ON_MARLIN_LAYERS, _Products(products))
 
 
 def give_up() -> None:

@@ -6,13 +6,18 @@ the experts. It is called by the name that the module of Qwen's blocks has for i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
-from margingate.runtime.compat.instance_patches import ON_SHARED_GATES, module_of
+from margingate.runtime.compat.instance_patches import (
+    ON_SHARED_GATES,
+    in_module,
+    replace_in_module,
+    replaced_in_module,
+)
 
 # hidden [n, h], weight [h], shared expert's rows [n, h], experts' rows [n, h], which it adds to
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -20,24 +25,18 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None
 
 def kernel() -> Kernel:
     """What is called now."""
-    found: Kernel = getattr(module_of(ON_SHARED_GATES), ON_SHARED_GATES.name)
+    found: Kernel = in_module(ON_SHARED_GATES)
     return found
 
 
 def replace_kernel(function: Kernel) -> None:
     """Have this called in its place, in all models of the process."""
-    setattr(module_of(ON_SHARED_GATES), ON_SHARED_GATES.name, function)
+    replace_in_module(ON_SHARED_GATES, function)
 
 
-@contextmanager
-def replaced(function: Kernel) -> Iterator[None]:
+def replaced(function: Kernel) -> AbstractContextManager[None]:
     """As `replace_kernel`, meanwhile."""
-    before = kernel()
-    replace_kernel(function)
-    try:
-        yield
-    finally:
-        replace_kernel(before)
+    return replaced_in_module(ON_SHARED_GATES, function)
 
 
 def gates(model: Any) -> dict[int, Any]:

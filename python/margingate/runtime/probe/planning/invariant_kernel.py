@@ -21,11 +21,7 @@ from margingate.runtime.compat.compute.batch_invariant_matmul import (
     is_deep_gemm,
     kernel_counts,
 )
-from margingate.runtime.probe.measuring.classes import (
-    RowDependenceError,
-    extended,
-    probe_operator,
-)
+from margingate.runtime.probe.measuring.classes import RowDependenceError, extended, probe_operator
 from margingate.runtime.probe.operators.operator import MadeUp, Operator
 
 logger = logging.getLogger(__name__)

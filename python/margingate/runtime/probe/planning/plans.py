@@ -13,10 +13,7 @@ import torch
 from margingate.config import GateError
 from margingate.core import rowclass
 from margingate.core.rowclass import NoPlanError, RowPlan, Times
-from margingate.runtime.compat.compute.batch_invariant_matmul import (
-    NOT_RUNNING,
-    kernel_counts,
-)
+from margingate.runtime.compat.compute.batch_invariant_matmul import NOT_RUNNING, kernel_counts
 from margingate.runtime.probe.measuring.call_times import microseconds
 from margingate.runtime.probe.measuring.classes import (
     Finding,
