@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import server_arguments
 from sentences import gate_sentence
 
 from margingate.config import GateConfig, GateError
@@ -14,6 +15,9 @@ from margingate.runtime.request import guard
 from margingate.runtime.start import arguments, startup_hooks
 from margingate.runtime.start.engine import gate_to_launch
 from margingate.runtime.start.install import confirm_launcher
+
+# Loads the plugin before a test stands in for what it looks for.
+server_args_class = server_arguments.server_args_class
 
 CONFIGS = {
     "invariant": GateConfig(overlap="off"),
@@ -141,10 +145,11 @@ def test_settings_that_were_never_checked_end_the_start():
         arguments.confirm_settings(SimpleNamespace())
 
 
-def test_an_engine_whose_arguments_carry_no_settings_launches_nothing(monkeypatch):
+def test_an_engine_whose_arguments_carry_no_settings_launches_nothing(
+    monkeypatch, server_args_class
+):
     """Its first one began before there was any hook, and ignores what it is given beside them."""
     from sglang.srt.entrypoints.engine import Engine
-    from sglang.srt.server_args import ServerArgs
 
     seen = []
     monkeypatch.setattr(
@@ -153,7 +158,7 @@ def test_an_engine_whose_arguments_carry_no_settings_launches_nothing(monkeypatc
         classmethod(lambda cls, server_args, **_rest: seen.append(gate_to_launch(server_args))),
     )
     monkeypatch.setattr("atexit.register", lambda function: None)
-    given = ServerArgs(model_path="dummy")
+    given = server_args_class(model_path="dummy")
     for keywords in ({"deterministic_gate": True}, {"deterministic_gate": True, "gate_rows": 8}):
         with pytest.raises(GateError, match="give all arguments as keywords, without server_args"):
             Engine(server_args=given, **keywords)
