@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -230,6 +231,7 @@ def test_a_command_is_ended_with_what_it_started(monkeypatch, tmp_path):
     monkeypatch.setattr(timed_command, "SERVERS_S", 0.1)
     log, ended_within = tmp_path / "log.txt", timed_command._ended_within
     deadline = time.monotonic() + 60
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as behind nohup
 
     def once_it_has_its_child(process: subprocess.Popen[bytes], limit_s: float) -> bool:
         """To start two Pythons may take longer than the limit."""
@@ -239,7 +241,10 @@ def test_a_command_is_ended_with_what_it_started(monkeypatch, tmp_path):
         return ended_within(process, limit_s)
 
     monkeypatch.setattr(timed_command, "_ended_within", once_it_has_its_child)
-    ended = timed_command.run([sys.executable, "-c", SLEEPER], log, 0.5)
+    try:
+        ended = timed_command.run([sys.executable, "-c", SLEEPER], log, 0.5)
+    finally:
+        signal.signal(signal.SIGINT, before)
     child, said = log.read_text().split()
     assert ended.status is None and 0.5 <= ended.seconds < 15 and said == "interrupted"
     while lives(int(child)):

@@ -40,6 +40,7 @@ def run(
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
             start_new_session=True,
+            preexec_fn=_take_interrupts,  # noqa: PLW1509 (no other thread runs)
         )
     try:
         in_time = _ended_within(process, limit_s)
@@ -52,6 +53,11 @@ def run(
     if not in_time:
         time.sleep(SERVERS_S)
     return Ended(status if in_time else None, time.monotonic() - begun)
+
+
+def _take_interrupts() -> None:
+    """In a new process: what nohup or a shell's `&` started ignores SIGINT, and so would it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _ended_within(process: subprocess.Popen[bytes], limit_s: float) -> bool:
