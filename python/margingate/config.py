@@ -112,7 +112,8 @@ class GateConfig:
     max_delay: int | None = _option(
         None,
         "Flagged rows wait at most this many decode steps to share a verify pass; 0 verifies at "
-        "once. Default, or auto: 0 on a CPU; on a GPU by measured latencies and the flips seen.",
+        "once. Default, or auto: 0, or on a GPU with --gate-fast-path stock by measured latencies "
+        "and the flips seen.",
         metavar="STEPS|auto",
         parse=int,
         auto=None,

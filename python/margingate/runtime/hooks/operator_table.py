@@ -1,4 +1,4 @@
-"""Rows of the ledger of patches that concern what an operator asks of a scheduler that serves."""
+"""Rows of the ledger of patches for requests of who runs the server: weights, memory, profiles."""
 
 from __future__ import annotations
 

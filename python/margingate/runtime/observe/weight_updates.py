@@ -25,7 +25,7 @@ def refusal(scheduler: Any, received: Any) -> Any:
     because = (
         _shared(scheduler)
         or _recaptured(runner, received)
-        or _fixed(runner.model)
+        or _not_loadable(runner.model)
         or _of_another_folder(runner.model_config, received)
         or _unflushed(scheduler, received)
     )
@@ -44,7 +44,7 @@ def _shared(scheduler: Any) -> str:
     return said and f"{said}: start a server of the new ones, or one without the option."
 
 
-def _fixed(model: Any) -> str:
+def _not_loadable(model: Any) -> str:
     """SGLang writes into the model's parameters, wherever weights come from. A session would end by
     repacking what is packed, even if nothing was written.
     """

@@ -22,7 +22,7 @@ INFO_KEY = "gate"  # of the record in `meta_info` and in OpenAI's `metadata`
 
 @dataclass(slots=True)
 class Counts:
-    """Per request and, summed, per scheduler. Rows and tokens; seconds for `drain_s`."""
+    """Per request and, summed, per scheduler. Rows and tokens; names in `_s` count seconds."""
 
     steps: int = 0  # rows emitted, prefill's included
     flagged: int = 0  # rows whose margin asked for verification

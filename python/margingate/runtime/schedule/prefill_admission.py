@@ -1,8 +1,9 @@
-"""Canonical prefill: a gated prompt is prefilled alone, in chunks cut on an absolute grid.
+"""Which prompts may share a prefill forward, and where a gated prompt is cut.
 
-Then the forward that computes a column has the same shape and the same rows whatever waits
+Where a row's bits were found not to depend on what shares its forward, gated prompts share it, and
+SGLang decides as always. Elsewhere a gated prompt is prefilled alone, in chunks cut on an absolute
+grid. Then the forward that computes a column has the same shape and the same rows whatever waits
 beside the request and however much of its prefix was cached (hits are cut to the grid too).
-Where a row's bits were found not to depend on any of that, SGLang decides as always.
 """
 
 from __future__ import annotations

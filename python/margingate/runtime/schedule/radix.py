@@ -1,4 +1,4 @@
-"""The radix tree of a gated server: gated requests share canonical prompt columns only.
+"""The radix tree of a gated server: gated requests share canonical columns only.
 
 A column's bits depend on how it was computed. Where gated prompts are prefilled alone on an
 absolute grid of C tokens, a full chunk [kC, (k+1)C) has the same bits whoever computed it; a last,

@@ -190,7 +190,7 @@ def _refuse_resolved(server_args: Any, config: GateConfig) -> None:
 
 def _confirm_attached(server_args: Any) -> None:
     if gate_config(server_args) is None:
-        raise _unheard("ServerArgs.from_cli_args")
+        raise _without_hook("ServerArgs.from_cli_args")
 
 
 def confirm_settings(server_args: Any) -> None:
@@ -202,10 +202,10 @@ def confirm_settings(server_args: Any) -> None:
     _confirm_attached(server_args)
     config = gate_config(server_args)
     if config is None or config.rows is None:
-        raise _unheard("ServerArgs.resolve_once")
+        raise _without_hook("ServerArgs.resolve_once")
 
 
-def _unheard(target: str) -> GateError:
+def _without_hook(target: str) -> GateError:
     return GateError(
         f"--deterministic-gate was given, but SGLang made its arguments without the hook on "
         f"{target}: reinstall sglang=={release.SGLANG_VERSION}, or restrict the plugins with "

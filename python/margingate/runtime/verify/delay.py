@@ -1,6 +1,7 @@
 """`--gate-max-delay auto`: the delay follows from measured latencies and the load seen.
 
-Where decode steps are not canonical on a GPU. Answers do not depend on it, only their speed does.
+On the stock fast path on a GPU; elsewhere the delay is 0. Answers do not depend on it, only their
+speed does.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def observers(
 ) -> tuple[Observer, ...]:
     """A pacer, where passes are to be spaced; the delay is 0 elsewhere.
 
-    merges: passes are merged into decode steps, which is so where these are not canonical.
+    merges: passes are merged into decode steps, which is so on the stock fast path alone.
     """
     if config.max_delay is not None or not merges or verifier.device == "cpu":
         return ()

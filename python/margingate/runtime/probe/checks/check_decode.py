@@ -119,11 +119,11 @@ def measure(verifier: Verifier, scheduler: Any, largest: int) -> CanonicalSteps:
         measured, bool(graphs), dict(zip(eager, flags[len(counts) :], strict=True))
     )
     logger.info("margingate: decode steps are canonical at %s", steps)
-    _say(drawn, [n for n, same in zip([*counts, *eager], flags, strict=True) if not same])
+    _log_drawn(drawn, [n for n, same in zip([*counts, *eager], flags, strict=True) if not same])
     return steps
 
 
-def _say(drawn: list[int], other: list[int]) -> None:
+def _log_drawn(drawn: list[int], other: list[int]) -> None:
     logger.info("margingate: row counts of decode drawn anew: %s", ", ".join(map(str, drawn)))
     if other:
         logger.warning(
