@@ -18,7 +18,7 @@ from sglang.srt.runtime_context import get_context, get_parallel
 from margingate.config import GateConfig, GateError
 from margingate.core.policy import Reason
 from margingate.runtime.compat.arguments.server_args import ATTRIBUTE
-from margingate.runtime.hooks import firing, path_hooks, registry
+from margingate.runtime.hooks import firing, path_table, registry
 from margingate.runtime.request import guard
 from margingate.runtime.request.forward_record import ForwardRecord, record_on
 from margingate.runtime.request.in_flight import InFlight
@@ -219,7 +219,7 @@ def loaded(model: Any, config: GateConfig | None, *, draft: bool = False) -> Any
         model=model, device="cpu", is_draft_worker=draft, server_args=SimpleNamespace()
     )
     setattr(runner.server_args, ATTRIBUTE, config)
-    path_hooks.after_load(None, runner)
+    path_table.after_load(None, runner)
     return runner
 
 
@@ -241,9 +241,9 @@ def test_a_dense_model_has_no_hook_and_no_buffer(installed):
 def test_routers_are_hooked_once_the_model_is_there(installed):
     model = routers()
     loaded(model, STOCK)
-    assert installed == list(path_hooks.ROUTER_HOOKS)
+    assert installed == list(path_table.ROUTER_HOOKS)
     assert router_margins.of(model) is not None
-    registry.check_target(path_hooks.ROUTER_HOOKS[0])
+    registry.check_target(path_table.ROUTER_HOOKS[0])
 
 
 @pytest.mark.parametrize(("config", "draft"), [(None, False), (STOCK, True)])

@@ -14,8 +14,8 @@ from __future__ import annotations
 from margingate.runtime.compat.compute import marlin
 from margingate.runtime.compat.model import images
 from margingate.runtime.hooks import handlers
-from margingate.runtime.hooks.operator_table import OPERATOR_HOOKS
-from margingate.runtime.hooks.path_hooks import INVARIANT_HOOKS, ROUTER_HOOKS, STOCK_HOOKS
+from margingate.runtime.hooks.admin_table import ADMIN_HOOKS
+from margingate.runtime.hooks.path_table import INVARIANT_HOOKS, ROUTER_HOOKS, STOCK_HOOKS
 from margingate.runtime.hooks.registry import AFTER, AROUND, BEFORE, Hook
 from margingate.runtime.observe import study
 from margingate.runtime.request import forward_record
@@ -294,7 +294,7 @@ RUNTIME_HOOKS = (
         "SGLang lets plugins keep output of a retracted request",
         Policy.OBSERVE,
     ),
-    *OPERATOR_HOOKS,
+    *ADMIN_HOOKS,
 )
 
 # Applied, besides, with --gate-study.

@@ -10,12 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 from margingate.runtime.compat.model import images, weights
-from margingate.runtime.observe import weight_updates
 from margingate.runtime.observe.fingerprint import Fingerprint
 from margingate.runtime.request import guard
 from margingate.runtime.request.column_holders import ColumnHolders
 from margingate.runtime.request.open_requests import OpenRequests
-from margingate.runtime.schedule import memory
+from margingate.runtime.schedule import memory, weight_refusals
 from margingate.runtime.schedule.radix import GateTree
 
 
@@ -36,10 +35,10 @@ class WeightChanges:
 
     def around(self, original: Any, manager: Any, received: Any) -> Any:
         """AROUND what replaces weights in SchedulerWeightUpdaterManager, failures included."""
-        if weight_updates.looks_only(received):
+        if weight_refusals.looks_only(received):
             return original(manager, received)
         self._settle_all()
-        refused = weight_updates.refusal(self._scheduler, received)
+        refused = weight_refusals.refusal(self._scheduler, received)
         refused = refused or memory.refusal(self._scheduler, received)
         if refused is not None:
             return refused

@@ -15,8 +15,8 @@ from weights_world import Gate, runner, scheduler
 
 from margingate.runtime.compat.compute import schemes
 from margingate.runtime.hooks import handlers
-from margingate.runtime.observe import weight_updates
 from margingate.runtime.observe.fingerprint import STALE, UPDATING
+from margingate.runtime.schedule import weight_refusals
 from margingate.runtime.schedule.radix import GateRadixCache
 
 KINDS = [
@@ -32,7 +32,7 @@ def test_weights_that_other_servers_share_are_not_replaced(kind, more):
     """SGLang raises, and its scheduler ends."""
     shares = scheduler()
     shares.server_args.weight_cache_mode = "client"
-    refused = weight_updates.refusal(shares, getattr(io_struct, kind + "Input")(**more))
+    refused = weight_refusals.refusal(shares, getattr(io_struct, kind + "Input")(**more))
     assert not refused.success and refused.message == (
         "The weights were not updated, because --weight-cache-mode is client, so that other "
         "servers have the same weights: start a server of the new ones, or one without the option."
@@ -153,7 +153,7 @@ def test_a_folder_that_cannot_be_understood_is_left_to_sglang(tmp_path, config):
     of.tp_worker.model_runner = runner(quant_method="fp8")
     for path in (str(tmp_path), "x" * 9000, "a\0b"):
         received = io_struct.UpdateWeightFromDiskReqInput(model_path=path)
-        assert weight_updates.refusal(of, received) is None
+        assert weight_refusals.refusal(of, received) is None
 
 
 def test_a_loader_that_quantizes_a_trainers_weights_is_left_to_sglang():
@@ -208,7 +208,7 @@ def test_a_folder_that_says_nothing_is_left_to_sglang(tmp_path):
     of.tp_worker.model_runner = runner(quant_method="fp8")
     for path in (str(tmp_path), "someone/a-model-of-the-hub"):
         received = io_struct.UpdateWeightFromDiskReqInput(model_path=path)
-        assert weight_updates.refusal(of, received) is None
+        assert weight_refusals.refusal(of, received) is None
 
 
 @pytest.mark.parametrize(

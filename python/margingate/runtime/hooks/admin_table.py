@@ -12,7 +12,7 @@ _WEIGHTS = _COMPONENTS + "weight_updater.SchedulerWeightUpdaterManager."
 _ENDS = "SGLang's scheduler does not end over it"
 
 # Applied in gated schedulers, with the other rows of theirs.
-OPERATOR_HOOKS = (
+ADMIN_HOOKS = (
     *(
         Hook(
             _WEIGHTS + name,
