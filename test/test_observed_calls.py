@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.radix_attention import RadixAttention
 
 from margingate.config import GateError
@@ -20,7 +21,7 @@ from margingate.runtime.probe.operators.observed_calls import (
     observing,
     refuse_unmeasured,
 )
-from margingate.runtime.probe.operators.operator import dense_operators
+from margingate.runtime.probe.operators.operator import HEAD, Head, dense_operators
 
 HIDDEN, HEADS, SIZE = 24, 3, 8
 
@@ -120,6 +121,38 @@ def test_a_module_that_nobody_measures_ends_the_start(model, seen):
     model.experts = torch.nn.Bilinear(HIDDEN, HIDDEN, HIDDEN)
     with pytest.raises(GateError, match=r"cannot measure experts, a Bilinear with weight, bias: "):
         refuse_unmeasured(model, known)
+
+
+class Processor(LogitsProcessor):
+    def __init__(self) -> None:
+        torch.nn.Module.__init__(self)
+
+    def _compute_lm_head(self, hidden_states, lm_head, embedding_bias=None, *, out=None):
+        return hidden_states @ lm_head.weight.T
+
+
+class Speaking(torch.nn.Module):
+    """As Gemma 2: its logits are of its embeddings, and no attribute is named lm_head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.logits_processor = torch.nn.Embedding(10, HIDDEN), Processor()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.logits_processor._compute_lm_head(self.embed(ids), self.embed)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_the_head_is_what_a_step_makes_logits_by(named):
+    model = Speaking().eval()
+    if named:
+        model.lm_head = torch.nn.Embedding(10, HIDDEN)  # which no step reads
+    with torch.inference_mode(), observing(model, ROWS) as found:
+        model(torch.arange(ROWS))
+    (head,) = (each for each in dense_operators(model, found) if isinstance(each, Head))
+    assert head.name == HEAD and head.module is model.embed
+    assert head.processor is model.logits_processor
+    assert "_compute_lm_head" not in vars(model.logits_processor), "put back"
 
 
 class Attention(RadixAttention):

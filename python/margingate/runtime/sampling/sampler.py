@@ -170,15 +170,25 @@ def _make_drawable(logits: torch.Tensor, best: Top2, info: Any) -> None:
 
 
 def _draw(forward: _Forward, logits: torch.Tensor, info: Any) -> None:
+    """Draw the rows with a seed, and no others: a draw may sort the vocabulary."""
     assert forward.seeds is not None and forward.best is not None and forward.ours is not None
-    draws = seeds.batch_draws(info, forward.seeds, forward.positions)
-    drawn = seeded_top2(logits, draws, filtered=seeds.filters(info))
-    seeded, best = forward.seeds != seeds.NO_SEED, forward.best
+    rows, best = seeds.rows_of(forward.seeds), forward.best
+    draws = seeds.batch_draws(info, forward.seeds, forward.positions, rows)
+    drawn = seeded_top2(
+        logits if rows is None else logits[rows], draws, filtered=seeds.filters(info)
+    )
+    seeded = forward.seeds != seeds.NO_SEED
     forward.ours = forward.ours | seeded
+
+    def merged(own: torch.Tensor, greedy: torch.Tensor) -> torch.Tensor:
+        if rows is None:
+            return torch.where(seeded, own, greedy)
+        return greedy.index_copy(0, rows, own)
+
     forward.best = best._replace(
-        ids=torch.where(seeded, drawn.ids, best.ids),
-        runner_up=torch.where(seeded, drawn.runner_up, best.runner_up),
-        margin=torch.where(seeded, drawn.margin, best.margin),
+        ids=merged(drawn.ids, best.ids),
+        runner_up=merged(drawn.runner_up, best.runner_up),
+        margin=merged(drawn.margin, best.margin),
     )
 
 

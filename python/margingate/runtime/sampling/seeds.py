@@ -14,6 +14,9 @@ from margingate_kernels import Draws
 # None while a batch has none of ours, so that greedy batches do no work for it.
 NO_SEED = -1
 _SEEDED = "gate_seeded"  # on SamplingBatchInfo: by row, is it ours
+# On the tensor of seeds, which goes with SGLang's copies of its batch: int64 on its device, the
+# rows that are ours. Without it all are.
+_ROWS = "gate_rows"
 
 
 def from_schedule_batch(_result: Any, info: Any, batch: Any, _vocab: int) -> None:
@@ -59,18 +62,27 @@ def _seeded(info: Any) -> list[bool]:
 
 def _set_seeded(info: Any, rows: list[bool]) -> None:
     setattr(info, _SEEDED, rows)
+    seeds = info.sampling_seed
+    if seeds is not None and not all(rows):
+        ours = torch.tensor([i for i, is_ours in enumerate(rows) if is_ours])
+        setattr(seeds, _ROWS, ours.to(seeds.device, non_blocking=True))
 
 
-def batch_draws(info: Any, seeds: torch.Tensor, positions: torch.Tensor) -> Draws:
-    """All rows of a batch; those without a seed are drawn too, and not used."""
-    return Draws(
-        seeds,
-        positions.to(torch.int64),
-        info.temperatures.view(-1),
-        info.top_ks,
-        info.top_ps,
-        info.min_ps,
+def rows_of(seeds: torch.Tensor) -> torch.Tensor | None:
+    """The rows of a batch with such seeds that are drawn by the gate, int64; None: all."""
+    rows: torch.Tensor | None = getattr(seeds, _ROWS, None)
+    return rows
+
+
+def batch_draws(
+    info: Any, seeds: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | None
+) -> Draws:
+    """These rows of a batch; None: all."""
+    columns = (
+        *(seeds, positions.to(torch.int64), info.temperatures.view(-1)),
+        *(info.top_ks, info.top_ps, info.min_ps),
     )
+    return Draws(*(each if rows is None else each[rows] for each in columns))
 
 
 def filters(info: Any) -> bool:

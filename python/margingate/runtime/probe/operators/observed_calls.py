@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.radix_attention import RadixAttention
 
 from margingate.config import GateError
@@ -88,7 +89,15 @@ class ObservedRows:
         return ", ".join(f"{width} of {dtype}" for width, dtype in self.parts)
 
 
-Observed = ObservedCall | ObservedRows
+@dataclass(frozen=True)
+class ObservedHead:
+    """What logits were made by, whatever the model calls it: Gemma 2 has its embeddings there."""
+
+    module: Any = field(repr=False)
+    processor: Any = field(repr=False)  # SGLang's LogitsProcessor
+
+
+Observed = ObservedCall | ObservedRows | ObservedHead
 
 
 def observed_rows(name: str, tensors: Sequence[torch.Tensor], rows: int) -> ObservedRows:
@@ -153,6 +162,8 @@ def observing(model: Any, rows: int) -> Iterator[dict[int, Observed]]:
             rounded = quantization.is_fp8_layer(module) or marlin.is_layer(module)
             if isinstance(method, UnquantizedLinearMethod) or rounded:
                 stack.enter_context(_noting(method, seen, rows))
+            elif isinstance(module, LogitsProcessor):
+                stack.enter_context(_noting_head(module, seen))
             elif hasattr(module, "weight") and not any(module.children()):
                 stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
         tables: list[Table] = []
@@ -189,6 +200,22 @@ def _noting(method: Any, seen: dict[int, Observed], rows: int) -> Iterator[None]
         del method.apply
         if own is not None:  # layers share it
             method.apply = own
+
+
+@contextmanager
+def _noting_head(processor: Any, seen: dict[int, Observed]) -> Iterator[None]:
+    """Fills `seen` for what logits are made by; as embeddings it may have been called before."""
+    compute = processor._compute_lm_head
+
+    def noted(hidden: torch.Tensor, head: Any, *args: Any, **kwargs: Any) -> Any:
+        seen[id(head)] = ObservedHead(head, processor)
+        return compute(hidden, head, *args, **kwargs)
+
+    processor._compute_lm_head = noted
+    try:
+        yield
+    finally:
+        del processor._compute_lm_head
 
 
 class Table(NamedTuple):

@@ -15,7 +15,12 @@ import torch
 
 from margingate.runtime.compat.compute import marlin, marlin_rows, quantization
 from margingate.runtime.compat.model import vision
-from margingate.runtime.probe.operators.observed_calls import AS_WEIGHT, Observed, ObservedCall
+from margingate.runtime.probe.operators.observed_calls import (
+    AS_WEIGHT,
+    Observed,
+    ObservedCall,
+    ObservedHead,
+)
 
 HEAD = "lm_head"
 LOUD = 1024  # times a row's size: FP8 has no room for both
@@ -327,6 +332,14 @@ def dense_operators(model: Any, seen: Mapping[int, Observed]) -> Iterator[Operat
             yield Norm(name, module, call)
         elif type(module).__name__ in PLAIN_LAYERS:
             yield Plain(name, module, call)
-    head = getattr(model, "lm_head", None)
+    head, processor = _head(model, seen)
     if head is not None and hasattr(head, "weight"):
-        yield Head(HEAD, head, processor=getattr(model, "logits_processor", None))
+        yield Head(HEAD, head, processor=processor)
+
+
+def _head(model: Any, seen: Mapping[int, Observed]) -> tuple[Any, Any]:
+    """What makes logits, and SGLang's processor: as a forward did it, or as most models name it."""
+    for call in seen.values():
+        if isinstance(call, ObservedHead):
+            return call.module, call.processor
+    return getattr(model, "lm_head", None), getattr(model, "logits_processor", None)
