@@ -15,7 +15,7 @@ from margingate_kernels import Draws
 NO_SEED = -1
 _SEEDED = "gate_seeded"  # on SamplingBatchInfo: by row, is it ours
 # On the tensor of seeds, which goes with SGLang's copies of its batch: int64 on its device, the
-# rows that are ours. Without it all are.
+# rows that are ours. None, or without it, all are drawn.
 _ROWS = "gate_rows"
 
 
@@ -63,9 +63,13 @@ def _seeded(info: Any) -> list[bool]:
 def _set_seeded(info: Any, rows: list[bool]) -> None:
     setattr(info, _SEEDED, rows)
     seeds = info.sampling_seed
-    if seeds is not None and not all(rows):
-        ours = torch.tensor([i for i, is_ours in enumerate(rows) if is_ours])
-        setattr(seeds, _ROWS, ours.to(seeds.device, non_blocking=True))
+    if seeds is None:
+        return
+    if all(rows):
+        setattr(seeds, _ROWS, None)
+        return
+    ours = torch.tensor([i for i, is_ours in enumerate(rows) if is_ours], dtype=torch.int64)
+    setattr(seeds, _ROWS, ours.to(seeds.device, non_blocking=True))
 
 
 def rows_of(seeds: torch.Tensor) -> torch.Tensor | None:
