@@ -31,7 +31,7 @@ from margingate_kernels.attention_checks import (
 )
 from margingate_kernels.overlap import launch_options
 
-ARITHMETIC = 4  # counts changes of a row's bits from version to version
+ARITHMETIC = 5  # counts changes of a row's bits from version to version
 GLUON_LANES = 128  # of a head, at most, where the Gluon kernel prefills
 PROGRAMS_PER_SM = 16  # of decode, more than fit at once, so that none waits for long
 LOG2_E = 1.4426950408889634

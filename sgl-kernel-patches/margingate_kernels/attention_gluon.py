@@ -6,33 +6,40 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from margingate_kernels import attention_triton
-from margingate_kernels.gluon_rings import TILE, Ring, first_tile
+from margingate_kernels.gluon_rings import TILE, Ring, first_tile, rows_layout
 
 WARPS = gl.constexpr(4)  # of a part of a program
 ROWS = gl.constexpr(64)  # that they attend
 NEG_INF = gl.constexpr(attention_triton.NEG_INF.value)
-_GRID = gl.constexpr(attention_triton._GRID.value)
-_GRID_BITS = gl.constexpr(attention_triton._GRID_BITS.value)
+ONES = gl.constexpr(attention_triton.ONES.value)
 _LOG2_E = gl.constexpr(attention_triton._LOG2_E.value)
 
 power_of_two = gluon.jit(attention_triton.power_of_two.fn)
 
 
 @gluon.jit
+def room_for_ones(dtype: gl.constexpr) -> gl.shared_memory_descriptor:
+    """What weights are summed by: [TILE, ONES] ones, as a product's right side."""
+    shape: gl.constexpr = [ONES, TILE]
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(shape, dtype)
+    room = gl.allocate_shared_memory(dtype, shape, layout)
+    room.store(gl.full(shape, 1.0, dtype, rows_layout(TILE, WARPS)))
+    return room.permute((1, 0))
+
+
+@gluon.jit
 def weigh(  # noqa: PLR0917
     scores: gl.tensor,  # float32 [ROWS, keys]
     top: gl.tensor,  # float32 [ROWS], as `add_tile`
-    total: gl.tensor,  # as top
     positions: gl.tensor,  # int32 [ROWS]
     first: gl.tensor,  # key
     scale: gl.tensor,
     layout: gl.constexpr,
     WINDOW: gl.constexpr,  # noqa: N803
     MASKED: gl.constexpr,  # noqa: N803
-) -> tuple[gl.tensor, gl.tensor, gl.tensor, gl.tensor]:
-    """A tile's weights, what the sums so far are multiplied by, and the new top and total."""
+) -> tuple[gl.tensor, gl.tensor, gl.tensor]:
+    """A tile's weights, what the sums so far are multiplied by, and the new top."""
     count: gl.constexpr = scores.shape[1]
-    zeros: gl.constexpr = (count * _GRID_BITS + 2**31) % 2**32 - 2**31
     if MASKED:
         keys = first + gl.arange(0, count, gl.SliceLayout(0, layout))
         if WINDOW is not None:
@@ -45,10 +52,7 @@ def weigh(  # noqa: PLR0917
     scales = gl.full([ROWS, count], scale, gl.float32, layout)
     bases, scores = gl.broadcast((-base)[:, None], scores)
     weights = gl.exp2(gl.fma(scores, scales, bases))
-    carry = power_of_two(top - base)
-    bits = (weights + _GRID).to(gl.int32, bitcast=True)
-    total = total * carry + (gl.sum(bits, 1) - zeros).to(gl.float32) * (2.0**-17)
-    return weights, carry, higher, total
+    return weights, power_of_two(top - base), higher
 
 
 @gluon.jit
@@ -64,7 +68,9 @@ def add_segment(  # noqa: PLR0917
     higher = gl.maximum(top, own_top)
     base = gl.where(higher == NEG_INF, 0.0, higher)  # before the first
     before, now = power_of_two(top - base), power_of_two(own_top - base)
-    total = total * before + own_total * now
+    rows: gl.constexpr = gl.SliceLayout(1, total.type.layout)
+    total *= gl.convert_layout(before, rows, assert_trivial=True)[:, None]
+    total += own_total * gl.convert_layout(now, rows, assert_trivial=True)[:, None]
     return higher, total, mean * before[:, None] + own * now[:, None]
 
 
@@ -79,12 +85,13 @@ def with_sink(total: gl.tensor, top: gl.tensor, sink: gl.tensor, layout: gl.cons
 @gluon.jit
 def add_tile(  # noqa: PLR0917
     own_top: gl.tensor,  # of the tile's segment so far, or of the one before: float32 [ROWS]
-    own_total: gl.tensor,
+    own_total: gl.tensor,  # float32 [ROWS, ONES]
     own: gl.tensor,  # float32 [ROWS, head_size]
     top: gl.tensor,  # of the segments before that
     total: gl.tensor,
     mean: gl.tensor,
     queries: gl.shared_memory_descriptor,
+    ones: gl.shared_memory_descriptor,  # [TILE, ONES]
     keys: Ring,
     values: Ring,
     positions: gl.tensor,  # int32 [ROWS]: the last key that each row sees
@@ -122,21 +129,24 @@ def add_tile(  # noqa: PLR0917
         top, total, mean = add_segment(top, total, mean, own_top, own_total, own)
     scores = warpgroup_mma_wait(0, [scores])
     keys.release(turn, STAGES)
-    weights, carry, own_top, own_total = weigh(
+    weights, carry, own_top = weigh(
         scores,
         gl.convert_layout(gl.where(begins, NEG_INF, own_top), rows, assert_trivial=True),
-        gl.convert_layout(gl.where(begins, 0.0, own_total), rows, assert_trivial=True),
         gl.convert_layout(positions, rows, assert_trivial=True),
         *(tile * TILE, scale, layout, WINDOW, MASKED),
     )
     own_top = gl.convert_layout(own_top, row_layout, assert_trivial=True)
-    own_total = gl.convert_layout(own_total, row_layout, assert_trivial=True)
     weights = gl.convert_layout(weights.to(values.tiles.dtype), operand, assert_trivial=True)
-    own = own * gl.convert_layout(carry, row_layout, assert_trivial=True)[:, None]
+    if begins == 0:
+        own *= gl.convert_layout(carry, row_layout, assert_trivial=True)[:, None]
+        total_rows: gl.constexpr = gl.SliceLayout(1, own_total.type.layout)
+        own_total *= gl.convert_layout(carry, total_rows, assert_trivial=True)[:, None]
     values.wait_full(turn, STAGES)
     hopper.fence_async_shared()
-    v = values.tiles.index(turn % STAGES).slice(0, COUNT, 0)
-    own = warpgroup_mma(weights, v, own, use_acc=begins == 0, is_async=True)
-    own, weights = warpgroup_mma_wait(0, [own, weights])
+    v, of = values.tiles.index(turn % STAGES).slice(0, COUNT, 0), ones.slice(0, COUNT, 0)
+    goes_on = begins == 0
+    own_total = warpgroup_mma(weights, of, own_total, use_acc=goes_on, is_async=True)
+    own = warpgroup_mma(weights, v, own, use_acc=goes_on, is_async=True)
+    own, own_total, weights = warpgroup_mma_wait(0, [own, own_total, weights])
     values.release(turn, STAGES)
     return own_top, own_total, own, top, total, mean

@@ -17,9 +17,11 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 from margingate_kernels.attention_gluon import (
     NEG_INF,
     ROWS,
+    ONES,
     WARPS,
     add_segment,
     add_tile,
+    room_for_ones,
     with_sink,
 )
 from margingate_kernels.gluon_rings import (
@@ -55,6 +57,7 @@ def attend(  # noqa: PLR0917
     q: gl.tensor,
     out: gl.tensor,
     place: gl.shared_memory_descriptor,  # shared memory of the queries
+    ones: gl.shared_memory_descriptor,  # as `add_tile`
     keys: Ring,
     values: Ring,
     start: gl.tensor,
@@ -86,7 +89,8 @@ def attend(  # noqa: PLR0917
     gl.barrier()
     positions = prefix + row + gl.arange(0, ROWS, row_layout)
     own_top = gl.full([ROWS], NEG_INF, gl.float32, row_layout)
-    own_total = gl.zeros([ROWS], gl.float32, row_layout)
+    total_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, ONES, 16])
+    own_total = gl.zeros([ROWS, ONES], gl.float32, total_layout)
     own = gl.zeros([ROWS, head_size], gl.float32, layout)
     top, total, mean = own_top, own_total, own
     # What no row sees of the last tile adds nothing: a half of it may be left out.
@@ -98,26 +102,27 @@ def attend(  # noqa: PLR0917
         inside = gl.minimum(gl.cdiv(gl.maximum(latest - WINDOW, 0), TILE), entire)
         for tile in range(first_tile(earliest, WINDOW), inside):
             own_top, own_total, own, top, total, mean = add_tile(
-                *(own_top, own_total, own, top, total, mean, place, keys, values, positions, tile),
+                *(own_top, own_total, own, top, total, mean, place, ones, keys, values, positions, tile),
                 *(earliest, scale, layout, per, TILE, STAGES, WINDOW, True),
             )
     whole = gl.maximum(gl.minimum((prefix + row + 1) // TILE, entire), inside)
     for tile in range(inside, whole):
         own_top, own_total, own, top, total, mean = add_tile(
-            *(own_top, own_total, own, top, total, mean, place, keys, values, positions, tile),
+            *(own_top, own_total, own, top, total, mean, place, ones, keys, values, positions, tile),
             *(earliest, scale, layout, per, TILE, STAGES, WINDOW, False),
         )
     for tile in range(whole, entire):
         own_top, own_total, own, top, total, mean = add_tile(
-            *(own_top, own_total, own, top, total, mean, place, keys, values, positions, tile),
+            *(own_top, own_total, own, top, total, mean, place, ones, keys, values, positions, tile),
             *(earliest, scale, layout, per, TILE, STAGES, WINDOW, True),
         )
     if small:
         own_top, own_total, own, top, total, mean = add_tile(
-            *(own_top, own_total, own, top, total, mean, place, keys, values, positions, last - 1),
+            *(own_top, own_total, own, top, total, mean, place, ones, keys, values, positions, last - 1),
             *(earliest, scale, layout, per, half, STAGES, WINDOW, True),
         )
-    top, total, mean = add_segment(top, total, mean, own_top, own_total, own)
+    top, sums, mean = add_segment(top, total, mean, own_top, own_total, own)
+    total = gl.convert_layout(gl.max(sums, 1), row_layout, assert_trivial=True)
     if SINKS:
         total = with_sink(total, top, sink, row_layout)
     place.store((mean / total[:, None]).to(out.dtype.element_ty))
@@ -167,6 +172,7 @@ def extend(  # noqa: PLR0917
     of = (head // group) * head_size
     dtype: gl.constexpr = q.dtype.element_ty
     keys, values = ring(dtype, head_size, STAGES), ring(dtype, head_size, STAGES)
+    ones = room_for_ones(dtype)
     hopper.fence_async_shared()
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, head_size], dtype)
     first = gl.allocate_shared_memory(dtype, [ROWS, head_size], layout)
@@ -187,6 +193,7 @@ def extend(  # noqa: PLR0917
                     q,
                     out,
                     first,
+                    ones,
                     keys,
                     values,
                     start,
@@ -213,6 +220,7 @@ def extend(  # noqa: PLR0917
                     q,
                     out,
                     second,
+                    ones,
                     keys,
                     values,
                     start,

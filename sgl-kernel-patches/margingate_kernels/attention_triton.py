@@ -17,8 +17,7 @@ import triton
 import triton.language as tl
 
 NEG_INF = tl.constexpr(float("-inf"))
-_GRID = tl.constexpr(96.0)  # float32 from 64 to 128 are multiples of 2**-17
-_GRID_BITS = tl.constexpr(0x42C00000)  # of _GRID as a whole number; 1 more is 2**-17 more
+ONES = tl.constexpr(8)  # equal columns of a row's total: the narrowest product
 PAGED, FLAT, TILES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # see `columns_of`
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -86,7 +85,7 @@ def with_sink(total: tl.tensor, top: tl.tensor, sink: tl.tensor) -> tl.tensor:
 @triton.jit
 def add_tile(  # noqa: PLR0917
     top: tl.tensor,  # float32 [rows]: what the scores so far were held against; whole, or -inf
-    total: tl.tensor,  # float32 [rows]: sum of the weights
+    total: tl.tensor,  # float32 [rows, ONES]: sum of the weights, in each column
     mean: tl.tensor,  # float32 [rows, V_LANES]: sum of the weighted values
     queries: tl.tensor,  # [rows, head_size]
     positions: tl.tensor,  # int32 [rows]: the last key that each sees
@@ -115,12 +114,12 @@ def add_tile(  # noqa: PLR0917
     scales = tl.full(scores.shape, 0.0, tl.float32) + scale
     weights = tl.exp2(tl.fma(scores, scales, tl.broadcast_to(-base[:, None], scores.shape)))
     carry = power_of_two(top - base)
-    # Rounded to multiples of 2**-17, up to 128 weights sum exactly, in any order: as whole numbers,
-    # modulo 2**32.
-    bits = (weights + _GRID).to(tl.int32, bitcast=True)
-    zeros: tl.constexpr = (BLOCK_N * _GRID_BITS + 2**31) % 2**32 - 2**31
-    total = total * carry + (tl.sum(bits, 1) - zeros).to(tl.float32) * (2.0**-17)
-    mean = tl.dot(weights.to(v.dtype), v, mean * carry[:, None])
+    # The matrix unit sums them as it sums values: in its order, and rounded as values are multiplied
+    # by them. The largest weight is rarely 1, so that its rounding would scale all of a row.
+    rounded = weights.to(v.dtype)
+    ones = tl.full([BLOCK_N, ONES], 1.0, v.dtype)
+    total = tl.dot(rounded, ones, total * carry[:, None])
+    mean = tl.dot(rounded, v, mean * carry[:, None])
     return higher, total, mean
 
 
@@ -151,7 +150,7 @@ def sum_tiles(  # noqa: PLR0917
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """A segment's sums, tile by tile from nothing."""
     top = tl.full([BLOCK_M], NEG_INF, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M, ONES], tl.float32)
     mean = tl.zeros([BLOCK_M, V_LANES], tl.float32)
     # With one tile less in flight two programs fit an SM; FLAT segments are mostly the last ones.
     for tile in tl.range(first, last, BLOCK_N, num_stages=2 if KIND == FLAT else None):
@@ -163,4 +162,4 @@ def sum_tiles(  # noqa: PLR0917
             *(top, total, mean, queries, positions, tile, k, v, scale, squeeze),
             *(BLOCK_N, WINDOW, MASKED),
         )
-    return top, total, mean
+    return top, tl.max(total, 1), mean
