@@ -152,10 +152,21 @@ def assert_close(got: torch.Tensor, want: torch.Tensor, note: object = "") -> No
     assert error < ERROR[got.device.type], (note, error)
 
 
-def exact_dot(_: object, a: Any, b: Any, d: Any, *__: object) -> Any:
-    """The interpreter's dot, but exact in float64, then rounded, then added.
+STEP = 16  # of a matrix unit along the sums
 
-    A matrix unit sums a row alike wherever it is in a tile; numpy's float32 does not.
+
+def product_of(left: np.ndarray, right: np.ndarray, so_far: np.ndarray) -> np.ndarray:
+    """Of matrices, as a matrix unit adds it: steps are exact in float64, then rounded, then added.
+
+    It sums a row alike wherever that is in a tile; numpy's float32 does not.
     """
-    product = np.matmul(a.data, b.data, dtype=np.float64).astype(np.float32)
-    return triton.runtime.interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+    for i in range(0, len(right), STEP):
+        step = np.matmul(left[:, i : i + STEP], right[i : i + STEP], dtype=np.float64)
+        so_far = so_far + step.astype(np.float32)
+    return so_far
+
+
+def exact_dot(_: object, a: Any, b: Any, d: Any, *__: object) -> Any:
+    """The interpreter's dot by `product_of`."""
+    found = product_of(a.data, b.data, d.data)
+    return triton.runtime.interpreter.TensorHandle(found, d.dtype.scalar)

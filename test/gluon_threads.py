@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from attention_world import product_of
 from triton.experimental.gluon import GluonJITFunction
 
 from margingate_kernels import (
@@ -46,6 +47,16 @@ class Array(np.ndarray):
 
     def __getitem__(self, at: Any) -> Array:
         return array(super().__getitem__(at))
+
+    @property
+    def type(self) -> Any:
+        return SimpleNamespace(layout=None)
+
+    def permute(self, order: Any) -> Array:
+        return self.transpose(order)
+
+    def split(self) -> tuple[Array, Array]:
+        return self[..., 0], self[..., 1]
 
     def to(self, dtype: Any, bitcast: bool = False) -> Array:
         kind = TYPES.get(str(dtype), dtype)
@@ -156,10 +167,10 @@ class Product:
         thread.products.append(self)
 
     def finish(self) -> None:
-        left = self.left.data if isinstance(self.left, Shared) else self.left
-        exact = np.matmul(left, self.right.data, dtype=np.float64)
-        found = exact.astype(np.float32)
-        self.found = array(found + np.asarray(self.so_far) if self.use_acc else found)
+        left = np.asarray(self.left.data if isinstance(self.left, Shared) else self.left)
+        so_far = self.so_far.found if isinstance(self.so_far, Product) else self.so_far
+        so_far = np.asarray(so_far) if self.use_acc else np.zeros((), np.float32)
+        self.found = array(product_of(left, self.right.data, so_far))
 
 
 def wait_products(flying: int, deps: list[Any]) -> Any:
@@ -271,7 +282,7 @@ def rewired() -> dict[str, Any]:
         **{"gl": language, "mbarrier": barrier, "async_copy": rows, "Ring": ring},
         "hopper": SimpleNamespace(fence_async_shared=nothing),
         "tma": SimpleNamespace(async_load=copy_tile),
-        "warpgroup_mma": lambda a, b, c, use_acc, is_async: Product(a, b, c, use_acc),
+        "warpgroup_mma": lambda a, b, c, use_acc=True, is_async=True: Product(a, b, c, use_acc),
         **{"warpgroup_mma_wait": wait_products, "rows_layout": nothing},
         "power_of_two": power_of_two,
     }

@@ -8,8 +8,9 @@ is the weights that values are multiplied by, what the gate rounds in their sums
 - `running maximum`: scores are held against the largest so far, as in FlashAttention; the sum has
   weights as they are.
 - `gate`: scores are held against that rounded up to a whole number, in segments; sums have weights
-  rounded to multiples of 2**-17.
-- `gate, rounded sums`: they are rounded to the dtype before that, as values are multiplied by them.
+  rounded to the dtype, as values are multiplied by them.
+- `gate, unrounded sums`: they have weights rounded to multiples of 2**-17, as they were until
+  arithmetic 4 (`margingate_kernels.attention.ARITHMETIC`).
 
 Errors are norms of the difference over norms of the float64 result: the root of the mean square
 and the largest, over all rows.
@@ -54,7 +55,7 @@ def add_tile(sums: Sums, scores: torch.Tensor, values: torch.Tensor, **how: bool
     weights, carry = torch.exp2(scores - top), torch.exp2(sums[0] - top)
     rounded = weights.to(values.dtype).double()
     summed = rounded if how["rounded"] else weights
-    if how["whole"]:
+    if how["whole"] and not how["rounded"]:
         summed = (summed * GRID).round() / GRID
     total = sums[1] * carry + summed.sum(1, keepdim=True)
     return top, total, sums[2] * carry + rounded @ values.double()
@@ -74,8 +75,8 @@ def attend(scores: torch.Tensor, values: torch.Tensor, segment: int, **how: bool
 
 WAYS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "running maximum": lambda s, v: attend(s, v, len(v), whole=False, rounded=False),
-    "gate": lambda s, v: attend(s, v, SEGMENT, whole=True, rounded=False),
-    "gate, rounded sums": lambda s, v: attend(s, v, SEGMENT, whole=True, rounded=True),
+    "gate": lambda s, v: attend(s, v, SEGMENT, whole=True, rounded=True),
+    "gate, unrounded sums": lambda s, v: attend(s, v, SEGMENT, whole=True, rounded=False),
 }
 
 

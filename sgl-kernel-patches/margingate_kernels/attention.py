@@ -62,7 +62,7 @@ def blocks_for(head_size: int, wide: bool = False) -> Blocks:
     if head_size <= GLUON_LANES:
         if wide:
             return Blocks(128, 256, Cut(64, 4, 2), Cut(16, 4, 3))
-        return Blocks(64, 256, Cut(64, 4, 3), Cut(16, 2, 3))
+        return Blocks(64, 256, Cut(64, 4, 3 if head_size == 64 else 2), Cut(16, 2, 3))
     if wide:
         return Blocks(64, 256, Cut(128, 8, 2, parts=2), Cut(16, 4, 3))
     return Blocks(32, 256, Cut(64, 4, 3, parts=2), Cut(16, 4, 2))

@@ -28,7 +28,7 @@ def room_for_ones(dtype: gl.constexpr) -> gl.shared_memory_descriptor:
 
 
 @gluon.jit
-def weigh(  # noqa: PLR0917
+def held(  # noqa: PLR0917
     scores: gl.tensor,  # float32 [ROWS, keys]
     top: gl.tensor,  # float32 [ROWS], as `add_tile`
     positions: gl.tensor,  # int32 [ROWS]
@@ -37,11 +37,11 @@ def weigh(  # noqa: PLR0917
     layout: gl.constexpr,
     WINDOW: gl.constexpr,  # noqa: N803
     MASKED: gl.constexpr,  # noqa: N803
-) -> tuple[gl.tensor, gl.tensor, gl.tensor]:
-    """A tile's weights, what the sums so far are multiplied by, and the new top."""
-    count: gl.constexpr = scores.shape[1]
+) -> tuple[gl.tensor, gl.tensor, gl.tensor, gl.tensor]:
+    """A tile's scores, masked; what they are held against; what the sums so far are multiplied by;
+    the new top."""
     if MASKED:
-        keys = first + gl.arange(0, count, gl.SliceLayout(0, layout))
+        keys = first + gl.arange(0, scores.shape[1], gl.SliceLayout(0, layout))
         if WINDOW is not None:
             ages = (positions[:, None] - keys[None, :]).to(gl.uint32)  # below 0 it is huge
             scores = gl.where(ages <= WINDOW, scores, NEG_INF)
@@ -49,10 +49,42 @@ def weigh(  # noqa: PLR0917
             scores = gl.where(keys[None, :] <= positions[:, None], scores, NEG_INF)
     higher = gl.maximum(top, gl.ceil(gl.max(scores, 1) * scale))
     base = gl.where(higher == NEG_INF, 0.0, higher)
-    scales = gl.full([ROWS, count], scale, gl.float32, layout)
-    bases, scores = gl.broadcast((-base)[:, None], scores)
-    weights = gl.exp2(gl.fma(scores, scales, bases))
-    return weights, power_of_two(top - base), higher
+    return scores, base, power_of_two(top - base), higher
+
+
+@gluon.jit
+def halves_of(scores: gl.tensor) -> tuple[gl.tensor, gl.tensor]:
+    """Scores of a tile's first and last keys; no register moves."""
+    half: gl.constexpr = scores.shape[1] // 2
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, half, 16])
+    one, other = scores.reshape([ROWS, 2, half]).permute((0, 2, 1)).split()
+    one = gl.convert_layout(one, layout, assert_trivial=True)
+    return one, gl.convert_layout(other, layout, assert_trivial=True)
+
+
+@gluon.jit
+def weights_of(
+    scores: gl.tensor,
+    base: gl.tensor,  # what they are held against, in any layout of rows
+    scale: gl.tensor,
+    operand: gl.constexpr,
+    dtype: gl.constexpr,
+) -> gl.tensor:
+    """Rounded, and as the left side of a product."""
+    layout: gl.constexpr = scores.type.layout
+    scales = gl.full(scores.shape, scale, gl.float32, layout)
+    rows: gl.constexpr = gl.SliceLayout(1, layout)
+    bases = -gl.convert_layout(base, rows, assert_trivial=True)
+    bases, scores = gl.broadcast(bases[:, None], scores)
+    weights = gl.exp2(gl.fma(scores, scales, bases)).to(dtype)
+    return gl.convert_layout(weights, operand, assert_trivial=True)
+
+
+@gluon.jit
+def by_rows(sums: gl.tensor, factors: gl.tensor) -> gl.tensor:
+    """Sums multiplied by a factor a row, in any layout of rows."""
+    rows: gl.constexpr = gl.SliceLayout(1, sums.type.layout)
+    return sums * gl.convert_layout(factors, rows, assert_trivial=True)[:, None]
 
 
 @gluon.jit
@@ -68,10 +100,8 @@ def add_segment(  # noqa: PLR0917
     higher = gl.maximum(top, own_top)
     base = gl.where(higher == NEG_INF, 0.0, higher)  # before the first
     before, now = power_of_two(top - base), power_of_two(own_top - base)
-    rows: gl.constexpr = gl.SliceLayout(1, total.type.layout)
-    total *= gl.convert_layout(before, rows, assert_trivial=True)[:, None]
-    total += own_total * gl.convert_layout(now, rows, assert_trivial=True)[:, None]
-    return higher, total, mean * before[:, None] + own * now[:, None]
+    total = by_rows(total, before) + by_rows(own_total, now)
+    return higher, total, by_rows(mean, before) + by_rows(own, now)
 
 
 @gluon.jit
@@ -107,8 +137,9 @@ def add_tile(  # noqa: PLR0917
 ) -> tuple[gl.tensor, ...]:
     """Add a tile; a segment's first is added to nothing, and the segment before to the others.
 
-    That is done while the tile's scores are made. Within a tile nothing else overlaps: the other
-    part of the program has the device meanwhile, and registers do not hold more.
+    That is done while the tile's scores are made. The values of its first keys are multiplied while
+    the last ones are weighed. More does not overlap within a tile: the other part of the program
+    has the device meanwhile, and registers do not hold more.
     """
     row_layout: gl.constexpr = gl.SliceLayout(1, mean_layout)
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COUNT, 16])
@@ -129,24 +160,27 @@ def add_tile(  # noqa: PLR0917
         top, total, mean = add_segment(top, total, mean, own_top, own_total, own)
     scores = warpgroup_mma_wait(0, [scores])
     keys.release(turn, STAGES)
-    weights, carry, own_top = weigh(
+    scores, base, carry, own_top = held(
         scores,
         gl.convert_layout(gl.where(begins, NEG_INF, own_top), rows, assert_trivial=True),
         gl.convert_layout(positions, rows, assert_trivial=True),
         *(tile * TILE, scale, layout, WINDOW, MASKED),
     )
     own_top = gl.convert_layout(own_top, row_layout, assert_trivial=True)
-    weights = gl.convert_layout(weights.to(values.tiles.dtype), operand, assert_trivial=True)
-    if begins == 0:
-        own *= gl.convert_layout(carry, row_layout, assert_trivial=True)[:, None]
-        total_rows: gl.constexpr = gl.SliceLayout(1, own_total.type.layout)
-        own_total *= gl.convert_layout(carry, total_rows, assert_trivial=True)[:, None]
+    early, late = halves_of(scores)
+    early = weights_of(early, base, scale, operand, values.tiles.dtype)
+    goes_on = begins == 0
+    if goes_on:
+        own, own_total = by_rows(own, carry), by_rows(own_total, carry)
     values.wait_full(turn, STAGES)
     hopper.fence_async_shared()
-    v, of = values.tiles.index(turn % STAGES).slice(0, COUNT, 0), ones.slice(0, COUNT, 0)
-    goes_on = begins == 0
-    own_total = warpgroup_mma(weights, of, own_total, use_acc=goes_on, is_async=True)
-    own = warpgroup_mma(weights, v, own, use_acc=goes_on, is_async=True)
-    own, own_total, weights = warpgroup_mma_wait(0, [own, own_total, weights])
+    half: gl.constexpr = COUNT // 2
+    v, of = values.tiles.index(turn % STAGES), ones.slice(0, half, 0)
+    own = warpgroup_mma(early, v.slice(0, half, 0), own, use_acc=goes_on, is_async=True)
+    own_total = warpgroup_mma(early, of, own_total, use_acc=goes_on, is_async=True)
+    late = weights_of(late, base, scale, operand, values.tiles.dtype)
+    own = warpgroup_mma(late, v.slice(half, half, 0), own, is_async=True)
+    own_total = warpgroup_mma(late, of, own_total, is_async=True)
+    own, own_total, early, late = warpgroup_mma_wait(0, [own, own_total, early, late])
     values.release(turn, STAGES)
     return own_top, own_total, own, top, total, mean

@@ -16,8 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from margingate_kernels.attention_gluon import (
     NEG_INF,
-    ROWS,
     ONES,
+    ROWS,
     WARPS,
     add_segment,
     add_tile,
@@ -102,24 +102,24 @@ def attend(  # noqa: PLR0917
         inside = gl.minimum(gl.cdiv(gl.maximum(latest - WINDOW, 0), TILE), entire)
         for tile in range(first_tile(earliest, WINDOW), inside):
             own_top, own_total, own, top, total, mean = add_tile(
-                *(own_top, own_total, own, top, total, mean, place, ones, keys, values, positions, tile),
-                *(earliest, scale, layout, per, TILE, STAGES, WINDOW, True),
+                *(own_top, own_total, own, top, total, mean, place, ones, keys, values),
+                *(positions, tile, earliest, scale, layout, per, TILE, STAGES, WINDOW, True),
             )
     whole = gl.maximum(gl.minimum((prefix + row + 1) // TILE, entire), inside)
     for tile in range(inside, whole):
         own_top, own_total, own, top, total, mean = add_tile(
-            *(own_top, own_total, own, top, total, mean, place, ones, keys, values, positions, tile),
-            *(earliest, scale, layout, per, TILE, STAGES, WINDOW, False),
+            *(own_top, own_total, own, top, total, mean, place, ones, keys, values),
+            *(positions, tile, earliest, scale, layout, per, TILE, STAGES, WINDOW, False),
         )
     for tile in range(whole, entire):
         own_top, own_total, own, top, total, mean = add_tile(
-            *(own_top, own_total, own, top, total, mean, place, ones, keys, values, positions, tile),
-            *(earliest, scale, layout, per, TILE, STAGES, WINDOW, True),
+            *(own_top, own_total, own, top, total, mean, place, ones, keys, values),
+            *(positions, tile, earliest, scale, layout, per, TILE, STAGES, WINDOW, True),
         )
     if small:
         own_top, own_total, own, top, total, mean = add_tile(
-            *(own_top, own_total, own, top, total, mean, place, ones, keys, values, positions, last - 1),
-            *(earliest, scale, layout, per, half, STAGES, WINDOW, True),
+            *(own_top, own_total, own, top, total, mean, place, ones, keys, values),
+            *(positions, last - 1, earliest, scale, layout, per, half, STAGES, WINDOW, True),
         )
     top, sums, mean = add_segment(top, total, mean, own_top, own_total, own)
     total = gl.convert_layout(gl.max(sums, 1), row_layout, assert_trivial=True)

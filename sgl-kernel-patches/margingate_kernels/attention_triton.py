@@ -114,8 +114,8 @@ def add_tile(  # noqa: PLR0917
     scales = tl.full(scores.shape, 0.0, tl.float32) + scale
     weights = tl.exp2(tl.fma(scores, scales, tl.broadcast_to(-base[:, None], scores.shape)))
     carry = power_of_two(top - base)
-    # The matrix unit sums them as it sums values: in its order, and rounded as values are multiplied
-    # by them. The largest weight is rarely 1, so that its rounding would scale all of a row.
+    # The matrix unit sums them as it sums values: in its order, and rounded as for those. The
+    # largest weight is rarely 1, so that its rounding would scale all of a row.
     rounded = weights.to(v.dtype)
     ones = tl.full([BLOCK_N, ONES], 1.0, v.dtype)
     total = tl.dot(rounded, ones, total * carry[:, None])
