@@ -47,9 +47,10 @@ def merge_batch(_result: Any, info: Any, other: Any) -> None:
 def filter_batch(_result: Any, info: Any, keep: list[int], _keep_on_device: Any) -> None:
     """AFTER SamplingBatchInfo.adjusted_filter_batch."""
     seeded = _seeded(info)
-    _set_seeded(info, [seeded[i] for i in keep])
-    if not any(_seeded(info)):
+    kept = [seeded[i] for i in keep]
+    if not any(kept):  # before its rows are noted on the device
         info.sampling_seed = None
+    _set_seeded(info, kept)
 
 
 def _seeded(info: Any) -> list[bool]:

@@ -8,8 +8,8 @@ module was given is noted. Modules with parameters that nobody measures end the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -178,10 +178,9 @@ def observing(model: Any, rows: int) -> Iterator[dict[int, Observed]]:
         yield seen
 
 
-@contextmanager
-def _noting(method: Any, seen: dict[int, Observed], rows: int) -> Iterator[None]:
+def _noting(method: Any, seen: dict[int, Observed], rows: int) -> AbstractContextManager[None]:
     """Fills `seen` for linear layers, where their method is applied to them."""
-    apply, own = method.apply, vars(method).get("apply")
+    apply = method.apply
 
     def applied(called: Any, x: torch.Tensor, bias: Any = None) -> Any:
         if not isinstance(x, torch.Tensor):
@@ -193,17 +192,10 @@ def _noting(method: Any, seen: dict[int, Observed], rows: int) -> Iterator[None]
         seen[id(called)] = observed(x, weight, rows, bias=bias is not None)
         return apply(called, x, bias)
 
-    method.apply = applied
-    try:
-        yield
-    finally:
-        del method.apply
-        if own is not None:  # layers share it
-            method.apply = own
+    return _replaced(method, "apply", applied)
 
 
-@contextmanager
-def _noting_head(processor: Any, seen: dict[int, Observed]) -> Iterator[None]:
+def _noting_head(processor: Any, seen: dict[int, Observed]) -> AbstractContextManager[None]:
     """Fills `seen` for what logits are made by; as embeddings it may have been called before."""
     compute = processor._compute_lm_head
 
@@ -211,11 +203,20 @@ def _noting_head(processor: Any, seen: dict[int, Observed]) -> Iterator[None]:
         seen[id(head)] = ObservedHead(head, processor)
         return compute(hidden, head, *args, **kwargs)
 
-    processor._compute_lm_head = noted
+    return _replaced(processor, "_compute_lm_head", noted)
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Has the object call this, and then what it called before: layers share a method."""
+    own = vars(owner).get(name)
+    setattr(owner, name, function)
     try:
         yield
     finally:
-        del processor._compute_lm_head
+        delattr(owner, name)
+        if own is not None:
+            setattr(owner, name, own)
 
 
 class Table(NamedTuple):
