@@ -23,8 +23,8 @@ from margingate_kernels import PLAIN, Rules, attention, attention_split, attenti
 from margingate_kernels.attention import Segments, decode_workspace
 
 BLOCKS_FOR = attention.blocks_for
-PIECES = ((0, 700, 731), (1, 0, 9), (2, 255, 258), (3, 1, 3))
-LENGTHS = (731, 9, 258, 3)
+PIECES = ((0, 1050, 1081), (1, 0, 9), (2, 255, 258), (3, 1, 3))
+LENGTHS = (1081, 9, 258, 3)
 TOKENS = sum(b - a for _, a, b in PIECES) + 1  # a row behind the last sequence
 
 
@@ -69,13 +69,13 @@ def hold_to_one_loop(world: World, *segments: int, processors: int = 1 << 20) ->
 
 
 def check_bits(device: str) -> None:
-    """Of heads in groups of 1, 3 and 4; sums of all segments at once, or of one and two."""
+    """Of heads in groups of 1, 3 and 4; sums of all five segments at once, or in turns."""
     for shape in ((2, 2, 64), (3, 1, 64), (8, 2, 64)):
-        hold_to_one_loop(World(device, LENGTHS, shape), 4, 2)
+        hold_to_one_loop(World(device, LENGTHS, shape), 5, 4, 2)
 
 
 def check_several_segments_a_program(device: str) -> None:
-    hold_to_one_loop(World(device, LENGTHS), 4, 3, processors=4)
+    hold_to_one_loop(World(device, LENGTHS), 5, 3, processors=4)
 
 
 def check_larger_heads(device: str) -> None:
@@ -90,7 +90,7 @@ def check_wide_tiles(device: str) -> None:
         patch.object(attention, "blocks_for", lambda size, wide_=False: wide[size]),
     ):
         for shape in ((3, 1, 64), (2, 1, 256)):
-            hold_to_one_loop(World(device, LENGTHS, shape), 3)
+            hold_to_one_loop(World(device, LENGTHS, shape), 4)
 
 
 def check_caps_and_sinks(device: str) -> None:
@@ -148,7 +148,7 @@ def test_the_jit_bodies_compile_for_hopper(head_size: int, wide: bool) -> None:
         **dict.fromkeys(("page_table", "starts"), "*i32"),
         **dict.fromkeys(("table_rows", "prefix_lens"), "*i64"),
         **dict.fromkeys(("tops", "means"), "*fp32"),
-        **dict.fromkeys(("table_stride", "first", "count", "per", "tokens"), "i32"),
+        **dict.fromkeys(("table_stride", "first", "count", "per", "before", "tokens"), "i32"),
         "scale": "fp32",
     }
     constants: dict[str, object] = {f"stride_{name}": 8 * head_size for name in "qkvo"}

@@ -54,7 +54,7 @@ class Blocks(NamedTuple):
     segment: int  # keys; a multiple of `keys`
     extend: Cut
     decode: Cut  # rows: the heads of a group, padded
-    split: Cut = Cut(128, 8, 2)  # rows: tokens in the heads of a group; see attention_split.py
+    split: Cut = Cut(128, 8, 3)  # rows: tokens in the heads of a group; see attention_split.py
 
 
 @functools.cache  # asked for in each layer

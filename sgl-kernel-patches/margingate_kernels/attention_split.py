@@ -19,7 +19,7 @@ from margingate_kernels.attention_checks import Chunks, Columns, Rules
 
 FEWEST_SEGMENTS = 16  # of the sequence with most keys; below, the launches cost more than they save
 SHARE = 3  # of the GPU's processors, one in so many at most would have a block of rows
-PER_PROCESSOR = 2  # programs, if there are as many segments
+PER_PROCESSOR = 4  # programs, if there are as many segments
 
 
 def shares_keys(q: torch.Tensor, chunks: Chunks, room: Segments, rules: Rules) -> bool:
@@ -93,6 +93,7 @@ def launch(  # noqa: PLR0917
             rules.sinks,
             first,
             count,
+            together,
             tokens,
             out.stride(0),
             heads,

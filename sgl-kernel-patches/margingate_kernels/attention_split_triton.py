@@ -90,7 +90,7 @@ def sum_segments(  # noqa: PLR0917
         tl.store(means + at[:, None] * head_size + lanes[None, :], mean, mask=real[:, None])
 
 
-@triton.jit(do_not_specialize=["first", "count", "tokens"])
+@triton.jit(do_not_specialize=["first", "count", "before", "tokens"])
 def add_segments(  # noqa: PLR0917
     out: tl.tensor,  # [tokens, heads, head_size]
     starts: tl.tensor,  # as `sum_segments`
@@ -99,7 +99,8 @@ def add_segments(  # noqa: PLR0917
     means: tl.tensor,
     sinks: tl.tensor,  # [heads], or None
     first: tl.tensor,  # segment of those that are added
-    count: tl.tensor,  # of those; behind them is room for the sums of all before
+    count: tl.tensor,  # of those
+    before: tl.tensor,  # where the sums of all before lie, as a segment
     tokens: tl.tensor,
     stride_o: tl.constexpr,
     heads: tl.constexpr,
@@ -121,13 +122,13 @@ def add_segments(  # noqa: PLR0917
     last = tl.minimum(seen, count)
     lanes = tl.arange(0, head_size)
     token = start.to(tl.int64) + row
-    before = (count * tokens + token) * heads + head
+    at_before = (before * tokens + token) * heads + head
     top = tl.full([], NEG_INF, tl.float32)
     total = tl.zeros([], tl.float32)
     mean = tl.zeros([head_size], tl.float32)
     if not BEGINS:
-        top, total = tl.load(tops + before * 2), tl.load(tops + before * 2 + 1)
-        mean = tl.load(means + before * head_size + lanes)
+        top, total = tl.load(tops + at_before * 2), tl.load(tops + at_before * 2 + 1)
+        mean = tl.load(means + at_before * head_size + lanes)
     for i in range(0, last, UNROLLED):
         sums = sums_of(token, tokens, i, last, head, tops, means, heads, head_size)
         higher = top
@@ -146,6 +147,6 @@ def add_segments(  # noqa: PLR0917
         target = out + token * stride_o + head * head_size + lanes
         tl.store(target, found.to(out.dtype.element_ty))
     else:
-        tl.store(tops + before * 2, top)
-        tl.store(tops + before * 2 + 1, total)
-        tl.store(means + before * head_size + lanes, mean)
+        tl.store(tops + at_before * 2, top)
+        tl.store(tops + at_before * 2 + 1, total)
+        tl.store(means + at_before * head_size + lanes, mean)
