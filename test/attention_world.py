@@ -24,6 +24,7 @@ from margingate_kernels import (
     plan_decode,
     with_window,
 )
+from margingate_kernels.attention import Segments
 
 SHAPE = (2, 1, 64)  # heads, K/V heads, head size, where one is enough
 # The interpreter holds bfloat16 as whole numbers and multiplies those: float16 there.
@@ -75,11 +76,16 @@ class World:
         )
 
     def extend(
-        self, *pieces: tuple[int, int, int], longest: int = 0, listed: bool = False
+        self,
+        *pieces: tuple[int, int, int],
+        longest: int = 0,
+        listed: bool = False,
+        room: Segments | None = None,
     ) -> list[torch.Tensor]:
         """The positions from a to b of sequences (sequence, a, b), in one forward.
 
-        `listed`: the kernel is told no slots but those of a window and of the chunk.
+        `listed`: the kernel is told no slots but those of a window and of the chunk. `room`: for
+        the sums of programs that share a row's keys.
         """
         counts = [b - a for _, a, b in pieces]
         q = torch.cat([self.q[i][a:b] for i, a, b in pieces] + [self.q[0][:1]])
@@ -89,13 +95,14 @@ class World:
             torch.tensor([0, *counts], device=self.device).cumsum(0).to(torch.int32),
             torch.tensor([a for _, a, _ in pieces], device=self.device),
             max(*counts, longest),
+            max(b for _, _, b in pieces),
         )
         if listed:
             chunks = self._listed(chunks, pieces)
         out = torch.full_like(q, 7.0)
         slots = torch.cat([self.slots(i)[a:b] for i, a, b in pieces] + [self.order[-1:]])
         columns = Columns(self.k, self.v, self.k[slots], self.v[slots])
-        assert extend_attention(q, columns, chunks, self.scale, out, self.rules) is out
+        assert extend_attention(q, columns, chunks, self.scale, out, self.rules, room) is out
         assert (out[-1] == 7.0).all()  # behind the last sequence
         return list(out[:-1].split(counts))
 

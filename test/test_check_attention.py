@@ -54,8 +54,31 @@ def test_a_start_measures_each_kind_of_layer_that_is_new(monkeypatch: pytest.Mon
 
 def test_sinks_that_a_layer_passed_are_measured():
     sinks = torch.zeros(HEADS)
-    (kind,) = check_attention.kinds([make_layer(0), make_layer(1)], {1: Rules(sinks=sinks)})
+    kinds = check_attention.kinds([make_layer(0), make_layer(1)], {1: Rules(sinks=sinks)})
+    (kind,) = filter(check_attention.is_new, kinds)
     assert kind.rules.sinks is sinks
+
+
+@pytest.mark.parametrize(
+    ("found", "shares"),
+    [
+        ((None, None), False),  # no program would
+        ((True, None), True),
+        ((None, True), True),
+        ((True, False), False),
+        ((False,), False),
+    ],
+)
+def test_keys_are_shared_where_a_start_found_that_it_changes_no_bit(
+    monkeypatch, caplog, found: tuple[bool | None, ...], shares: bool
+):
+    answers = iter(found)
+    monkeypatch.setattr(check_attention, "measure_shared", lambda *_: next(answers))
+    monkeypatch.setattr(check_attention, "measure", lambda *_: Found(0.002, same_bits=True))
+    backend, own, runner = make(make_runner([make_layer(0), make_layer(1, logit_cap=30.0)]))
+    check_attention.check(runner, backend)
+    assert (own._sums is not None) is shares
+    assert ("has other bits where programs share" in caplog.text) is (False in found)
 
 
 @pytest.mark.parametrize(

@@ -161,13 +161,27 @@ def test_what_is_not_the_layers_own_raises(extras: dict[str, Any], message: str,
 def test_a_prefill_is_told_whose_each_token_is(kernels: Kernels):
     backend, _, runner = make()
     out = extend(backend, runner, prefill_batch())
-    ((_, (keys, values, new, new_values), chunks, scale, given, rules),) = kernels.extends
-    assert rules == PLAIN
+    ((_, (keys, values, new, new_values), chunks, scale, given, rules, room),) = kernels.extends
+    assert rules == PLAIN and room is None
     assert given is out and keys is values and new is new_values and scale == 0.125
     assert len(keys) == POOL and len(new) == 5
     assert chunks.page_table is runner.req_to_token_pool.req_to_token
     assert chunks.table_rows.tolist() == [4, 2] and chunks.prefix_lens.tolist() == [5, 0]
     assert chunks.starts.tolist() == [0, 3, 5] and chunks.longest == 3
+
+
+@pytest.mark.parametrize(("lengths", "most"), [(torch.tensor([8, 2]), 8), (None, 0)])
+def test_a_prefill_whose_programs_share_keys_is_told_how_many_there_are(
+    kernels: Kernels, lengths: torch.Tensor | None, most: int
+):
+    backend, own, runner = make()
+    own.share_keys()
+    batch = prefill_batch()
+    batch.seq_lens_cpu = lengths
+    extend(backend, runner, batch)
+    (*_, chunks, _scale, _out, _rules, room) = kernels.extends[0]
+    assert chunks.most_keys == most
+    assert room is own._workspaces[None].segments, "the sums of decode, which runs before or after"
 
 
 @pytest.mark.parametrize("extras", [{"mask": torch.ones(1)}, {"causal": False}])

@@ -148,6 +148,7 @@ def prefill_batch() -> SimpleNamespace:
     return SimpleNamespace(
         req_pool_indices=torch.tensor([4, 2]),
         extend_prefix_lens=torch.tensor([5, 0]),
+        seq_lens_cpu=torch.tensor([8, 2]),
         starts=torch.tensor([0, 3, 5, 5, 5], dtype=torch.int32),  # as long as the backend's buffer
         longest=3,
     )

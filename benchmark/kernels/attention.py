@@ -54,8 +54,10 @@ DECODES = (  # requests, tokens
 )
 EXTENDS = (  # requests, tokens, cached tokens
     *((1, 256, 0), (32, 256, 0), (8, 1024, 0), (2, 4096, 0), (1, 8192, 0), (1, 512, 3584)),
+    *((1, 16, 32000), (1, 64, 8192), (1, 64, 32000), (1, 64, 128000), (1, 128, 32000)),
 )
 POOL = 300_000  # tokens
+SEGMENTS = 2 * POOL // 256  # of which a server has room for sums
 CALLS = 8  # of a graph
 BF16 = torch.bfloat16
 
@@ -244,11 +246,17 @@ def time_extend(pool: Pool, requests: int, tokens: int, cached: int, rules: Rule
         indptr_of(requests, tokens),
         torch.full_like(rows, cached),
         tokens,
+        cached + tokens,
     )
     queries = pool.queries(requests * tokens)
     columns = pool.columns(chunks.page_table[:, cached:].flatten())
     out = torch.empty_like(queries)
-    return layer_us(lambda _: extend_attention(queries, columns, chunks, pool.scale, out, rules))
+    room = attention.decode_workspace(1, SEGMENTS, pool.heads, pool.head_size, "cuda").segments
+
+    def call(_: int) -> None:
+        extend_attention(queries, columns, chunks, pool.scale, out, rules, room)
+
+    return layer_us(call)
 
 
 def flashinfer_space() -> torch.Tensor:

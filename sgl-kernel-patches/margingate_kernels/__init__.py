@@ -10,8 +10,14 @@ from margingate_kernels.attention import (
     segments_of,
     with_window,
 )
-from margingate_kernels.attention_checks import PLAIN, Rules, attention_reference
-from margingate_kernels.attention_prefill import Chunks, Columns, extend_attention
+from margingate_kernels.attention_checks import (
+    PLAIN,
+    Chunks,
+    Columns,
+    Rules,
+    attention_reference,
+)
+from margingate_kernels.attention_prefill import extend_attention
 from margingate_kernels.router import Routing, router_margin, router_margin_reference
 from margingate_kernels.seeded import Draws, SeededTop2, gumbel, seeded_top2
 from margingate_kernels.top2 import (

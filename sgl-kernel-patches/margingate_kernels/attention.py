@@ -54,6 +54,7 @@ class Blocks(NamedTuple):
     segment: int  # keys; a multiple of `keys`
     extend: Cut
     decode: Cut  # rows: the heads of a group, padded
+    split: Cut = Cut(128, 8, 3)  # rows: tokens in the heads of a group; see attention_split.py
 
 
 @functools.cache  # asked for in each layer
@@ -62,10 +63,11 @@ def blocks_for(head_size: int, wide: bool = False) -> Blocks:
     if head_size <= GLUON_LANES:
         if wide:
             return Blocks(128, 256, Cut(64, 4, 2), Cut(16, 4, 3))
-        return Blocks(64, 256, Cut(64, 4, 3 if head_size == 64 else 2), Cut(16, 2, 3))
+        stages = 3 if head_size == 64 else 2  # so that two programs fit one of Hopper's SMs
+        return Blocks(64, 256, Cut(64, 4, stages), Cut(16, 2, 3), split=Cut(64, 4, stages))
     if wide:
-        return Blocks(64, 256, Cut(128, 8, 2, parts=2), Cut(16, 4, 3))
-    return Blocks(32, 256, Cut(64, 4, 3, parts=2), Cut(16, 4, 2))
+        return Blocks(64, 256, Cut(128, 8, 2, parts=2), Cut(16, 4, 3), split=Cut(64, 8, 2))
+    return Blocks(32, 256, Cut(64, 4, 3, parts=2), Cut(16, 4, 2), split=Cut(64, 8, 2))
 
 
 def has_wide_tiles(device: torch.device, head_size: int, rules: Rules) -> bool:

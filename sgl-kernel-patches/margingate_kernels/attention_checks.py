@@ -23,6 +23,27 @@ class Rules(NamedTuple):
 PLAIN = Rules()
 
 
+class Chunks(NamedTuple):
+    """Which tokens of a prefill forward are whose: sequences behind each other."""
+
+    page_table: torch.Tensor  # int32 [requests, positions]: slots
+    table_rows: torch.Tensor  # int64 [sequences]: rows of the page table
+    starts: torch.Tensor  # int32 or int64 [sequences + 1]: first token of each
+    prefix_lens: torch.Tensor  # int32 or int64 [sequences]: positions before that token
+    longest: int  # at least the tokens of the longest sequence
+    most_keys: int = 0  # at least the positions of any sequence, its last token's among them; 0:
+    # not known
+
+
+class Columns(NamedTuple):
+    """A layer's keys and values in a prefill forward."""
+
+    k_buffer: torch.Tensor  # [pool slots, K/V heads, head_size], the chunks' own included
+    v_buffer: torch.Tensor  # as k_buffer
+    k: torch.Tensor  # [tokens, K/V heads, head_size], contiguous: the chunks' own, the same bits
+    v: torch.Tensor  # as k
+
+
 def attention_reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, rules: Rules = PLAIN
 ) -> torch.Tensor:

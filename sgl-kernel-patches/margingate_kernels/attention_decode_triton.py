@@ -10,7 +10,7 @@ from margingate_kernels.attention_triton import NEG_INF, PAGED, power_of_two, su
 from margingate_kernels.overlap import wait_for_the_kernel_before
 
 _PLANNED = tl.constexpr(128)  # segments that `plan` writes at a time
-_UNROLLED = tl.constexpr(8)  # segments that `add_up` reads at a time
+UNROLLED = tl.constexpr(8)  # segments that are read at a time to be added up
 
 
 @triton.jit(do_not_specialize=["rows", "capacity"])
@@ -154,23 +154,23 @@ def add_up(  # noqa: PLR0917
         tl.store(target, tl.full([head_size], float("nan"), tl.float32).to(out.dtype.element_ty))
         return
     # Short rows have these alone, and all of them are on their way at once.
-    sums = _sums(first, last, head, tops, means, heads, head_size)
+    sums = sums_of(0, 1, first, last, head, tops, means, heads, head_size)
     top = tl.full([], NEG_INF, tl.float32)
-    for j in tl.static_range(_UNROLLED):
+    for j in tl.static_range(UNROLLED):
         top = tl.maximum(top, sums[j][0])
-    for i in range(first + _UNROLLED, last, BLOCK):
+    for i in range(first + UNROLLED, last, BLOCK):
         at = ((i + tl.arange(0, BLOCK)) * heads + head).to(tl.int64)
         inside = i + tl.arange(0, BLOCK) < last
         top = tl.maximum(top, tl.max(tl.load(tops + at * 2, mask=inside, other=NEG_INF), 0))
     total = tl.zeros([], tl.float32)
     mean = tl.zeros([head_size], tl.float32)
-    for j in tl.static_range(_UNROLLED):
+    for j in tl.static_range(UNROLLED):
         now = power_of_two(sums[j][0] - top)
         total += now * sums[j][1]
         mean += now * sums[j][2]
-    for i in range(first + _UNROLLED, last, _UNROLLED):
-        sums = _sums(i, last, head, tops, means, heads, head_size)
-        for j in tl.static_range(_UNROLLED):
+    for i in range(first + UNROLLED, last, UNROLLED):
+        sums = sums_of(0, 1, i, last, head, tops, means, heads, head_size)
+        for j in tl.static_range(UNROLLED):
             now = power_of_two(sums[j][0] - top)
             total += now * sums[j][1]
             mean += now * sums[j][2]
@@ -180,7 +180,9 @@ def add_up(  # noqa: PLR0917
 
 
 @triton.jit
-def _sums(  # noqa: PLR0917
+def sums_of(  # noqa: PLR0917
+    begins: tl.tensor,  # where segment 0 lies, and each one `step` behind the one before
+    step: tl.tensor,
     first: tl.tensor,
     last: tl.tensor,
     head: tl.tensor,
@@ -189,11 +191,11 @@ def _sums(  # noqa: PLR0917
     heads: tl.constexpr,
     head_size: tl.constexpr,
 ) -> tl.tuple:
-    """(top, total, mean) of _UNROLLED segments from `first` on; nothing from `last` on."""
+    """(top, total, mean) of UNROLLED segments from `first` on; nothing from `last` on."""
     lanes = tl.arange(0, head_size)
     found: tl.tuple = ()
-    for j in tl.static_range(_UNROLLED):
-        at = ((first + j) * heads + head).to(tl.int64)
+    for j in tl.static_range(UNROLLED):
+        at = (begins + (first + j) * step).to(tl.int64) * heads + head
         inside = first + j < last
         top = tl.load(tops + at * 2, mask=inside, other=NEG_INF)
         total = tl.load(tops + at * 2 + 1, mask=inside, other=0.0)

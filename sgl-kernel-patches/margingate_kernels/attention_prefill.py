@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 import triton
@@ -16,11 +15,14 @@ from margingate_kernels import (
     attention_gluon,
     attention_prefill_gluon,
     attention_prefill_triton,
+    attention_split,
     attention_triton,
     gluon_rings,
 )
 from margingate_kernels.attention_checks import (
     PLAIN,
+    Chunks,
+    Columns,
     Rules,
     check_contiguous,
     check_heads,
@@ -31,25 +33,6 @@ from margingate_kernels.attention_checks import (
 STAGES = 3  # of the Gluon kernel, see `gluon_launch`
 
 
-class Chunks(NamedTuple):
-    """Which tokens of a prefill forward are whose: sequences behind each other."""
-
-    page_table: torch.Tensor  # int32 [requests, positions]: slots
-    table_rows: torch.Tensor  # int64 [sequences]: rows of the page table
-    starts: torch.Tensor  # int32 or int64 [sequences + 1]: first token of each
-    prefix_lens: torch.Tensor  # int32 or int64 [sequences]: positions before that token
-    longest: int  # at least the tokens of the longest sequence
-
-
-class Columns(NamedTuple):
-    """A layer's keys and values in a prefill forward."""
-
-    k_buffer: torch.Tensor  # [pool slots, K/V heads, head_size], the chunks' own included
-    v_buffer: torch.Tensor  # as k_buffer
-    k: torch.Tensor  # [tokens, K/V heads, head_size], contiguous: the chunks' own, the same bits
-    v: torch.Tensor  # as k
-
-
 def extend_attention(  # noqa: PLR0917
     q: torch.Tensor,
     columns: Columns,
@@ -57,15 +40,17 @@ def extend_attention(  # noqa: PLR0917
     scale: float,
     out: torch.Tensor,
     rules: Rules = PLAIN,
+    room: attention.Segments | None = None,
 ) -> torch.Tensor:
     """Attend the tokens of some chunks of prompts, each to its own and earlier keys.
 
     Neither allocates nor synchronises.
 
     Not checked, since only the device could tell: that `chunks.starts` ascend and end within q,
-    that `chunks.longest` is enough (tokens beyond it may be left alone), that slots and rows are
-    within their tables, and that `columns.k` and `columns.v` have the bits that the pool has at
-    the chunks' own slots. Nor are the dtypes of the tensors in `chunks`, and the devices.
+    that `chunks.longest` is enough (tokens beyond it may be left alone), that `chunks.most_keys` is
+    (rows that see more may come out as NaN), that slots and rows are within their tables, and that
+    `columns.k` and `columns.v` have the bits that the pool has at the chunks' own slots. Nor are
+    the dtypes of the tensors in `chunks`, and the devices.
 
     Args:
         q: bfloat16 or float16 [tokens, heads, head_size], heads and lanes contiguous, any row
@@ -75,11 +60,13 @@ def extend_attention(  # noqa: PLR0917
         scale: of the scores, above 0.
         out: as q; overwritten and returned. Tokens behind the last sequence are left alone.
         rules: of the layer.
+        room: sums of a decode workspace for these heads, overwritten where few rows see many keys:
+            programs then share a row's keys, which changes no bit. None: they never do.
 
     Raises:
-        TypeError, ValueError: q, out or a tensor of `columns` of a wrong dtype or shape, numbers of
-            sequences that disagree, gaps, a scale that is not above 0, or rules that no kernel
-            follows.
+        TypeError, ValueError: q, out or a tensor of `columns` of a wrong dtype or shape, room for
+            other heads, numbers of sequences that disagree, gaps, a scale that is not above 0, or
+            rules that no kernel follows.
     """
     check_heads(q, out, columns.k_buffer, columns.v_buffer)
     check_scale(scale)
@@ -106,8 +93,17 @@ def extend_attention(  # noqa: PLR0917
     )
     if chunks.page_table.stride(1) != 1:
         raise ValueError("page_table has gaps along its positions; pass it contiguous.")
-    if len(q):  # no tile can be copied of nothing
-        _launch_extend(q, columns, chunks, attention.factors(scale, rules), out, rules)
+    if room is not None and room.means.shape[1:] != q.shape[1:]:
+        raise ValueError(
+            f"room is for [heads, head_size] {list(room.means.shape[1:])}, not {list(q.shape[1:])}."
+        )
+    if not len(q):  # no tile can be copied of nothing
+        return out
+    multiply = attention.factors(scale, rules)
+    if room is not None and attention_split.shares_keys(q, chunks, room, rules):
+        attention_split.launch(q, columns, chunks, multiply, out, rules, room)
+    else:
+        _launch_extend(q, columns, chunks, multiply, out, rules)
     return out
 
 

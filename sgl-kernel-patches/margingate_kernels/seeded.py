@@ -20,6 +20,9 @@ import math
 from typing import NamedTuple
 
 import torch
+import triton
+
+from margingate_kernels import seeded_triton
 
 _UNIT = 1 << 40  # the best token's probability weight, as an integer; 2**22 of them fit an int64
 _MASKED = -1e30  # stands for -inf, so that differences stay numbers; its probability is 0
@@ -31,6 +34,7 @@ _GOLDEN, _FIRST, _SECOND = (
 
 # On a GPU. A draw takes up to 131 bytes a logit while it runs, and a step may have many rows.
 ROWS_AT_ONCE = 16
+PART, BLOCK = 4096, 512  # columns of a program of rows that keep all tokens, and of its turns
 
 
 class Draws(NamedTuple):
@@ -58,7 +62,7 @@ def seeded_top2(logits: torch.Tensor, draws: Draws, *, filtered: bool = True) ->
 
     A row's bits depend on that row alone: sums are of integers, everything else is elementwise, and
     on the CPU each row is worked on by itself. Allocates; on the CPU it looks at `draws`, and on a
-    GPU it does not synchronise. Works on 16 rows at a time there.
+    GPU it does not synchronise. Works on 16 rows at a time there, but where no row filters.
 
     Args:
         logits: float32, bfloat16 or float16 [R, V], not scaled by the temperature, V >= 2. NaN
@@ -83,6 +87,8 @@ def seeded_top2(logits: torch.Tensor, draws: Draws, *, filtered: bool = True) ->
     if len(logits) == 0:
         return _draw(logits, draws, filtered)
     on_cpu = logits.device.type == "cpu"
+    if not on_cpu and not filtered:
+        return draw_from_all(logits, draws)
     step = 1 if on_cpu else ROWS_AT_ONCE
     parts = []
     for start in range(0, len(logits), step):
@@ -93,6 +99,43 @@ def seeded_top2(logits: torch.Tensor, draws: Draws, *, filtered: bool = True) ->
         else:
             parts.append(_draw(logits[rows], some, filtered))
     return SeededTop2(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def draw_from_all(logits: torch.Tensor, draws: Draws) -> SeededTop2:
+    """As `seeded_top2` on a GPU, of rows that keep all tokens; nothing is checked."""
+    rows, vocab = logits.shape
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    parts = triton.cdiv(vocab, PART)
+    new = logits.new_empty
+    scores = new((rows, parts, 2), dtype=torch.float64)
+    places, invalid = (
+        new((rows, parts, 2), dtype=torch.int32),
+        new((rows, parts), dtype=torch.int32),
+    )
+    seeded_triton.best_of_parts[rows, parts](
+        logits,
+        draws.seeds,
+        draws.positions,
+        draws.temperatures,
+        scores,
+        places,
+        invalid,
+        logits.stride(0),
+        _HOTTEST,
+        _MASKED,
+        vocab,
+        PART,
+        BLOCK,
+    )
+    ids, runner_up = new((2, rows), dtype=torch.int64)
+    margin = new(rows, dtype=torch.float32)
+    seeded_triton.best_of_rows[(rows,)](
+        *(scores, places, invalid, ids, runner_up, margin),
+        *(parts, triton.next_power_of_2(parts)),
+        num_warps=1,
+    )
+    return SeededTop2(ids, runner_up, margin)
 
 
 def _filters(draws: Draws, vocab: int) -> bool:

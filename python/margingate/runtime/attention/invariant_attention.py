@@ -33,7 +33,7 @@ from margingate_kernels import (
     segments_of,
     with_window,
 )
-from margingate_kernels.attention import ARITHMETIC
+from margingate_kernels.attention import ARITHMETIC, Segments
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,8 @@ class OwnAttention:
         self._larger: Workspaces | None = None  # graphs hold addresses of the first
         self.seen: dict[int, Rules] = {}  # what each layer asked for, by its number
         self._backend = backend
+        self._sums: Segments | None = None
+        self._most_keys = 0  # of a sequence of the present prefill forward; 0: not known
         self._layer: Any = None
         self._batch: Any = None
         self._parts: list[slice] = []  # of the rows of the present decode forward
@@ -93,6 +95,13 @@ class OwnAttention:
                     f"--deterministic-gate replaced {name} attention, but SGLang did not call it: "
                     "choose --attention-backend flashinfer, or --gate-fast-path stock."
                 )
+
+    def share_keys(self) -> None:
+        """From here on programs share a row's keys where a prefill has few rows and many keys.
+
+        Their bits are those of one loop over the keys, which the caller has measured.
+        """
+        self._sums = next(iter(self._workspaces.values())).segments
 
     def _room(self) -> int:
         any_plan = next(iter(self._workspaces.values()))
@@ -151,6 +160,8 @@ class OwnAttention:
     ) -> torch.Tensor:
         """In place of the backend's: notes layer and batch, and lets the backend do the rest."""
         self._layer, self._batch = layer, forward_batch
+        if self._sums is not None and layer.layer_id == self._start:
+            self._most_keys = _most_keys(forward_batch)
         return self._extend(q, k, v, layer, forward_batch, *args, **kwargs)
 
     def _attend_rows(  # noqa: PLR0917
@@ -221,8 +232,10 @@ class OwnAttention:
             chunks = self._lists.chunks(starts, batch, longest)
         else:
             table, rows = self._page_table, batch.req_pool_indices
-            chunks = Chunks(table, rows, starts, batch.extend_prefix_lens, longest)
-        extend_attention(q, Columns(k_buffer, v_buffer, k, v), chunks, scale, out, rules)
+            prefixes = batch.extend_prefix_lens
+            chunks = Chunks(table, rows, starts, prefixes, longest, self._most_keys)
+        columns = Columns(k_buffer, v_buffer, k, v)
+        extend_attention(q, columns, chunks, scale, out, rules, self._sums)
 
     def _rules(self, extras: Mapping[str, Any]) -> Rules:
         """Those of the present layer, with the sinks that it passes."""
@@ -233,6 +246,12 @@ class OwnAttention:
 
 def _no_splits(num_kv_splits: torch.Tensor, seq_lens: Any, uneven_batch: Any = None) -> None:
     """Leave them: only the kernel that is replaced would read them, and this runs each step."""
+
+
+def _most_keys(batch: Any) -> int:
+    """Of any sequence of a forward; 0 where only the device could tell."""
+    lengths = batch.seq_lens_cpu
+    return 0 if lengths is None else max(lengths.tolist(), default=0)
 
 
 def first_with(layers: Sequence[Any]) -> dict[int | None, int]:

@@ -145,8 +145,7 @@ SURFACE: Mapping[str, str] = {
     "observability.req_time_stats.SchedulerReqTimeStats": "set_completion_time",
     "runtime_context.RuntimeContext": "config_bag config_leaf server_args",
     "sampling.sampling_batch_info.SamplingBatchInfo": ""
-    "is_all_greedy min_ps need_min_p_sampling need_top_k_sampling need_top_p_sampling "
-    "return_sampling_masks sampling_seed temperatures top_ks top_ps",
+    "is_all_greedy min_ps return_sampling_masks sampling_seed temperatures top_ks top_ps",
     "sampling.sampling_params.SamplingParams": ""
     "custom_params frequency_penalty logit_bias max_new_tokens min_new_tokens min_p n "
     "presence_penalty repetition_penalty sampling_seed stop_token_ids temperature top_k top_p",

@@ -172,24 +172,23 @@ def _make_drawable(logits: torch.Tensor, best: Top2, info: Any) -> None:
 def _draw(forward: _Forward, logits: torch.Tensor, info: Any) -> None:
     """Draw the rows with a seed, and no others: a draw may sort the vocabulary."""
     assert forward.seeds is not None and forward.best is not None and forward.ours is not None
-    rows, best = seeds.rows_of(forward.seeds), forward.best
-    draws = seeds.batch_draws(info, forward.seeds, forward.positions, rows)
-    drawn = seeded_top2(
-        logits if rows is None else logits[rows], draws, filtered=seeds.filters(info)
-    )
+    ids, runner_up, margin = forward.best.ids, forward.best.runner_up, forward.best.margin
     seeded = forward.seeds != seeds.NO_SEED
-    forward.ours = forward.ours | seeded
-
-    def merged(own: torch.Tensor, greedy: torch.Tensor) -> torch.Tensor:
+    for rows, filtered in seeds.groups(forward.seeds):
+        draws = seeds.batch_draws(info, forward.seeds, forward.positions, rows)
+        drawn = seeded_top2(logits if rows is None else logits[rows], draws, filtered=filtered)
         if rows is None:
-            return torch.where(seeded, own, greedy)
-        return greedy.index_copy(0, rows, own)
-
-    forward.best = best._replace(
-        ids=merged(drawn.ids, best.ids),
-        runner_up=merged(drawn.runner_up, best.runner_up),
-        margin=merged(drawn.margin, best.margin),
-    )
+            ids, runner_up, margin = (
+                torch.where(seeded, own, greedy)
+                for own, greedy in zip(drawn, (ids, runner_up, margin), strict=True)
+            )
+        else:
+            ids, runner_up, margin = (
+                greedy.index_copy(0, rows, own)
+                for own, greedy in zip(drawn, (ids, runner_up, margin), strict=True)
+            )
+    forward.ours = forward.ours | seeded
+    forward.best = forward.best._replace(ids=ids, runner_up=runner_up, margin=margin)
 
 
 def _with_ours(

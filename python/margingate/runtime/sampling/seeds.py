@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from sglang.srt.layers.sampler import SGLANG_RETURN_ORIGINAL_LOGPROB
@@ -13,70 +14,90 @@ from margingate_kernels import Draws
 # SGLang's `sampling_seed` tensor holds the seeds of the gate's rows, and this for all others. It is
 # None while a batch has none of ours, so that greedy batches do no work for it.
 NO_SEED = -1
-_SEEDED = "gate_seeded"  # on SamplingBatchInfo: by row, is it ours
-# On the tensor of seeds, which goes with SGLang's copies of its batch: int64 on its device, the
-# rows that are ours. None, or without it, all are drawn.
-_ROWS = "gate_rows"
+# Whether a row is ours, and whether its draw leaves tokens out, which takes a sort.
+_OTHER, _PLAIN, _FILTERED = range(3)
+_KINDS = "gate_kinds"  # on SamplingBatchInfo: by row, one of these
+_GROUPS = "gate_groups"  # on the tensor of seeds, which goes with SGLang's copies of its batch
+
+
+class Group(NamedTuple):
+    """Rows of a batch that are drawn by the gate in the same way."""
+
+    rows: torch.Tensor | None  # int64, on the batch's device; None: all
+    filtered: bool  # whether one of them may leave tokens out
+
+
+_UNKNOWN = (Group(None, filtered=True),)
 
 
 def from_schedule_batch(_result: Any, info: Any, batch: Any, _vocab: int) -> None:
     """AFTER SamplingBatchInfo.adjusted_from_schedule_batch: set the seeds of a new batch."""
     # Without seeds until they are on the device: what raises must not leave half of them.
     info.sampling_seed = None
-    _set_seeded(info, [False] * len(batch.reqs))
+    _set_kinds(info, [_OTHER] * len(batch.reqs))
     draws = [getattr(getattr(req, "gate", None), "draw", None) for req in batch.reqs]
-    seeded = [draw is not None for draw in draws]
-    if any(seeded):
+    kinds = [_kind(draw) for draw in draws]
+    if any(kinds):
         seeds = [NO_SEED if draw is None else draw.seed for draw in draws]
         info.sampling_seed = torch.tensor(seeds, dtype=torch.int64).to(info.temperatures.device)
-        _set_seeded(info, seeded)
+        _set_kinds(info, kinds)
 
 
 def merge_batch(_result: Any, info: Any, other: Any) -> None:
     """AFTER SamplingBatchInfo.adjusted_merge_batch: SGLang joins seeds, but not with None."""
-    mine, theirs = _seeded(info), _seeded(other)
+    mine, theirs = _kinds(info), _kinds(other)
     if info.sampling_seed is None and other.sampling_seed is not None:
         none = torch.full((len(mine),), NO_SEED, device=other.sampling_seed.device)
         info.sampling_seed = torch.cat([none, other.sampling_seed])
     elif info.sampling_seed is not None and other.sampling_seed is None:
         none = torch.full((len(theirs),), NO_SEED, device=info.sampling_seed.device)
         info.sampling_seed = torch.cat([info.sampling_seed, none])
-    _set_seeded(info, mine + theirs)
+    _set_kinds(info, mine + theirs)
 
 
 def filter_batch(_result: Any, info: Any, keep: list[int], _keep_on_device: Any) -> None:
     """AFTER SamplingBatchInfo.adjusted_filter_batch."""
-    seeded = _seeded(info)
-    kept = [seeded[i] for i in keep]
-    if not any(kept):  # before its rows are noted on the device
+    kinds = _kinds(info)
+    kept = [kinds[i] for i in keep]
+    if not any(kept):
         info.sampling_seed = None
-    _set_seeded(info, kept)
+    _set_kinds(info, kept)
 
 
-def _seeded(info: Any) -> list[bool]:
-    rows: list[bool] | None = getattr(info, _SEEDED, None)
-    if rows is None:  # its hook failed before it had any
-        rows = [False] * len(info.temperatures)
+def _kind(draw: Draw | None) -> int:
+    if draw is None:
+        return _OTHER
+    return _FILTERED if draw.filters else _PLAIN
+
+
+def _kinds(info: Any) -> list[int]:
+    kinds: list[int] | None = getattr(info, _KINDS, None)
+    if kinds is None:  # its hook failed before it had any
+        kinds = [_OTHER] * len(info.temperatures)
         info.sampling_seed = None
-    return rows
+    return kinds
 
 
-def _set_seeded(info: Any, rows: list[bool]) -> None:
-    setattr(info, _SEEDED, rows)
-    seeds = info.sampling_seed
-    if seeds is None:
-        return
-    if all(rows):
-        setattr(seeds, _ROWS, None)
-        return
-    ours = torch.tensor([i for i, is_ours in enumerate(rows) if is_ours], dtype=torch.int64)
-    setattr(seeds, _ROWS, ours.to(seeds.device, non_blocking=True))
+def _set_kinds(info: Any, kinds: list[int]) -> None:
+    setattr(info, _KINDS, kinds)
+    if (seeds := info.sampling_seed) is not None:
+        setattr(seeds, _GROUPS, tuple(_groups(kinds, seeds.device)))
 
 
-def rows_of(seeds: torch.Tensor) -> torch.Tensor | None:
-    """The rows of a batch with such seeds that are drawn by the gate, int64; None: all."""
-    rows: torch.Tensor | None = getattr(seeds, _ROWS, None)
-    return rows
+def _groups(kinds: list[int], device: torch.device) -> Iterator[Group]:
+    for kind in (_PLAIN, _FILTERED):
+        rows = [i for i, of_row in enumerate(kinds) if of_row == kind]
+        if len(rows) == len(kinds):
+            yield Group(None, kind == _FILTERED)
+        elif rows:
+            of_batch = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+            yield Group(of_batch, kind == _FILTERED)
+
+
+def groups(seeds: torch.Tensor) -> Sequence[Group]:
+    """The rows of a batch with such seeds that are drawn by the gate; no wait for the device."""
+    found: Sequence[Group] = getattr(seeds, _GROUPS, _UNKNOWN)
+    return found
 
 
 def batch_draws(
@@ -88,11 +109,6 @@ def batch_draws(
         *(info.top_ks, info.top_ps, info.min_ps),
     )
     return Draws(*(each if rows is None else each[rows] for each in columns))
-
-
-def filters(info: Any) -> bool:
-    """Whether any row of a batch may leave tokens out; no wait for the device."""
-    return bool(info.need_top_k_sampling or info.need_top_p_sampling or info.need_min_p_sampling)
 
 
 def stack(draws: list[Draw], positions: list[int], device: Any) -> Draws:

@@ -17,6 +17,7 @@ from margingate_kernels import (
     Paged,
     Rules,
     attention_reference,
+    attention_split,
     decode_attention,
     decode_workspace,
     extend_attention,
@@ -24,10 +25,12 @@ from margingate_kernels import (
     segments_of,
     with_window,
 )
+from margingate_kernels.attention import Segments, blocks_for
 
 SEED = 20261128
 TAIL = 140  # rows at the end of the sequence: two blocks of queries, of 128 at most
 SLACK = 400  # positions behind the window: a segment, a tile of 128 and some more
+FEW = 40  # rows at its end that see as many keys as programs share
 NOBODYS = 9  # slots that hold no numbers
 Span = tuple[int, int]  # positions from, to
 
@@ -78,6 +81,29 @@ def measure(kind: LayerKind, dtype: torch.dtype, device: Any, longest: int) -> F
     return Found(float(torch.tensor(errors).amax()), same)  # NaN where one of them is
 
 
+def measure_shared(kind: LayerKind, dtype: torch.dtype, device: Any, longest: int) -> bool | None:
+    """Whether a few rows have the bits of one loop where programs share their keys.
+
+    None: on this device no program ever does, in layers of this kind and sequences of up to
+    `longest` tokens. Allocates what it needs.
+    """
+    segment = blocks_for(kind.head_size).segment
+    length = min((attention_split.FEWEST_SEGMENTS + 1) * segment + FEW, longest)
+    if kind.rules.window is not None or length <= FEW:
+        return None
+    made, span = _Sequence(kind, dtype, device, length), (length - FEW, length)
+    # At once, and in two turns.
+    rooms = segments_of(length, kind.head_size), attention_split.FEWEST_SEGMENTS
+    spaces = [
+        decode_workspace(1, segments * FEW, kind.heads, kind.head_size, device)
+        for segments in rooms
+    ]
+    if not all(made.shares_keys(span, space.segments) for space in spaces):
+        return None
+    loop = made.extend([span])[0]
+    return all(torch.equal(made.extend([span], space.segments)[0], loop) for space in spaces)
+
+
 def spans_of(window: int | None, length: int) -> list[Span]:
     """Positions to look at: the first, those where a window, a tile of 64 or 128 and a segment are
     left behind, and the last."""
@@ -106,23 +132,31 @@ class _Sequence:
         self._k[others] = self._v[others] = torch.nan
         self._table = self._slots.to(torch.int32)[None]
 
-    def extend(self, spans: Sequence[Span]) -> list[torch.Tensor]:
+    def extend(self, spans: Sequence[Span], room: Segments | None = None) -> list[torch.Tensor]:
         """These positions as chunks of prompts in one forward."""
-        counts = [end - start for start, end in spans]
         at = torch.cat([self._positions(range(*span)) for span in spans])
-        device = self._q.device
-        chunks = Chunks(
+        chunks = self._chunks(spans)
+        columns = Columns(self._k, self._v, self._k[self._slots[at]], self._v[self._slots[at]])
+        out = torch.empty_like(self._q[at])
+        kind = self._kind
+        extend_attention(self._q[at], columns, chunks, kind.scale, out, kind.rules, room)
+        return list(out.split([end - start for start, end in spans]))
+
+    def shares_keys(self, span: Span, room: Segments) -> bool:
+        """Whether programs share the keys of these positions as a chunk of their own."""
+        q = self._q[self._positions(range(*span))]
+        return attention_split.shares_keys(q, self._chunks([span]), room, self._kind.rules)
+
+    def _chunks(self, spans: Sequence[Span]) -> Chunks:
+        counts, device = [end - start for start, end in spans], self._q.device
+        return Chunks(
             self._table,
             torch.zeros(len(spans), dtype=torch.int64, device=device),
             torch.tensor([0, *counts], device=device).cumsum(0).to(torch.int32),
             torch.tensor([start for start, _ in spans], device=device),
             max(counts),
+            max(end for _, end in spans),
         )
-        columns = Columns(self._k, self._v, self._k[self._slots[at]], self._v[self._slots[at]])
-        out = torch.empty_like(self._q[at])
-        kind = self._kind
-        extend_attention(self._q[at], columns, chunks, kind.scale, out, kind.rules)
-        return list(out.split(counts))
 
     def decode(self, rows: Sequence[int]) -> torch.Tensor:
         """These positions as rows of one batch."""
