@@ -13,7 +13,7 @@ Triton with the gate. Others have one that is told: FlashInfer where the name ha
 16 requests at most, so that layers by Marlin need not serve larger steps.
 
 `--prefills` times prompts of so many tokens too: from sending one, which nothing cached, to its
-first token. A mode NAME@FOLDER is measured with margingate from another checkout. On Blackwell,
+first token. `--turns` times a turn of 64 tokens behind so many cached ones. A mode NAME@FOLDER is measured with margingate from another checkout. On Blackwell,
 MARGINGATE_DUAL_GEMM=keep or off has gated engines use SGLang's DualGemm, or not, whatever its bits.
 """
 
@@ -56,6 +56,7 @@ MODES: dict[str, dict[str, Any]] = {
 USUAL = ("stock-default", "gate-default", "deterministic-default")
 SETTLING = 4  # tokens before the first gap that counts
 BEHIND = 64  # tokens of the others behind the streamed one's last
+TURN = -64  # in place of a batch: a turn of so many tokens
 PROMPT_TOKENS = 16_000  # of a repeat, in 4 to 16 prompts: the CPU's part of short ones is unsteady
 
 
@@ -68,6 +69,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--prefills", nargs="*", type=int, default=[], help="tokens of a prompt")
+    parser.add_argument("--turns", nargs="*", type=int, default=[], help="tokens that are cached")
     parser.add_argument("--prefill-graphs", action="store_true", help="as SGLang has them")
     parser.add_argument("--tp-size", type=int, default=1, help="GPUs of each engine")
     return parser.parse_args()
@@ -123,14 +125,23 @@ def step_ms(engine: Any, batch: int, context: int, tokens: int, repeats: int) ->
     return best * 1e3
 
 
-def prefill_ms(engine: Any, tokens: int, repeats: int) -> float:
-    """Median time from a prompt that nothing cached to its first token."""
+def prefill_ms(engine: Any, tokens: int, repeats: int, cached: int = 0) -> float:
+    """Median time from a prompt to its first token; nothing cached it, or its first tokens."""
     rng = random.Random(tokens)
     params = {"temperature": 0, "max_new_tokens": 1}
+
+    def some(count: int) -> list[int]:
+        return [rng.randrange(10, 30000) for _ in range(count)]
+
+    engine.flush_cache()
+    before = some(cached)
+    if cached:
+        engine.generate(input_ids=before, sampling_params=params)
     times = []
     for _ in range(repeats + 2):
-        prompt = [rng.randrange(10, 30000) for _ in range(tokens)]
-        engine.flush_cache()
+        prompt = [*before, *some(tokens)]
+        if not cached:
+            engine.flush_cache()
         began = time.perf_counter()
         engine.generate(input_ids=prompt, sampling_params=params)
         times.append(time.perf_counter() - began)
@@ -138,7 +149,10 @@ def prefill_ms(engine: Any, tokens: int, repeats: int) -> float:
 
 
 def measure(engine: Any, batch: int, context: int, args: argparse.Namespace) -> float:
-    """Milliseconds of a decode step, or without a batch, of the prefill of so many tokens."""
+    """Milliseconds of a decode step; without a batch, of the prefill of so many tokens; or of a
+    turn behind them."""
+    if batch == TURN:
+        return prefill_ms(engine, -TURN, 8 * args.repeats, context)
     if batch == 0:
         prompts = min(max(PROMPT_TOKENS // context, 4), 16)
         return prefill_ms(engine, context, prompts * args.repeats)
@@ -152,7 +166,7 @@ def serve(args: argparse.Namespace) -> None:
         options["cuda_graph_backend_prefill"] = None
     if args.tp_size > 1:
         options["tp_size"] = args.tp_size
-    longest = max([*args.contexts, *args.prefills]) + args.tokens + BEHIND + 8
+    longest = max([*args.contexts, *args.prefills, *args.turns]) + args.tokens + BEHIND + 8
     options["context_length"] = engines.context(args.model, max(longest, engines.LONGEST))
     engine = engines.start(args.model, args.kv_tokens, max(args.batches), **options)
     engines.serve(engine, partial(measure, args=args))
@@ -168,6 +182,7 @@ def run_group(
     workers = engines.all_up(modes, args)
     deadline = time.monotonic() + seconds
     prefills = [(tokens, 0) for tokens in args.prefills]
+    prefills += [(tokens, TURN) for tokens in args.turns]
     for context, batch in [*prefills, *product(args.contexts, args.batches)]:
         if not fits(batch, context, args.tokens, args.kv_tokens):
             continue
@@ -183,7 +198,8 @@ def run_group(
         known = [found["step_ms"] for found in same if found["batch"] == batch]
         base = next((ms[args.modes[0]] for ms in known if args.modes[0] in ms), float("nan"))
         cells = [f"{mode} {ms:.2f} ({ms / base:.3f})" for mode, ms in steps.items()]
-        point = f"context {context:5} batch {batch:4}:" if batch else f"prefill {context:5}:"
+        kind = {0: "prefill", TURN: "turn behind"}.get(batch, f"batch {batch:4}, context")
+        point = f"{kind} {context:5}:"
         print(point, "  ".join(cells), flush=True)
     for worker in workers:
         print(worker.mode, worker.end())
