@@ -176,7 +176,7 @@ def test_caps_and_sinks_go_to_both_kernels(kernels: Kernels):
     decode(backend, runner, 2, sinks=sinks)
     extend(backend, runner, prefill_batch(), sinks=sinks)
     assert [each[-1] for each in kernels.decodes] == [Rules(None, 30.0, sinks), Rules(sinks=sinks)]
-    assert kernels.extends[0][-1] == Rules(None, 30.0, sinks)
+    assert kernels.extends[0][-2] == Rules(None, 30.0, sinks)
     assert own.seen[0].cap == 30.0 and own.seen[1].sinks is sinks
 
 

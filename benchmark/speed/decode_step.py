@@ -13,8 +13,9 @@ Triton with the gate. Others have one that is told: FlashInfer where the name ha
 16 requests at most, so that layers by Marlin need not serve larger steps.
 
 `--prefills` times prompts of so many tokens too: from sending one, which nothing cached, to its
-first token. `--turns` times a turn of 64 tokens behind so many cached ones. A mode NAME@FOLDER is measured with margingate from another checkout. On Blackwell,
-MARGINGATE_DUAL_GEMM=keep or off has gated engines use SGLang's DualGemm, or not, whatever its bits.
+first token. `--turns` times a turn of 64 tokens behind so many cached ones. A mode NAME@FOLDER is
+measured with margingate from another checkout. On Blackwell, MARGINGATE_DUAL_GEMM=keep or off has
+gated engines use SGLang's DualGemm, or not, whatever its bits.
 """
 
 from __future__ import annotations
