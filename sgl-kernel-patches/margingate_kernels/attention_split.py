@@ -17,7 +17,8 @@ from margingate_kernels import attention, attention_split_triton
 from margingate_kernels.attention import Segments
 from margingate_kernels.attention_checks import Chunks, Columns, Rules
 
-FEWEST_SEGMENTS = 16  # of the sequence with most keys; below, the launches cost more than they save
+FEWEST_SEGMENTS = 64  # of the sequence with most keys; below, a prefill waits for its launches
+LEAST_ROOM = 16  # segments of each row whose sums fit at a time
 SHARE = 3  # of the GPU's processors, one in so many at most would have a block of rows
 PER_PROCESSOR = 4  # programs, if there are as many segments
 
@@ -28,7 +29,7 @@ def shares_keys(q: torch.Tensor, chunks: Chunks, room: Segments, rules: Rules) -
         return False
     tokens, heads, head_size = q.shape
     segments = attention.segments_of(chunks.most_keys, head_size)
-    if segments < FEWEST_SEGMENTS or len(room.means) < FEWEST_SEGMENTS * tokens:
+    if segments < FEWEST_SEGMENTS or len(room.means) < LEAST_ROOM * tokens:
         return False
     blocks = triton.cdiv(chunks.longest, 64) * len(chunks.prefix_lens) * triton.cdiv(heads, 2)
     return blocks * SHARE <= _processors(q.device)

@@ -29,7 +29,7 @@ def sum_segments(  # noqa: PLR0917
     tokens: tl.tensor,
     scale: tl.float32,
     squeeze: tl.tensor,
-    stride_q: tl.constexpr,  # elements from token to token
+    stride_q: tl.tensor,  # elements from token to token
     stride_k: tl.constexpr,  # from slot to slot
     stride_v: tl.constexpr,
     heads: tl.constexpr,
@@ -102,7 +102,7 @@ def add_segments(  # noqa: PLR0917
     count: tl.tensor,  # of those
     before: tl.tensor,  # where the sums of all before lie, as a segment
     tokens: tl.tensor,
-    stride_o: tl.constexpr,
+    stride_o: tl.tensor,
     heads: tl.constexpr,
     head_size: tl.constexpr,
     SEGMENT: tl.constexpr,  # noqa: N803

@@ -91,9 +91,10 @@ def measure_shared(kind: LayerKind, dtype: torch.dtype, device: Any, longest: in
     length = min((attention_split.FEWEST_SEGMENTS + 1) * segment + FEW, longest)
     if kind.rules.window is not None or length <= FEW:
         return None
-    made, span = _Sequence(kind, dtype, device, length), (length - FEW, length)
-    # At once, and in two turns.
-    rooms = segments_of(length, kind.head_size), attention_split.FEWEST_SEGMENTS
+    span = (length - FEW, length)
+    made = _Sequence(kind, dtype, device, length, span[0])
+    # At once, and in turns.
+    rooms = segments_of(length, kind.head_size), attention_split.LEAST_ROOM
     spaces = [
         decode_workspace(1, segments * FEW, kind.heads, kind.head_size, device)
         for segments in rooms
@@ -115,17 +116,19 @@ def spans_of(window: int | None, length: int) -> list[Span]:
 
 
 class _Sequence:
-    """A made-up sequence in a pool of its own."""
+    """A made-up sequence in a pool of its own; positions before `first` are not asked for."""
 
-    def __init__(self, kind: LayerKind, dtype: torch.dtype, device: Any, length: int) -> None:
-        self._kind, self.length = kind, length
+    def __init__(
+        self, kind: LayerKind, dtype: torch.dtype, device: Any, length: int, first: int = 0
+    ) -> None:
+        self._kind, self.length, self._from = kind, length, first
         generator = torch.Generator().manual_seed(SEED)
 
         def random(tokens: int, heads: int) -> torch.Tensor:
             numbers = torch.randn(tokens, heads, kind.head_size, generator=generator)
             return numbers.to(device, dtype)
 
-        self._q = random(length, kind.heads)
+        self._q = random(length - first, kind.heads)
         self._k, self._v = (random(length + NOBODYS, kind.kv_heads) for _ in range(2))
         order = torch.randperm(length + NOBODYS, generator=generator).to(device)
         self._slots, others = order[:length], order[length:]
@@ -137,14 +140,14 @@ class _Sequence:
         at = torch.cat([self._positions(range(*span)) for span in spans])
         chunks = self._chunks(spans)
         columns = Columns(self._k, self._v, self._k[self._slots[at]], self._v[self._slots[at]])
-        out = torch.empty_like(self._q[at])
-        kind = self._kind
-        extend_attention(self._q[at], columns, chunks, kind.scale, out, kind.rules, room)
+        kind, q = self._kind, self._q[at - self._from]
+        out = torch.empty_like(q)
+        extend_attention(q, columns, chunks, kind.scale, out, kind.rules, room)
         return list(out.split([end - start for start, end in spans]))
 
     def shares_keys(self, span: Span, room: Segments) -> bool:
         """Whether programs share the keys of these positions as a chunk of their own."""
-        q = self._q[self._positions(range(*span))]
+        q = self._q[self._positions(range(*span)) - self._from]
         return attention_split.shares_keys(q, self._chunks([span]), room, self._kind.rules)
 
     def _chunks(self, spans: Sequence[Span]) -> Chunks:
@@ -153,7 +156,7 @@ class _Sequence:
             self._table,
             torch.zeros(len(spans), dtype=torch.int64, device=device),
             torch.tensor([0, *counts], device=device).cumsum(0).to(torch.int32),
-            torch.tensor([start for start, _ in spans], device=device),
+            torch.tensor([start for start, _ in spans], device=device, dtype=torch.int32),
             max(counts),
             max(end for _, end in spans),
         )
