@@ -37,6 +37,8 @@ def make(configuration: Path, folder: Path, layers: int | None = None) -> None:
     said.pop("quantization_config", None)
     if layers is not None:
         said |= {"num_hidden_layers": layers, "max_window_layers": layers}
+        if "layer_types" in said:
+            said["layer_types"] = said["layer_types"][:layers]
     config = AutoConfig.for_model(**said)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     tiny_models.fill(model, tiny_models.SEED)
