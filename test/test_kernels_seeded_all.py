@@ -5,6 +5,7 @@ As in test_kernels_attention.py, run as a script it runs the checks on the CPU.
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from jit_bodies import checks_in, for_hopper, jit_tests, run_checks
 
 from margingate_kernels import Draws, seeded, seeded_triton
-from margingate_kernels.seeded import PART, SeededTop2, draw_from_all
+from margingate_kernels.seeded import BLOCK, PART, SeededTop2, draw_from_all
 
 ALL = 1 << 30
 
@@ -62,6 +63,17 @@ def check_parameters(device: str) -> None:
     for temperature in (1e-4, 1.0, 30.0, 1e9):
         its = torch.full((4,), temperature, device=device)
         hold_to_torch(logits, many._replace(seeds=seeds, positions=positions, temperatures=its))
+
+
+def check_best_ones_of_one_lane(device: str) -> None:
+    """A lane of a program keeps its two best, in whatever order they come."""
+    places = torch.tensor([7, 7 + BLOCK, 7 + 2 * BLOCK])
+    orders = list(itertools.permutations((30.0, 20.0, 10.0)))
+    logits = torch.zeros(len(orders), 3 * BLOCK, device=device)
+    logits[:, places.to(device)] = torch.tensor(orders, device=device)
+    found = hold_to_torch(logits, draws_of(len(orders), device, temperature=0.01))
+    assert found.ids.tolist() == [int(places[order.index(30.0)]) for order in orders]
+    assert found.runner_up.tolist() == [int(places[order.index(20.0)]) for order in orders]
 
 
 def check_what_is_no_number(device: str) -> None:
