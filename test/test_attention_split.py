@@ -19,7 +19,14 @@ from attention_world import DTYPES, SHAPE, World, assert_close, exact_dot
 from jit_bodies import checks_in, for_hopper, jit_tests, run_checks
 
 from margingate.runtime.probe.checks.attention_error import LayerKind, measure_shared
-from margingate_kernels import PLAIN, Rules, attention, attention_split, attention_split_triton
+from margingate_kernels import (
+    PLAIN,
+    Chunks,
+    Rules,
+    attention,
+    attention_split,
+    attention_split_triton,
+)
 from margingate_kernels.attention import Segments, decode_workspace
 
 BLOCKS_FOR = attention.blocks_for
@@ -37,15 +44,31 @@ def room_for(world: World, segments: int) -> Segments:
     return room
 
 
-@contextmanager
-def sharing(processors: int = 1 << 20) -> Iterator[list[tuple[int, ...]]]:
-    """Few keys are enough to be shared; the grids of the launches so far."""
-    launches: list[tuple[int, ...]] = []
-    original = attention_split.launch
+class Launch:
+    """Of programs that share keys."""
 
-    def launch(*args: object) -> None:
-        launches.append(tuple(args[-1].means.shape))
+    def __init__(self, chunks: Chunks) -> None:
+        self.chunks = chunks
+        self.per: list[int] = []  # segments of a program, by turn
+
+
+@contextmanager
+def sharing(processors: int = 1 << 20) -> Iterator[list[Launch]]:
+    """Few keys are enough to be shared; the launches so far."""
+    launches: list[Launch] = []
+    original, kernel = attention_split.launch, attention_split_triton.sum_segments
+
+    def launch(*args: Any) -> None:
+        launches.append(Launch(args[2]))
         original(*args)
+
+    class Noted:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def call(*args: Any, **options: Any) -> None:
+                launches[-1].per.append(args[kernel.arg_names.index("per")])
+                kernel[grid](*args, **options)
+
+            return call
 
     with (
         patch.object(attention_split, "FEWEST_SEGMENTS", 2),
@@ -53,20 +76,25 @@ def sharing(processors: int = 1 << 20) -> Iterator[list[tuple[int, ...]]]:
         patch.object(attention_split, "SHARE", 0),
         patch.object(attention_split, "_processors", lambda _: processors),
         patch.object(attention_split, "launch", launch),
+        patch.object(attention_split_triton, "sum_segments", Noted()),
     ):
         yield launches
 
 
-def hold_to_one_loop(world: World, *segments: int, processors: int = 1 << 20) -> None:
+def hold_to_one_loop(world: World, *segments: int, processors: int = 1 << 20) -> list[int]:
+    """The segments of a program, by room and turn."""
     loop = world.extend(*PIECES)
+    per: list[int] = []
     for count in segments:
         with sharing(processors) as launches:
             shared = world.extend(*PIECES, room=room_for(world, count))
         assert len(launches) == 1, "one loop was compared with itself"
+        per += launches[0].per
         for one, other in zip(loop, shared):
             assert torch.equal(one, other), count
     for i, a, b in PIECES:
         assert_close(loop[i], world.oracle(i)[a:b])
+    return per
 
 
 def check_bits(device: str) -> None:
@@ -76,7 +104,9 @@ def check_bits(device: str) -> None:
 
 
 def check_several_segments_a_program(device: str) -> None:
-    hold_to_one_loop(World(device, LENGTHS), 5, 3, processors=4)
+    world = World(device, LENGTHS)
+    assert hold_to_one_loop(world, 5, 3, processors=2) == [2, 1, 1, 1]  # five; two, two and one
+    assert hold_to_one_loop(world, 5, 3, processors=1) == [5, 2, 2, 1]
 
 
 def check_larger_heads(device: str) -> None:
@@ -119,6 +149,10 @@ def check_what_a_start_measures(device: str) -> None:
     with sharing() as launches:
         assert measure_shared(kind, dtype, device, 10_000) is True
         assert len(launches) == 2
+        for launch in launches:
+            cached, segment = int(launch.chunks.prefix_lens), BLOCKS_FOR(64).segment
+            assert cached % segment, "a server's cached tokens end within a segment"
+            assert cached // segment < (launch.chunks.most_keys - 1) // segment
         windowed = LayerKind(2, 1, 64, 0.125, Rules(window=100))
         assert measure_shared(windowed, dtype, device, 10_000) is None
         with patch.object(attention_split.attention, "blocks_for", narrower):
@@ -179,7 +213,7 @@ def fits(
     heads = 32
     q = torch.empty(tokens * sequences, heads, 128, device="meta")
     means = torch.empty(room, heads, 128, device="meta")
-    chunks = attention_split.Chunks(
+    chunks = Chunks(
         *(torch.empty(sequences, device="meta"),) * 4, longest=tokens, most_keys=keys
     )
     sums = Segments(means, means, means, means)

@@ -88,7 +88,8 @@ def measure_shared(kind: LayerKind, dtype: torch.dtype, device: Any, longest: in
     `longest` tokens. Allocates what it needs.
     """
     segment = blocks_for(kind.head_size).segment
-    length = min((attention_split.FEWEST_SEGMENTS + 1) * segment + FEW, longest)
+    # They begin within a segment and end within the next.
+    length = min((attention_split.FEWEST_SEGMENTS + 1) * segment + FEW // 2, longest)
     if kind.rules.window is not None or length <= FEW:
         return None
     span = (length - FEW, length)
