@@ -213,9 +213,7 @@ def fits(
     heads = 32
     q = torch.empty(tokens * sequences, heads, 128, device="meta")
     means = torch.empty(room, heads, 128, device="meta")
-    chunks = Chunks(
-        *(torch.empty(sequences, device="meta"),) * 4, longest=tokens, most_keys=keys
-    )
+    chunks = Chunks(*(torch.empty(sequences, device="meta"),) * 4, longest=tokens, most_keys=keys)
     sums = Segments(means, means, means, means)
     with patch.object(attention_split, "_processors", lambda _: 132):
         return attention_split.shares_keys(q, chunks, sums, rules)

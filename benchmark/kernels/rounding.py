@@ -9,7 +9,7 @@ is the weights that values are multiplied by, what the gate rounds in their sums
   weights as they are.
 - `gate`: scores are held against that rounded up to a whole number, in segments; sums have weights
   rounded to the dtype, as values are multiplied by them.
-- `gate, unrounded sums`: they have weights rounded to multiples of 2**-17, as they were until
+- `gate, unrounded sums`: they have weights rounded to multiples of 2**-17, as they were up to
   arithmetic 4 (`margingate_kernels.attention.ARITHMETIC`).
 
 Errors are norms of the difference over norms of the float64 result: the root of the mean square

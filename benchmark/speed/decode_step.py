@@ -90,7 +90,7 @@ def most_requests(text: str) -> float:
 
 def fits(batch: int, context: int, tokens: int, kv_tokens: int) -> bool:
     """Whether a point's requests fit into the K/V pool, of which SGLang keeps some."""
-    return 1.25 * batch * (context + tokens + BEHIND) <= kv_tokens
+    return 1.25 * max(batch, 1) * (context + tokens + BEHIND) <= kv_tokens
 
 
 async def gaps(engine: Any, batch: int, context: int, tokens: int) -> list[float]:

@@ -3,10 +3,11 @@
 The keys of a row are cut into segments at multiples of SEGMENT, and each segment into tiles of
 BLOCK_N, both counted from position 0. A segment is summed tile by tile from nothing; then the
 segments are added up from the first to the last. Decode gives each segment to a program of its own
-and adds them up in a second launch; extend does all of it in one loop. What makes both the same is
-that the maximum which scores are held against is rounded up to a whole number (scores are in powers
-of two): rescaling then multiplies by a power of two, which is exact, so it does not matter when it
-is done. What is masked is multiplied in as exactly 1 and added as exactly 0.
+and adds them up in a second launch; extend does all of it in one loop, but for few rows with many
+keys (attention_split_triton.py). What makes all the same is that the maximum which scores are held
+against is rounded up to a whole number (scores are in powers of two): rescaling then multiplies by
+a power of two, which is exact, so it does not matter when it is done. What is masked is multiplied
+in as exactly 1 and added as exactly 0.
 
 A window begins with the tile that holds its first key, in both. Decode starts there; extend starts
 at the first tile of its earliest row, and what the other rows do not see leaves their sums as they
