@@ -124,3 +124,14 @@ def step(info: Any, rows: int, first: int = 0) -> Any:
     gate._forward = sampler._Forward(info, info.sampling_seed, POSITIONS[some], False)
     gate.after_preprocess(LOGITS[some].clone())
     return gate._forward
+
+
+def test_a_start_compiles_the_draws_of_a_gpu(monkeypatch):
+    calls = []
+    monkeypatch.setattr(seeds, "seeded_top2", lambda *a, **how: calls.append((*a, how)))
+    seeds.compile_draws(VOCABULARY, "cpu")
+    assert not calls
+    seeds.compile_draws(VOCABULARY, "meta")
+    ((logits, draws, how),) = calls
+    assert logits.shape == (1, VOCABULARY) and logits.dtype == torch.float32
+    assert draws.seeds.device.type == "meta" and how == {"filtered": False}

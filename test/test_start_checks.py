@@ -52,7 +52,8 @@ def test_the_whole_model_is_asked_what_its_path_rests_on(monkeypatch, config, st
     asked = Asked(monkeypatch, startup_checks)
     steps_found = SimpleNamespace(extend=asked.note("extend"))
     own = SimpleNamespace(confirm=asked.note("confirm"))
-    asked.instead("logprobs.as_log_softmax", "verifier.build", "check_attention.check")
+    asked.instead("logprobs.as_log_softmax", "seeds.compile_draws")
+    asked.instead("verifier.build", "check_attention.check")
     asked.instead("check_decode.measure", measure=steps_found)
     asked.instead("check_decode.check_padding")
     asked.instead("check_prefill.measure", measure=Prefill(decoded, decoded))
@@ -60,8 +61,14 @@ def test_the_whole_model_is_asked_what_its_path_rests_on(monkeypatch, config, st
     asked.instead("check_images.measure", measure="why not")
     checks = startup_checks.run_checks(MagicMock(), config)
     observes, extends = config.policy == "observe", decoded and config.invariant
-    wanted = ["logprobs.as_log_softmax", "verifier.build", steps, "check_prefill.measure"]
-    wanted += ["invariant_attention.of", "confirm", "check_attention.check", "extend" * extends]
+    wanted = ["logprobs.as_log_softmax", "seeds.compile_draws", "verifier.build", steps]
+    wanted += [
+        "check_prefill.measure",
+        "invariant_attention.of",
+        "confirm",
+        "check_attention.check",
+        "extend" * extends,
+    ]
     assert asked.names == [
         name for name in (*wanted, "check_images.measure" * (not observes)) if name
     ]

@@ -17,7 +17,7 @@ from margingate.runtime.probe.checks import (
 from margingate.runtime.probe.checks.check_decode import CanonicalSteps
 from margingate.runtime.probe.checks.check_prefill import Prefill
 from margingate.runtime.probe.startup import largest_rows
-from margingate.runtime.sampling import logprobs
+from margingate.runtime.sampling import logprobs, seeds
 from margingate.runtime.verify import verifier
 from margingate.runtime.verify.verifier import Verifier
 
@@ -55,6 +55,7 @@ def run_checks(scheduler: Any, config: GateConfig) -> StartupChecks:
     """
     runner = scheduler.tp_worker.model_runner
     logprobs.as_log_softmax(runner.model)
+    seeds.compile_draws(scheduler.model_config.vocab_size, runner.device)
     made = verifier.build(runner, config)
     with routed_experts.unrecorded():  # not of its graphs, which are made by now
         return _checked(scheduler, config, made)

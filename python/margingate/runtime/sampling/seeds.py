@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from sglang.srt.layers.sampler import SGLANG_RETURN_ORIGINAL_LOGPROB
+from sglang.srt.sampling.sampling_params import TOP_K_ALL
 
 from margingate.runtime.request.sampling_params import Draw
-from margingate_kernels import Draws
+from margingate_kernels import Draws, seeded_top2
 
 # SGLang's `sampling_seed` tensor holds the seeds of the gate's rows, and this for all others. It is
 # None while a batch has none of ours, so that greedy batches do no work for it.
@@ -122,6 +123,13 @@ def stack(draws: list[Draw], positions: list[int], device: Any) -> Draws:
         ([draw.min_p for draw in draws], torch.float32),
     )
     return Draws(*(torch.tensor(values, dtype=dtype).to(device) for values, dtype in columns))
+
+
+def compile_draws(vocabulary: int, device: Any) -> None:
+    """On a GPU, draw from all tokens once: no request waits for the compiler then."""
+    if torch.device(device).type != "cpu":
+        draws = stack([Draw(0, 1.0, TOP_K_ALL, 1.0, 0.0)], [0], device)
+        seeded_top2(torch.zeros(1, vocabulary, device=device), draws, filtered=False)
 
 
 def logprob_temperature(draw: Draw | None) -> float:
