@@ -134,9 +134,9 @@ def prefill_ms(engine: Any, tokens: int, repeats: int, cached: int = 0) -> float
     def some(count: int) -> list[int]:
         return [rng.randrange(10, 30000) for _ in range(count)]
 
-    engine.flush_cache()
     before = some(cached)
     if cached:
+        engine.flush_cache()
         engine.generate(input_ids=before, sampling_params=params)
     times = []
     for _ in range(repeats + 2):

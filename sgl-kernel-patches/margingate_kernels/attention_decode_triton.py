@@ -122,9 +122,7 @@ def decode(  # noqa: PLR0917
             *(stride_k, stride_v, head_size, head_size, BLOCK_M, BLOCK_N, WINDOW, PAGED, True),
         )
         at = (segment * heads + its_heads).to(tl.int64)
-        tl.store(tops + at * 2, top, mask=real)
-        tl.store(tops + at * 2 + 1, total, mask=real)
-        tl.store(means + at[:, None] * head_size + lanes[None, :], mean, mask=real[:, None])
+        keep_sums(tops, means, at, real, top, total, mean, head_size)
 
 
 @triton.jit(do_not_specialize=["capacity"])
@@ -164,16 +162,10 @@ def add_up(  # noqa: PLR0917
         top = tl.maximum(top, tl.max(tl.load(tops + at * 2, mask=inside, other=NEG_INF), 0))
     total = tl.zeros([], tl.float32)
     mean = tl.zeros([head_size], tl.float32)
-    for j in tl.static_range(UNROLLED):
-        now = power_of_two(sums[j][0] - top)
-        total += now * sums[j][1]
-        mean += now * sums[j][2]
+    total, mean = with_sums(sums, top, total, mean)
     for i in range(first + UNROLLED, last, UNROLLED):
         sums = sums_of(0, 1, i, last, head, tops, means, heads, head_size)
-        for j in tl.static_range(UNROLLED):
-            now = power_of_two(sums[j][0] - top)
-            total += now * sums[j][1]
-            mean += now * sums[j][2]
+        total, mean = with_sums(sums, top, total, mean)
     if sinks is not None:
         total = with_sink(total, top, tl.load(sinks + head))
     tl.store(target, (mean / total).to(out.dtype.element_ty))
@@ -202,3 +194,36 @@ def sums_of(  # noqa: PLR0917
         mean = tl.load(means + at * head_size + lanes, mask=inside, other=0.0)
         found += ((top, total, mean),)
     return found
+
+
+@triton.jit
+def with_sums(
+    sums: tl.tuple,  # as `sums_of` returns them
+    top: tl.tensor,  # at least theirs: what total and mean are held against
+    total: tl.tensor,
+    mean: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Total and mean with those of UNROLLED segments, from the first to the last."""
+    for j in tl.static_range(UNROLLED):
+        now = power_of_two(sums[j][0] - top)
+        total += now * sums[j][1]
+        mean += now * sums[j][2]
+    return total, mean
+
+
+@triton.jit
+def keep_sums(  # noqa: PLR0917
+    tops: tl.tensor,
+    means: tl.tensor,
+    at: tl.tensor,  # int64 [rows]: where each row's head lies in that segment
+    real: tl.tensor,  # [rows]: whether it is kept
+    top: tl.tensor,
+    total: tl.tensor,
+    mean: tl.tensor,
+    head_size: tl.constexpr,
+) -> None:
+    """Write a segment's sums of some rows, for `sums_of`."""
+    lanes = tl.arange(0, head_size)
+    tl.store(tops + at * 2, top, mask=real)
+    tl.store(tops + at * 2 + 1, total, mask=real)
+    tl.store(means + at[:, None] * head_size + lanes[None, :], mean, mask=real[:, None])

@@ -7,7 +7,7 @@ rows, as decode does it for one row; a second launch adds them to those before.
 import triton
 import triton.language as tl
 
-from margingate_kernels.attention_decode_triton import UNROLLED, sums_of
+from margingate_kernels.attention_decode_triton import UNROLLED, keep_sums, sums_of, with_sums
 from margingate_kernels.attention_triton import NEG_INF, PAGED, power_of_two, sum_tiles, with_sink
 
 
@@ -74,9 +74,7 @@ def sum_segments(  # noqa: PLR0917
             *(BLOCK_M, BLOCK_N, None, PAGED, False),
         )
         at = (i * tokens + at_token) * heads + its_heads
-        tl.store(tops + at * 2, top, mask=real)
-        tl.store(tops + at * 2 + 1, total, mask=real)
-        tl.store(means + at[:, None] * head_size + lanes[None, :], mean, mask=real[:, None])
+        keep_sums(tops, means, at, real, top, total, mean, head_size)
     for i in range(tl.maximum(part, whole), last):
         begins = (first + i) * SEGMENT
         top, total, mean = sum_tiles(
@@ -85,9 +83,7 @@ def sum_segments(  # noqa: PLR0917
             *(BLOCK_M, BLOCK_N, None, PAGED, True),
         )
         at = (i * tokens + at_token) * heads + its_heads
-        tl.store(tops + at * 2, top, mask=real)
-        tl.store(tops + at * 2 + 1, total, mask=real)
-        tl.store(means + at[:, None] * head_size + lanes[None, :], mean, mask=real[:, None])
+        keep_sums(tops, means, at, real, top, total, mean, head_size)
 
 
 @triton.jit(do_not_specialize=["first", "count", "before", "tokens"])
@@ -136,10 +132,7 @@ def add_segments(  # noqa: PLR0917
             higher = tl.maximum(higher, sums[j][0])
         carry = power_of_two(top - higher)
         top, total, mean = higher, total * carry, mean * carry
-        for j in tl.static_range(UNROLLED):
-            now = power_of_two(sums[j][0] - top)
-            total += now * sums[j][1]
-            mean += now * sums[j][2]
+        total, mean = with_sums(sums, top, total, mean)
     if ENDS:
         if sinks is not None:
             total = with_sink(total, top, tl.load(sinks + head))
